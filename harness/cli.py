@@ -1,0 +1,353 @@
+"""The command line: arguments become a plan, a bench and a report.
+
+Nothing heavy is imported before it is needed, so that help and mistakes answer at once.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from harness import ROOT
+
+OK, SOME_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+COMMANDS = ("run", "list", "plan", "report", "doctor")
+EPILOG = """examples:
+  run_bench.py --methods qlora galore                   the demo: real parts, small, no GPU needed
+  run_bench.py --methods full lora --model DIR --dataset rows.jsonl --set hp.learning_rate=1e-4
+  run_bench.py plan --preset NAME                       what would run, what is cached
+  run_bench.py report                                   the report again, from cached results
+
+exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
+    rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
+    options = parser(command).parse_args(rest)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return {"run": run, "plan": plan, "list": show, "report": report, "doctor": doctor}[command](
+            options, arguments
+        )
+    except KeyboardInterrupt:
+        complain("interrupted. What had ended is kept; the same command continues.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return OK
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    about = {
+        "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), "
+        "list, plan, report, doctor; each has its own --help.",
+        "plan": "What a run with the same arguments would do, and what is cached. Starts nothing.",
+        "list": "What can be asked for.",
+        "report": "Renders the report again from cached results. Needs no torch.",
+        "doctor": "What this machine has, what is wrong with it, and the remedy.",
+    }
+    made = argparse.ArgumentParser(
+        prog="run_bench.py" + ("" if command == "run" else f" {command}"),
+        description=about[command],
+        epilog=EPILOG if command == "run" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    if command in ("run", "plan"):
+        add("--methods", nargs="+", metavar="NAME", help="methods to compare (see: list methods)")
+        add(
+            "--preset",
+            metavar="NAME|FILE",
+            help="a whole comparison (see: list presets); demo if no model or dataset is named",
+        )
+        add(
+            "--model",
+            metavar="ID|DIR",
+            help="hub id or folder; random:DIR draws the weights, to measure cost alone",
+        )
+        add("--dataset", metavar="NAME|FILE", help="a spec (see: list datasets), or a file of rows")
+        add(
+            "--source",
+            metavar="NAME=PATH",
+            nargs="+",
+            action="extend",
+            default=[],
+            help="a local copy in place of the hub, for a part of the dataset",
+        )
+        add(
+            "--seeds",
+            nargs="+",
+            type=int,
+            metavar="N",
+            help="one run of each method for each; three or more allow a ranking",
+        )
+        add(
+            "--set",
+            metavar="KEY=VALUE",
+            nargs="+",
+            action="extend",
+            default=[],
+            help="hp.NAME, data.NAME or METHOD.OPTION",
+        )
+        add(
+            "--plugins",
+            nargs="+",
+            metavar="FILE",
+            action="extend",
+            default=[],
+            help="files that each define a method",
+        )
+        add("--force", action="store_true", help="run again what is cached")
+    if command == "list":
+        add("what", nargs="?", choices=("methods", "datasets", "presets", "results"), help="default: all")
+        add(
+            "--plugins",
+            nargs="+",
+            metavar="FILE",
+            action="extend",
+            default=[],
+            help="files that each define a method",
+        )
+    if command != "doctor":
+        add(
+            "--results",
+            type=Path,
+            default=Path("results"),
+            metavar="DIR",
+            help="where records are kept (default: results)",
+        )
+    if command in ("run", "report"):
+        add(
+            "--reports",
+            type=Path,
+            default=Path("reports"),
+            metavar="DIR",
+            help="where reports are written (default: reports)",
+        )
+    if command == "report":
+        add("--format", nargs="+", choices=("md", "html"), default=["md", "html"], help="default: both")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON value on standard output, progress on standard error",
+    )
+    return made
+
+
+def request(options):
+    from harness.plan import Request
+
+    return Request(
+        methods=options.methods,
+        preset=options.preset,
+        model=options.model,
+        dataset=options.dataset,
+        sources=options.source,
+        seeds=options.seeds,
+        settings=options.set,
+        plugins=options.plugins,
+    )
+
+
+def planned(options):
+    """-> specs, or None after telling every error, those of the folders included."""
+    from harness import plan as planning
+
+    errors, specs = [], None
+    try:
+        specs = planning.plan(request(options))
+    except planning.BadRequest as error:
+        errors += error.errors
+    for name in ("results", "reports"):
+        folder = getattr(options, name, None)
+        if folder and (reason := planning.unwritable(folder)):
+            errors.append(f"--{name}: {reason}")
+    for error in errors:
+        complain(error)
+    return None if errors else specs
+
+
+def run(options, arguments: list[str]) -> int:
+    from harness import bench, progress
+    from harness.store import Store
+
+    specs = planned(options)
+    if specs is None:
+        return BAD_REQUEST
+    store = Store(options.results)
+    watcher = progress.make(sys.stderr if options.json else sys.stdout)
+    done = []
+    try:
+        with bench.lock(options.results):
+            for ended in bench.bench(specs, store, command_line(arguments), watcher, options.force):
+                done.append(ended)
+    except bench.Busy as error:
+        complain(str(error))
+        return BAD_REQUEST
+    finally:
+        watcher.close()
+    files = render(store, options.reports, ("md", "html"))
+    records = [ended.record for ended in done]
+    cached = [ended.record.spec.folder for ended in done if ended.cached]
+    if options.json:
+        runs = [
+            {
+                "run": r.spec.folder,
+                "status": r.status,
+                "error": r.error,
+                "cached": r.spec.folder in cached,
+                "scores": {name: score["value"] for name, score in r.scores.items()},
+            }
+            for r in records
+        ]
+        print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
+    else:
+        print_table(records)
+        print(f"{len(records)} runs: {len(cached)} cached" + (f" ({', '.join(cached)})" if cached else ""))
+        for record in records:
+            if not record.ok:
+                print(f"not ok: {record.spec.folder}: {record.status}: {record.error}")
+        print("report: " + "  ".join(str(file) for file in files))
+    return OK if all(record.ok for record in records) else SOME_FAILED
+
+
+def plan(options, arguments: list[str]) -> int:
+    from harness.store import Store
+
+    specs = planned(options)
+    if specs is None:
+        return BAD_REQUEST
+    store = Store(options.results)
+    rows = []
+    for spec in specs:
+        earlier = store.find(spec)
+        state = (
+            "will run"
+            if earlier is None or options.force
+            else "cached"
+            if earlier.ok
+            else f"will run again ({earlier.status})"
+        )
+        rows.append({"run": spec.folder, "method": spec.method, "seed": spec.seed, "state": state})
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return OK
+    spec = specs[-1]
+    print(f"model {spec.model}; dataset {spec.dataset['name']}: {describe_data(spec.dataset)}")
+    print(
+        "hyperparameters: "
+        + ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
+    )
+    for row in rows:
+        print(f"  {row['state']:12} {row['run']}")
+    return OK
+
+
+def describe_data(dataset: dict) -> str:
+    from harness.data import describe
+
+    return f"{describe(dataset)} rows of each of {', '.join(part['name'] for part in dataset['parts'])}"
+
+
+def show(options, arguments: list[str]) -> int:
+    from harness import data, method
+    from harness import plan as planning
+    from harness.store import Store
+
+    found = {}
+    if options.what in (None, "methods"):
+        try:
+            found["methods"] = {n: method.summary(s) for n, s in method.available(options.plugins).items()}
+        except (ValueError, OSError, SyntaxError) as error:
+            complain(str(error))
+            return BAD_REQUEST
+    if options.what in (None, "datasets"):
+        found["datasets"] = {n: data.load_spec(n, {})["title"] for n in data.available()}
+    if options.what in (None, "presets"):
+        found["presets"] = {n: planning.load_preset(n, [])["title"] for n in planning.available()}
+    if options.what in (None, "results"):
+        records, corrupt = Store(options.results).load()
+        found["results"] = {r.spec.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
+        for line in corrupt:
+            complain(f"corrupt: {line}")
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return OK
+    for title, items in found.items():
+        print(f"{title}:")
+        for name, text in items.items():
+            print(f"  {name:24} {text}")
+        if not items:
+            print("  none")
+    return OK
+
+
+def report(options, arguments: list[str]) -> int:
+    from harness import plan as planning
+    from harness.store import Store
+
+    if reason := planning.unwritable(options.reports):
+        complain(f"--reports: {reason}")
+        return BAD_REQUEST
+    try:
+        files = render(Store(options.results), options.reports, tuple(options.format))
+    except ValueError as error:
+        complain(str(error))
+        return BAD_REQUEST
+    print(
+        json.dumps([str(f) for f in files], indent=1)
+        if options.json
+        else "report: " + "  ".join(map(str, files))
+    )
+    return OK
+
+
+def render(store, folder: Path, formats: tuple[str, ...]) -> list[Path]:
+    from harness.report import render as made
+
+    return made(store, folder, formats)
+
+
+def print_table(records) -> None:
+    from tabulate import tabulate
+
+    from harness.report import brief_table
+
+    print()
+    print(tabulate(brief_table(records), headers="keys", showindex=False, disable_numparse=True))
+    print()
+
+
+def doctor(options, arguments: list[str]) -> int:
+    from harness.doctor import examine
+
+    findings = examine()
+    if options.json:
+        print(json.dumps(findings, indent=1))
+    else:
+        for finding in findings:
+            mark = {"ok": "ok  ", "note": "note", "wrong": "FIX "}[finding["state"]]
+            print(
+                f"{mark} {finding['what']}" + (f"\n     -> {finding['remedy']}" if finding["remedy"] else "")
+            )
+    return SOME_FAILED if any(f["state"] == "wrong" for f in findings) else OK
+
+
+def command_line(arguments: list[str]) -> str:
+    """As it was typed, the home folder written as ~."""
+    text = shlex.join(["run_bench.py", *arguments])
+    return text.replace(str(Path.home()) + "/", "~/")
+
+
+def complain(text: str) -> None:
+    print(f"error: {text}" if not text.startswith("interrupted") else f"\n{text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""A dataset spec becomes conversations, then token ids, then batches in an order of their own.
+
+A conversation is a prompt (all messages but the last) and a response (the last, an assistant's), on
+which alone there is loss. The response's tokens are made apart from the prompt's, so that the text
+trained on begins with exactly the tokens that generation starts from.
+"""
+
+import csv
+import hashlib
+import json
+import random
+import re
+import tomllib
+from array import array
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from harness import ROOT
+from harness.method import unknown
+from harness.spec import Hyperparams
+
+FOLDER = ROOT / "datasets_spec"
+SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
+PART = {  # what a part of a dataset says, and what holds where it is silent
+    "name": "", "title": "", "hub": "", "path": "", "split": "train", "revision": "", "licence": "",
+    "format": "instruction", "fields": {}, "mapping": "",
+}  # fmt: skip
+DATASET = {
+    "name": "", "title": "", "notice": "", "template": "auto", "seed": 0, "language": "en",
+    "train": 1000, "validation": 64, "test": 200,
+}  # fmt: skip
+FORMATS = {  # format -> the fields it reads, each with the column it is in unless the spec says otherwise
+    "instruction": {"instruction": "instruction", "input": "input", "output": "output"},
+    "messages": {"messages": "messages"},
+}
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+class DataError(ValueError):
+    """What is wrong with a dataset, by name, and the remedy."""
+
+
+# Specs
+
+
+def available() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_spec(name: str, overrides: dict) -> dict:
+    """The whole spec of a dataset: `name` is one of `available()`, a TOML file, or a file of rows.
+
+    `overrides` replaces top-level values. Raises DataError with everything that is wrong.
+    """
+    path = Path(name)
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise DataError(f"there is no dataset file {path}")
+        first = next(iter(rows_of_file(path)), {})
+        shape = "messages" if "messages" in first else "instruction"
+        part = {"name": path.stem, "title": path.stem, "path": str(path), "format": shape}
+        spec = {"name": path.stem, "title": path.name, "parts": [part]}
+    else:
+        spec = read_toml(path if path.suffix == ".toml" else FOLDER / f"{name}.toml", name)
+    parts = spec.pop("parts", None) or [spec.pop("part", {})]
+    for mixed in spec.pop("mixture", []):
+        parts = [p for p in parts if p] + load_spec(mixed, {})["parts"]
+    errors = [unknown(f"key in dataset {name}", key, DATASET) for key in set(spec) - set(DATASET)]
+    errors += [unknown("data option", key, DATASET) for key in set(overrides) - set(DATASET)]
+    for part in parts:
+        errors += [unknown(f"key in a part of dataset {name}", key, PART) for key in set(part) - set(PART)]
+        if part.get("format", "instruction") not in FORMATS:
+            errors.append(unknown("format", part["format"], FORMATS))
+    if errors:
+        raise DataError("\n".join(errors))
+    spec = {**DATASET, "name": name, **spec, **overrides}
+    for key, default in DATASET.items():
+        if type(spec[key]) is not type(default):
+            errors.append(f"data.{key}: must be like {default!r}, not {spec[key]!r}")
+    errors += [f"data.{s}: must be at least {int(s != 'validation')}, not {spec[s]}"
+               for s in SPLITS if isinstance(spec[s], int) and spec[s] < (s != "validation")]  # fmt: skip
+    if spec["template"] not in ("auto", "chat", "instruction"):
+        errors.append(unknown("template", str(spec["template"]), ("auto", "chat", "instruction")))
+    if errors:
+        raise DataError("\n".join(errors))
+    return {**spec, "parts": [{**PART, **part} for part in parts]}
+
+
+def read_toml(path: Path, name: str) -> dict:
+    if not path.is_file():
+        raise DataError(unknown("dataset", name, available()) + ", or a .toml, .jsonl, .parquet file")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not TOML: {error}") from error
+
+
+# Rows
+
+
+def rows_of_part(part: dict, location: str | None):
+    """Raw rows of a part: from a local copy if there is one, else from the hub."""
+    path = location or (str(ROOT / part["path"]) if part["path"] else "")
+    if path:
+        yield from rows_of_file(Path(path))
+        return
+    import datasets
+
+    yield from datasets.load_dataset(part["hub"], split=part["split"], revision=part["revision"] or None)
+
+
+def rows_of_file(path: Path):
+    """Rows of a .jsonl, .json, .parquet or .csv file, or of such files in a folder.
+
+    Raises DataError for a file that cannot be read, with its line where that is known.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+        if not files:
+            raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file")
+        for file in files:
+            yield from rows_of_file(file)
+        return
+    line = None
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8", newline="") as file:
+                yield from csv.DictReader(file)
+        elif path.suffix == ".json":
+            yield from json.loads(path.read_text("utf-8"))
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                for line, text in enumerate(file, 1):  # noqa: B007 (the error names it)
+                    if text.strip():
+                        yield json.loads(text)
+        else:
+            raise DataError(f"{path}: cannot read {path.suffix or 'this kind of'} file; {SUFFIXES} can be")
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        if isinstance(error, DataError):
+            raise
+        where = f"{path}, line {line}" if line else str(path)
+        raise DataError(
+            f"{where}: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
+        ) from error
+
+
+def messages_of(row: dict, part: dict) -> list[dict] | None:
+    """The conversation of a row, or None if it has no answer to learn from.
+
+    Raises DataError for a row that lacks a field of its format.
+    """
+    columns = {**FORMATS[part["format"]], **part["fields"]}
+    optional = {"input"}
+    missing = [c for field, c in columns.items() if c not in row and field not in optional]
+    if missing:
+        raise DataError(
+            f"part {part['name']}: no field {missing[0]!r} for format {part['format']!r}; "
+            f"a row has {', '.join(map(repr, row))}. Map it with fields = {{...}} in the spec"
+        )
+    value = {field: row.get(column) for field, column in columns.items()}
+    if part["format"] == "instruction":
+        prompt = "\n\n".join(str(value[f]).strip() for f in ("instruction", "input") if value[f])
+        conversation = [("user", prompt), ("assistant", value["output"])]
+    else:
+        conversation = [(m.get("role"), m.get("content")) for m in value["messages"] or []]
+        while conversation and conversation[-1][0] != "assistant":
+            conversation.pop()
+    messages = [{"role": role, "content": str(text or "").strip()} for role, text in conversation]
+    roles = [m["role"] for m in messages if m["role"] != "system"]
+    alternating = roles == ["user", "assistant"] * (len(roles) // 2)
+    if len(messages) < 2 or not alternating or not all(m["content"] for m in messages):
+        return None
+    return messages
+
+
+@dataclass
+class Conversation:
+    id: str  # part:digest, the same wherever the row stands in its source
+    part: str
+    messages: list[dict]
+
+
+def splits(dataset: dict, locations: dict) -> tuple[dict[str, list[Conversation]], dict[str, int]]:
+    """split -> conversations, disjoint, the rows of all parts mixed; and what was left out, counted.
+
+    A row's place is decided by a hash of the seed and its text: the order of the source does not
+    matter. Of rows with the same prompt one is kept. Raises DataError if there are too few.
+    """
+    chosen = {split: [] for split in SPLITS}
+    counts = {"unusable": 0, "duplicates": 0}
+    seen = set()
+    for part in dataset["parts"]:
+        rows = []
+        for row in rows_of_part(part, locations.get(part["name"])):
+            if not isinstance(row, dict):
+                raise DataError(f"part {part['name']}: a row is {type(row).__name__}, not an object")
+            if messages := messages_of(row, part):
+                text = json.dumps([dataset["seed"], messages], ensure_ascii=False, sort_keys=True)
+                rows.append((hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), messages))
+            else:
+                counts["unusable"] += 1
+        distinct = []
+        for key, messages in sorted(rows, key=lambda row: row[0]):
+            prompt = normalised(messages[:-1])
+            if prompt in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(prompt)
+            distinct.append(Conversation(f"{part['name']}:{key[:12]}", part["name"], messages))
+        wanted = sum(dataset[split] for split in SPLITS)
+        if len(distinct) < wanted:
+            raise DataError(
+                f"part {part['name']}: {wanted} rows are asked for ({describe(dataset)}), but it has "
+                f"{len(distinct)} distinct usable ones. Ask for fewer with --set data.train=... "
+            )
+        start = 0
+        for split in SPLITS:
+            chosen[split] += distinct[start : start + dataset[split]]
+            start += dataset[split]
+    for split in SPLITS:  # mix the parts, by the same hash
+        chosen[split].sort(key=lambda c: c.id.rpartition(":")[2])
+    return chosen, counts
+
+
+def describe(dataset: dict) -> str:
+    return ", ".join(f"{dataset[split]} {split}" for split in reversed(SPLITS))
+
+
+def normalised(messages: list[dict]) -> str:
+    return " ".join(re.findall(r"\w+", " ".join(m["content"] for m in messages).casefold()))
+
+
+# Tokens
+
+
+@dataclass
+class Row:
+    """One conversation as token ids: what the model reads, and what it should answer."""
+
+    id: str
+    part: str
+    prompt: str
+    reference: str
+    prompt_ids: array  # of int32
+    response_ids: array  # ends with the token that ends a turn
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class Template:
+    """Turns messages into text: the model's own chat template, or the Instruction/Response form."""
+
+    def __init__(self, tokenizer, kind: str):
+        if kind == "chat" and not tokenizer.chat_template:
+            raise DataError("this tokenizer has no chat template: use --set data.template=instruction")
+        self.tokenizer = tokenizer
+        self.kind = "chat" if tokenizer.chat_template and kind != "instruction" else "instruction"
+
+    def render(self, messages: list[dict]) -> tuple[str, str]:
+        """-> prompt text, response text with the mark that ends it."""
+        if self.kind == "instruction":
+            return instruction_form(messages[:-1]), messages[-1]["content"] + self.tokenizer.eos_token
+        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                "this chat template writes a prompt otherwise than the start of the conversation: "
+                "use --set data.template=instruction"
+            )
+        return prompt, whole[len(prompt) :].rstrip()  # nothing after the mark is learned
+
+    def row(self, conversation: Conversation, max_length: int) -> Row | None:
+        """None if the prompt alone fills max_length; a response is cut to what is left."""
+        prompt, response = self.render(conversation.messages)
+        # A chat template writes <bos> itself; the instruction form takes what the tokenizer adds.
+        prompt_ids = self.tokenizer(prompt, add_special_tokens=self.kind == "instruction").input_ids
+        if self.kind == "instruction" and prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+        response_ids = self.tokenizer(response, add_special_tokens=False).input_ids
+        if len(prompt_ids) >= max_length:
+            return None
+        return Row(
+            conversation.id,
+            conversation.part,
+            prompt,
+            conversation.messages[-1]["content"],
+            array("i", prompt_ids),
+            array("i", response_ids[: max_length - len(prompt_ids)]),
+        )
+
+
+def instruction_form(messages: list[dict]) -> str:
+    """The `### Instruction / ### Response` form; earlier turns are written out before the last."""
+    names = {"user": "Instruction", "assistant": "Response", "system": "System"}
+    turns = [f"### {names[m['role']]}:\n{m['content']}\n\n" for m in messages]
+    return "".join(turns) + "### Response:\n"
+
+
+def tokenize(conversations: list[Conversation], template: Template, max_length: int):
+    """-> rows; how many lost the end of their response; how many were left out, prompt too long."""
+    rows = [template.row(c, max_length) for c in conversations]
+    kept = [row for row in rows if row]
+    cut = sum(row.length == max_length for row in kept)
+    return kept, cut, len(rows) - len(kept)
+
+
+def rows_hash(rows: list[Row]) -> str:
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(row_bytes(row))
+    return total.hexdigest()[:16]
+
+
+def row_bytes(row: Row) -> bytes:
+    lengths = array("i", [len(row.prompt_ids), len(row.response_ids)])
+    return lengths.tobytes() + row.prompt_ids.tobytes() + row.response_ids.tobytes()
+
+
+# Batches
+
+
+class Batches:
+    """The optimizer steps of a training, each a list of micro-batches; can be iterated again.
+
+    The order comes from the seed alone, never from the global random state, so that it is the same
+    for every method whatever a method draws.
+    """
+
+    def __init__(self, rows: list[Row], hp: Hyperparams, seed: int, pad_id: int, device):
+        self.rows, self.hp, self.pad_id, self.device = rows, hp, pad_id, device
+        self.steps = list(order(len(rows), hp, seed))  # row indices of each optimizer step
+        self.hashes = [rows_hash([rows[i] for i in step]) for step in self.steps]
+        self.tokens = [sum(rows[i].length for i in step) for step in self.steps]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self):
+        size = self.hp.micro_batch_size
+        for step in self.steps:
+            chosen = [self.rows[i] for i in step]
+            yield [
+                collate(chosen[i : i + size], self.pad_id, self.device) for i in range(0, len(chosen), size)
+            ]
+
+    def count(self) -> dict:
+        """Tokens of the whole training: trained (read), supervised (with loss), padded (read for
+        nothing)."""
+        size, slots = self.hp.micro_batch_size, 0
+        for step in self.steps:
+            lengths = [self.rows[i].length for i in step]
+            micro_batches = [lengths[i : i + size] for i in range(0, len(step), size)]
+            slots += sum(max(micro) * len(micro) for micro in micro_batches)
+        supervised = sum(len(self.rows[i].response_ids) for step in self.steps for i in step)
+        trained = sum(self.tokens)
+        return {"trained": trained, "supervised": supervised, "padded": slots - trained}
+
+
+def order(rows: int, hp: Hyperparams, seed: int):
+    """Row indices of each optimizer step: every epoch a fresh shuffle, its last step what is left."""
+    steps = hp.max_steps or ceil(hp.epochs * rows / hp.batch_size)
+    epoch = 0
+    while steps > 0:
+        indices = list(range(rows))
+        random.Random(f"data order, seed {seed}, epoch {epoch}").shuffle(indices)
+        for start in range(0, rows, hp.batch_size):
+            if steps == 0:
+                return
+            yield indices[start : start + hp.batch_size]
+            steps -= 1
+        epoch += 1
+
+
+def collate(rows: list[Row], pad_id: int, device) -> dict:
+    """Right-padded input_ids, attention_mask and labels, each (B, T); labels only on the response."""
+    import torch
+
+    longest = max(row.length for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), -100)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        p, n = len(row.prompt_ids), row.length
+        ids[i, :n] = torch.tensor(list(row.prompt_ids) + list(row.response_ids))
+        labels[i, p:n] = ids[i, p:n]
+        mask[i, :n] = 1
+    return {
+        name: tensor.to(device, non_blocking=True)
+        for name, tensor in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+    }
+
+
+def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
+    """Longest first, so that a batch has little padding and the largest comes at the start."""
+    by_length = sorted(rows, key=lambda row: row.length, reverse=True)
+    return [by_length[i : i + size] for i in range(0, len(by_length), size)]

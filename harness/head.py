@@ -1,0 +1,75 @@
+"""The one LM-head path: log-probabilities of target tokens, never holding the logits of a batch.
+
+With a vocabulary of 262,144 the logits of a batch are its largest tensor by far. Here only the hidden
+states of the target positions meet the head, some rows at a time, and backward computes them again.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**26  # logits at a time: 256 MiB in fp32, and still large matrix products
+
+
+def token_logps(model, batch: dict) -> torch.Tensor:
+    """(B, T-1): log p of each next token that is a target, in fp32; 0 where there is no target.
+
+    `batch` holds input_ids, attention_mask and labels, each (B, T); label t says what stands at t,
+    -100 that nothing is learned there.
+    """
+    return token_scores(model, batch)[0]
+
+
+def token_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """As token_logps, and beside it (B, T-1) booleans: the target was the most likely token."""
+    causal = causal_lm(model)
+    hidden = causal.get_decoder()(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state[:, :-1]  # (B, T-1, H)
+    labels = batch["labels"][:, 1:]
+    targets = labels != -100
+    hidden, labels = hidden[targets], labels[targets]  # (N, H), (N,)
+    head, softcap = causal.get_output_embeddings(), text_config(causal).get("final_logit_softcapping")
+    rows = max(1, CHUNK // head.weight.shape[0])
+    chunks = [
+        checkpoint(score, head, softcap, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
+    ] or [(hidden.new_zeros(0, dtype=torch.float32), labels.bool())]
+    logps = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    hits = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
+    logps[targets] = torch.cat([c[0] for c in chunks])
+    hits[targets] = torch.cat([c[1] for c in chunks])
+    return logps, hits
+
+
+def score(head, softcap, hidden, labels):
+    """(N, H), (N,) -> (N,) log-probabilities and (N,) hits."""
+    logits = head(hidden).float()  # (N, V)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logps = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return logps, logits.argmax(-1) == labels
+
+
+def causal_lm(model):
+    """The transformers model inside whatever wraps it; adapters live in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def text_config(causal) -> dict:
+    return causal.config.get_text_config().to_dict()
+
+
+@torch.no_grad()
+def check(model, tokens: torch.Tensor) -> None:
+    """Raises ValueError unless this path equals the model's own logits on tokens (B, T): an
+    architecture that does something else after its head must not be measured wrongly."""
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    own = model(input_ids=tokens, attention_mask=batch["attention_mask"]).logits.float()
+    own = own[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    difference = (token_logps(model, batch) - own).abs().max().item()
+    tolerance = 0.05 if own.dtype == torch.bfloat16 or model.dtype == torch.bfloat16 else 1e-3
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{type(causal_lm(model)).__name__} changes its logits after the head (by {difference:.3g} in "
+            "log-probability), which harness/head.py does not know: teach it there first"
+        )

@@ -1,0 +1,225 @@
+"""What a fine-tuning method is: four hooks, and how a name becomes one.
+
+A method is one file with one subclass of `Method`; its name is the file's stem. The file's docstring
+is its card: `Title: one line`, an indented formula, the paper, and three lines that begin with
+`Performance:`, `Efficiency:` and `Generalisation:`. The report prints it.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import get_type_hints
+
+from harness import ROOT
+from harness.spec import Hyperparams
+
+FOLDER = ROOT / "methods"
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class Unsupported(Exception):
+    """This method cannot run here; the text says why and what would help."""
+
+
+class Method:
+    """Full fine-tuning of every parameter; a subclass overrides what it does otherwise.
+
+    A subclass is a dataclass: its fields are the options that `--set name.option=value` sets.
+    Options that cannot be are refused by raising ValueError in `__post_init__`.
+    """
+
+    axis = "none"  # what is varied: parameterisation, optimizer, objective, perturbation or none
+    objective = "sft"  # methods with different objectives are never ranked by their loss
+    baseline = "base"  # the row of the same model, untouched, that this method starts from
+    trains = True
+    needs = ()  # packages beyond the harness's own
+    overrides = {}  # hyperparameter -> (value, reason): each permitted difference, declared
+
+    def load(self, load_base):
+        """-> model. `load_base(**kwargs)` passes its arguments on to `from_pretrained`."""
+        return load_base()
+
+    def attach(self, model, batches):
+        """-> the model to train, in which what has requires_grad is trained. `batches` iterates
+        over the optimizer steps of the training, each a list of micro-batches."""
+        return model.requires_grad_(True)
+
+    def optimizer(self, model, hp: Hyperparams):
+        """-> torch.optim.Optimizer over the trainable parameters (all of them in fp32)."""
+        from torch.optim import AdamW
+
+        return AdamW(decay_groups(model, hp.weight_decay), fused=True, **adam(hp))
+
+    def loss(self, model, batch):
+        """-> scalar: the mean over the batch's target tokens, by which the loop weighs it."""
+        from harness.head import token_logps
+
+        return -token_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+
+
+def adam(hp: Hyperparams) -> dict:
+    """The keyword arguments that all Adam-like optimizers of torch share."""
+    return {"lr": hp.learning_rate, "betas": (hp.beta1, hp.beta2), "eps": hp.epsilon}
+
+
+def decay_groups(model, weight_decay: float) -> list[dict]:
+    """Trainable parameters as two groups: matrices with weight decay, norms and biases without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# From names to methods
+
+
+def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
+    """Name -> where it is defined, importing nothing. Raises ValueError for a name defined twice."""
+    found = [(path.stem, path) for path in sorted(FOLDER.glob("*.py"))]
+    found += [(point.name, point) for point in entry_points(group="tuneoff.methods")]
+    found += [(Path(path).stem, Path(path)) for path in plugins]
+    sources = {}
+    for name, source in found:
+        if name == "__init__":
+            continue
+        if not NAME.fullmatch(name):
+            raise ValueError(f"a method's name is lower-case letters, digits and _, not {name!r}")
+        if name in sources:
+            raise ValueError(f"method {name} is defined twice: in {sources[name]} and in {source}")
+        sources[name] = source
+    return sources
+
+
+def resolve(name: str, source: Path | EntryPoint) -> type[Method]:
+    """Imports one method. Raises ValueError unless its file defines exactly one subclass of Method."""
+    if isinstance(source, EntryPoint):
+        loaded = source.load()
+        if inspect.isclass(loaded) and issubclass(loaded, Method):
+            return named(loaded, name)
+        module = loaded
+    elif source.parent == FOLDER:
+        module = importlib.import_module(f"methods.{name}")
+    else:
+        spec = importlib.util.spec_from_file_location(f"tuneoff_plugin_{name}", source)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise ValueError(f"{source} defines {len(classes)} subclasses of Method; it must define one")
+    return named(classes[0], name)
+
+
+def named(cls: type[Method], name: str) -> type[Method]:
+    if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
+        cls = dataclass(cls)
+    cls.name = name
+    return cls
+
+
+def build(cls: type[Method], options: dict) -> tuple[Method | None, list[str]]:
+    """The method with its options, and a line for each option that cannot be."""
+    kinds = {f.name: get_type_hints(cls).get(f.name, str) for f in fields(cls)}
+    errors = []
+    for option, value in options.items():
+        if option not in kinds:
+            errors.append(unknown(f"option of {cls.name}", option, kinds))
+        elif reason := misfit(value, kinds[option]):
+            errors.append(f"{cls.name}.{option}: {reason}")
+    if errors:
+        return None, errors
+    try:
+        return cls(**options), []
+    except ValueError as error:
+        return None, [f"{cls.name}: {error}"]
+
+
+def options(method: Method) -> dict:
+    return asdict(method)
+
+
+def card(cls: type[Method]) -> dict:
+    """What the method says of itself, as JSON values: its class attributes and its docstring."""
+    return {
+        "name": cls.name,
+        "axis": cls.axis,
+        "objective": cls.objective,
+        "baseline": cls.baseline,
+        **read_card(inspect.getmodule(cls).__doc__ or ""),
+    }
+
+
+def read_card(docstring: str) -> dict:
+    """Title, summary, formula, paper and the three-line justification, as the docstring has them."""
+    lines = inspect.cleandoc(docstring).splitlines() or [""]
+    title, _, summary = lines[0].partition(": ")
+    why, formula, paper, label = {}, [], "", None
+    for line in lines[1:]:
+        start = re.match(r"(Performance|Efficiency|Generalisation): +(.*)", line)
+        if start:
+            label = start[1].lower()
+            why[label] = start[2]
+        elif not line.strip():
+            label = None
+        elif label:
+            why[label] += " " + line.strip()
+        elif line.startswith("    "):
+            formula.append(line[4:])
+        elif not paper and re.search(r"\b(19|20)\d\d\b|arXiv", line):
+            paper = line.strip().rstrip(".")
+    return {
+        "title": title, "summary": summary, "formula": "\n".join(formula), "paper": paper, "why": why
+    }  # fmt: skip
+
+
+def summary(source: Path | EntryPoint) -> str:
+    """The first line of a method's docstring, importing nothing."""
+    if isinstance(source, EntryPoint):
+        return f"plugin: {source.value}"
+    return (ast.get_docstring(ast.parse(source.read_text("utf-8"))) or "").partition("\n")[0]
+
+
+def code_hash(cls: type[Method]) -> str:
+    """Of the source files of a method and its parents: a change marks earlier records as stale."""
+    files = {inspect.getsourcefile(c) for c in cls.__mro__ if c not in (Method, object)}
+    texts = sorted(Path(file).read_bytes() for file in files)
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
+
+
+# What a wrong request is told
+
+
+def misfit(value, kind) -> str | None:
+    """Why a value is not of a kind (bool, int, float, str, list, tuple), or None."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return None
+    if kind in (bool, int, float, str):
+        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        return None if fits else f"must be {ARTICLES[kind]}, not {value!r}"
+    return None
+
+
+ARTICLES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def unknown(what: str, name: str, names) -> str:
+    """`unknown method 'qlor': did you mean qlora? Available: ...`"""
+    import difflib
+
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f": did you mean {near[0]}?" if near else "."
+    return f"unknown {what} {name!r}{hint} Available: {', '.join(names) or 'none'}"

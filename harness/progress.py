@@ -1,0 +1,124 @@
+"""What a bench shows while it runs: a live line with rich on a terminal, plain lines elsewhere."""
+
+import time
+
+GIB = 2**30
+
+
+def make(stream):
+    """The progress for a stream: live if it is a terminal."""
+    return Live(stream) if stream.isatty() else Lines(stream)
+
+
+def describe(spec) -> str:
+    return f"{spec.method}, seed {spec.seed}" if spec.trains else spec.method
+
+
+def outcome(record, cached: bool) -> str:
+    """One line of a finished run."""
+    if not record.ok:
+        return f"{record.status}: {record.error}"
+    parts = [
+        f"BLEU-4 {record.scores['bleu4']['value']:.2f}",
+        f"ROUGE-L {record.scores['rouge_l']['value']:.3f}",
+    ]
+    if record.spec.trains:
+        peak = record.peak("peak_allocated") or record.peak("peak_host")
+        parts.append(f"trained in {record.train_seconds:.1f} s")
+        parts += [f"peak {peak / GIB:.2f} GiB"] if peak else []
+    return ("cached: " if cached else "") + ", ".join(parts)
+
+
+class Lines:
+    """A line at each start, phase, tenth of the steps, and end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.started = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def start(self, spec, number: int, total: int) -> None:
+        self.name = f"[{number}/{total}] {describe(spec)}"
+        self.shown = 0
+        self.say(f"{self.name}: started")
+
+    def event(self, values: dict) -> None:
+        if "step" in values and values["step"] * 10 // values["steps"] > self.shown:
+            self.shown = values["step"] * 10 // values["steps"]
+            self.say(f"{self.name}: {step_text(values)}")
+
+    def end(self, record, cached: bool) -> None:
+        self.say(f"{describe(record.spec)}: {outcome(record, cached)}")
+
+    def close(self) -> None:
+        pass
+
+
+class Live:
+    """A bar for the run under way, and a line for each that ended."""
+
+    def __init__(self, stream):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=stream),
+            refresh_per_second=4,
+            transient=True,
+        )
+        self.progress.start()
+        self.task = None
+
+    def start(self, spec, number: int, total: int) -> None:
+        self.task = self.progress.add_task(
+            f"[{number}/{total}] {describe(spec)}".replace("[", r"\["), total=None, text=""
+        )
+
+    def event(self, values: dict) -> None:
+        if "phase" in values:
+            self.progress.update(self.task, text=values["phase"])
+        elif "step" in values:
+            self.progress.update(
+                self.task, total=values["steps"], completed=values["step"], text=step_text(values)
+            )
+        elif "answered" in values:
+            self.progress.update(
+                self.task, total=values["rows"], completed=values["answered"], text="answers"
+            )
+
+    def end(self, record, cached: bool) -> None:
+        from rich.markup import escape
+
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+            self.task = None
+        mark = "[green]ok[/]" if record.ok else "[red]--[/]"
+        self.progress.console.print(
+            f"{mark} {describe(record.spec)}: {escape(outcome(record, cached))}", highlight=False
+        )
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def step_text(values: dict) -> str:
+    text = (
+        f"step {values['step']}/{values['steps']}, loss {values['loss']:.3f}"
+        if values["loss"] is not None
+        else f"step {values['step']}/{values['steps']}, loss not finite"
+    )
+    if values.get("seconds"):
+        rate = values["tokens"] / values["seconds"]
+        left = values["seconds"] / values["step"] * (values["steps"] - values["step"])
+        text += f", {rate:,.0f} tokens/s, {left:.0f} s left"
+    if values.get("peak"):
+        text += f", peak {values['peak'] / GIB:.2f} GiB"
+    return text

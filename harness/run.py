@@ -1,0 +1,383 @@
+"""One RunSpec becomes one RunRecord: the child process. `python -m harness.run FOLDER`.
+
+FOLDER holds spec.json; this process leaves events.jsonl, outputs.jsonl, model/ and, last, result.json.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from pathlib import Path
+
+from harness import ROOT, data, method
+from harness.record import RunRecord
+from harness.spec import RunSpec
+from harness.store import EVENTS, MODEL, OUTPUTS, append, save
+
+SPEC, RESULT = "spec.json", "result.json"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "sacrebleu", "rouge-score")
+
+
+def main(folder: Path) -> None:
+    die_with_parent()
+    job = json.loads((folder / SPEC).read_text("utf-8"))
+    spec = RunSpec.from_json(job["spec"])
+    record = RunRecord(
+        spec=spec,
+        status="failed",
+        command=job["command"],
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    try:
+        execute(spec, record, folder)
+        record.status = "ok"
+    except BaseException as error:  # whatever ends a run is its status, never its absence
+        record.status, record.error = diagnose(error)
+        traceback.print_exc()
+    save(folder / RESULT, record.to_json())
+
+
+def die_with_parent() -> None:
+    """A child whose bench was killed must not keep the card."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ["TUNEOFF_BENCH"]):
+        sys.exit("the bench is gone")
+
+
+def diagnose(error: BaseException) -> tuple[str, str]:
+    """-> status and one line of what went wrong, with the remedy where there is one."""
+    import torch
+
+    text = " ".join(str(error).split())
+    smaller = "lower hp.micro_batch_size or hp.max_length, or set hp.gradient_checkpointing=true"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "oom_gpu", f"out of memory on the GPU: {smaller}. {text[:300]}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "oom_host", f"out of memory on the host: {smaller}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "interrupted; the same command runs it again"
+    if type(error).__name__ == "Diverged":
+        return "diverged", f"{text}: try a lower hp.learning_rate"
+    if isinstance(error, method.Unsupported):
+        return "unsupported", text
+    return "failed", f"{type(error).__name__}: {text[:500]}"
+
+
+def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
+    """Fills the record as far as it comes."""
+    source = method.available(spec.locations.get("plugins", []))[spec.method]
+    cls = method.resolve(spec.method, source)
+    record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
+    record.overrides = {name: list(value) for name, value in cls.overrides.items()}
+    missing = [name for name in cls.needs if not installed(name)]
+    if missing:
+        raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    chosen, errors = method.build(cls, spec.options)
+    if errors:
+        raise ValueError("; ".join(errors))
+    hp = replace(spec.hp, **{name: value for name, (value, _) in cls.overrides.items()})
+
+    import torch
+    from accelerate import Accelerator
+
+    from harness import generate, head, metrics
+    from harness.meter import Meter
+
+    precision = resolve_precision(hp.precision)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def report(**values):
+        append(folder / EVENTS, values)
+
+    meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
+    record.phases = meter.phases
+    record.environment = environment(accelerator.device, precision)
+    seed_everything(spec.seed)
+
+    with meter.phase("load"):
+        tokenizer = load_tokenizer(spec)
+        conversations, left_out = data.splits(spec.dataset, spec.locations.get("sources", {}))
+        template = data.Template(tokenizer, spec.dataset["template"])
+        rows = {}
+        for split in data.SPLITS:
+            rows[split], cut, dropped = data.tokenize(conversations[split], template, hp.max_length)
+            record.hashes[split] = data.rows_hash(rows[split])
+            left_out |= {f"{split}_truncated": cut, f"{split}_too_long": dropped}
+        record.tokens = {"left_out": left_out, "template": template.kind}
+        model = chosen.load(lambda **more: load_base(spec, dtype, accelerator.device, **more))
+        record.environment["attention"] = model.config._attn_implementation
+        record.environment["model_revision"] = getattr(model.config, "_commit_hash", None)
+        with accelerator.autocast():
+            sample = torch.tensor([list((r.prompt_ids + r.response_ids)[:8]) for r in rows["test"][:1]])
+            head.check(model.eval(), sample.to(accelerator.device))
+    scorer = metrics.TextScorer(spec.dataset["language"])
+    stops = stop_tokens(tokenizer, model, rows["test"])
+    pad = tokenizer.pad_token_id
+
+    def validate() -> float | None:
+        if not rows["validation"]:
+            return None
+        with meter.phase("validate"):
+            scores = generate.likelihoods(model, rows["validation"], pad, hp, accelerator)
+            return generate.mean_loss(scores)
+
+    if spec.trains:
+        from harness.train import train
+
+        batches = data.Batches(rows["train"], hp, spec.seed, pad, accelerator.device)
+        record.hashes["batches"] = batches.hashes
+        record.tokens |= batches.count()
+        with meter.phase("attach"):
+            model = chosen.attach(model, batches)
+            record.weights = master_weights(model, precision)
+            if hp.gradient_checkpointing:
+                head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+        record.sizes = sizes(model)
+        if not record.sizes["trainable"]:
+            raise ValueError(f"{spec.method} attached nothing to train")
+        record.validation = [{"step": 0, "loss": validate()}]
+        optimizer, measured = train(
+            chosen, model, batches, hp, accelerator, meter, step_report(report, batches), validate
+        )
+        record.training, record.step_seconds = measured["training"], measured["step_seconds"]
+        record.validation += measured["validation"]
+        record.warmup_steps = measured["warmup_steps"]
+        record.sizes["optimizer_bytes"] = optimizer_bytes(optimizer)
+        del optimizer
+        model.zero_grad()
+    else:
+        record.sizes = sizes(model.requires_grad_(False))
+    with meter.phase("evaluate"):
+        likelihoods = generate.likelihoods(model, rows["test"], pad, hp, accelerator)
+    with meter.phase("generate"):
+        answers = generate.answers(model, rows["test"], tokenizer, stops, hp, accelerator, report)
+    outputs = [
+        {"id": row.id, "part": row.part, "prompt": row.prompt, "reference": row.reference}
+        | answer | likelihood | scorer.score(answer["output"], row.reference)
+        for row, answer, likelihood in zip(rows["test"], answers, likelihoods, strict=True)
+    ]  # fmt: skip
+    for output in outputs:
+        append(folder / OUTPUTS, output)
+    record.scores = metrics.summarise(outputs, scorer.signature())
+    if spec.trains:
+        with meter.phase("save"):
+            record.sizes["saved_bytes"] = save_model(model, tokenizer, dtype, folder / MODEL)
+
+
+def step_report(report, batches: data.Batches):
+    """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes."""
+    import torch
+
+    from harness.meter import host_peak
+
+    started = time.perf_counter()
+    tokens = list(accumulate(batches.tokens))
+
+    def step(**values):
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_peak()
+        seconds = time.perf_counter() - started
+        report(**values, tokens=tokens[values["step"] - 1], seconds=seconds, peak=peak)
+
+    return step
+
+
+def installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+# Model and tokenizer
+
+
+def resolve_precision(asked: str) -> str:
+    """auto: bf16 where the device truly computes in it (a T4 only emulates it), else fp32."""
+    import torch
+
+    real = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "bf16" and torch.cuda.is_available() and not real:
+        raise method.Unsupported("this card has no bf16 arithmetic: use --set hp.precision=fp32")
+    return ("bf16" if real else "fp32") if asked == "auto" else asked
+
+
+def load_tokenizer(spec: RunSpec):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_source(spec), trust_remote_code=False)
+    if tokenizer.pad_token_id is None:  # never learned: padding carries no loss, by its place
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(spec: RunSpec, dtype, device, **more):
+    """The untouched model in the compute dtype, on the device, its dropout off as it was shipped."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = model_source(spec)
+    if spec.model.startswith("random:"):
+        if more:
+            raise method.Unsupported("random weights cannot be loaded in 4 bits: save them to a folder first")
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            **more,
+        )
+    return model
+
+
+def model_source(spec: RunSpec) -> str:
+    return spec.locations.get("model") or spec.model
+
+
+def stop_tokens(tokenizer, model, rows: list[data.Row]) -> list[int]:
+    """The end of sequence, and the token that ends a turn in the rows trained on."""
+    configured = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    ends = [row.response_ids[-1] for row in rows]
+    last = max(set(ends), key=ends.count)
+    if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder:
+        stops.add(last)
+    return sorted(stop for stop in stops if stop is not None)
+
+
+def master_weights(model, precision: str) -> str:
+    """One policy for every method: what is trained is held in fp32, what is frozen in the compute
+    precision, and autocast computes. Pure bf16 weights would swallow small updates."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32)
+    frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad}
+    return (
+        "trained parameters in float32"
+        + (f", frozen in {', '.join(sorted(frozen))}" if frozen else "")
+        + (f", computed in {precision}")
+    )
+
+
+def save_model(model, tokenizer, dtype, folder: Path) -> int:
+    """An adapter as PEFT saves it, else the whole model in the compute dtype. -> bytes."""
+    if not hasattr(model, "peft_config"):
+        model = model.to(dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+# What is recorded
+
+
+def seed_everything(seed: int) -> None:
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def sizes(model) -> dict:
+    """parameters, trainable: counts. weight_bytes, trainable_bytes: as they lie in memory.
+
+    A 4-bit weight counts its values, not the bytes that hold them, and its bytes with its scales.
+    """
+    found = {"parameters": 0, "trainable": 0, "weight_bytes": 0, "trainable_bytes": 0}
+    for parameter in model.parameters():
+        count, held = parameter.numel(), parameter.numel() * parameter.element_size()
+        if state := getattr(parameter, "quant_state", None):
+            count = state.shape.numel()
+            held += sum(
+                t.numel() * t.element_size()
+                for t in state.as_dict(packed=True).values()
+                if hasattr(t, "numel")
+            )
+        found["parameters"] += count
+        found["weight_bytes"] += held
+        if parameter.requires_grad:
+            found["trainable"] += count
+            found["trainable_bytes"] += held
+    return found
+
+
+def optimizer_bytes(optimizer) -> int:
+    """Tensors of the optimizer's state; the one-element step counters are left out."""
+    states = (v for state in optimizer.state.values() for v in state.values())
+    return sum(t.numel() * t.element_size() for t in states if hasattr(t, "numel") and t.numel() > 1)
+
+
+def environment(device, precision: str) -> dict:
+    """By an allow-list: never the whole of os.environ."""
+    import torch
+
+    cuda = device.type == "cuda"
+    properties = torch.cuda.get_device_properties(0) if cuda else None
+    return {
+        "device": properties.name if cuda else "cpu",
+        "device_bytes": properties.total_memory if cuda else None,
+        "driver": driver() if cuda else None,
+        "cuda": torch.version.cuda,
+        "precision": precision,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES if installed(name)},
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        "commit": commit(),
+    }
+
+
+def driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except Exception:  # NVML raises many kinds; whichever it is, the driver is unknown
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} threads" if names else platform.processor()
+
+
+def commit() -> str | None:
+    """Of this code, with a + where it was changed since."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

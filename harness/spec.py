@@ -1,0 +1,119 @@
+"""What is asked: the hyperparameters of a comparison and the spec of one run, with its digest.
+
+Standard library only: a spec can be made, compared and hashed where nothing else is installed.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+PRECISIONS = ("auto", "bf16", "fp32")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Hyperparams:
+    """Shared by every method of a comparison. A method that must differ declares an override."""
+
+    learning_rate: float = 2e-4  # peak, per step; QLoRA's value for 7B models
+    epochs: float = 1.0  # passes over the training rows; 0 leaves the model untouched
+    max_steps: int = 0  # optimizer steps; 0: as many as the epochs hold
+    batch_size: int = 16  # rows per optimizer step; QLoRA's value
+    micro_batch_size: int = 16  # rows per forward; less than batch_size accumulates
+    schedule: str = "cosine"  # of the learning rate, down to 0, after the warm-up
+    warmup_ratio: float = 0.03  # share of the steps with a rising learning rate
+    weight_decay: float = 0.0  # decoupled, per step, times the learning rate
+    beta1: float = 0.9  # AdamW's own defaults, as in torch
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # clips the norm over all trained parameters; 0: never
+    gradient_checkpointing: bool = False  # recompute activations: less memory, about 4/3 the time
+    validations: int = 4  # points of the validation curve after the first
+    # What follows also holds for an untouched model: it decides how a run is evaluated.
+    precision: str = "auto"  # of the arithmetic; auto: bf16 where the device truly has it, else fp32
+    max_length: int = 512  # tokens of a row, prompt and response; the rest is cut and counted
+    max_new_tokens: int = 128  # tokens of a generated answer
+    eval_batch_size: int = 32  # rows per evaluation batch; the same for all, as it can change text
+
+    def untrained(self) -> "Hyperparams":
+        """The same evaluation with no training at all: what a base row is asked."""
+        return replace(Hyperparams(epochs=0.0), **{name: getattr(self, name) for name in EVALUATION})
+
+
+EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One method, one seed: everything that decides the result, and nothing else.
+
+    `locations` says where things lie on this machine; it is neither hashed nor kept in a record.
+    """
+
+    method: str
+    seed: int
+    model: str  # a hub id, or a local folder's name; "random:" before it: weights drawn, not trained
+    dataset: dict  # the dataset spec, whole
+    hp: Hyperparams
+    options: dict = field(default_factory=dict)  # the method's own options, defaults included
+    fingerprints: dict = field(default_factory=dict)  # of local files: model, sources
+    locations: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def trains(self) -> bool:
+        return self.hp.epochs > 0
+
+    def asked(self) -> dict:
+        """The spec as JSON values, without this machine's paths."""
+        asked = asdict(self)
+        del asked["locations"]
+        return asked
+
+    @property
+    def digest(self) -> str:
+        return digest(self.asked())
+
+    @property
+    def evaluation(self) -> str:
+        """Equal for runs that are evaluated alike: what a base row shares with trained rows."""
+        hp = {name: getattr(self.hp, name) for name in EVALUATION}
+        return digest([self.model, self.dataset, self.fingerprints, hp])
+
+    @property
+    def comparison(self) -> str:
+        """Equal for runs that belong in one table: all but method, options and seed."""
+        return digest([self.evaluation, asdict(self.hp)])
+
+    @property
+    def folder(self) -> str:
+        return f"{self.method}-s{self.seed}-{self.digest}"
+
+    @classmethod
+    def from_json(cls, value: dict) -> "RunSpec":
+        known = {f.name for f in fields(Hyperparams)}
+        if unknown := set(value["hp"]) - known:
+            raise ValueError(f"unknown hyperparameter {', '.join(sorted(unknown))}")
+        return cls(**{**value, "hp": Hyperparams(**value["hp"])})
+
+
+def digest(value) -> str:
+    """12 hex digits of the SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint(path: Path) -> str:
+    """Tells one local file or folder from another: names, sizes and each file's first mebibyte.
+
+    Not the whole content: the weights of a large model would take a minute to read.
+    """
+    path = Path(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        with file.open("rb") as opened:
+            start = hashlib.sha256(opened.read(2**20)).hexdigest()
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        found.append([name, file.stat().st_size, start])
+    return digest(found)
