@@ -17,7 +17,7 @@ from math import ceil
 from pathlib import Path
 
 from harness import ROOT
-from harness.method import unknown
+from harness.errors import unknown
 from harness.spec import Hyperparams
 
 FOLDER = ROOT / "datasets_spec"

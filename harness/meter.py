@@ -106,7 +106,7 @@ class Card:
     """
 
     def __init__(self):
-        self.handle, self.highest = None, None
+        self.handle, self.highest, self.before = None, None, None
         try:
             import pynvml
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from harness import ROOT
+from harness.errors import misfit, unknown
 from harness.spec import Hyperparams
 
 FOLDER = ROOT / "methods"
@@ -197,29 +198,3 @@ def code_hash(cls: type[Method]) -> str:
     files = {inspect.getsourcefile(c) for c in cls.__mro__ if c not in (Method, object)}
     texts = sorted(Path(file).read_bytes() for file in files)
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
-
-
-# What a wrong request is told
-
-
-def misfit(value, kind) -> str | None:
-    """Why a value is not of a kind (bool, int, float, str, list, tuple), or None."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return None
-    if kind in (bool, int, float, str):
-        fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-        return None if fits else f"must be {ARTICLES[kind]}, not {value!r}"
-    return None
-
-
-ARTICLES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
-
-def unknown(what: str, name: str, names) -> str:
-    """`unknown method 'qlor': did you mean qlora? Available: ...`"""
-    import difflib
-
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f": did you mean {near[0]}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Available: {', '.join(names) or 'none'}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from harness import ROOT, data, method
-from harness.method import misfit, unknown
+from harness.errors import misfit, unknown
 from harness.spec import PRECISIONS, SCHEDULES, Hyperparams, RunSpec, fingerprint
 
 FOLDER = ROOT / "presets"
@@ -89,7 +89,8 @@ def plan(request: Request) -> list[RunSpec]:
         raise BadRequest(errors)
 
     prints = {"model": fingerprint(locations["model"])} if locations.get("model") else {}
-    prints |= {name: fingerprint(path) for name, path in locations["sources"].items()}
+    shipped = {part["name"]: ROOT / part["path"] for part in dataset["parts"] if part["path"]}
+    prints |= {name: fingerprint(path) for name, path in (shipped | locations["sources"]).items()}
     specs = []
     for seed in seeds:
         for cls, options in methods:

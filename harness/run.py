@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import replace
@@ -25,6 +26,7 @@ from harness.spec import RunSpec
 from harness.store import EVENTS, MODEL, OUTPUTS, append, save
 
 SPEC, RESULT = "spec.json", "result.json"
+BUSY_BYTES = 2**30  # a driver and a desktop hold less
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "sacrebleu", "rouge-score")
 
 
@@ -104,6 +106,11 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         append(folder / EVENTS, values)
 
     meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
+    if meter.card and meter.card.before and meter.card.before > BUSY_BYTES:
+        record.warnings.append(
+            f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
+            "device memory are not its own"
+        )
     record.phases = meter.phases
     record.environment = environment(accelerator.device, precision)
     seed_everything(spec.seed)
@@ -225,17 +232,12 @@ def load_tokenizer(spec: RunSpec):
 
 
 def load_base(spec: RunSpec, dtype, device, **more):
-    """The untouched model in the compute dtype, on the device, its dropout off as it was shipped."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The untouched model in the compute dtype, on the device. `more` goes to from_pretrained."""
+    from transformers import AutoModelForCausalLM
 
     source = model_source(spec)
-    if spec.model.startswith("random:"):
-        if more:
-            raise method.Unsupported("random weights cannot be loaded in 4 bits: save them to a folder first")
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
+    if not spec.model.startswith("random:"):
+        return AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             device_map={"": device},
@@ -243,7 +245,24 @@ def load_base(spec: RunSpec, dtype, device, **more):
             use_safetensors=True,
             **more,
         )
-    return model
+    model = draw_weights(source, dtype, device)
+    if not more:
+        return model
+    with tempfile.TemporaryDirectory() as folder:  # what from_pretrained does to weights, it does to files
+        model.save_pretrained(folder)
+        del model
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **more)
+
+
+def draw_weights(source: str, dtype, device):
+    """A model of this architecture with random weights: the same for every method and seed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def model_source(spec: RunSpec) -> str:

@@ -1,0 +1,264 @@
+"""The command line as a person uses it: a whole run in real processes, mistakes, faults, the cache."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "--set",
+    "data.train=16",
+    "data.test=4",
+    "data.validation=2",
+    "hp.max_new_tokens=4",
+    "hp.validations=1",
+]
+README = (ROOT / "README.md").read_text()
+BITFIT = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "class BitFit" in code)
+FAULTS = {  # a method's own code, as it breaks -> the status that must stand in its record
+    "no_memory": ("import torch; raise torch.OutOfMemoryError('CUDA out of memory')", "oom_gpu"),
+    "no_host_memory": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "oom_host"),
+    "needs_more": (
+        "from harness.method import Unsupported; raise Unsupported('needs a better card')",
+        "unsupported",
+    ),
+    "broken": ("raise KeyError('oops')", "failed"),
+    "leaves": ("import os; os._exit(7)", "failed"),
+}
+
+
+def bench(*arguments, cwd, timeout=300, **more):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run_bench.py"), *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=timeout, **more,
+    )  # fmt: skip
+
+
+def records(folder: Path) -> dict[str, dict]:
+    found = [json.loads(p.read_text()) for p in folder.glob("results/[!.]*/record.json")]
+    return {f"{r['spec']['method']}-{r['spec']['seed']}": r for r in found}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with one finished bench: a plugin that works, two seeds, and one method that diverges."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "bitfit.py").write_text(BITFIT)
+    diverging = (
+        BITFIT
+        + "\n    def loss(self, model, batch):\n        return super().loss(model, batch) * float('nan')\n"
+    )
+    (folder / "diverging.py").write_text(diverging)
+    plugins = ["--plugins", "bitfit.py", "diverging.py"]
+    run = bench("--methods", "bitfit", "diverging", "--seeds", 0, 1, *plugins, *SMALL, cwd=folder)
+    return folder, run
+
+
+def test_a_bench_runs_and_some_of_it_fails(home):
+    folder, run = home
+    assert run.returncode == 1, run.stderr
+    found = records(folder)
+    assert {name: r["status"] for name, r in found.items()} == {
+        "base-0": "ok", "bitfit-0": "ok", "bitfit-1": "ok",
+        "diverging-0": "diverged", "diverging-1": "diverged",
+    }  # fmt: skip
+    assert "at step 1" in found["diverging-0"]["error"]
+    assert found["diverging-0"]["scores"] == {}
+    report = (folder / "reports/report.md").read_text()
+    assert "BitFit" in report and "diverged" in report
+    assert "shows the tool, not the methods" in report
+
+
+def test_the_method_in_the_readme_is_short():
+    assert len(BITFIT.splitlines()) < 60
+
+
+def test_every_method_of_a_seed_read_the_same_batches(home):
+    found = records(home[0])
+    assert found["bitfit-0"]["hashes"]["batches"] == found["diverging-0"]["hashes"]["batches"]
+    assert found["bitfit-0"]["hashes"]["batches"] != found["bitfit-1"]["hashes"]["batches"]
+    assert found["bitfit-0"]["hashes"]["test"] == found["base-0"]["hashes"]["test"]
+
+
+def test_no_path_of_this_machine_is_kept(home):
+    folder, _ = home
+    for path in [*folder.glob("results/*/*.json*"), *folder.glob("reports/*.*")]:
+        assert str(ROOT) not in path.read_text() and str(folder) not in path.read_text(), path
+
+
+def test_again_reuses_what_is_ok_and_tries_the_rest_again(home):
+    folder, _ = home
+    before = (folder / "results").stat().st_mtime_ns
+    kept = {p: p.stat().st_mtime_ns for p in folder.glob("results/bitfit*/record.json")}
+    plan = bench("plan", "--methods", "bitfit", "diverging", "--seeds", 0, 1, 3, "--plugins", "bitfit.py",
+                 "diverging.py", *SMALL, "--json", cwd=folder)  # fmt: skip
+    states = {f"{r['method']}-{r['seed']}": r["state"] for r in json.loads(plan.stdout)}
+    assert states == {
+        "base-0": "cached", "bitfit-0": "cached", "bitfit-1": "cached", "bitfit-3": "will run",
+        "diverging-0": "will run again (diverged)", "diverging-1": "will run again (diverged)",
+        "diverging-3": "will run",
+    }  # fmt: skip
+    assert (folder / "results").stat().st_mtime_ns == before, "a plan creates nothing"
+    again = bench("--methods", "bitfit", "--seeds", 0, 1, "--plugins", "bitfit.py", *SMALL, cwd=folder)
+    assert again.returncode == 0 and "3 cached" in again.stdout
+    assert kept == {p: p.stat().st_mtime_ns for p in folder.glob("results/bitfit*/record.json")}
+
+
+def test_two_runs_of_one_spec_are_equal_to_the_bit(home):
+    folder, _ = home
+    first = records(folder)["bitfit-0"]
+    bench("--methods", "bitfit", "--seeds", 0, "--plugins", "bitfit.py", *SMALL, "--force", cwd=folder)
+    second = records(folder)["bitfit-0"]
+    assert second["started"] != first["started"]
+    for part in ("training", "validation", "scores", "hashes", "tokens", "sizes"):
+        assert first[part] == second[part], part
+
+
+def test_a_report_needs_no_torch_and_is_the_same_but_for_the_time(home):
+    folder, _ = home
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'accelerate', 'peft'): sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nfrom harness.cli import main\n"
+        "raise SystemExit(main(['report', '--reports', sys.argv[1]]))"
+    )
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", code, name], cwd=folder, check=True)
+    files = sorted(p.relative_to(folder / "one") for p in (folder / "one").rglob("*") if p.is_file())
+    assert any(p.suffix == ".html" for p in files) and any(p.suffix == ".svg" for p in files)
+    stamp = re.compile(rb"20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00|Z| UTC)?")
+    for file in files:
+        one, two = ((folder / name / file).read_bytes() for name in ("one", "two"))
+        assert stamp.sub(b"", one) == stamp.sub(b"", two), file
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_a_status_in_the_record(name, tmp_path):
+    code, status = FAULTS[name]
+    (tmp_path / f"{name}.py").write_text(BITFIT.replace("model.requires_grad_(False)", code))
+    run = bench("--methods", name, "--seeds", 0, "--plugins", f"{name}.py", *SMALL, "--json", cwd=tmp_path)
+    assert run.returncode == 1, run.stderr
+    outcome = json.loads(run.stdout)["runs"][-1]
+    assert outcome["status"] == status, outcome
+    record = records(tmp_path)[f"{name}-0"]
+    assert record["error"] and record["scores"] == {}
+    assert all(phase["peak_allocated"] != 0 for phase in record["phases"].values())
+
+
+BAD_REQUESTS = {
+    "method": (["--methods", "qlor"], ["unknown method 'qlor': did you mean qlora?", "galore"]),
+    "dataset": (["--dataset", "alpacca", "--model", "demo/model"], ["did you mean alpaca?"]),
+    "preset": (["--preset", "dem"], ["unknown preset 'dem': did you mean demo?"]),
+    "hyperparameter": (["--set", "hp.learning_rat=1"], ["did you mean learning_rate?"]),
+    "option": (["--set", "qlora.rnk=1"], ["did you mean rank?"]),
+    "group": (["--set", "qlor.rank=1"], ["did you mean qlora?"]),
+    "other method": (["--set", "lora.rank=1"], ["lora is not among --methods"]),
+    "text for number": (
+        ["--set", "hp.learning_rate=fast"],
+        ["hp.learning_rate: must be a number, not 'fast'"],
+    ),
+    "negative": (["--set", "hp.epochs=-1"], ["hp.epochs: must be above 0"]),
+    "rank 0": (["--set", "qlora.rank=0"], ["qlora: rank must be at least 1"]),
+    "no =": (["--set", "hp.epochs"], ["write it as"]),
+    "source": (["--source", "alpaca=nowhere.json"], ["there is no file or folder nowhere.json"]),
+    "source name": (["--source", "alpacca=."], ["did you mean alpaca?"]),
+    "corrupt source": (["--source", "alpaca=broken.jsonl"], ["broken.jsonl, line 2"]),
+    "empty source": (["--source", "alpaca=empty.jsonl"], ["it has 0 distinct usable ones"]),
+    "model": (["--model", "no/such/folder", "--dataset", "demo"], ["neither a folder nor a hub id"]),
+    "model without weights": (["--model", ".", "--dataset", "demo"], ["has no config.json"]),
+    "model without data": (["--model", str(ROOT / "demo/model")], ["no dataset: name one with --dataset"]),
+    "results": (["--results", "file"], ["file is a file, not a folder"]),
+    "seeds": (["--seeds", "1", "1"], ["--seeds: different whole numbers"]),
+    "plugin": (["--plugins", "none.py"], ["there is no file none.py"]),
+    "name taken": (["--plugins", "lora.py"], ["method lora is defined twice"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path):
+    arguments, told = BAD_REQUESTS[case]
+    (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instr')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "lora.py").write_text(BITFIT)
+    before = sorted(tmp_path.rglob("*"))
+    run = bench(*arguments, cwd=tmp_path)
+    assert run.returncode == 2, (run.stdout, run.stderr)
+    for text in told:
+        assert text in run.stderr
+    assert "Traceback" not in run.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_all_errors_are_told_at_once(tmp_path):
+    run = bench("--methods", "qlor", "--set", "hp.epochs=-1", "--source", "x=y", cwd=tmp_path)
+    assert run.stderr.count("error: ") == 3
+
+
+def test_an_interrupt_stops_the_child_and_keeps_a_record(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        BITFIT.replace("model.requires_grad_(False)", "import time; time.sleep(60)")
+    )
+    arguments = ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run_bench.py"), *arguments], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    until(lambda: '"attach"' in "".join(p.read_text() for p in tmp_path.glob("results/.slow*/events.jsonl")))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command continues" in errors and "Traceback" not in errors
+    assert records(tmp_path)["slow-0"]["status"] == "interrupted"
+    assert records(tmp_path)["base-0"]["status"] == "ok"
+
+
+def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path):
+    pid = 'open("pid", "w").write(str(__import__("os").getpid())); import time; time.sleep(60)'
+    (tmp_path / "slow.py").write_text(BITFIT.replace("model.requires_grad_(False)", pid))
+    arguments = ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run_bench.py"), *arguments], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    second = bench(*arguments, cwd=tmp_path)
+    assert second.returncode == 2 and f"process {process.pid}" in second.stderr
+    process.kill()
+    process.wait()
+    child = int((tmp_path / "pid").read_text())
+    until(
+        lambda: not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text()
+    )
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("[]\n")
+
+
+def test_lists_name_what_there_is(tmp_path):
+    run = bench("list", "--json", cwd=tmp_path)
+    found = json.loads(run.stdout)
+    assert {"base", "full", "lora", "qlora", "dora", "galore"} <= set(found["methods"])
+    assert {"demo", "alpaca", "tulu", "ultrachat", "mixture"} <= set(found["datasets"])
+    assert "demo" in found["presets"] and found["results"] == {}
+    assert not os.listdir(tmp_path)
+
+
+def test_doctor_says_what_is_there():
+    run = bench("doctor", "--json", cwd=ROOT)
+    assert any("torch" in finding["what"] for finding in json.loads(run.stdout))

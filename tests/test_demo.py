@@ -1,0 +1,50 @@
+"""The demo's data and tokenizer come from its generator, and what is shipped is small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_generator_makes_the_shipped_data_again(tmp_path):
+    sys.path.insert(0, str(ROOT / "demo"))
+    import build
+
+    build.write_data(tmp_path)
+    for path in (ROOT / "demo/data").glob("*.jsonl"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_no_prompt_occurs_twice():
+    prompts = []
+    for path in (ROOT / "demo/data").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            prompts.append(str(row.get("messages", [])[:-1]) or row["instruction"] + row["input"])
+    assert len(set(prompts)) == len(prompts) == 1440
+
+
+def test_the_shipped_model_is_small_and_the_marks_of_a_turn_are_single_tokens():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = ROOT / "demo/model/model.safetensors"
+    assert weights.stat().st_size < 8e6
+    model = AutoModelForCausalLM.from_pretrained(weights.parent)
+    assert model.config.model_type == "gemma3_text"
+    assert 2e6 < model.num_parameters() < 4e6
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi."}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == "<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\n"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert [
+        ids.count(i) for i in tokenizer.convert_tokens_to_ids(["<bos>", "<start_of_turn>", "<end_of_turn>"])
+    ] == [1, 2, 1]
+
+
+def test_build_runs_from_nothing(tmp_path):
+    subprocess.run([sys.executable, ROOT / "demo/build.py", "--steps", "1", "--out", tmp_path], check=True)
+    assert (tmp_path / "model/model.safetensors").exists()

@@ -1,0 +1,356 @@
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import fabricate
+import numpy as np
+import pytest
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pandas")
+
+from harness.report import brief_table, render
+from harness.report.plots import place_labels
+from harness.report.rows import comparisons
+from harness.report.tables import choose
+from harness.report.text import markdown, plain, shorten, spread
+from harness.spec import Hyperparams
+from harness.store import Store
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "</p></div><a href='javascript:alert(1)'>x</a>",
+    "[x](javascript:alert(1)) ![x](http://evil/x.png)",
+    "| a | b |\n| --- | --- |\n| c | d |",
+    "`code` ```\nfence\n``` ~~gone~~ **loud** _quiet_ $x^2$",
+    "\x1b[31mred\x1b[0m \x00 \x07",
+    "\u202egnp.exe \u2066x\u2069 \u200bhidden",
+    "\ud800 lone",
+    "@everyone www.evil.example https://evil.example a@b.example #1 &lt;b&gt;",
+    "<!-- comment --> <b>bold</b> {{ 7 * 7 }} {% raw %}",
+    "- item\n# heading\n> quote\n1. one\n---\n===",
+    "",
+    "x" * 1_000_000,
+]
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.text, self.policy = [], [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def handle_comment(self, data):
+        self.tags.append(("comment", {}))
+
+
+def rendered(folder: Path, results: Path | None = None, **options) -> tuple[str, str]:
+    """-> report.md, report.html"""
+    render(Store(results or folder), folder / "out", now="noon", **options)
+    return tuple((folder / "out" / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> Path:
+    """QLoRA and GaLore, 3 seeds, both bases."""
+    return fabricate.results(tmp_path_factory.mktemp("usual"))
+
+
+def test_rendered_twice_is_the_same_bytes_but_for_the_time(usual, tmp_path):
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    for name in ("one", "two"):
+        render(Store(usual), tmp_path / name, now="noon")
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert one == two
+    assert {"report.md", "report.html", "plots/scores.png", "plots/scores.svg", "plots/loss-sft.png"} <= set(
+        one
+    )
+    render(Store(usual), tmp_path / "two", now="night")
+    for name in ("report.md", "report.html"):
+        lines = zip(one[name].splitlines(), files(tmp_path / "two")[name].splitlines(), strict=True)
+        assert sum(a != b for a, b in lines) == 1
+
+
+def test_the_briefs_table_has_its_columns_and_every_row(usual):
+    table = brief_table(Store(usual).load()[0])
+    assert list(table.columns) == [
+        "Technique", "BLEU-4 (before)", "BLEU-4 (after)", "ROUGE-L (before)", "ROUGE-L (after)",
+        "Peak memory (GiB)", "Training time (h)",
+    ]  # fmt: skip
+    assert list(table["Technique"]) == ["Base", "Base, 4 bits", "QLoRA", "GaLore"]
+    base, own, qlora, galore = (table.iloc[i] for i in range(4))
+    assert base["BLEU-4 (before)"] == base["BLEU-4 (after)"] == qlora["BLEU-4 (before)"]
+    assert own["BLEU-4 (before)"] == own["BLEU-4 (after)"] != base["BLEU-4 (after)"]
+    assert base["Peak memory (GiB)"] == base["Training time (h)"] == "–"
+    values = [r.scores["bleu4"]["value"] for r in Store(usual).load()[0] if r.spec.method == "galore"]
+    assert galore["BLEU-4 (after)"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+
+def test_the_answer_says_the_difference_with_its_interval(usual, tmp_path):
+    text, _ = rendered(tmp_path, usual)
+    assert "GaLore has the highest BLEU-4" in text and "ahead of QLoRA (95% CI" in text
+    assert "QLoRA took the least memory (5.1 GiB), GaLore the most, 1.8 times as much." in text
+    assert "Not everything was the same" not in text
+
+
+def test_one_seed_ranks_nothing(tmp_path):
+    text, _ = rendered(tmp_path, fabricate.results(tmp_path / "r", seeds=(0,)))
+    assert "Single seed: no ranking" in text
+    assert "highest" not in text.split("## Results")[0] and "least memory" not in text
+
+
+def test_failed_runs_stay_with_their_status(tmp_path):
+    results = fabricate.results(tmp_path / "r")
+    lost = {"phases": {}, "training": [], "sizes": {}, "environment": {}, "hashes": {}, "tokens": {}}
+    for found in (
+        fabricate.record("dora", status="oom_gpu", error="out of memory on the GPU", **lost),
+        fabricate.record("lora", 1, status="diverged", error="the loss was nan at step 12 of 60", **lost),
+        fabricate.record("reft", card={}, status="unsupported", error="needs pyreft", **lost),
+        *(fabricate.record("lora", seed) for seed in (0, 2, 3)),
+    ):
+        fabricate.keep(results, found)
+    text, _ = rendered(tmp_path, results)
+    main = text.split("## Results")[1].split("##")[0]
+    assert "| DoRA – out of GPU memory | " in main
+    assert "| LoRA – 1 of 4 seeds: diverged at step 12 | " in main
+    assert "| reft – unsupported: needs pyreft | " in main
+    assert "LoRA (a seed diverged)" in text  # three good seeds do not make up for it
+    assert "no ranking: a seed diverged" in text
+
+
+def test_a_store_of_failures_alone_still_reports(tmp_path):
+    nothing = dict.fromkeys(("card", "hashes", "environment", "phases", "tokens", "sizes", "scores"), {})
+    nothing |= dict.fromkeys(("training", "validation", "step_seconds"), [])
+    for method in ("base", "qlora"):
+        found = fabricate.record(method, status="failed", **nothing)
+        fabricate.keep(tmp_path / "r", found)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    assert "None of them has a result." in text
+
+
+def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
+    results = tmp_path / "r"
+    fabricate.keep(results, fabricate.record("base"))
+    found = fabricate.record("qlora", sizes={"optimizer_bytes": None}, tokens={}, step_seconds=[])
+    found.scores = {"bleu4": {"value": float("nan")}, "rouge_l": None}
+    found.training[3]["loss"] = None
+    for phase in found.phases.values():
+        phase.peak_allocated = phase.peak_host = phase.joules = None
+    test = fabricate.outputs("qlora")
+    test[0] |= {"nll": None, "bleu": None, "rouge_l": None}
+    fabricate.keep(results, found, test)
+    text, _ = rendered(tmp_path, results)
+    row = next(line for line in text.splitlines() if line.startswith("| QLoRA |"))
+    assert [cell.strip() for cell in row.split("|")[3:7:2]] == ["–", "–"]
+    assert "nan" not in text.lower().replace("nanogpt", "")
+
+
+def test_random_weights_have_costs_and_no_scores(tmp_path):
+    for method, seed in (("base", 0), ("qlora", 0), ("qlora", 1)):
+        fabricate.keep(tmp_path / "r", fabricate.record(method, seed, model="random:big/model"))
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    assert "only the cost columns mean anything" in text.split("## Results")[0]
+    row = next(line for line in text.splitlines() if line.startswith("| QLoRA |"))
+    assert row.startswith("| QLoRA | – | – | – | – | 5.10")
+    assert "Answers side by side" not in text and "scores.png" not in text and "cost.png" in text
+
+
+def test_notices_and_differences_stand_before_the_results(tmp_path):
+    dataset = fabricate.DATASET | {"notice": "This shows the tool, not the methods."}
+    fabricate.keep(tmp_path / "r", fabricate.record("base", dataset=dataset))
+    fabricate.keep(tmp_path / "r", fabricate.record("qlora", dataset=dataset))
+    other = fabricate.record("qlora", 1, dataset=dataset)
+    other.hashes |= {"method_code": "new", "train": "other"}
+    other.environment |= {"device": "cpu", "packages": {"torch": "1.0"}}
+    fabricate.keep(tmp_path / "r", other)
+    galore = fabricate.record("galore", dataset=dataset)
+    galore.hashes["batches"] = ["shuffled"]
+    fabricate.keep(tmp_path / "r", galore)
+    (tmp_path / "r" / "broken").mkdir()
+    (tmp_path / "r" / "broken" / "record.json").write_text('{"schema": 1')
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    front = text.split("## Results")[0]
+    assert "This shows the tool, not the methods." in front
+    assert "QLoRA (seed 0) against GaLore (seed 0)" in front
+    assert "cpu for QLoRA (seed 1)" in front and "1.0 for QLoRA (seed 1)" in front
+    assert "QLoRA: stale" in front
+    assert "could not be read: 1" in front and "broken" in text.split("Records that could not be read")[-1]
+
+
+def test_declared_deviations_are_footnotes(tmp_path):
+    fabricate.keep(tmp_path / "r", fabricate.record("galore", overrides={"learning_rate": [1e-3, "why"]}))
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    assert "| GaLore ¹ |" in text and "¹ GaLore: learning rate 0.001 instead of 0.0002: why" in text
+
+
+def test_options_that_differ_name_the_rows():
+    records = [fabricate.record("lora", options={"rank": r, "alpha": 16}) for r in (8, 64)]
+    assert [row.label for row in comparisons(records)[0].rows] == ["LoRA (rank 8)", "LoRA (rank 64)"]
+
+
+def test_bases_join_every_comparison_evaluated_alike():
+    records = [fabricate.record("base")]
+    records += [fabricate.record("lora", hp=Hyperparams(learning_rate=lr)) for lr in (1e-4, 1e-3)]
+    records[2].started = "2026"
+    newest, older = comparisons(records)
+    assert newest.spec.hp.learning_rate == 1e-3
+    assert [len(c.bases) for c in (newest, older)] == [1, 1]
+    assert len(brief_table(records)) == 4
+    assert comparisons(records[:1])[0].trained == []
+
+
+def test_objectives_share_no_loss_plot(tmp_path):
+    fabricate.keep(tmp_path / "r", fabricate.record("qlora"))
+    orpo = fabricate.record("orpo")
+    orpo.card["objective"] = "orpo"
+    fabricate.keep(tmp_path / "r", orpo)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    assert "loss-sft.png" in text and "loss-orpo.png" in text and "never by their loss" in text
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> tuple[str, str]:
+    """A report whose every foreign text is hostile."""
+    folder = tmp_path_factory.mktemp("hostile")
+    evil = " ".join(HOSTILE[:12])
+    dataset = fabricate.DATASET | {"title": "<b>|`data`", "notice": evil.replace("\ud800", "")}
+    for method in ("base", "qlora", "galore"):
+        command = "rm -rf `x` </pre><script>"
+        found = fabricate.record(method, dataset=dataset, command=command, warnings=[evil])
+        found.card |= {"title": method + "<i>|$x$", "formula": "</pre>" + HOSTILE[0] + "\n\n# x",
+                       "paper": evil, "why": {"performance": evil}}  # fmt: skip
+        found.environment["cpu"] = evil
+        test = fabricate.outputs(method)
+        for i, output in enumerate(test):
+            output["output"] = HOSTILE[i % len(HOSTILE)]
+            output["prompt"] = HOSTILE[(i + 3) % len(HOSTILE)]
+            output["reference"] = HOSTILE[(i + 5) % len(HOSTILE)]
+        (folder / "r" / found.spec.folder).mkdir(parents=True)
+        text = found.to_json().encode("utf-8", "replace").decode()
+        fabricate.keep(folder / "r", found.from_json(text), test)
+    lost = fabricate.record("dora", dataset=dataset, status="failed", error=evil.replace("\ud800", ""))
+    fabricate.keep(folder / "r", lost)
+    return rendered(folder, folder / "r")
+
+
+def test_hostile_text_is_inert_in_html(hostile):
+    page = Tags(hostile[1])
+    tags = [tag for tag, _ in page.tags]
+    assert not {"script", "a", "b", "i", "comment", "iframe", "object", "link", "form"} & set(tags)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert images and all(set(a) == {"src", "alt"} for a in images)
+    assert all(a["src"].startswith("data:image/svg+xml;base64,") for a in images)
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    text = "".join(page.text)
+    assert "<script>alert(1)</script>" in text and "{{ 7 * 7 }}" in text  # shown, as it is
+    assert "⟨U+001B⟩[31mred" in text and "⟨U+202E⟩" in text and "⟨U+D800⟩" in text
+    assert not set("\x00\x1b\x07\u202e\u2066\ud800") & set(hostile[1])
+    assert "more)" in text and len(hostile[1]) < 5_000_000
+
+
+def test_hostile_text_is_inert_in_markdown(hostile):
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    columns, cells, kinds, markup = None, 0, set(), set()
+    for token in parser.parse(hostile[0]):
+        kinds.add(token.type)
+        if token.type == "thead_open":
+            columns = 0
+        elif token.type == "th_open":
+            columns += 1
+        elif token.type == "tr_open":
+            cells = 0
+        elif token.type == "td_open":
+            cells += 1
+        elif token.type == "tr_close":
+            assert cells in (0, columns)
+        for child in token.children or []:
+            kinds.add(child.type)
+            if child.type == "html_inline":
+                markup.add(child.content)
+            if child.type == "image":
+                assert child.attrs["src"].startswith("plots/")
+            if child.type == "text":
+                assert "https://" not in child.content and "@everyone" not in child.content
+    assert markup == {"<br>"}
+    assert not kinds & {"html_block", "link_open", "fence", "code_inline", "s_open", "em_open", "hr"}
+    pairs = pairwise(parser.parse(hostile[0]))
+    paragraphs = [text.content for opened, text in pairs if opened.type == "paragraph_open"]
+    assert not any(text.startswith("|") for text in paragraphs)  # what a broken row would leave
+
+
+@pytest.mark.parametrize("text", HOSTILE[:-1])
+def test_escaped_markdown_reads_as_the_text_it_was(text):
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    line = " ".join(plain(text).split())
+    tokens = parser.parseInline(markdown(line))[0].children
+    assert {t.type for t in tokens} <= {"text", "text_special"}
+    assert "".join(t.content for t in tokens).replace("\u2060", "") == line
+
+
+def test_texts_and_numbers_read_well():
+    assert shorten("a" * 12, 10) == "a" * 10 + "… (2 characters more)"
+    assert shorten("short", 10) == "short"
+    assert (spread([]), spread([5.1]), spread([1.0, 3.0]), spread([-2000.0])) == (
+        "–", "5.10", "2.00 ± 1.41", "−2,000")  # fmt: skip
+
+
+def test_an_empty_store_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no run to report in .*nowhere"):
+        render(Store(tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(ValueError, match="unknown format docx"):
+        render(Store(tmp_path), tmp_path / "out", formats=("docx",))
+
+
+def test_examples_spread_over_parts_and_quality():
+    parts = ["a"] * 50 + ["b"] * 50 + ["c"] * 2
+    chosen = choose(parts, np.linspace(0, 1, 102), 10)
+    assert [sum(parts[i] == p for i in chosen) for p in "abc"] == [4, 3, 2]
+    assert len(set(chosen)) == len(chosen) and chosen[0] < 10 and chosen[3] > 40
+    assert choose(["a"] * 3, np.array([np.nan, 1, 0]), 10) == [0, 2, 1]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_plot_labels_do_not_overlap(count):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rng = np.random.default_rng(count)
+    for _ in range(5):
+        figure = Figure(figsize=(5, 4))
+        ax = figure.subplots()
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+        centres = rng.uniform(0.3, 0.7, (count, 2))
+        ax.to_label = [(x, y, f"Method {i}", np.array([[x, y + 0.02], [x, y - 0.02]]))
+                       for i, (x, y) in enumerate(centres)]  # fmt: skip
+        place_labels(ax)
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        boxes = [text.get_window_extent(renderer) for text in ax.texts]
+        boxes = [type(b).from_bounds(b.x0, b.y0, b.width, b.height) for b in boxes]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_the_report_needs_no_torch(usual, tmp_path):
+    hidden = ("torch", "transformers", "scipy", "peft", "accelerate", "sacrebleu", "rouge_score")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
+        "from pathlib import Path; from harness.report import render; from harness.store import Store\n"
+        f"render(Store(Path({str(usual)!r})), Path({str(tmp_path)!r}))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,149 @@
+"""A tokenizer, models and rows small enough for tests, made in memory: nothing is downloaded."""
+
+from functools import cache
+
+import torch
+from accelerate import Accelerator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from harness.data import Batches, Row
+from harness.meter import Meter
+from harness.spec import Hyperparams
+
+PAD, EOS, BOS, START, END = range(5)  # ids of the special tokens, as they stand in SPECIAL
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+VOCABULARY = 300
+# Gemma 3's own template: a first system message joins the first user's, what does not alternate is refused.
+CHAT = """{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}
+{%- set first = messages[0]['content'] + '\n\n' -%}{%- set turns = messages[1:] -%}
+{%- else -%}{%- set first = '' -%}{%- set turns = messages -%}{%- endif -%}
+{%- for message in turns -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif -%}
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n'
++ (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+TEXT = "\n\n### Response:\nthe cat sat on the mat and the dog ran to the red house, user model "
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with some merges, which begins every text with <bos> as Llama's and Gemma's do."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([TEXT * 3], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        extra_special_tokens=SPECIAL[3:],
+    )
+    fast.chat_template = CHAT
+    return fast
+
+
+def gemma(**changes) -> Gemma3TextConfig:
+    """Two layers, one of them with a sliding window, and a tied head, as Gemma 3 has them."""
+    return Gemma3TextConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "max_position_embeddings": 256,
+            "initializer_range": 0.1,  # so that the tiny model's answers depend on what it reads
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": BOS,
+            **changes,
+        }
+    )
+
+
+def model(config=None, seed: int = 0):
+    """The same random weights for the same seed, in fp32."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config or gemma(), dtype=torch.float32).eval()
+
+
+def rows(count: int, seed: int = 0, prompt=(3, 24), response=(1, 12)) -> list[Row]:
+    """Rows of random ordinary tokens, their lengths unequal."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = torch.randint(low, high + 1, (), generator=draw)
+        return torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=draw).tolist()
+
+    made = [([BOS, *ids(*prompt)], ids(*response)) for _ in range(count)]
+    return [Row(f"tiny:{i:012x}", "tiny", "", "", array(p), array(r)) for i, (p, r) in enumerate(made)]
+
+
+def array(ids):
+    from array import array
+
+    return array("i", ids)
+
+
+def hyperparams(**changes) -> Hyperparams:
+    return Hyperparams(
+        **{
+            "learning_rate": 1e-3,
+            "batch_size": 8,
+            "micro_batch_size": 8,
+            "warmup_ratio": 0.25,
+            "precision": "fp32",
+            "validations": 0,
+            **changes,
+        }
+    )
+
+
+@cache
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def batches(rows, hp, seed: int = 0) -> Batches:
+    return Batches(rows, hp, seed, PAD, accelerator().device)
+
+
+def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambda **_: None):
+    """Trains as a run does, from the same base and the same random state. -> model, optimizer, measured."""
+    from harness.train import train
+
+    made = batches(rows, hp, seed)
+    base = model() if base is None else base
+    torch.manual_seed(seed)
+    trained = method.attach(base, made)
+    optimizer, measured = train(
+        method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), on_step,
+        validate and (lambda: validate(trained)),
+    )  # fmt: skip
+    return trained, optimizer, measured
+
+
+def losses(measured: dict) -> list[float]:
+    return [step["loss"] for step in measured["training"]]
+
+
+def copy_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def trained_weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
