@@ -34,6 +34,7 @@ FORMATS = {  # format -> the fields it reads, each with the column it is in unle
     "instruction": {"instruction": "instruction", "input": "input", "output": "output"},
     "messages": {"messages": "messages"},
 }
+WINDOW = 16  # batches sorted by length together: most of the padding gone, the order still random
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -335,7 +336,7 @@ class Batches:
 
     def __init__(self, rows: list[Row], hp: Hyperparams, seed: int, pad_id: int, device):
         self.rows, self.hp, self.pad_id, self.device = rows, hp, pad_id, device
-        self.steps = list(order(len(rows), hp, seed))  # row indices of each optimizer step
+        self.steps = list(order([row.length for row in rows], hp, seed))  # row indices of each
         self.hashes = [rows_hash([rows[i] for i in step]) for step in self.steps]
         self.tokens = [sum(rows[i].length for i in step) for step in self.steps]
 
@@ -363,18 +364,27 @@ class Batches:
         return {"trained": trained, "supervised": supervised, "padded": slots - trained}
 
 
-def order(rows: int, hp: Hyperparams, seed: int):
-    """Row indices of each optimizer step: every epoch a fresh shuffle, its last step what is left."""
-    steps = hp.max_steps or ceil(hp.epochs * rows / hp.batch_size)
+def order(lengths: list[int], hp: Hyperparams, seed: int):
+    """Row indices of each optimizer step, a fresh order every epoch.
+
+    Rows are shuffled, sorted by length within windows of some batches, and the batches shuffled
+    again: rows of a batch are about as long, and little is padded. The epoch's last rows, too few
+    for a batch, are a step of their own.
+    """
+    steps = hp.max_steps or ceil(hp.epochs * len(lengths) / hp.batch_size)
     epoch = 0
     while steps > 0:
-        indices = list(range(rows))
-        random.Random(f"data order, seed {seed}, epoch {epoch}").shuffle(indices)
-        for start in range(0, rows, hp.batch_size):
-            if steps == 0:
-                return
-            yield indices[start : start + hp.batch_size]
-            steps -= 1
+        draw = random.Random(f"data order, seed {seed}, epoch {epoch}")
+        indices = list(range(len(lengths)))
+        draw.shuffle(indices)
+        window = WINDOW * hp.batch_size
+        grouped = []
+        for start in range(0, len(indices), window):
+            grouped += sorted(indices[start : start + window], key=lambda i: lengths[i])
+        batches = [grouped[i : i + hp.batch_size] for i in range(0, len(grouped), hp.batch_size)]
+        draw.shuffle(batches)
+        yield from batches[:steps]
+        steps -= len(batches)
         epoch += 1
 
 

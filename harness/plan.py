@@ -196,7 +196,9 @@ def find_model(name: str, errors: list[str]) -> tuple[str, dict]:
             f"model {name}: the folder has no .safetensors weights. Convert them with save_pretrained, or "
             f"write random:{text} to measure cost alone, with weights drawn at random"
         )
-    return drawn + folder.resolve().name, {"model": str(folder.resolve())}
+    folder = folder.resolve()
+    own = folder.is_relative_to(ROOT)
+    return drawn + (str(folder.relative_to(ROOT)) if own else folder.name), {"model": str(folder)}
 
 
 def unreachable_model(name: str) -> str | None:

@@ -10,7 +10,8 @@ from harness.record import Phase, RunRecord
 from harness.spec import Hyperparams, RunSpec
 from harness.store import OUTPUTS, RECORD
 
-WORDS = "the a cat dog sat ran on under mat tree and then saw nothing but rain all day long".split()
+TEXT = "the a cat dog sat ran on under mat tree and then saw nothing but rain all day long"
+WORDS = TEXT.split()
 DATASET = {
     "name": "mixture",
     "title": "Alpaca + Tulu v2 + UltraChat",

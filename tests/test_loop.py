@@ -18,6 +18,7 @@ from methods.full import Full
 from methods.lora import LoRA
 
 ROWS = tiny.rows(22, seed=1)  # three steps of 8 rows, the last one short
+MORE = tiny.rows(54, seed=2)  # seven such steps
 
 
 def same(ours: dict, theirs: dict, tolerance: float):
@@ -45,8 +46,8 @@ class InOrder:
 
 def by_trainer(kind: str, method, hp, folder):
     """The training of `fit`, by another library's trainer. -> model, losses, learning rates, norms."""
-    made = tiny.batches(ROWS, hp)
-    order = [ROWS[i] for step in made.steps for i in step]
+    made = tiny.batches(MORE, hp)
+    order = [MORE[i] for step in made.steps for i in step]
     dataset = Dataset.from_list([
         {
             "input_ids": [*row.prompt_ids, *row.response_ids],
@@ -125,21 +126,21 @@ def pad(features):
     ids=["lora-hf", "lora-trl", "full-hf", "dora-trl"],
 )  # fmt: skip
 def test_training_equals_another_trainer_step_by_step(kind, method, micro_batch_size, tmp_path):
-    # Not Adam's own epsilon: at 1e-8 a gradient that is only rounding moves a weight by the whole rate.
     decay = 0.0 if isinstance(method, DoRA) else 0.1  # HF decays DoRA's magnitudes, the loop no vector
     hp = hyperparams(micro_batch_size=micro_batch_size, weight_decay=decay)
-    trained, _, measured = fit(method, hp, ROWS)
+    trained, _, measured = fit(method, hp, MORE)
     theirs, their_losses, rates, norms = by_trainer(kind, method, hp, tmp_path)
-    assert len(losses(measured)) == 3
-    assert losses(measured) == pytest.approx(their_losses, abs=2e-6)
+    assert len(losses(measured)) == 7
+    assert losses(measured) == pytest.approx(their_losses, abs=5e-6)
     assert [step["grad_norm"] for step in measured["training"]] == pytest.approx(norms, rel=1e-5)
     assert [step["learning_rate"] for step in measured["training"]] == pytest.approx(rates)
-    same(trained_weights(trained), trained_weights(theirs), 1e-6)
+    # A hundredth of one step at the peak rate: Adam turns the rounding of a tiny gradient into a move.
+    same(trained_weights(trained), trained_weights(theirs), 1e-5)
 
 
 def test_those_micro_batches_carry_unequal_loss():
     """Else the comparison above could not tell token-weighted accumulation from a plain mean."""
-    for step in tiny.batches(ROWS, hyperparams(micro_batch_size=4)):
+    for step in tiny.batches(MORE, hyperparams(micro_batch_size=4)):
         counts = [int((batch["labels"] != -100).sum()) for batch in step]
         assert len(set(counts)) == len(counts) == 2
 
@@ -273,8 +274,7 @@ def test_validation_changes_no_step_even_with_dropout():
     assert losses(run(0, 0.0)) != losses(without)  # the dropout was on
 
 
-def test_dropout_acts_after_a_validation():
-    """The model must be put back to training: a dropout of nearly all moves the loss at every step."""
+def test_the_model_is_put_back_to_training_after_a_validation():
     states = []
 
     class Watches(LoRA):
@@ -290,7 +290,7 @@ def test_dropout_acts_after_a_validation():
 @pytest.mark.parametrize(("steps", "points"), [(1, 4), (3, 4), (10, 4), (100, 4), (5, 0), (5, 1)])
 def test_validation_points_are_few_and_end_at_the_last_step(steps, points):
     found = validation_points(steps, points)
-    assert len(found) == min(steps, points) if steps <= 3 else len(found) == points
+    assert len(found) == min(steps, points)
     assert all(1 <= point <= steps for point in found)
     assert not points or steps in found
 
@@ -379,8 +379,7 @@ def test_tokens_are_counted_as_the_tensors_have_them():
 
 def test_a_step_hash_tells_where_the_response_begins():
     hp = hyperparams()
-    row = ROWS[0]
+    row = next(row for row in ROWS if len(row.response_ids) > 1)
     ids = [*row.prompt_ids, *row.response_ids]
     moved = replace(row, prompt_ids=tiny.array(ids[:-1]), response_ids=tiny.array(ids[-1:]))
-    assert len(row.response_ids) > 1
     assert tiny.batches([row], hp).hashes != tiny.batches([moved], hp).hashes

@@ -132,8 +132,9 @@ def test_failed_runs_stay_with_their_status(tmp_path):
 
 
 def test_a_store_of_failures_alone_still_reports(tmp_path):
-    nothing = dict.fromkeys(("card", "hashes", "environment", "phases", "tokens", "sizes", "scores"), {})
-    nothing |= dict.fromkeys(("training", "validation", "step_seconds"), [])
+    names = ("card", "hashes", "environment", "phases", "tokens", "sizes", "scores")
+    nothing = {name: {} for name in names}
+    nothing |= {name: [] for name in ("training", "validation", "step_seconds")}
     for method in ("base", "qlora"):
         found = fabricate.record(method, status="failed", **nothing)
         fabricate.keep(tmp_path / "r", found)

@@ -1,0 +1,108 @@
+"""`reports/`: the records of a store as one document, in Markdown and in HTML, with its plots.
+
+A pure function of the store: rendered again it is the same bytes, but for the line with the time.
+Torch is not needed; numpy, pandas, matplotlib and jinja2 are.
+"""
+
+import base64
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness.record import RunRecord
+from harness.report.blocks import Block, Plot, Title
+from harness.report.document import document
+from harness.report.rows import comparisons
+from harness.report.tables import brief
+from harness.report.text import markdown, plain
+from harness.store import Store, save
+
+FORMATS = ("md", "html")
+
+
+def render(
+    store: Store,
+    folder: Path,
+    formats: tuple[str, ...] = FORMATS,
+    now: str | None = None,
+) -> list[Path]:
+    """Writes report.md, report.html and plots/*.png, *.svg into a folder. -> the documents' paths.
+
+    `now` stands in the one line that differs from one rendering to the next; null: this minute.
+    Raises ValueError for an unknown format and for a store without a readable record.
+    """
+    if unknown := set(formats) - set(FORMATS):
+        raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(FORMATS)}")
+    records, corrupt = store.load()
+    if not records:
+        unreadable = f": {len(corrupt)} could not be read, such as {corrupt[0]}" if corrupt else ""
+        raise ValueError(f"no run to report in {store.folder}{unreadable}")
+    blocks = document(comparisons(records), store, corrupt)
+    now = now or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for block in blocks:
+        if isinstance(block, Plot):
+            for kind, image in block.images.items():
+                (plots / f"{block.name}.{kind}").write_bytes(image)
+    written = []
+    for kind in formats:
+        written.append(folder / f"report.{kind}")
+        save(written[-1], WRITERS[kind](blocks, now))
+    return written
+
+
+def brief_table(records: list[RunRecord]) -> pandas.DataFrame:
+    """The brief's table as text, a row a technique; of several comparisons, the newest first."""
+    tables = [brief(comparison) for comparison in comparisons(records)]
+    rows = [[plain(cell) for cell in row] for table in tables for row in table.rows]
+    return pandas.DataFrame(rows, columns=tables[0].columns if tables else None)
+
+
+def write_markdown(blocks: list[Block], now: str) -> str:
+    """GitHub-flavoured. `finalize` escapes every value that the template names."""
+
+    def inline(value):
+        return value if isinstance(value, Markup) else markdown(" ".join(str(value).split()))
+
+    def cell(value):
+        return Markup(markdown(str(value).strip()).replace("\n", "<br>"))
+
+    def indented(value):
+        return Markup("\n".join("    " + line for line in plain(value).split("\n")))
+
+    return template("report.md.j2", inline, cell=cell, indented=indented).render(blocks=blocks, now=now)
+
+
+def write_html(blocks: list[Block], now: str) -> str:
+    """One file that loads nothing. Jinja escapes every value that the template names."""
+
+    def data(image: bytes) -> str:
+        return "data:image/svg+xml;base64," + base64.b64encode(image).decode()
+
+    def inline(value):
+        return value if isinstance(value, Markup) else plain(value)
+
+    title = next(block.text for block in blocks if isinstance(block, Title))
+    made = template("report.html.j2", inline, data=data)
+    return made.render(blocks=blocks, now=now, title=title)
+
+
+WRITERS = {"md": write_markdown, "html": write_html}
+
+
+def template(name: str, finalize, **filters):
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=name.endswith(".html.j2"),
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)

@@ -1,0 +1,130 @@
+"""What can be concluded, in plain words and with its uncertainty; nothing that cannot."""
+
+from math import isfinite
+from statistics import fmean
+
+from harness.report.rows import Comparison, Row, seconds
+from harness.report.tables import DECIMALS, NAMES
+from harness.report.text import duration, listed, number, size
+from harness.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
+
+
+def answer(comparison: Comparison, sample: Bootstrap | None) -> str:
+    sentences = [opening(comparison)]
+    done = [row for row in comparison.trained if row.done]
+    ranked = [row for row in done if row.ranked]
+    if not comparison.trained:
+        sentences.append("No technique has been run yet.")
+    elif not done:
+        sentences.append("None of them has a result.")
+    elif comparison.random_weights:
+        sentences.append("The weights were drawn at random, so that only the cost columns mean anything.")
+    elif not sample:
+        sentences.append("Without the test outputs of two rows there is no interval, and no ranking.")
+    else:
+        sentences += [*gains(comparison, sample, ranked), no_ranking(done, ranked)]
+        if len([row for row in ranked if row.statistics]) > 1:
+            sentences += [ranking(sample, metric, ranked) for metric in ("bleu4", "rouge_l")]
+    if len(ranked) > 1:
+        sentences += [cheapest(ranked, comparison.peak_memory, "least memory", size),
+                      cheapest(ranked, seconds, "least training time", duration)]  # fmt: skip
+    for row in comparison.rows:
+        if not row.done:
+            sentences.append(f"{row.label} has no result: {row.status}.")
+    if len({row.objective for row in comparison.trained}) > 1:
+        sentences.append(
+            "Their objectives differ: they are compared by scores on test rows, never by their loss."
+        )
+    return " ".join(filter(None, sentences))
+
+
+def opening(comparison: Comparison) -> str:
+    spec, rows = comparison.spec, comparison.trained
+    if not rows:
+        return f"{spec.model}, untouched, on {data_title(comparison)}."
+    seeds = sorted({len(row.records) for row in rows})
+    ends = dict.fromkeys((seeds[0], seeds[-1]))
+    tested = f"{len(comparison.parts):,} " if comparison.parts else ""
+    return (
+        f"{count(len(rows), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}, "
+        f"{' to '.join(map(str, ends))} seed{'s' * (seeds != [1])} each, and were scored on the same "
+        f"{tested}test rows."
+        if len(rows) > 1 else
+        f"{rows[0].label} fine-tuned {spec.model} on {data_title(comparison)} with "
+        f"{count(seeds[0], 'seed')} and was scored on {tested}test rows."
+    )  # fmt: skip
+
+
+def data_title(comparison: Comparison) -> str:
+    dataset = comparison.spec.dataset
+    return dataset.get("title") or dataset.get("name") or "its data"
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def no_ranking(done: list[Row], ranked: list[Row]) -> str:
+    """Says who is not ranked, and why."""
+    rest = [row for row in done if not row.ranked]
+    if not rest:
+        return ""
+    reasons = {row.unranked_because for row in rest}
+    if not ranked and reasons == {"single seed"}:
+        return f"Single seed: no ranking, which takes {SEEDS_TO_RANK}."
+    named = listed([f"{row.label} ({row.unranked_because})" for row in rest])
+    return f"Not ranked, as that takes {SEEDS_TO_RANK} seeds that all stayed finite: {named}."
+
+
+def gains(comparison: Comparison, sample: Bootstrap, ranked: list[Row]) -> list[str]:
+    """Against the untouched model, which needs no other method to be compared with."""
+    rows = [row for row in ranked if row.statistics]
+    base = comparison.before(rows[0]) if rows else None
+    if not base or not base.statistics:
+        return []
+    found = sample.differences("bleu4", [(row.label, base.label) for row in rows])
+    groups = {"rose with": [], "fell with": [], "did not measurably change with": []}
+    for row, d in zip(rows, found, strict=True):
+        change = f"{row.label} ({number(d.value, 2, signed=True)})"
+        verb = ("rose with" if d.value > 0 else "fell with") if d.separable else list(groups)[2]
+        groups[verb].append(change)
+    told = [f"{verb} {listed(names)}" for verb, names in groups.items() if names]
+    return [f"Against the untouched model, BLEU-4 {listed(told)}."]
+
+
+def ranking(sample: Bootstrap, metric: str, ranked: list[Row]) -> str:
+    names = [row.label for row in ranked if row.statistics]
+    names = [name for name in names if isfinite(sample.point(metric, name))]
+    if len(names) < 2:
+        return ""
+    best, tied = sample.ties(metric, names)
+    value = number(sample.point(metric, best), DECIMALS[metric])
+    behind = sorted(set(names) - {best, *tied}, key=lambda name: -sample.point(metric, name))
+    if not behind:
+        everyone = listed([best, *tied])
+        return f"In {NAMES[metric]}, {everyone} are tied: test rows and seeds cannot tell them apart."
+    d = sample.difference(metric, best, behind[0])
+    lead = (
+        f"{number(d.value, DECIMALS[metric])} ahead of {behind[0]} ({CONFIDENCE:.0%} CI "
+        f"{number(d.low, DECIMALS[metric])} to {number(d.high, DECIMALS[metric])})"
+    )
+    if tied:
+        return (
+            f"{best} has the highest {NAMES[metric]}, {value}, but is tied with {listed(tied)}; it is {lead}."
+        )
+    return f"{best} has the highest {NAMES[metric]}, {value}, {lead}."
+
+
+def cheapest(ranked: list[Row], of, what: str, unit) -> str:
+    """Methods whose ranges over seeds meet share the place."""
+    values = {row.label: row.values(of) for row in ranked}
+    values = {name: v for name, v in values.items() if v}
+    if len(values) < 2:
+        return ""
+    order = sorted(values, key=lambda name: fmean(values[name]))
+    first = [name for name in order if min(values[name]) <= max(values[order[0]])]
+    least, most = fmean(values[order[0]]), fmean(values[order[-1]])
+    text = f"{listed(first)} took the {what} ({unit(least)})"
+    if order[-1] in first or not least:
+        return text + "."
+    return f"{text}, {order[-1]} the most, {most / least:.2g} times as much."

@@ -1,0 +1,97 @@
+"""The fairness certificate: what was the same for all rows, and what was not, by name."""
+
+from harness.record import RunRecord
+from harness.report.rows import Comparison
+from harness.report.text import listed
+from harness.spec import digest
+
+UNKNOWN = "not recorded"
+DECISIVE = ("precision", "attention", "device", "commit")  # of the environment: a check each
+
+
+def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
+    """(what should be the same, whether it is or null where nobody noted it, details) a check."""
+    names = {
+        f"{row.label} (seed {r.spec.seed})" if row.spec.trains else row.label: r
+        for row in comparison.rows
+        for r in row.done
+    }
+    trained = {name: r for name, r in names.items() if r.spec.trains}
+    checks = [same("Batches of each seed, token by token, in the same order", batches(trained))]
+    for split, runs in (("train", trained), ("validation", trained), ("test", names)):
+        values = {name: r.hashes.get(split) for name, r in runs.items()}
+        checks.append(same(f"Rows to {'validate' if split == 'validation' else split} on", {split: values}))
+    environments = {name: flat(r.environment) for name, r in names.items()}
+    for key in DECISIVE:
+        values = {name: e.get(key) for name, e in environments.items()}
+        what = "Tuneoff's own code (commit)" if key == "commit" else key.capitalize()
+        checks.append(same(what, {key: values}, shown=True))
+    others = sorted({key for e in environments.values() for key in e} - set(DECISIVE))
+    rest = {key: {name: e.get(key) for name, e in environments.items()} for key in others}
+    checks.append(same("Package versions and machine", rest, shown=True))
+    signatures = {
+        metric: {name: (r.scores.get(metric) or {}).get("signature") for name, r in names.items()}
+        for metric in sorted({metric for r in names.values() for metric in r.scores})
+    }
+    checks.append(same("Way of measuring each score", signatures, shown=True))
+    checks.append(code(comparison))
+    return checks
+
+
+def same(what: str, properties: dict[str, dict], shown: bool = False) -> tuple[str, bool | None, str]:
+    """One check over properties: name -> run -> value. `shown`: values say something to a reader."""
+    differing, missing, agreed, known = [], [], [], 0
+    for name, values in properties.items():
+        groups: dict[str, list[str]] = {}
+        for run, value in values.items():
+            if value is not None and value != "":
+                groups.setdefault(str(value), []).append(run)
+        known += len(groups)
+        if len(groups) > 1:
+            sides = (f"{value} for {listed(runs, 4)}" if shown else listed(runs, 4)
+                     for value, runs in groups.items())  # fmt: skip
+            differing.append(f"{name}: {' against '.join(sides)}")
+        elif groups:
+            agreed += groups
+            if unknown := [run for run, value in values.items() if value in (None, "")]:
+                missing.append(f"{name} not recorded for {listed(unknown, 4)}")
+    if not known:
+        return what, None, UNKNOWN
+    value = agreed if shown and len(properties) == 1 else []
+    return what, not differing, "; ".join(value + differing + missing)
+
+
+def batches(runs: dict[str, RunRecord]) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for name, record in runs.items():
+        hashes = record.hashes.get("batches")
+        found.setdefault(f"seed {record.spec.seed}", {})[name] = digest(hashes) if hashes else None
+    return found
+
+
+def code(comparison: Comparison) -> tuple[str, bool | None, str]:
+    """A row is stale when a run of it has other code than the newest run of that method."""
+    what = "Source code of each method, over its runs"
+    newest = {}
+    for record in sorted(comparison.records, key=lambda r: r.started):
+        if found := record.hashes.get("method_code"):
+            newest[record.spec.method] = found
+    stale = [
+        row.label
+        for row in comparison.rows
+        if {r.hashes.get("method_code") for r in row.records} - {None, newest.get(row.spec.method)}
+    ]
+    if stale:
+        return what, False, f"{listed(stale)}: stale, as the method has changed since; run again"
+    return (what, True, "") if newest else (what, None, UNKNOWN)
+
+
+def flat(environment: dict, prefix: str = "") -> dict:
+    """{"packages": {"torch": "2.13.0"}} -> {"packages.torch": "2.13.0"}"""
+    found = {}
+    for key, value in environment.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

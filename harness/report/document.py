@@ -1,0 +1,297 @@
+"""The report's order: the answer first, then the numbers, then why they can be believed."""
+
+from dataclasses import asdict
+
+from harness.report import blocks as b
+from harness.report import plots, tables
+from harness.report.answer import answer
+from harness.report.certificate import certificate, flat
+from harness.report.rows import STATUS, Comparison, Row, read_outputs
+from harness.report.text import UNKNOWN, listed, number
+from harness.spec import EVALUATION
+from harness.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
+from harness.store import Store
+
+MEASURED = (
+    "BLEU-4: corpus level, 0 to 100, against one reference. ROUGE-L: F1, 0 to 1, mean over test rows.",
+    "Perplexity: exp of the summed negative log-likelihood over the summed response tokens. "
+    "Token accuracy: share of these tokens that the model ranks first. Both teacher-forced.",
+    "Stop rate: share of answers that ended by themselves, before the length limit.",
+    "Training time: attaching the method and all optimizer steps; loading, validating, evaluating "
+    "and saving are not in it. Step: median of the optimizer steps after the warm-up.",
+    "Tokens/s: tokens trained on, padding left out, over the training time.",
+    "± is the sample standard deviation over seeds. GiB is 2^30 bytes. An en dash is unknown, not 0.",
+)
+ON_GPU = (
+    "Peak memory: the highest bytes of live tensors on the GPU while attaching and training "
+    "(allocated): the method's own demand, which depends least on the card. Reserved adds what the "
+    "allocator held, device adds the GPU context: what has to fit on the card."
+)
+ON_CPU = (
+    "Peak memory: the highest resident memory of the run's process while attaching and training, as "
+    "there was no GPU. Python, its libraries and the loaded model are in it."
+)
+ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
+
+
+def document(comparisons: list[Comparison], store: Store, corrupt: list[str]) -> list[b.Block]:
+    found = []
+    for i, comparison in enumerate(comparisons, 1):
+        found += section(comparison, store, "" if i == 1 else f"-{i}", corrupt if i == 1 else [])
+    if corrupt:
+        found += [b.Heading("Records that could not be read"), b.Listing(corrupt)]
+    return found
+
+
+def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str]) -> list[b.Block]:
+    """One comparison, whole. `suffix`: of its plots' names."""
+    if not comparison.random_weights:
+        read_outputs(comparison, store)
+    sample = tables.bootstrap(comparison)
+    checks = certificate(comparison)
+    return [
+        b.Title(comparison.title),
+        b.Lead(answer(comparison, sample)),
+        *notices(comparison, checks, corrupt),
+        *results(comparison),
+        *significance(comparison, sample),
+        *figures(comparison, suffix),
+        b.Heading("Cost of each phase"),
+        phases(comparison),
+        *generations(comparison, store),
+        *setup(comparison),
+        *cards(comparison),
+        *fairness(comparison, checks),
+        *measuring(comparison),
+        *reproduction(comparison),
+    ]
+
+
+def notices(comparison: Comparison, checks: list, corrupt: list[str]) -> list[b.Notice]:
+    found = []
+    if notice := comparison.spec.dataset.get("notice"):
+        found.append(notice)
+    if comparison.random_weights:
+        found.append(
+            "The model's weights were drawn at random: only the cost columns mean anything. "
+            "Scores are left out."
+        )
+    if comparison.trained and not comparison.before(comparison.trained[0]):
+        found.append("The untouched model has not been evaluated: there is no score before.")
+    if differing := [f"{what} ({details})" for what, fine, details in checks if fine is False]:
+        found.append("Not everything was the same for all rows. " + ". ".join(differing) + ".")
+    found += comparison.warnings
+    if corrupt:
+        found.append(f"Records that could not be read: {len(corrupt)}. They are listed at the end.")
+    return [b.Notice(text) for text in found]
+
+
+def results(comparison: Comparison) -> list[b.Block]:
+    marks, notes = deviations(comparison)
+    main = tables.brief(comparison, marks)
+    main.notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
+    found = [b.Heading("Results"), main]
+    if not comparison.random_weights:
+        quality = tables.quality(comparison)
+        if "BLEU-4 (own base)" in quality.columns:
+            own = {comparison.own_base(row).label for row in comparison.rows if comparison.own_base(row)}
+            quality.notes = [
+                f"Own base: the model that a method starts from where that is not the untouched one "
+                f"({listed(sorted(own))}), so that what rounding costs is seen apart from the training."
+            ]
+        found += [b.Heading("More on quality"), quality]
+        if by_part := tables.by_part(comparison):
+            found += [b.Heading("Scores on each part of the data"), by_part]
+    found += [b.Heading("More on cost"), tables.cost(comparison)]
+    lost = [
+        f"{row.label} (seed {r.spec.seed}): {r.error or STATUS[r.status]}"
+        for row in comparison.rows
+        for r in row.records
+        if not r.ok
+    ]
+    return found + ([b.Heading("Runs without a result"), b.Listing(lost)] if lost else [])
+
+
+def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
+    """Label -> footnote mark, and the footnotes: the shared hyperparameters a method has left."""
+    marks, notes = {}, []
+    for row in comparison.rows:
+        for name, (value, reason) in sorted(row.newest.overrides.items()):
+            mark = str(len(notes) + 1).translate(tables.SUPERSCRIPT)
+            marks[row.label] = f"{marks[row.label]} {mark}" if row.label in marks else f" {mark}"
+            shared = getattr(comparison.spec.hp, name, UNKNOWN)
+            notes.append(f"{mark} {row.label}: {words(name)} {value} instead of {shared}: {reason}")
+    return marks, notes
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def significance(comparison: Comparison, sample) -> list[b.Block]:
+    if not sample:
+        return []
+    seeds = min((len(row.done) for row in comparison.trained if row.done), default=0)
+    limits = "" if seeds > 1 else (
+        " Where a technique has a single seed the interval speaks of other test rows alone."
+    )  # fmt: skip
+    return [
+        b.Heading("Differences"),
+        b.Prose(
+            f"{CONFIDENCE:.0%} confidence intervals: a paired bootstrap over the test rows "
+            f"({RESAMPLES:,} resamples, the same rows for both sides) and the spread over seeds. "
+            f"The verdicts of a table hold together (Holm's correction), and take {SEEDS_TO_RANK} seeds."
+            + limits
+        ),
+        *tables.differences(comparison, sample),
+    ]
+
+
+def figures(comparison: Comparison, suffix: str) -> list[b.Block]:
+    found = []
+
+    def add(name: str, caption: str, images: dict[str, bytes] | None) -> None:
+        if images:
+            found.append(b.Plot(name + suffix, caption, images))
+
+    if comparison.random_weights:
+        add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
+    else:
+        add(
+            "scores",
+            "BLEU-4 and ROUGE-L against peak memory and training time. Large markers are means, small "
+            "dots seeds; the grey steps join the techniques that no other beats in both (the Pareto "
+            "front); the dashed line is the untouched model.",
+            plots.scores_by_cost(comparison),
+        )
+        for objective in sorted({row.objective for row in comparison.trained}):
+            add(
+                f"loss-{safe(objective)}",
+                f"Loss of the {objective} objective. Thick lines are means over seeds (training: also "
+                "over neighbouring steps), thin lines single seeds.",
+                plots.loss_curves(comparison, objective),
+            )
+    return [b.Heading("Plots"), *found] if found else []
+
+
+def safe(name: str) -> str:
+    """As part of a file's name."""
+    return "".join(c for c in name.lower() if c.isascii() and c.isalnum()) or "other"
+
+
+def phases(comparison: Comparison) -> b.Table:
+    table = tables.phases(comparison)
+    table.notes = ["Median seconds and highest peaks over seeds, each peak that of the phase alone."]
+    return table
+
+
+def generations(comparison: Comparison, store: Store) -> list[b.Block]:
+    found = [] if comparison.random_weights else tables.examples(comparison, store)
+    if not found:
+        return []
+    how = (
+        "The same test rows for all, spread over the parts of the data and, within each, from the worst "
+        "to the best mean ROUGE-L. Each technique answers with its lowest seed."
+    )
+    return [b.Heading("Answers side by side"), b.Prose(how), *found]
+
+
+def setup(comparison: Comparison) -> list[b.Block]:
+    spec = comparison.spec
+    dataset = spec.dataset
+    templates = {r.tokens.get("template") for r in comparison.records} - {None}
+    rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
+    for part in dataset.get("parts", []):
+        said = [part.get(key) for key in ("title", "hub", "format", "mapping")]
+        said += [f"licence {part['licence']}" if part.get("licence") else None]
+        rows.append([f"Part {part.get('name')}", "; ".join(dict.fromkeys(filter(None, said)))])
+    sizes = {split: dataset.get(split) for split in ("train", "validation", "test")}
+    rows.append(["Rows of each part", ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)])
+    if left_out := next((r.tokens["left_out"] for r in comparison.records if "left_out" in r.tokens), {}):
+        rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
+    rows.append(["Prompt template", listed(sorted(templates)) or dataset.get("template") or UNKNOWN])
+    hp = asdict(spec.hp)
+    if not spec.trains:
+        hp = {name: hp[name] for name in EVALUATION}
+    rows += [[words(name).capitalize(), str(value)] for name, value in hp.items()]
+    return [b.Heading("What was the same for all"), b.Table(["Setting", "Value"], rows, words=(0, 1))]
+
+
+def cards(comparison: Comparison) -> list[b.Block]:
+    found: list[b.Block] = []
+    methods: dict[str, list[Row]] = {}
+    for row in comparison.trained:
+        methods.setdefault(row.spec.method, []).append(row)
+    for rows in methods.values():
+        row, card = rows[0], rows[0].card
+        options = "; ".join(
+            ", ".join(f"{words(k)} {v}" for k, v in sorted(r.spec.options.items())) for r in rows
+        )
+        why = card.get("why") or {}
+        facts = [
+            ("What it is", card.get("summary")),
+            ("Paper", card.get("paper")),
+            ("What it changes", card.get("axis")),
+            ("Objective", card.get("objective")),
+            ("Options", options),
+            ("Weights", row.newest.weights),
+            *((name.capitalize(), why.get(name)) for name in ("performance", "efficiency", "generalisation")),
+        ]
+        found.append(
+            b.Card(
+                card.get("title") or row.spec.method,
+                card.get("formula") or "",
+                [(k, v) for k, v in facts if v],
+            )
+        )
+    return [b.Heading("The techniques"), *found] if found else []
+
+
+def fairness(comparison: Comparison, checks: list) -> list[b.Block]:
+    said = {True: "yes", False: "NO", None: UNKNOWN}
+    rows = [[what, said[fine], details] for what, fine, details in checks]
+    found = [
+        b.Heading("Fairness certificate"),
+        b.Table(["The same for all rows", "", "Details"], rows, words=(0, 1, 2)),
+    ]
+    warned = {}
+    for row in comparison.rows:
+        for record in row.records:
+            for warning in record.warnings:
+                warned.setdefault(warning, []).append(f"{row.label} (seed {record.spec.seed})")
+    if warned:
+        found += [b.Prose("Warnings of the runs themselves:")]
+        found += [b.Listing([f"{text} ({listed(runs, 4)})" for text, runs in warned.items()])]
+    return found
+
+
+def measuring(comparison: Comparison) -> list[b.Block]:
+    signatures = {
+        f"{tables.NAMES.get(metric, metric)}: {value['signature']}"
+        for record in comparison.records
+        for metric, value in record.scores.items()
+        if value and value.get("signature")
+    }
+    energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
+    items = [*MEASURED, ON_GPU if comparison.on_gpu else ON_CPU, *([ENERGY] if energy else [])]
+    found = [b.Heading("How each number is measured"), b.Listing(items)]
+    return found + ([b.Prose("Signatures:"), b.Listing(sorted(signatures))] if signatures else [])
+
+
+def reproduction(comparison: Comparison) -> list[b.Block]:
+    found: list[b.Block] = []
+    environments = [flat(record.environment) for record in comparison.records]
+    rows = []
+    for key in dict.fromkeys(key for environment in environments for key in environment):
+        values = dict.fromkeys(str(e[key]) for e in environments if e.get(key) is not None)
+        if values:
+            rows.append([words(key.removeprefix("packages.")), "; ".join(values)])
+    if rows:
+        found += [b.Heading("Environment"), b.Table(["What", "Value"], rows, words=(0, 1))]
+    commands = dict.fromkeys(r.command for r in comparison.records if r.command)
+    if commands:
+        found += [b.Heading("Commands"), b.Code(list(commands))]
+    spent = sum(p.seconds or 0 for r in comparison.records for p in r.phases.values())
+    runs = len(comparison.records)
+    found.append(b.Prose(f"{runs} runs, {number(spent / 3600, 2)} hours of them measured in phases."))
+    return found

@@ -1,0 +1,255 @@
+"""Records become comparisons, and a comparison's rows: one a technique, with all of its seeds."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+
+from harness.record import TRAINING, RunRecord
+from harness.report.text import shorten
+from harness.spec import RunSpec
+from harness.stats import SEEDS_TO_RANK, statistics
+from harness.store import Store
+
+UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"
+GIB = 2**30
+STATUS = {
+    "oom_gpu": "out of GPU memory",
+    "oom_host": "out of host memory",
+    "diverged": "diverged",
+    "failed": "failed",
+    "timeout": "timed out",
+    "interrupted": "interrupted",
+    "unsupported": "unsupported here",
+}
+
+
+@dataclass
+class Row:
+    """A method with its options. `statistics`: test rows (rows, 15) of each seed that is done."""
+
+    label: str
+    records: list[RunRecord]  # one a seed, by seed
+    statistics: list[np.ndarray] = field(default_factory=list)
+    outputs_of: RunSpec | None = None  # the lowest seed's, for examples
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.records[0].spec
+
+    @property
+    def card(self) -> dict:
+        return self.newest.card
+
+    @property
+    def newest(self) -> RunRecord:
+        return max(self.records, key=lambda r: r.started)
+
+    @property
+    def done(self) -> list[RunRecord]:
+        return [r for r in self.records if r.ok]
+
+    @property
+    def objective(self) -> str:
+        return self.card.get("objective") or "sft"
+
+    @property
+    def ranked(self) -> bool:
+        """A seed that diverged is not averaged away: such a method is not ranked at all."""
+        return len(self.done) >= SEEDS_TO_RANK and not any(r.status == "diverged" for r in self.records)
+
+    @property
+    def unranked_because(self) -> str:
+        if any(r.status == "diverged" for r in self.records):
+            return "a seed diverged"
+        return "single seed" if len(self.done) == 1 else f"{len(self.done)} seeds"
+
+    def values(self, of: Callable[[RunRecord], float | None]) -> list[float]:
+        """One a finished seed; unknown ones left out."""
+        return [value for value in map(of, self.done) if value is not None]
+
+    def mean(self, of: Callable[[RunRecord], float | None]) -> float | None:
+        values = self.values(of)
+        return fmean(values) if values else None
+
+    @property
+    def status(self) -> str:
+        """Empty where all seeds are done, else what happened, in plain words."""
+        missing = [r for r in self.records if not r.ok]
+        reasons = list(dict.fromkeys(map(reason, missing)))
+        if not missing:
+            return ""
+        if not self.done and len(reasons) == 1:
+            return reasons[0]
+        return f"{len(missing)} of {len(self.records)} seeds: {', '.join(reasons)}"
+
+
+@dataclass
+class Comparison:
+    """Rows that differ in method, options and seed alone. Untouched models come first."""
+
+    rows: list[Row]
+    warnings: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  # of each test row; from the outputs
+
+    @property
+    def records(self) -> list[RunRecord]:
+        return [record for row in self.rows for record in row.records]
+
+    @property
+    def bases(self) -> list[Row]:
+        return [row for row in self.rows if not row.spec.trains]
+
+    @property
+    def trained(self) -> list[Row]:
+        return [row for row in self.rows if row.spec.trains]
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.rows[-1].spec
+
+    @property
+    def random_weights(self) -> bool:
+        return self.spec.model.startswith("random:")
+
+    @property
+    def title(self) -> str:
+        dataset = self.spec.dataset
+        return f"{self.spec.model} on {dataset.get('title') or dataset.get('name') or 'unnamed data'}"
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(r.peak("peak_allocated", tuple(r.phases)) is not None for r in self.records)
+
+    @property
+    def gauge(self) -> str:
+        return "Peak memory (GiB)" if self.on_gpu else "Peak host memory (GiB)"
+
+    def base(self, method: str) -> Row | None:
+        return next((row for row in self.bases if row.spec.method == method), None)
+
+    def before(self, row: Row) -> Row | None:
+        """The untouched model; an untouched model is its own before."""
+        return self.base(UNTOUCHED) if row.spec.trains else row
+
+    def own_base(self, row: Row) -> Row | None:
+        """The model a method starts from, where that is not the untouched one: a 4-bit one."""
+        name = row.card.get("baseline")
+        return self.base(name) if row.spec.trains and name and name != UNTOUCHED else None
+
+    def peak_memory(self, record: RunRecord) -> float | None:
+        """GiB over attach and train; null for a model that was not trained."""
+        peak = record.peak("peak_allocated" if self.on_gpu else "peak_host")
+        return peak / GIB if peak is not None and record.spec.trains else None
+
+
+def comparisons(records: list[RunRecord]) -> list[Comparison]:
+    """Newest first. Untouched models join every comparison that is evaluated as they were."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.spec.trains:
+            groups.setdefault(record.spec.comparison, []).append(record)
+    evaluated = {group[0].spec.evaluation for group in groups.values()}
+    for record in records:
+        if not record.spec.trains and record.spec.evaluation not in evaluated:
+            groups.setdefault(record.spec.evaluation, []).append(record)
+    found = []
+    for group in groups.values():
+        evaluation = group[0].spec.evaluation
+        bases = [r for r in records if not r.spec.trains and r.spec.evaluation == evaluation]
+        bases.sort(key=lambda r: r.spec.method != UNTOUCHED)
+        found.append(
+            (max(r.started for r in group), Comparison(rows_of(bases + [r for r in group if r.spec.trains])))
+        )
+    return [comparison for _, comparison in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def rows_of(records: list[RunRecord]) -> list[Row]:
+    """In the order of their first record; the same method with other options is another row."""
+    groups: dict[tuple, dict[int, RunRecord]] = {}
+    for record in records:
+        key = (record.spec.method, tuple(sorted((k, repr(v)) for k, v in record.spec.options.items())))
+        seeds = groups.setdefault(key, {})
+        earlier = seeds.get(record.spec.seed)
+        if earlier is None or record.ok or not earlier.ok:
+            seeds[record.spec.seed] = record
+    rows = [Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()]
+    for row in rows:
+        row.label = label(row, rows)
+    return rows
+
+
+def label(row: Row, rows: list[Row]) -> str:
+    """A method's title, with the options in which its rows differ."""
+    same = [r.spec.options for r in rows if r.spec.method == row.spec.method]
+    names = sorted({name for options in same for name in options})
+    differing = [n for n in names if len({repr(options.get(n)) for options in same}) > 1]
+    chosen = ", ".join(f"{n.replace('_', ' ')} {row.spec.options.get(n)}" for n in differing)
+    title = row.card.get("title") or row.spec.method
+    if any(
+        title == (r.card.get("title") or r.spec.method) and r.spec.method != row.spec.method for r in rows
+    ):
+        title = f"{title} ({row.spec.method})"
+    return f"{title} ({chosen})" if chosen else title
+
+
+def reason(record: RunRecord) -> str:
+    """Why a run has no result, in a few words; the record's error has the rest."""
+    error = record.error or ""
+    if record.status == "diverged" and (step := re.search(r"step \d+", error)):
+        return f"diverged at {step[0]}"
+    if record.status == "unsupported" and error:
+        return f"unsupported: {shorten(error.splitlines()[0], 80)}"
+    return STATUS[record.status]
+
+
+def score(record: RunRecord, metric: str) -> float | None:
+    return (record.scores.get(metric) or {}).get("value")
+
+
+def seconds(record: RunRecord) -> float | None:
+    """Training time: attach and optimizer steps, without evaluation and saving."""
+    return record.train_seconds if record.spec.trains else None
+
+
+def step_seconds(record: RunRecord) -> float | None:
+    """Median of the steady steps; of all where the run was shorter than its warm-up."""
+    steps = record.step_seconds[record.warmup_steps :] or record.step_seconds
+    return float(np.median(steps)) if steps else None
+
+
+def tokens_per_second(record: RunRecord) -> float | None:
+    tokens, time = record.tokens.get("trained"), seconds(record)
+    return tokens / time if tokens and time else None
+
+
+def watt_hours(record: RunRecord) -> float | None:
+    joules = [record.phases[name].joules for name in TRAINING if name in record.phases]
+    known = record.spec.trains and joules and None not in joules
+    return sum(joules) / 3600 if known else None
+
+
+def read_outputs(comparison: Comparison, store: Store) -> None:
+    """Gives the rows their test statistics. A run on other test rows stays without, with a warning."""
+    ids = None
+    for row in comparison.rows:
+        found = []
+        for record in row.done:
+            outputs = store.outputs(record.spec)
+            these = [o.get("id") for o in outputs]
+            if not outputs:
+                comparison.warnings.append(f"{row.label} (seed {record.spec.seed}): no test outputs")
+                continue
+            if ids is None:
+                ids, comparison.parts = these, [str(o.get("part") or "") for o in outputs]
+            if these != ids:
+                comparison.warnings.append(
+                    f"{row.label} (seed {record.spec.seed}) was tested on other rows than the others"
+                )
+                continue
+            found.append(statistics(outputs))
+            row.outputs_of = row.outputs_of or record.spec
+        if len(found) == len(row.done):
+            row.statistics = found

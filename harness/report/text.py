@@ -1,0 +1,83 @@
+"""Text that strangers wrote made safe to show, and numbers made easy to read.
+
+What a model or a plug-in wrote is shown, never obeyed: no markup, link, mention or control
+character of it becomes active in HTML, Markdown or a terminal.
+"""
+
+import re
+from math import floor, log10
+from statistics import fmean, stdev
+
+UNKNOWN = "–"  # an en dash: null in a record is never 0
+
+# Control characters (ANSI escapes, NUL), marks that turn the direction of text, invisible ones, and
+# lone surrogates, which UTF-8 cannot write.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$&#]")
+BLOCK_START = re.compile(r"^(\s*\d*)([-+=.)])(?=[-+=\s]|$)", re.MULTILINE)  # lists and rules
+# GitHub makes links of these even where they are escaped; an invisible word joiner keeps it from it.
+LINKS = re.compile(r"@|#(?=\w)|:(?=//)|www(?=\.)", re.IGNORECASE)
+
+
+def plain(value) -> str:
+    """Text in which what would act or hide stands as its code point: ⟨U+001B⟩."""
+    text = str(value).replace("\r\n", "\n").replace("\r", "\n")
+    return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def markdown(value) -> str:
+    """Text that GitHub-flavoured Markdown shows as it is, anywhere but in code."""
+    text = LINKS.sub(lambda found: found[0] + "\u2060", plain(value))
+    text = MARKDOWN.sub(lambda found: "\\" + found[0], text)
+    return BLOCK_START.sub(r"\1\\\2", text)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters, then how many more there were."""
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit].rstrip()}… ({len(text) - limit:,} characters more)"
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """`A, B and C`; beyond `most`, the number of the others."""
+    names = list(names)
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def number(value: float | None, decimals: int = 2, signed: bool = False) -> str:
+    """With a true minus sign; groups of thousands where decimals no longer say anything."""
+    if value is None or value != value or abs(value) == float("inf"):
+        return UNKNOWN
+    decimals = 0 if abs(value) >= 10_000 else decimals
+    text = f"{value:{'+' if signed else ''},.{decimals}f}"
+    return text.replace("-", "−")
+
+
+def spread(values: list[float], decimals: int | None = None) -> str:
+    """Mean ± sample standard deviation over seeds; the value alone for a single seed.
+
+    Without `decimals`, three significant digits, and at most four decimals.
+    """
+    if decimals is None:
+        largest = max(map(abs, values), default=0) or 1
+        decimals = min(max(2 - floor(log10(largest)), 0), 4)
+    if len(values) < 2:
+        return number(values[0] if values else None, decimals)
+    return f"{number(fmean(values), decimals)} ± {number(stdev(values), decimals)}"
+
+
+def duration(seconds: float) -> str:
+    for limit, unit in ((100, "s"), (6000, "min")):
+        if seconds < limit:
+            return f"{seconds / (limit / 100):.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
+
+
+def size(gibibytes: float) -> str:
+    return f"{gibibytes:.3g} GiB" if gibibytes >= 1 else f"{gibibytes * 1024:.3g} MiB"
