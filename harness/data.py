@@ -60,7 +60,7 @@ def load_spec(name: str, overrides: dict) -> dict:
             raise DataError(f"there is no dataset file {path}")
         first = next(iter(rows_of_file(path)), {})
         shape = "messages" if "messages" in first else "instruction"
-        part = {"name": path.stem, "title": path.stem, "path": str(path), "format": shape}
+        part = {"name": path.stem, "title": path.stem, "path": path.name, "format": shape}
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
         spec = read_toml(path if path.suffix == ".toml" else FOLDER / f"{name}.toml", name)
@@ -101,10 +101,9 @@ def read_toml(path: Path, name: str) -> dict:
 
 
 def rows_of_part(part: dict, location: str | None):
-    """Raw rows of a part: from a local copy if there is one, else from the hub."""
-    path = location or (str(ROOT / part["path"]) if part["path"] else "")
-    if path:
-        yield from rows_of_file(Path(path))
+    """Raw rows of a part: from where it lies on this machine, else from the hub."""
+    if location:
+        yield from rows_of_file(Path(location))
         return
     import datasets
 

@@ -66,7 +66,9 @@ def plan(request: Request) -> list[RunSpec]:
     dataset = find_dataset(
         request.dataset or preset["dataset"], {**preset["data"], **values.pop("data", {})}, errors
     )
-    locations["sources"] = find_sources(request.sources, dataset, errors)
+    rows_file = Path(request.dataset or preset["dataset"])
+    own_rows = [f"{rows_file.stem}={rows_file}"] if rows_file.suffix in data.SUFFIXES else []
+    locations["sources"] = find_sources([*own_rows, *request.sources], dataset, errors)
     locations["plugins"] = [str(Path(plugin).resolve()) for plugin in request.plugins]
     seeds = request.seeds if request.seeds is not None else preset["seeds"]
     if not seeds or any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -76,11 +78,7 @@ def plan(request: Request) -> list[RunSpec]:
     methods = find_methods(
         request.methods or preset["methods"], request.plugins, preset["options"], values, errors
     )
-    if (
-        dataset
-        and not errors
-        and all(p["path"] or p["name"] in locations["sources"] for p in dataset["parts"])
-    ):
+    if dataset and not errors and len(locations["sources"]) == len(dataset["parts"]):
         try:  # what is on the hub is not downloaded for a plan
             data.splits(dataset, locations["sources"])
         except data.DataError as error:
@@ -89,8 +87,7 @@ def plan(request: Request) -> list[RunSpec]:
         raise BadRequest(errors)
 
     prints = {"model": fingerprint(locations["model"])} if locations.get("model") else {}
-    shipped = {part["name"]: ROOT / part["path"] for part in dataset["parts"] if part["path"]}
-    prints |= {name: fingerprint(path) for name, path in (shipped | locations["sources"]).items()}
+    prints |= {name: fingerprint(path) for name, path in locations["sources"].items()}
     specs = []
     for seed in seeds:
         for cls, options in methods:
@@ -233,7 +230,8 @@ def find_dataset(name: str, overrides: dict, errors: list[str]) -> dict | None:
 
 
 def find_sources(texts: list[str], dataset: dict | None, errors: list[str]) -> dict[str, str]:
-    """`NAME=PATH` -> {NAME: PATH}, for parts of the dataset; those of a part at hand need none."""
+    """Part of the dataset -> where its rows lie: as `NAME=PATH` says, or as its spec does (from here
+    or from the project's folder); the rest come from the hub."""
     parts = {part["name"]: part for part in dataset["parts"]} if dataset else {}
     found = {}
     for text in texts:
@@ -247,10 +245,15 @@ def find_sources(texts: list[str], dataset: dict | None, errors: list[str]) -> d
         else:
             found[name] = str(Path(path).resolve())
     for name, part in parts.items():
-        if name in found or part["path"]:
+        if name in found:
             continue
-        if not part["hub"]:
-            errors.append(f"part {name} of dataset {dataset['name']} has neither a path nor a hub id")
+        places = [Path(part["path"]), ROOT / part["path"]] if part["path"] else []
+        if local := next((place for place in places if place.exists()), None):
+            found[name] = str(local.resolve())
+        elif not part["hub"]:
+            errors.append(
+                f"dataset {dataset['name']}: no rows of part {name}; say where with --source {name}=PATH"
+            )
         elif reason := unreachable_dataset(part["hub"]):
             errors.append(f"dataset {part['hub']}: {reason} with --source {name}=PATH")
     return found

@@ -138,17 +138,27 @@ def test_a_report_needs_no_torch_and_is_the_same_but_for_the_time(home):
         assert stamp.sub(b"", one) == stamp.sub(b"", two), file
 
 
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """One bench of methods that each break in their own way, then the next goes on."""
+    folder = tmp_path_factory.mktemp("faulty")
+    for name, (code, _) in FAULTS.items():
+        (folder / f"{name}.py").write_text(BITFIT.replace("model.requires_grad_(False)", code))
+    plugins = [f"{name}.py" for name in FAULTS]
+    run = bench("--methods", *FAULTS, "--seeds", 0, "--plugins", *plugins, *SMALL, "--json", cwd=folder)
+    return folder, run
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_a_status_in_the_record(name, tmp_path):
-    code, status = FAULTS[name]
-    (tmp_path / f"{name}.py").write_text(BITFIT.replace("model.requires_grad_(False)", code))
-    run = bench("--methods", name, "--seeds", 0, "--plugins", f"{name}.py", *SMALL, "--json", cwd=tmp_path)
+def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty):
+    folder, run = faulty
     assert run.returncode == 1, run.stderr
-    outcome = json.loads(run.stdout)["runs"][-1]
-    assert outcome["status"] == status, outcome
-    record = records(tmp_path)[f"{name}-0"]
+    outcomes = {r["run"].partition("-")[0]: r["status"] for r in json.loads(run.stdout)["runs"]}
+    assert outcomes[name] == FAULTS[name][1]
+    record = records(folder)[f"{name}-0"]
     assert record["error"] and record["scores"] == {}
     assert all(phase["peak_allocated"] != 0 for phase in record["phases"].values())
+    assert name in (folder / "reports/report.md").read_text().replace("\\_", "_")
 
 
 BAD_REQUESTS = {
