@@ -319,7 +319,15 @@ def print_table(records) -> None:
     from harness.report import brief_table
 
     print()
-    print(tabulate(brief_table(records), headers="keys", showindex=False, disable_numparse=True))
+    print(
+        tabulate(
+            brief_table(records),
+            headers="keys",
+            showindex=False,
+            disable_numparse=True,
+            maxheadercolwidths=12,
+        )
+    )
     print()
 
 

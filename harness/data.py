@@ -5,11 +5,9 @@ which alone there is loss. The response's tokens are made apart from the prompt'
 trained on begins with exactly the tokens that generation starts from.
 """
 
-import csv
 import hashlib
 import json
 import random
-import re
 import tomllib
 from array import array
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.errors import unknown
+from harness.rows import SUFFIXES, DataError, rows_of_file
 from harness.spec import Hyperparams
 
 FOLDER = ROOT / "datasets_spec"
@@ -35,11 +34,6 @@ FORMATS = {  # format -> the fields it reads, each with the column it is in unle
     "messages": {"messages": "messages"},
 }
 WINDOW = 16  # batches sorted by length together: most of the padding gone, the order still random
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-
-
-class DataError(ValueError):
-    """What is wrong with a dataset, by name, and the remedy."""
 
 
 # Specs
@@ -110,45 +104,6 @@ def rows_of_part(part: dict, location: str | None):
     yield from datasets.load_dataset(part["hub"], split=part["split"], revision=part["revision"] or None)
 
 
-def rows_of_file(path: Path):
-    """Rows of a .jsonl, .json, .parquet or .csv file, or of such files in a folder.
-
-    Raises DataError for a file that cannot be read, with its line where that is known.
-    """
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
-        if not files:
-            raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file")
-        for file in files:
-            yield from rows_of_file(file)
-        return
-    line = None
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                yield from csv.DictReader(file)
-        elif path.suffix == ".json":
-            yield from json.loads(path.read_text("utf-8"))
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
-                for line, text in enumerate(file, 1):  # noqa: B007 (the error names it)
-                    if text.strip():
-                        yield json.loads(text)
-        else:
-            raise DataError(f"{path}: cannot read {path.suffix or 'this kind of'} file; {SUFFIXES} can be")
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        if isinstance(error, DataError):
-            raise
-        where = f"{path}, line {line}" if line else str(path)
-        raise DataError(
-            f"{where}: {error.strerror if isinstance(error, OSError) and error.strerror else error}"
-        ) from error
-
-
 def messages_of(row: dict, part: dict) -> list[dict] | None:
     """The conversation of a row, or None if it has no answer to learn from.
 
@@ -164,18 +119,36 @@ def messages_of(row: dict, part: dict) -> list[dict] | None:
         )
     value = {field: row.get(column) for field, column in columns.items()}
     if part["format"] == "instruction":
-        prompt = "\n\n".join(str(value[f]).strip() for f in ("instruction", "input") if value[f])
-        conversation = [("user", prompt), ("assistant", value["output"])]
+        asked = [text_of(value["instruction"]), text_of(value["input"])]
+        turns = [("user", "\n\n".join(filter(None, asked))), ("assistant", text_of(value["output"]))]
     else:
-        conversation = [(m.get("role"), m.get("content")) for m in value["messages"] or []]
-        while conversation and conversation[-1][0] != "assistant":
-            conversation.pop()
-    messages = [{"role": role, "content": str(text or "").strip()} for role, text in conversation]
-    roles = [m["role"] for m in messages if m["role"] != "system"]
-    alternating = roles == ["user", "assistant"] * (len(roles) // 2)
-    if len(messages) < 2 or not alternating or not all(m["content"] for m in messages):
+        found = value["messages"]
+        if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
+            return None
+        turns = [(message.get("role"), text_of(message.get("content"))) for message in found]
+        while turns and turns[-1][0] != "assistant":
+            turns.pop()
+    spoken = turns[1:] if turns and turns[0][0] == "system" else turns
+    alternating = [role for role, _ in spoken] == ["user", "assistant"] * (len(spoken) // 2)
+    if not spoken or not alternating or not all(text for _, text in turns):
         return None
-    return messages
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def text_of(content) -> str | None:
+    """A message's text, its text parts joined; None for what is no text, or cannot be encoded."""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if isinstance(content, int | float):
+        content = str(content)
+    if not isinstance(content, str):
+        return None
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair: legal in JSON, not in a text
+        return None
+    return content.strip()
 
 
 @dataclass
@@ -201,7 +174,7 @@ def splits(dataset: dict, locations: dict) -> tuple[dict[str, list[Conversation]
                 raise DataError(f"part {part['name']}: a row is {type(row).__name__}, not an object")
             if messages := messages_of(row, part):
                 text = json.dumps([dataset["seed"], messages], ensure_ascii=False, sort_keys=True)
-                rows.append((hashlib.sha256(text.encode("utf-8", "replace")).hexdigest(), messages))
+                rows.append((hashlib.sha256(text.encode()).hexdigest(), messages))
             else:
                 counts["unusable"] += 1
         distinct = []
@@ -232,7 +205,8 @@ def describe(dataset: dict) -> str:
 
 
 def normalised(messages: list[dict]) -> str:
-    return " ".join(re.findall(r"\w+", " ".join(m["content"] for m in messages).casefold()))
+    """Equal for prompts that differ in case, spacing and the punctuation around them alone."""
+    return " ".join(" ".join(m["content"] for m in messages).casefold().split()).strip(" .,!?")
 
 
 # Tokens
@@ -247,7 +221,8 @@ class Row:
     prompt: str
     reference: str
     prompt_ids: array  # of int32
-    response_ids: array  # ends with the token that ends a turn
+    response_ids: array  # ends with the token that ends a turn, unless cut
+    cut: int = 0  # tokens of the response that max_length took
 
     @property
     def length(self) -> int:
@@ -267,8 +242,18 @@ class Template:
         """-> prompt text, response text with the mark that ends it."""
         if self.kind == "instruction":
             return instruction_form(messages[:-1]), messages[-1]["content"] + self.tokenizer.eos_token
-        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        from jinja2 import TemplateError
+
+        try:
+            prompt = self.tokenizer.apply_chat_template(
+                messages[:-1], add_generation_prompt=True, tokenize=False
+            )
+            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError as error:
+            raise DataError(
+                f"the model's chat template refuses a conversation ({error}): "
+                "use --set data.template=instruction"
+            ) from error
         if not whole.startswith(prompt):
             raise DataError(
                 "this chat template writes a prompt otherwise than the start of the conversation: "
@@ -293,6 +278,7 @@ class Template:
             conversation.messages[-1]["content"],
             array("i", prompt_ids),
             array("i", response_ids[: max_length - len(prompt_ids)]),
+            max(0, len(prompt_ids) + len(response_ids) - max_length),
         )
 
 
@@ -307,8 +293,7 @@ def tokenize(conversations: list[Conversation], template: Template, max_length: 
     """-> rows; how many lost the end of their response; how many were left out, prompt too long."""
     rows = [template.row(c, max_length) for c in conversations]
     kept = [row for row in rows if row]
-    cut = sum(row.length == max_length for row in kept)
-    return kept, cut, len(rows) - len(kept)
+    return kept, sum(row.cut > 0 for row in kept), len(rows) - len(kept)
 
 
 def rows_hash(rows: list[Row]) -> str:
@@ -370,7 +355,7 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
     again: rows of a batch are about as long, and little is padded. The epoch's last rows, too few
     for a batch, are a step of their own.
     """
-    steps = hp.max_steps or ceil(hp.epochs * len(lengths) / hp.batch_size)
+    steps = hp.max_steps or ceil(hp.epochs * ceil(len(lengths) / hp.batch_size))
     epoch = 0
     while steps > 0:
         draw = random.Random(f"data order, seed {seed}, epoch {epoch}")

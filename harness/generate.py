@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationConfig
 
 from harness.data import Row, batches_of, collate
-from harness.head import token_scores
+from harness.head import causal_lm, token_scores
 from harness.spec import Hyperparams
 
 
@@ -45,6 +45,8 @@ def answers(model, rows: list[Row], tokenizer, stops: list[int], hp: Hyperparams
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
+    causal_lm(model).generation_config = config  # passed as an argument, it would be filled up from the
+    # model's own, whose repetition penalty and the like are not greedy decoding
     by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
     found = {}
     for start in range(0, len(rows), hp.eval_batch_size):
@@ -57,7 +59,7 @@ def answers(model, rows: list[Row], tokenizer, stops: list[int], hp: Hyperparams
             mask[i, width - len(row.prompt_ids) :] = 1
         ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
         with accelerator.autocast():
-            whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            whole = model.generate(input_ids=ids, attention_mask=mask)
         if len(whole) != len(batch):
             raise RuntimeError(f"{len(whole)} answers to {len(batch)} prompts")
         for row, new in zip(batch, whole[:, width:].tolist(), strict=True):

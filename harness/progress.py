@@ -61,15 +61,13 @@ class Live:
 
     def __init__(self, stream):
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=Console(file=stream),
             refresh_per_second=4,
             transient=True,
@@ -78,21 +76,19 @@ class Live:
         self.task = None
 
     def start(self, spec, number: int, total: int) -> None:
-        self.task = self.progress.add_task(
-            f"[{number}/{total}] {describe(spec)}".replace("[", r"\["), total=None, text=""
-        )
+        self.name = rf"\[{number}/{total}] {describe(spec)}"
+        self.task = self.progress.add_task(self.name, total=None, text="starting")
 
     def event(self, values: dict) -> None:
         if "phase" in values:
-            self.progress.update(self.task, text=values["phase"])
+            self.progress.update(self.task, description=f"{self.name}: {values['phase']}")
         elif "step" in values:
             self.progress.update(
                 self.task, total=values["steps"], completed=values["step"], text=step_text(values)
             )
         elif "answered" in values:
-            self.progress.update(
-                self.task, total=values["rows"], completed=values["answered"], text="answers"
-            )
+            text = f"{values['answered']} of {values['rows']} answers"
+            self.progress.update(self.task, total=values["rows"], completed=values["answered"], text=text)
 
     def end(self, record, cached: bool) -> None:
         from rich.markup import escape
@@ -110,11 +106,8 @@ class Live:
 
 
 def step_text(values: dict) -> str:
-    text = (
-        f"step {values['step']}/{values['steps']}, loss {values['loss']:.3f}"
-        if values["loss"] is not None
-        else f"step {values['step']}/{values['steps']}, loss not finite"
-    )
+    loss = "not finite" if values["loss"] is None else f"{values['loss']:.3f}"
+    text = f"step {values['step']}/{values['steps']}, loss {loss}"
     if values.get("seconds"):
         rate = values["tokens"] / values["seconds"]
         left = values["seconds"] / values["step"] * (values["steps"] - values["step"])

@@ -33,7 +33,7 @@ class RunRecord:
 
     `card` is what the method says of itself (see harness.method.Method.card).
     `overrides`: hyperparameter -> [value, reason], each a declared difference.
-    `tokens`: trained (read by the model), padded, supervised (carrying loss), truncated (rows cut).
+    `tokens`: trained (read by the model), padded, supervised (carrying loss); left_out counts rows.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
     `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.

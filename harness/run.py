@@ -157,12 +157,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         if not record.sizes["trainable"]:
             raise ValueError(f"{spec.method} attached nothing to train")
         record.validation = [{"step": 0, "loss": validate()}]
-        optimizer, measured = train(
-            chosen, model, batches, hp, accelerator, meter, step_report(report, batches), validate
-        )
-        record.training, record.step_seconds = measured["training"], measured["step_seconds"]
-        record.validation += measured["validation"]
-        record.warmup_steps = measured["warmup_steps"]
+        told = step_report(report, batches)
+        optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
         record.sizes["optimizer_bytes"] = optimizer_bytes(optimizer)
         del optimizer
         model.zero_grad()

@@ -16,20 +16,34 @@ class Diverged(Exception):
     """A loss was not a finite number."""
 
 
-def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, report, validate):
-    """Trains in place. -> (optimizer, what was measured: fields of a RunRecord).
+def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, record, report, validate):
+    """Trains in place. -> the optimizer.
 
-    `report(**values)` is told of each step; `validate()` -> mean loss on the validation rows, off the
-    training's clock. Raises Diverged at a loss that is not finite.
+    Writes training, validation, step_seconds and warmup_steps of a RunRecord as it goes, so that a
+    run that breaks keeps its curves. `report(**values)` is told of each step; `validate()` -> mean
+    loss on the validation rows, off the training's clock. Raises Diverged at a loss that is not
+    finite.
     """
     with meter.phase("train"):
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = method.optimizer(model, hp)
         total = len(batches)
-        scheduler = get_scheduler(hp.schedule, optimizer, math.ceil(hp.warmup_ratio * total), total)
+        warmup = min(math.ceil(hp.warmup_ratio * total), total - 1)  # a lone step is no warm-up
+        scheduler = get_scheduler(hp.schedule, optimizer, warmup, total)
         clock = StepClock(accelerator.device)
         points = validation_points(total, hp.validations)
-        training, validation = [], []
+        record.warmup_steps = min(WARMUP_STEPS, total // 4)
+        pending = None  # a step is settled one late, so that the device never waits for the host
+
+        def settle() -> None:
+            nonlocal pending
+            if pending:
+                entry, pending = floats(pending), None
+                record.training.append(entry)
+                report(step=entry["step"], steps=total, loss=entry["loss"])
+                if not math.isfinite(entry["loss"]):
+                    raise Diverged(f"the loss was {entry['loss']} at step {entry['step']} of {total}")
+
         model.train()
         for step, micro_batches in enumerate(batches, 1):
             with clock.step():
@@ -41,20 +55,15 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            training.append({"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm})
-            if step > 1:  # one step late, so that the device never waits for the host
-                settle(training[-2], report, total)
+            settle()
+            pending = {"step": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": norm}
             if step in points:
-                settle(training[-1], report, total)
-                validation.append({"step": step, "loss": validate()})
+                settle()
+                record.validation.append({"step": step, "loss": validate()})
                 model.train()
-        settle(training[-1], report, total)
-    return optimizer, {
-        "training": training,
-        "validation": validation,
-        "step_seconds": clock.read(),
-        "warmup_steps": min(WARMUP_STEPS, total // 4),
-    }
+        settle()
+        record.step_seconds = clock.read()
+    return optimizer
 
 
 def accumulate(method, model, micro_batches: list[dict], accelerator) -> torch.Tensor:
@@ -71,15 +80,9 @@ def accumulate(method, model, micro_batches: list[dict], accelerator) -> torch.T
     return mean
 
 
-def settle(entry: dict, report, total: int) -> None:
-    """Fetches a step's numbers from the device, once, and looks at the loss."""
-    if isinstance(entry["loss"], float):
-        return
-    entry["loss"] = float(entry["loss"])
-    entry["grad_norm"] = None if entry["grad_norm"] is None else float(entry["grad_norm"])
-    report(step=entry["step"], steps=total, loss=entry["loss"])
-    if not math.isfinite(entry["loss"]):
-        raise Diverged(f"the loss was {entry['loss']} at step {entry['step']} of {total}")
+def floats(entry: dict) -> dict:
+    """The numbers of a step, fetched from the device."""
+    return {name: value.item() if hasattr(value, "item") else value for name, value in entry.items()}
 
 
 def validation_points(total: int, points: int) -> set[int]:

@@ -31,18 +31,23 @@ class LoRA(Method):
     def attach(self, model, batches):
         from peft import get_peft_model
 
+        names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {"all-linear"}
+        if unknown := [target for target in self.target_names() if target not in names]:
+            raise ValueError(f"targets: this model has no layer named {', '.join(unknown)}")
         return get_peft_model(model, self.config())
+
+    def target_names(self) -> list[str]:
+        return [target.strip() for target in self.targets.split(",")]
 
     def config(self, **more):
         """The adapter's configuration for PEFT; a variant adds to it."""
         from peft import LoraConfig
 
-        targets = self.targets if self.targets == "all-linear" else self.targets.split(",")
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules="all-linear" if self.targets == "all-linear" else self.target_names(),
             task_type="CAUSAL_LM",
             **more,
         )

@@ -12,7 +12,10 @@ Generalisation: as LoRA's, from a base that has lost a little; its own 4-bit row
 
 from dataclasses import dataclass
 
+from harness.method import Unsupported
 from methods.lora import LoRA
+
+BLOCK = 64  # weights that share a scale
 
 
 @dataclass
@@ -40,7 +43,12 @@ def load_nf4(load_base):
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = load_base(quantization_config=config)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = model.dtype
+            if model.device.type == "cpu" and module.in_features % BLOCK:
+                raise Unsupported(
+                    f"bitsandbytes 0.50 dequantises {name} wrongly on a CPU: {module.in_features} inputs are "
+                    f"no multiple of {BLOCK}. Use a GPU, or a method without 4-bit weights"
+                )
     return model

@@ -179,7 +179,7 @@ BAD_REQUESTS = {
     "source": (["--source", "alpaca=nowhere.json"], ["there is no file or folder nowhere.json"]),
     "source name": (["--source", "alpacca=."], ["did you mean alpaca?"]),
     "corrupt source": (["--source", "alpaca=broken.jsonl"], ["broken.jsonl, line 2"]),
-    "empty source": (["--source", "alpaca=empty.jsonl"], ["it has 0 distinct usable ones"]),
+    "empty source": (["--source", "alpaca=empty.jsonl"], ["empty.jsonl holds no rows"]),
     "model": (["--model", "no/such/folder", "--dataset", "demo"], ["neither a folder nor a hub id"]),
     "model without weights": (["--model", ".", "--dataset", "demo"], ["has no config.json"]),
     "model without data": (["--model", str(ROOT / "demo/model")], ["no dataset: name one with --dataset"]),

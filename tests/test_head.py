@@ -75,7 +75,9 @@ def test_loss_and_gradient_are_those_of_the_models_own_loss(model, small_chunks)
     own.backward()
     assert loss.item() == pytest.approx(own.item(), abs=1e-5)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], p.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch):

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["spec", "errors"],
     ["record"],
-    ["store", "data", "metrics", "head", "meter", "progress", "doctor"],
-    ["method", "train", "generate", "stats"],
+    ["store", "rows", "metrics", "head", "meter", "progress", "doctor"],
+    ["method", "data", "stats"],
+    ["train", "generate"],
     ["plan", "run"],
     ["bench", "report"],
     ["cli"],

@@ -17,14 +17,16 @@ from methods.dora import DoRA
 from methods.full import Full
 from methods.lora import LoRA
 
-ROWS = tiny.rows(22, seed=1)  # three steps of 8 rows, the last one short
-MORE = tiny.rows(54, seed=2)  # seven such steps
+ROWS = tiny.rows(22, seed=1)  # three steps of 8 rows, one of them short
+EVEN = tiny.rows(56, seed=2)  # seven steps, none short: another trainer would have its short one at the end
 
 
 def same(ours: dict, theirs: dict, tolerance: float):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # Other trainers, on the very same rows in the same order
@@ -46,8 +48,8 @@ class InOrder:
 
 def by_trainer(kind: str, method, hp, folder):
     """The training of `fit`, by another library's trainer. -> model, losses, learning rates, norms."""
-    made = tiny.batches(MORE, hp)
-    order = [MORE[i] for step in made.steps for i in step]
+    made = tiny.batches(EVEN, hp)
+    order = [EVEN[i] for step in made.steps for i in step]
     dataset = Dataset.from_list([
         {
             "input_ids": [*row.prompt_ids, *row.response_ids],
@@ -128,7 +130,7 @@ def pad(features):
 def test_training_equals_another_trainer_step_by_step(kind, method, micro_batch_size, tmp_path):
     decay = 0.0 if isinstance(method, DoRA) else 0.1  # HF decays DoRA's magnitudes, the loop no vector
     hp = hyperparams(micro_batch_size=micro_batch_size, weight_decay=decay)
-    trained, _, measured = fit(method, hp, MORE)
+    trained, _, measured = fit(method, hp, EVEN)
     theirs, their_losses, rates, norms = by_trainer(kind, method, hp, tmp_path)
     assert len(losses(measured)) == 7
     assert losses(measured) == pytest.approx(their_losses, abs=5e-6)
@@ -140,7 +142,7 @@ def test_training_equals_another_trainer_step_by_step(kind, method, micro_batch_
 
 def test_those_micro_batches_carry_unequal_loss():
     """Else the comparison above could not tell token-weighted accumulation from a plain mean."""
-    for step in tiny.batches(MORE, hyperparams(micro_batch_size=4)):
+    for step in tiny.batches(EVEN, hyperparams(micro_batch_size=4)):
         counts = [int((batch["labels"] != -100).sum()) for batch in step]
         assert len(set(counts)) == len(counts) == 2
 
@@ -319,13 +321,14 @@ def test_the_order_of_the_rows_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 3])
-def test_every_row_is_read_once_an_epoch(micro_batch_size):
+@pytest.mark.parametrize("count", [24, 22, 20, 17])
+def test_every_row_is_read_once_an_epoch(count, micro_batch_size):
     hp = hyperparams(epochs=2.0, micro_batch_size=micro_batch_size)
-    made = tiny.batches(ROWS, hp)
+    made = tiny.batches(EVEN[:count], hp)
     steps = list(made)
     assert len(steps) == len(made) == len(made.hashes) == 6
-    assert list(map(len, made.steps)) == [8, 8, 6] * 2
-    whole = sorted(tuple([*row.prompt_ids, *row.response_ids]) for row in ROWS)
+    assert sorted(map(len, made.steps), reverse=True) == [8] * 4 + [count - 16] * 2
+    whole = sorted((*row.prompt_ids, *row.response_ids) for row in EVEN[:count])
     for epoch in (steps[:3], steps[3:]):
         read = [
             tuple(ids[mask.bool()].tolist())
@@ -338,8 +341,9 @@ def test_every_row_is_read_once_an_epoch(micro_batch_size):
 
 
 def test_a_part_of_an_epoch_and_a_number_of_steps_are_kept():
-    assert len(tiny.batches(ROWS, hyperparams(epochs=0.5))) == 2  # ceil(11 / 8)
+    assert len(tiny.batches(ROWS, hyperparams(epochs=0.5))) == 2
     assert len(tiny.batches(ROWS, hyperparams(max_steps=7))) == 7
+    assert len(tiny.batches(ROWS, hyperparams(max_steps=2, epochs=5.0))) == 2
 
 
 def test_the_batches_of_a_training_are_read_alike_by_every_method():

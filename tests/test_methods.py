@@ -1,4 +1,4 @@
-"""Each method through its hooks: sizes by closed formulas and published numbers, and what it may not touch."""
+"""Each method through its hooks: sizes by formulas and published numbers, and what it may not touch."""
 
 import bitsandbytes
 import peft
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from harness import generate, head
-from harness.method import adam, available, build, options, resolve
+from harness.method import Unsupported, adam, available, build, options, resolve
 from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
 from methods import galore
@@ -62,7 +62,9 @@ def shapes() -> list[tuple[int, int]]:
 
 def test_there_are_fourteen_linear_layers_in_the_tiny_model():
     """q k v o gate up down, twice: what the formulas below are summed over."""
-    assert sorted(shapes()) == sorted(2 * [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)])
+    assert sorted(shapes()) == sorted(
+        2 * [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -323,7 +325,9 @@ def four_bit(model) -> dict:
 
 
 def dequantised(model) -> dict:
-    return {n: dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for n, m in four_bit(model).items()}
+    return {
+        n: dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for n, m in four_bit(model).items()
+    }
 
 
 def test_qlora_holds_the_linear_layers_and_only_them_in_nf4(folder):
@@ -354,7 +358,21 @@ def test_a_four_bit_layer_computes_with_its_dequantised_weight(folder):
         x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-5, rtol=1e-5)
         error = ((weight - original).norm() / original.norm()).item()
-        assert error == pytest.approx(0.092, abs=0.02)  # of NF4 on normal weights
+        assert error == pytest.approx(0.092, abs=0.005)  # of NF4 on normal weights
+
+
+def test_a_width_that_is_no_multiple_of_the_block_is_refused_or_right(tmp_path):
+    """bitsandbytes 0.50 on a CPU quantises such a weight as one row of blocks and reads it back row by row:
+    its error is 0.25 in place of 0.092, with no word of it."""
+    config = tiny.gemma(intermediate_size=96)
+    tiny.model(config).save_pretrained(tmp_path)
+    try:
+        weights = dequantised(loaded(QLoRA(), tmp_path))
+    except Unsupported:
+        return
+    for n, weight in weights.items():
+        original = linears(tiny.model(config))[n].weight.detach()
+        assert ((weight - original).norm() / original.norm()).item() < 0.12, n
 
 
 def test_a_large_layer_takes_4_127_bits_a_parameter(tmp_path):
@@ -462,7 +480,9 @@ def test_galore_equals_the_authors_package_across_new_subspaces(shape, monkeypat
     monkeypatch.setattr(GaLoreProjector, "get_orthogonal_matrix", basis)
     p, q = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
     gradients = gradients_of(shape, 10)
-    for a, b in zip(stepped(ours(p, 4, 3), p, gradients), stepped(theirs(q, 4, 3), q, gradients), strict=True):
+    for a, b in zip(
+        stepped(ours(p, 4, 3), p, gradients), stepped(theirs(q, 4, 3), q, gradients), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=0)
 
 

@@ -1,6 +1,7 @@
 """A tokenizer, models and rows small enough for tests, made in memory: nothing is downloaded."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -25,14 +26,15 @@ CHAT = """{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}
 + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
-TEXT = "\n\n### Response:\nthe cat sat on the mat and the dog ran to the red house, user model "
+TEXT = "\n\n### Response:\nthe cat sat on the mat. model\nthe dog ran to the red house. user\nthe "
 
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with some merges, which begins every text with <bos> as Llama's and Gemma's do."""
+    """Byte-level BPE, which begins every text with <bos> as Llama's and Gemma's do. It merges across lines
+    and words, so that where a text is cut before it is tokenised shows."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -57,7 +59,7 @@ def gemma(**changes) -> Gemma3TextConfig:
         **{
             "vocab_size": VOCABULARY,
             "hidden_size": 64,
-            "intermediate_size": 96,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -130,11 +132,12 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     base = model() if base is None else base
     torch.manual_seed(seed)
     trained = method.attach(base, made)
-    optimizer, measured = train(
-        method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), on_step,
+    measured = SimpleNamespace(training=[], validation=[])
+    optimizer = train(
+        method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
         validate and (lambda: validate(trained)),
     )  # fmt: skip
-    return trained, optimizer, measured
+    return trained, optimizer, vars(measured)
 
 
 def losses(measured: dict) -> list[float]:

@@ -1,0 +1,533 @@
+"""Rows of every kind of file, splits that hold still, and token ids whose labels are the response alone."""
+
+import csv
+import json
+import random
+import re
+from copy import copy
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness import data
+from harness.data import DATASET, PART, DataError, Template, splits, tokenize
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a cat."},
+    {"role": "assistant", "content": "Tom."},
+    {"role": "user", "content": "And the dog?"},
+    {"role": "assistant", "content": "  Rex, the red one.\n"},
+]
+PAIR = CONVERSATION[1:3]
+
+
+def asked(train=4, validation=2, test=3, parts=None, **more) -> dict:
+    parts = parts or [{"name": "tiny", "format": "instruction"}]
+    return {**DATASET, "train": train, "validation": validation, "test": test, **more,
+            "parts": [{**PART, **part} for part in parts]}  # fmt: skip
+
+
+def written(folder, rows, name="rows.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def split(folder, rows, **more):
+    return splits(asked(**more), {"tiny": str(written(folder, rows))})
+
+
+def instructions(count, start=0) -> list[dict]:
+    return [
+        {"instruction": f"Add one to {i}.", "input": "", "output": str(i + 1)} for i in range(start, count)
+    ]
+
+
+def texts(conversations) -> list[str]:
+    return [conversation.messages[0]["content"] for conversation in conversations]
+
+
+# Token ids
+
+
+def messages_of(messages):
+    return data.messages_of({"messages": messages}, {**PART, "format": "messages"})
+
+
+def written_out(messages, kind):
+    return Template(tiny.tokenizer(), kind).row(data.Conversation("tiny:1", "tiny", messages), 512)
+
+
+def made(kind, messages):
+    """-> messages and row of a conversation, as a dataset's row becomes them."""
+    messages = messages_of(messages)
+    return messages, written_out(messages, kind)
+
+
+CASES = [
+    PAIR,
+    CONVERSATION,
+    CONVERSATION[1:],
+    [PAIR[0], {"role": "assistant", "content": "the cat\n\n### Response"}],
+]
+
+
+@pytest.mark.parametrize("messages", CASES)
+def test_the_chat_form_is_the_models_own_template(messages):
+    messages, row = made("chat", messages)
+    own = tiny.tokenizer().apply_chat_template(messages, tokenize=False)
+    prompt = tiny.tokenizer().apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    decode = tiny.tokenizer().decode
+    assert decode([*row.prompt_ids, *row.response_ids]) == own.rstrip("\n")
+    assert decode(row.prompt_ids) == prompt
+    assert decode(row.response_ids) == messages[-1]["content"] + "<end_of_turn>"
+    # Generation starts from what tokenising the prompt alone gives.
+    assert list(row.prompt_ids) == tiny.tokenizer()(prompt, add_special_tokens=False).input_ids
+    assert list(row.prompt_ids).count(tiny.BOS) == 1
+
+
+@pytest.mark.parametrize("messages", CASES)
+def test_the_instruction_form_is_written_out(messages):
+    messages, row = made("instruction", messages)
+    names = {"user": "Instruction", "assistant": "Response", "system": "System"}
+    prompt = (
+        "".join(f"### {names[m['role']]}:\n{m['content']}\n\n" for m in messages[:-1]) + "### Response:\n"
+    )
+    decode = tiny.tokenizer().decode
+    assert decode(row.prompt_ids) == "<bos>" + prompt
+    assert decode(row.response_ids) == messages[-1]["content"] + "<eos>"
+    assert list(row.prompt_ids) == tiny.tokenizer()(prompt).input_ids
+
+
+@pytest.mark.parametrize("prompt", ["### Response:\n", "<start_of_turn>model\n"])
+def test_the_border_of_prompt_and_response_is_where_tokens_would_have_merged(prompt):
+    """Else the tests above could not tell that the two are tokenised apart."""
+    apart = tiny.tokenizer()(prompt, add_special_tokens=False).input_ids
+    ids = tiny.tokenizer()(prompt + "the cat", add_special_tokens=False).input_ids
+    assert ids[: len(apart)] != apart
+
+
+@pytest.mark.parametrize("kind", ["chat", "instruction"])
+def test_labels_are_the_response_with_its_mark_and_nothing_else(kind):
+    rows = [made(kind, messages)[1] for messages in CASES]
+    batch = data.collate(rows, tiny.PAD, "cpu")
+    end = {"chat": tiny.END, "instruction": tiny.EOS}[kind]
+    for i, row in enumerate(rows):
+        p, n = len(row.prompt_ids), row.length
+        ids, labels, mask = (batch[name][i].tolist() for name in ("input_ids", "labels", "attention_mask"))
+        assert ids[:p] == list(row.prompt_ids)
+        assert labels[:p] == [-100] * p
+        assert labels[p:n] == ids[p:n] == list(row.response_ids)
+        assert labels[n:] == [-100] * (len(labels) - n)
+        assert ids[n:] == [tiny.PAD] * (len(ids) - n)
+        assert mask == [1] * n + [0] * (len(ids) - n)
+        assert row.response_ids[-1] == end
+        assert list(row.response_ids).count(end) == 1
+
+
+def test_a_padding_token_that_is_also_the_end_mark_keeps_its_label():
+    """As with a tokenizer that has no padding token of its own."""
+    rows = [made("instruction", messages)[1] for messages in CASES]
+    batch = data.collate(rows, tiny.EOS, "cpu")
+    assert [int(n) for n in (batch["labels"] == tiny.EOS).sum(1)] == [1] * len(rows)
+    assert [int(n) for n in batch["attention_mask"].sum(1)] == [row.length for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["chat", "instruction"])
+def test_every_earlier_turn_is_in_the_prompt_and_none_is_learned(kind):
+    _, row = made(kind, CONVERSATION)
+    prompt = tiny.tokenizer().decode(row.prompt_ids)
+    places = [prompt.index(m["content"]) for m in CONVERSATION[:-1]]
+    assert places == sorted(places)
+    assert row.prompt in prompt
+    assert row.reference == "Rex, the red one."
+    assert "Tom" not in tiny.tokenizer().decode(row.response_ids)
+
+
+def test_auto_takes_the_chat_template_where_there_is_one():
+    assert Template(tiny.tokenizer(), "auto").kind == "chat"
+    plain = copy(tiny.tokenizer())
+    plain.chat_template = None
+    assert Template(plain, "auto").kind == "instruction"
+    with pytest.raises(DataError, match="no chat template"):
+        Template(plain, "chat")
+
+
+def test_a_long_response_is_cut_and_a_prompt_that_fills_all_is_left_out():
+    _, whole = made("chat", PAIR)
+    template = Template(tiny.tokenizer(), "chat")
+    p, n = len(whole.prompt_ids), whole.length
+    conversation = data.Conversation("tiny:1", "tiny", PAIR)
+    (row,), cut, dropped = tokenize([conversation], template, n - 2)
+    assert (row.length, cut, dropped) == (n - 2, 1, 0)
+    assert row.prompt_ids == whole.prompt_ids
+    assert row.response_ids == whole.response_ids[:-2]
+    assert tokenize([conversation], template, p) == ([], 0, 1)
+    (row,), _, _ = tokenize([conversation], template, p + 1)
+    assert list(row.response_ids) == list(whole.response_ids[:1])
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_row_that_just_fits_is_not_counted_as_cut(room):
+    _, whole = made("chat", PAIR)
+    template = Template(tiny.tokenizer(), "chat")
+    (row,), cut, _ = tokenize([data.Conversation("tiny:1", "tiny", PAIR)], template, whole.length + room)
+    assert row.response_ids == whole.response_ids
+    assert cut == 0
+
+
+# Splits
+
+
+def test_splits_are_disjoint_and_of_the_size_asked(tmp_path):
+    found, _ = split(tmp_path, instructions(30))
+    assert {name: len(found[name]) for name in found} == {"train": 4, "validation": 2, "test": 3}
+    drawn = [text for name in found for text in texts(found[name])]
+    assert len(set(drawn)) == 9
+
+
+def test_the_order_of_the_source_does_not_matter(tmp_path):
+    rows = [*instructions(30), {"instruction": "Add one to 3.", "input": "", "output": "four"}]
+    first, counts = split(tmp_path, rows)
+    for seed in range(5):
+        random.Random(seed).shuffle(rows)
+        assert split(tmp_path, rows) == (first, counts)
+
+
+def test_more_training_rows_leave_test_and_validation_as_they_are(tmp_path):
+    few, _ = split(tmp_path, instructions(40), train=4)
+    many, _ = split(tmp_path, instructions(40), train=30)
+    assert many["test"] == few["test"]
+    assert many["validation"] == few["validation"]
+    assert set(texts(few["train"])) < set(texts(many["train"]))
+
+
+def test_another_seed_draws_other_rows(tmp_path):
+    assert split(tmp_path, instructions(40), seed=0) != split(tmp_path, instructions(40), seed=1)
+
+
+def test_of_rows_with_one_prompt_one_is_kept_and_the_others_counted(tmp_path):
+    again = [{"instruction": f"  ADD one to {i}! ", "output": "another answer"} for i in range(5)]
+    found, counts = split(tmp_path, [*instructions(12), *again], train=7)
+    assert counts == {"unusable": 0, "duplicates": 5}
+    numbers = [re.search(r"\d+", text)[0] for name in found for text in texts(found[name])]
+    assert len(set(numbers)) == len(numbers) == 12
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 3 + 4?", "What is 3 - 4?"),
+        ("Is x < y?", "Is x > y?"),
+        ("What does a[1] say?", "What does a(1) say?"),
+        ("🙂", "🙁"),
+        ("की", "के"),
+    ],
+)
+def test_prompts_that_differ_in_a_sign_are_not_duplicates(one, other, tmp_path):
+    rows = [{"instruction": text, "output": "yes"} for text in (one, other)]
+    _, counts = split(tmp_path, [*rows, *instructions(12)])
+    assert counts["duplicates"] == 0
+
+
+def test_a_prompt_in_two_parts_is_kept_in_one(tmp_path):
+    first, second = instructions(12), instructions(20, start=6)
+    locations = {
+        "one": str(written(tmp_path, first, "1.jsonl")),
+        "two": str(written(tmp_path, second, "2.jsonl")),
+    }
+    spec = asked(3, 1, 2, parts=[{"name": "one"}, {"name": "two"}])
+    found, counts = splits(spec, locations)
+    assert counts["duplicates"] == 6
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 6, "validation": 2, "test": 4}
+    drawn = [text for rows in found.values() for text in texts(rows)]
+    assert len(set(drawn)) == len(drawn)
+    assert {row.part for row in found["test"]} == {"one", "two"}
+
+
+def test_too_few_rows_are_an_error_that_says_how_many(tmp_path):
+    with pytest.raises(DataError, match=r"9 rows are asked for .* 5 distinct usable ones"):
+        split(tmp_path, instructions(5))
+
+
+# Conversations
+
+
+def test_a_conversation_ends_with_its_last_answer():
+    assert messages_of([*PAIR, {"role": "user", "content": "Thanks"}]) == PAIR
+    assert messages_of(CONVERSATION)[:-1] == CONVERSATION[:-1]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        None,
+        PAIR[:1],
+        PAIR[1:],
+        [PAIR[0], PAIR[0], PAIR[1]],
+        [PAIR[0], PAIR[1], PAIR[1]],
+        [PAIR[0], {"role": "assistant", "content": ""}],
+        [PAIR[0], {"role": "assistant", "content": None}],
+        [{"role": "user", "content": " "}, PAIR[1]],
+        [{"role": "tool", "content": "x"}, *PAIR],
+        [{"content": "x"}, PAIR[1]],
+        [{}, {}],
+        [CONVERSATION[0], CONVERSATION[0]],
+    ],
+)
+def test_a_conversation_with_unusable_roles_or_no_answer_is_none(messages):
+    assert messages_of(messages) is None
+
+
+def test_unusable_rows_are_counted(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Say {i}"}, PAIR[1]]} for i in range(12)]
+    rows += [{"messages": PAIR[::-1]}, {"messages": []}, {"messages": None}]
+    _, counts = split(tmp_path, rows, parts=[{"name": "tiny", "format": "messages"}])
+    assert counts == {"unusable": 3, "duplicates": 0}
+
+
+def test_an_instruction_joins_its_input():
+    part = {**PART, "format": "instruction"}
+    found = data.messages_of({"instruction": "Add.", "input": "1 2", "output": " 3 "}, part)
+    assert found == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
+    assert data.messages_of({"instruction": "Add.", "output": "3"}, part)[0]["content"] == "Add."
+    assert data.messages_of({"instruction": "Add.", "input": None, "output": ""}, part) is None
+
+
+def test_an_answer_of_zero_is_an_answer():
+    found = data.messages_of({"instruction": "1 - 1?", "output": 0}, {**PART, "format": "instruction"})
+    assert found and found[1]["content"] == "0"
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "Tom."}], {"text": "Tom."}, ["Tom."]])
+def test_content_that_is_no_text_is_never_learned_as_pythons_notation(content):
+    """Chat data often hold a message as a list of parts."""
+    for messages in (
+        messages_of([PAIR[0], {"role": "assistant", "content": content}]),
+        messages_of([{"role": "user", "content": content}, PAIR[1]]),
+        data.messages_of({"instruction": "a", "output": content}, {**PART, "format": "instruction"}),
+    ):
+        assert messages is None or str(content) not in [message["content"] for message in messages]
+
+
+def test_columns_are_mapped():
+    part = {**PART, "format": "instruction", "fields": {"instruction": "question", "output": "answer"}}
+    assert data.messages_of({"question": "a?", "answer": "b"}, part)[1]["content"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "field"),
+    [
+        ("instruction", {"instruction": "a", "text": "b"}, "output"),
+        ("instruction", {"prompt": "a", "output": "b"}, "instruction"),
+        ("messages", {"conversations": []}, "messages"),
+    ],
+)
+def test_a_missing_field_is_named_with_those_there_are(format, row, field, tmp_path):
+    with pytest.raises(DataError) as caught:
+        split(tmp_path, [row], parts=[{"name": "tiny", "format": format}])
+    assert f"no field {field!r}" in str(caught.value)
+    for name in row:
+        assert repr(name) in str(caught.value)
+
+
+# Rows of any kind
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+ROLES = st.sampled_from(["user", "assistant", "system", "tool", "", None, 1])
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": ROLES | JSON, "content": st.text(max_size=8) | JSON}) | JSON,
+    max_size=5,
+)
+TEXTS = st.text(min_size=1, max_size=8)
+TURNS = st.lists(  # turn and answer, with messages of any role strewn in
+    st.tuples(TEXTS, TEXTS).map(
+        lambda pair: [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    )
+    | st.builds(lambda role, content: [{"role": role, "content": content}], ROLES | st.just("system"), TEXTS),
+    max_size=4,
+).map(lambda turns: [message for turn in turns for message in turn])
+ROWS = {
+    "messages": st.fixed_dictionaries({"messages": TURNS | MESSAGES | JSON}) | JSON,
+    "instruction": st.fixed_dictionaries({"instruction": JSON, "output": JSON}, optional={"input": JSON})
+    | JSON,
+}
+
+
+@pytest.mark.parametrize("format", ROWS)
+@given(rows=st.data())
+def test_no_row_raises_anything_but_a_data_error(format, rows, tmp_path_factory):
+    drawn = rows.draw(st.lists(ROWS[format], min_size=1, max_size=3))
+    folder = tmp_path_factory.getbasetemp()
+    try:
+        _, counts = split(
+            folder, drawn, train=1, validation=0, test=0, parts=[{"name": "tiny", "format": format}]
+        )
+    except DataError as error:
+        assert str(error)
+    else:
+        assert counts["unusable"] + counts["duplicates"] < len(drawn)
+
+
+@pytest.mark.parametrize("kind", ["chat", "instruction"])
+@given(turns=TURNS)
+def test_what_is_usable_can_be_written_out_or_is_a_data_error(kind, turns):
+    messages = messages_of(turns)
+    try:
+        assert messages is None or written_out(messages, kind)
+    except DataError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("kind", ["chat", "instruction"])
+def test_a_system_message_between_the_turns_is_no_crash(kind):
+    """Gemma's own template raises jinja2's error for it: count it, or say what to do."""
+    messages = messages_of([*PAIR, CONVERSATION[0], *PAIR])
+    try:
+        assert messages is None or written_out(messages, kind)
+    except DataError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("kind", ["chat", "instruction"])
+def test_half_a_character_is_counted_or_refused_by_name(kind, tmp_path):
+    """JSON can hold one half of a surrogate pair, which no tokenizer reads."""
+    rows = [{"instruction": f"Say {i} \ud83d", "output": "a \ud83d"} for i in range(12)]
+    try:
+        found, _ = split(tmp_path, rows)
+        tokenize(found["train"], Template(tiny.tokenizer(), kind), 512)
+    except DataError as error:
+        assert "tiny" in str(error)
+
+
+# Files
+
+
+def read(path) -> list:
+    return list(data.rows_of_file(path))
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    rows = [{"instruction": 'Say «да»,\n"yes"', "input": "", "output": "да\u2028"}, *instructions(3)]
+    written(tmp_path, rows)
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for suffix in data.SUFFIXES:
+        assert read(tmp_path / f"rows{suffix}") == rows
+    assert len(read(tmp_path)) == 4 * len(rows)  # a folder: all of them
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_data(suffix, tmp_path):
+    """As Excel and Windows write it."""
+    path = tmp_path / f"rows{suffix}"
+    text = {".csv": "instruction,output\na,b\n", ".json": '[{"instruction": "a", "output": "b"}]',
+            ".jsonl": '{"instruction": "a", "output": "b"}\n'}[suffix]  # fmt: skip
+    path.write_text(text, "utf-8-sig")
+    assert read(path) == [{"instruction": "a", "output": "b"}]
+
+
+@pytest.mark.parametrize("suffix", data.SUFFIXES)
+def test_a_file_that_is_not_there_is_named(suffix, tmp_path):
+    with pytest.raises(DataError, match=f"gone\\{suffix}"):
+        read(tmp_path / f"gone{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_a_file_of_bytes_is_named(suffix, tmp_path):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(b"\xff\xfe\x00\x01PAR1" * 50)
+    with pytest.raises(DataError, match=f"broken\\{suffix}"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", data.SUFFIXES)
+def test_an_empty_file_is_named(suffix, tmp_path):
+    path = tmp_path / f"empty{suffix}"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="empty"):
+        splits(asked(parts=[{"name": "tiny"}]), {"tiny": str(path)})
+
+
+@pytest.mark.parametrize("text", ["3", "null", "true", '"a"', "{", "[1, 2", '{"a": 1}', "[1]"])
+def test_json_that_is_no_list_of_objects_is_a_data_error(text, tmp_path):
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(DataError, match=r"odd|tiny"):
+        splits(asked(), {"tiny": str(tmp_path / "odd.json")})
+
+
+def test_the_line_of_broken_json_is_named(tmp_path):
+    path = written(tmp_path, instructions(3))
+    path.write_text(path.read_text() + '\n{"instruction": \n' + path.read_text())
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 5"):
+        read(path)
+
+
+def test_the_line_of_broken_utf_8_is_named(tmp_path):
+    path = written(tmp_path, instructions(1000))
+    path.write_bytes(path.read_bytes() + b'{"instruction": "\xff", "output": "a"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 1001\b"):
+        read(path)
+
+
+def test_brackets_without_end_are_a_data_error(tmp_path):
+    for suffix in (".json", ".jsonl"):
+        path = tmp_path / f"deep{suffix}"
+        path.write_text("[" * 200_000)
+        with pytest.raises(DataError, match="deep"):
+            read(path)
+
+
+def test_a_number_too_long_for_python_is_a_data_error(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"instruction": "a", "output": ' + "9" * 5000 + "}\n")
+    with pytest.raises(DataError, match=r"long\.jsonl, line 1"):
+        read(path)
+
+
+def test_a_cut_parquet_file_is_named(tmp_path):
+    path = tmp_path / "cut.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(instructions(1000)), path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:100] + bytes(200) + whole[300:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"cut\.parquet"):
+            read(path)
+
+
+def test_a_large_cell_of_csv_is_read_or_named(tmp_path):
+    """Python's csv refuses more than 131,072 characters, with an error of its own kind."""
+    path = tmp_path / "large.csv"
+    path.write_text(f"instruction,output\n{'a' * 200_000},b\n")
+    try:
+        assert len(read(path)[0]["instruction"]) == 200_000
+    except DataError as error:
+        assert "large.csv" in str(error)
+
+
+def test_another_kind_of_file_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no"):
+        read(tmp_path)
+    (tmp_path / "rows.xlsx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"rows\.xlsx"):
+        read(tmp_path / "rows.xlsx")
+
+
+def test_a_row_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('["a"]\n')
+    with pytest.raises(DataError, match="part tiny: a row is list"):
+        splits(asked(), {"tiny": str(tmp_path / "rows.jsonl")})

@@ -1,0 +1,352 @@
+"""BLEU and ROUGE-L against their packages, perplexity against the model's own loss, answers against a loop
+by hand."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import sacrebleu
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from harness import generate
+from harness.metrics import METRICS, TextScorer, bleu4, summarise
+
+SCORER = TextScorer()
+ROUGE = RougeScorer(["rougeL"])
+REAL = [
+    ("The cat sat on the mat.", "The cat is sitting on the mat."),
+    ("It's 3.5% of $1,000 - isn't it?", "It is 3.5 % of $1,000, isn't it?"),
+    ("Paris is the capital of France, and Berlin that of Germany.", "The capital of France is Paris."),
+    ("def f(x):\n    return x + 1\n", "def f(x):\n    return x + 2\n"),
+    ("I do not know.", "She sells sea shells by the sea shore, every day of the week."),
+    ("&quot;Yes&quot;, she said <skipped> twice.", '"Yes", she said twice.'),
+    ("Émile Zola wrote “Germinal”…", "Émile Zola wrote Germinal."),
+]
+
+
+# BLEU
+
+
+def corpus_bleu(pairs, language="en") -> float:
+    """From counts alone, kept a row at a time and summed."""
+    scorer = SCORER if language == "en" else TextScorer(language)
+    return float(
+        bleu4(np.sum([scorer.score(output, reference)["bleu"] for output, reference in pairs], axis=0))
+    )
+
+
+def sacre(pairs, **options) -> float:
+    outputs, references = zip(*pairs, strict=True)
+    return sacrebleu.corpus_bleu(list(outputs), [list(references)], **options).score
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        REAL,
+        [(reference, reference) for _, reference in REAL],
+        [(output, "zzz yyy xxx www vvv") for output, _ in REAL],  # no match at all
+        [("", reference) for _, reference in REAL],
+        [("", ""), *REAL],
+        [("a b c d", "")],
+        [("cat", "cat")],  # no 4-gram: 0 by sacrebleu's corpus score
+        [("cat", "cat"), ("dog", "a dog")],
+        [("cat", "the cat sat"), *REAL],
+        [("a b c d e", "a x b y c z d w e")],  # words match, no 2-gram: smoothed
+        [("a b q c d q e f", "a b x c d y e f")],  # 2-grams match, no 3-gram
+        [("the the the the the the", "the cat")],  # clipped counts
+        [("the cat sat", "the cat sat on the mat today")],  # brevity
+        [("the cat sat on the mat today and slept", "the cat sat on the mat")],
+    ],
+)
+def test_corpus_bleu_from_summed_counts_is_sacrebleus(pairs):
+    assert corpus_bleu(pairs) == pytest.approx(sacre(pairs), abs=1e-9)
+
+
+def test_corpus_bleu_of_random_texts_is_sacrebleus():
+    draw = random.Random(0)
+
+    words = ["a", "b", "c", "d", ".", ",", "x1", "The"]
+
+    def text():
+        return " ".join(draw.choice(words) for _ in range(draw.randint(0, 12)))
+
+    scores = []
+    for _ in range(200):
+        pairs = [(text(), text()) for _ in range(draw.randint(1, 5))]
+        scores.append(sacre(pairs))
+        assert corpus_bleu(pairs) == pytest.approx(scores[-1], abs=1e-9), pairs
+    assert len({round(score, 6) for score in scores}) > 100  # not all 0
+
+
+@given(st.lists(st.tuples(st.text(max_size=40), st.text(max_size=40)), min_size=1, max_size=4))
+def test_corpus_bleu_of_any_texts_is_sacrebleus(pairs):
+    assert corpus_bleu(pairs) == pytest.approx(sacre(pairs), abs=1e-9)
+
+
+def test_bleu_of_chinese_is_sacrebleus_with_its_chinese_tokens():
+    pairs = [("我喜欢吃苹果和香蕉", "我喜欢吃苹果"), ("今天天气很好", "今天的天气很好")]
+    assert corpus_bleu(pairs, "zh") == pytest.approx(sacre(pairs, tokenize="zh"), abs=1e-9)
+    assert corpus_bleu(pairs, "zh") > 20
+
+
+def test_the_signature_is_sacrebleus():
+    for language, tokens in {"en": "13a", "zh": "zh", "ja": "char"}.items():
+        bleu = sacrebleu.BLEU(tokenize=tokens)
+        bleu.corpus_score(["a"], [["a"]])
+        assert TextScorer(language).signature() == str(bleu.get_signature())
+
+
+def test_bleu_of_many_samples_at_once_is_bleu_of_each():
+    """What a bootstrap computes: counts (samples, 10)."""
+    counts = np.array([SCORER.score(*pair)["bleu"] for pair in [*REAL, ("", "a"), ("a", "b")]])
+    rows = np.random.default_rng(0).integers(0, len(counts), (50, 4))
+    found = bleu4(counts[rows].sum(1))
+    assert found.shape == (50,)
+    assert found == pytest.approx([float(bleu4(counts[chosen].sum(0))) for chosen in rows])
+
+
+# ROUGE-L
+
+
+@given(
+    st.text(st.characters(max_codepoint=127), max_size=60),
+    st.text(st.characters(max_codepoint=127), max_size=60),
+)
+def test_rouge_of_any_ascii_texts_is_the_packages(output, reference):
+    assert SCORER.score(output, reference)["rouge_l"] == ROUGE.score(reference, output)["rougeL"].fmeasure
+
+
+@given(st.lists(st.tuples(*2 * [st.text("abc D1_.,'-", max_size=30)]), min_size=1))
+def test_rouge_of_ascii_texts_with_common_words_is_the_packages(pairs):
+    for output, reference in pairs:
+        found = SCORER.score(output, reference)["rouge_l"]
+        assert found == ROUGE.score(reference, output)["rougeL"].fmeasure
+
+
+def test_rouge_of_real_texts_is_the_packages():
+    for output, reference in REAL:
+        if (output + reference).isascii():
+            found = SCORER.score(output, reference)["rouge_l"]
+            assert found == ROUGE.score(reference, output)["rougeL"].fmeasure
+
+
+@pytest.mark.parametrize(
+    ("same", "near", "far"),
+    [
+        ("Кошка сидит на коврике.", "Кошка лежит на коврике.", "Собака бежит домой"),
+        ("我喜欢吃苹果", "我喜欢吃香蕉", "今天天气不错"),
+        ("私は林檎が好きです", "私は蜜柑が好きです", "空高く飛ぶ鳥"),
+        ("나는 사과를 좋아한다", "나는 바나나를 좋아한다", "하늘 높이"),
+        ("Ünlü şair geldi", "Ünlü yazar geldi", "kapı kapandı"),
+        ("मुझे सेब पसंद है", "मुझे केला पसंद है", "आज धूप"),
+    ],
+)
+def test_rouge_knows_other_scripts(same, near, far):
+    assert SCORER.score(same, same)["rouge_l"] == 1.0
+    assert 0 < SCORER.score(near, same)["rouge_l"] < 1
+    assert SCORER.score(far, same)["rouge_l"] == 0.0
+
+
+def test_rouge_counts_whole_words_and_single_chinese_characters():
+    """F1 by hand: 2 of 3 words in order; 4 of 6 characters."""
+    assert SCORER.score("кот ел суп", "кот пил суп")["rouge_l"] == pytest.approx(2 / 3)
+    assert SCORER.score("我喜欢吃香蕉", "我喜欢吃苹果")["rouge_l"] == pytest.approx(4 / 6)
+
+
+def test_rouge_of_nothing_is_nothing():
+    for output, reference in (("", "a"), ("a", ""), ("", ""), ("...", "a"), ("🙂", "🙂")):
+        assert SCORER.score(output, reference)["rouge_l"] == 0.0
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["a"], b"a", math.nan])
+def test_what_is_no_text_is_refused(wrong):
+    with pytest.raises(TypeError):
+        SCORER.score(wrong, "a")
+    with pytest.raises(TypeError):
+        SCORER.score("a", wrong)
+
+
+# Summaries
+
+
+def output(**changes) -> dict:
+    return {"tokens": 4, "nll": 2.0, "correct": 1, "stopped": True, **SCORER.score(*REAL[0]), **changes}
+
+
+def test_a_summary_weighs_tokens_over_the_corpus_and_texts_over_rows():
+    outputs = [output(), output(tokens=12, nll=30.0, correct=11, stopped=False, rouge_l=0.0)]
+    found = {name: score["value"] for name, score in summarise(outputs, "signature").items()}
+    assert found["perplexity"] == pytest.approx(math.exp(32 / 16))
+    assert found["token_accuracy"] == pytest.approx(12 / 16)
+    assert found["stop_rate"] == 0.5
+    assert found["rouge_l"] == pytest.approx(outputs[0]["rouge_l"] / 2)
+    assert found["bleu4"] == pytest.approx(sacre([REAL[0]] * 2))
+    assert found.keys() == METRICS.keys()
+
+
+def test_a_summary_carries_unit_direction_and_signature():
+    for name, score in summarise([output()], "nrefs:1").items():
+        assert score["unit"] == METRICS[name]["unit"]
+        assert score["better"] == ("lower" if name == "perplexity" else "higher")
+        assert score["signature"]
+    assert summarise([output()], "nrefs:1")["bleu4"]["signature"] == "nrefs:1"
+
+
+def test_no_outputs_are_refused():
+    with pytest.raises(ValueError, match="no test outputs"):
+        summarise([], "")
+
+
+# Likelihoods of rows
+
+
+def untied():
+    """With a head of its own: a random model with a tied one only says its last token again."""
+    return tiny.model(tiny.gemma(tie_word_embeddings=False), seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return untied()
+
+
+ROWS = tiny.rows(17, seed=5, prompt=(2, 40))  # some longer than the sliding window of 16
+
+
+def likelihoods(model, rows, size):
+    hp = tiny.hyperparams(eval_batch_size=size)
+    return generate.likelihoods(model, rows, tiny.PAD, hp, tiny.accelerator())
+
+
+def own_loss(model, row) -> tuple[float, int]:
+    """Of HF's model on one row alone, with no padding."""
+    p, r = list(row.prompt_ids), list(row.response_ids)
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor([p + r]), labels=torch.tensor([[-100] * len(p) + r])).loss
+    return loss.item(), len(r)
+
+
+def perplexity(scores) -> float:
+    return summarise([output(**score) for score in scores], "")["perplexity"]["value"]
+
+
+def test_the_perplexity_of_one_row_is_the_exponential_of_the_models_loss(model):
+    for row in ROWS[:5]:
+        loss, _ = own_loss(model, row)
+        assert perplexity(likelihoods(model, [row], 1)) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_the_perplexity_of_a_corpus_weighs_every_token_alike(model):
+    losses = [own_loss(model, row) for row in ROWS]
+    expected = math.exp(sum(loss * count for loss, count in losses) / sum(count for _, count in losses))
+    scores = likelihoods(model, ROWS, 7)
+    assert perplexity(scores) == pytest.approx(expected, rel=1e-5)
+    assert generate.mean_loss(scores) == pytest.approx(math.log(expected), rel=1e-5)
+    unweighted = math.exp(sum(loss for loss, _ in losses) / len(losses))
+    assert abs(unweighted - expected) > 1e-3  # these rows can tell the two apart
+
+
+def test_neither_batch_size_nor_padding_nor_order_changes_a_likelihood(model):
+    alone = likelihoods(model, ROWS, 1)
+    for rows, size in ((ROWS, 7), (ROWS, 100), (ROWS[::-1], 7)):
+        found = likelihoods(model, rows, size)
+        for row, score in zip(rows, found, strict=True):
+            expected = alone[ROWS.index(row)]
+            assert score["tokens"] == expected["tokens"] == len(row.response_ids)
+            assert score["correct"] == expected["correct"]
+            assert score["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+
+
+def test_correct_counts_the_models_own_most_likely_tokens(model):
+    """On rows whose responses the model wrote itself, teacher-forced, all but the changed one are right."""
+    row = ROWS[0]
+    written = by_hand(model, row, 8, stops=[])
+    row = tiny.Row("own", "tiny", "", "", row.prompt_ids, tiny.array(written))
+    assert likelihoods(model, [row], 1)[0]["correct"] == 8
+    last = tiny.array([*written[:-1], (written[-1] + 1) % tiny.VOCABULARY])
+    row = tiny.Row("changed", "tiny", "", "", row.prompt_ids, last)
+    assert likelihoods(model, [row], 1)[0]["correct"] == 7
+
+
+# Answers
+
+
+def by_hand(model, row, count: int, stops: list[int]) -> list[int]:
+    """Greedy decoding with no cache, no padding, no batch."""
+    ids = list(row.prompt_ids)
+    with torch.no_grad():
+        while len(ids) < len(row.prompt_ids) + count:
+            ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+            if ids[-1] in stops:
+                break
+    return ids[len(row.prompt_ids) :]
+
+
+def answers(model, rows, stops, size, count=12):
+    hp = tiny.hyperparams(eval_batch_size=size, max_new_tokens=count)
+    return generate.answers(model, rows, tiny.tokenizer(), stops, hp, tiny.accelerator(), lambda **_: None)
+
+
+@pytest.fixture(scope="module")
+def stops(model):
+    """Tokens that this model does write, so that some answers end by themselves and others do not."""
+    written = [by_hand(model, row, 12, []) for row in ROWS]
+    later = sorted({token for answer in written for token in answer[2:8]})
+    chosen = later[:: max(1, len(later) // 6)]
+    ended = [any(token in chosen for token in answer) for answer in written]
+    assert any(ended) and not all(ended)
+    return chosen
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_answers_are_those_of_a_greedy_loop_by_hand(model, stops, size):
+    found = answers(model, ROWS, stops, size)
+    assert len(found) == len(ROWS)
+    for row, answer in zip(ROWS, found, strict=True):
+        ids = by_hand(model, row, 12, stops)
+        assert answer["new_tokens"] == len(ids)
+        assert answer["stopped"] == (ids[-1] in stops)
+        words = ids[:-1] if answer["stopped"] else ids
+        assert answer["output"] == tiny.tokenizer().decode(words, skip_special_tokens=True).strip()
+    assert len({answer["output"] for answer in found}) > 10  # the model reads its prompts
+
+
+def test_answers_begin_from_exactly_the_prompts_ids(model):
+    read = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda m, args: read.append(args[0].clone())
+    )
+    answers(model, ROWS[:3], [tiny.EOS], 1, count=1)
+    hook.remove()
+    found = sorted(ids[0].tolist() for ids in read)
+    assert found == sorted(list(row.prompt_ids) for row in ROWS[:3])
+
+
+def test_the_models_own_generation_settings_do_not_reach_the_answers(stops):
+    """A shipped generation_config that samples, or punishes repetition, must not decide what is compared."""
+    plain, changed = untied(), untied()
+    config = changed.generation_config
+    config.do_sample, config.temperature, config.top_k = True, 5.0, 50
+    config.repetition_penalty, config.no_repeat_ngram_size = 5.0, 2
+    config.min_new_tokens, config.forced_eos_token_id = 6, 7
+    assert answers(changed, ROWS, stops, 4) == answers(plain, ROWS, stops, 4)
+
+
+def test_training_mode_does_not_reach_the_answers(model, stops):
+    expected = answers(model, ROWS[:4], stops, 4)
+    assert answers(model.train(), ROWS[:4], stops, 4) == expected
+    assert not model.training
+
+
+def test_progress_is_told_of_each_batch(model):
+    told = []
+    hp = tiny.hyperparams(eval_batch_size=7, max_new_tokens=2)
+    generate.answers(model, ROWS, tiny.tokenizer(), [tiny.EOS], hp, tiny.accelerator(),
+                     lambda **values: told.append(values))  # fmt: skip
+    assert told == [{"answered": n, "rows": 17} for n in (7, 14, 17)]
