@@ -95,9 +95,9 @@ def run(spec: RunSpec, store: Store, command: str, progress) -> RunRecord:
     return record
 
 
-ENVIRONMENT = {  # for the child: quiet libraries, no thread pools beside torch's own, and none that
-    # spins while it waits, which starves the others as soon as anything else uses a core
-    "OMP_WAIT_POLICY": "PASSIVE",
+ENVIRONMENT = {  # for the child: quiet libraries, and no thread pools beside torch's own, whose idle
+    # threads spin only briefly: longer starves the others as soon as something else uses a core
+    "GOMP_SPINCOUNT": "2000",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
