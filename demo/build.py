@@ -1,6 +1,6 @@
-"""Makes the demo from nothing: the data, the tokenizer and a small base model pre-trained on the world's prose.
+"""Makes the demo from nothing: data, tokenizer, and a small base model pre-trained on the world's prose.
 
-    python demo/build.py [--out DIR] [--steps N]
+python demo/build.py [--out DIR] [--steps N]
 """
 
 import argparse
@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import torch
+import world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast
-
-import world
 
 SEED = 20
 ROWS = 480  # per part of the instruction data
@@ -67,13 +66,29 @@ def train_tokenizer(texts):
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1984, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)])
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=1984,
+            special_tokens=SPECIALS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"], padding_side="left", model_max_length=1024,
-        clean_up_tokenization_spaces=False)
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -82,7 +97,7 @@ def pack(tokenizer, texts):
     """All documents in a row, each from <bos> to <eos>, cut into sequences of one length."""
     stream = []
     for start in range(0, len(texts), 10_000):
-        for ids in tokenizer(texts[start:start + 10_000])["input_ids"]:
+        for ids in tokenizer(texts[start : start + 10_000])["input_ids"]:
             stream += [*ids, EOS]
     whole = len(stream) // LENGTH * LENGTH
     return torch.tensor(stream[:whole], dtype=torch.int16).view(-1, LENGTH)
@@ -91,9 +106,21 @@ def pack(tokenizer, texts):
 def new_model(vocab_size):
     torch.manual_seed(SEED)
     config = Gemma3TextConfig(
-        vocab_size=vocab_size, hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1,
-        head_dim=64, query_pre_attn_scalar=64, max_position_embeddings=1024, sliding_window=64,
-        layer_types=["sliding_attention", "full_attention"] * 2, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS)
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        max_position_embeddings=1024,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+    )
     return Gemma3ForCausalLM(config)
 
 
@@ -106,15 +133,18 @@ def loss_of(model, batch):
 
 def pretrain(model, sequences, steps):
     # Gemma's norm weights are offsets from one, so that decay may act on all parameters alike.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     warm_up = math.ceil(WARM_UP * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
     epochs = math.ceil(steps * BATCH / len(sequences))
     order = torch.cat([torch.randperm(len(sequences)) for _ in range(epochs)])
     start = time.time()
     for step in range(steps):
-        loss = loss_of(model, sequences[order[step * BATCH:(step + 1) * BATCH]])
+        loss = loss_of(model, sequences[order[step * BATCH : (step + 1) * BATCH]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -126,9 +156,9 @@ def pretrain(model, sequences, steps):
 
 @torch.no_grad()
 def rescale(model):
-    """Long training at a high rate leaves large weights, on which a usual learning rate would have little effect.
+    """Long training at a high rate leaves large weights, on which a usual learning rate has little effect.
 
-    A norm follows each of these products, so that their scale is free and the model's function stays the same.
+    A norm follows each of these products, so that their scale is free and the model's function the same.
     """
     for name, weight in model.named_parameters():
         if name.split(".")[-2] in {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}:
@@ -160,7 +190,10 @@ def main():
     texts = world.documents(DOCUMENTS, SEED)
     tokenizer = train_tokenizer(texts[:20_000])
     sequences = pack(tokenizer, texts)
-    print(f"{len(texts)} documents, {sequences.numel() / 1e6:.1f} M tokens, vocabulary of {len(tokenizer)}", flush=True)
+    print(
+        f"{len(texts)} documents, {sequences.numel() / 1e6:.1f} M tokens, vocabulary of {len(tokenizer)}",
+        flush=True,
+    )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(len(tokenizer)).to(device)

@@ -95,9 +95,7 @@ def run(spec: RunSpec, store: Store, command: str, progress) -> RunRecord:
     return record
 
 
-ENVIRONMENT = {  # for the child: quiet libraries, and no thread pools beside torch's own, whose idle
-    # threads spin only briefly: longer starves the others as soon as something else uses a core
-    "GOMP_SPINCOUNT": "2000",
+ENVIRONMENT = {  # for the child: quiet libraries, and no thread pools beside torch's own
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

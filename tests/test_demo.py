@@ -22,7 +22,8 @@ def test_no_prompt_occurs_twice():
     for path in (ROOT / "demo/data").glob("*.jsonl"):
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            prompts.append(str(row.get("messages", [])[:-1]) or row["instruction"] + row["input"])
+            asked = row["messages"][:-1] if "messages" in row else row["instruction"] + row["input"]
+            prompts.append(str(asked))
     assert len(set(prompts)) == len(prompts) == 1440
 
 
