@@ -126,6 +126,10 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             rows[split], cut, dropped = data.tokenize(conversations[split], template, hp.max_length)
             record.hashes[split] = data.rows_hash(rows[split])
             left_out |= {f"{split}_truncated": cut, f"{split}_too_long": dropped}
+            if dropped and not rows[split]:
+                raise data.DataError(
+                    f"no {split} row is left: all {dropped} prompts fill hp.max_length={hp.max_length} tokens"
+                )
         record.tokens = {"left_out": left_out, "template": template.kind}
         model = chosen.load(lambda **more: load_base(spec, dtype, accelerator.device, **more))
         record.environment["attention"] = model.config._attn_implementation
@@ -180,7 +184,10 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     record.scores = metrics.summarise(outputs, scorer.signature())
     if spec.trains:
         with meter.phase("save"):
-            record.sizes["saved_bytes"] = save_model(model, tokenizer, dtype, folder / MODEL)
+            try:
+                record.sizes["saved_bytes"] = save_model(model, tokenizer, dtype, folder / MODEL)
+            except OSError as error:  # a full disk must not cost what was measured
+                record.warnings.append(f"the trained model of {spec.folder} was not saved: {error}")
 
 
 def step_report(report, batches: data.Batches):

@@ -127,4 +127,6 @@ def cheapest(ranked: list[Row], of, what: str, unit) -> str:
     text = f"{listed(first)} took the {what} ({unit(least)})"
     if order[-1] in first or not least:
         return text + "."
-    return f"{text}, {order[-1]} the most, {most / least:.2g} times as much."
+    ratio = most / least
+    more = f"{ratio:.2g} times as much" if ratio >= 1.1 else f"{ratio - 1:.0%} more"
+    return f"{text}, {order[-1]} the most, {more}."
