@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness import ROOT
+from harness import ROOT, method
 from harness.record import RunRecord
 from harness.spec import RunSpec
 from harness.store import EVENTS, Store, save
@@ -33,6 +33,13 @@ class Done:
     cached: bool
 
 
+def stale(record: RunRecord) -> bool:
+    """The method's code is no longer the one that made this record."""
+    name = record.spec.method
+    source = method.available(record.spec.locations.get("plugins", []))[name]
+    return method.code_hash(method.resolve(name, source)) != record.hashes.get("method_code")
+
+
 class Busy(Exception):
     """Another bench writes into the same results."""
 
@@ -47,7 +54,7 @@ def bench(specs: list[RunSpec], store: Store, command: str, progress, force: boo
         earlier = None if force else store.find(spec)
         cached = bool(earlier and earlier.ok)
         if cached:
-            record = earlier
+            record = replace(earlier, spec=spec)
         else:
             progress.start(spec, number, len(specs))
             record = run(spec, store, command, progress)
@@ -155,8 +162,10 @@ def lock(folder: Path):
     try:
         with FileLock(folder / ".lock", timeout=0):
             holder.write_text(str(os.getpid()))
-            yield
-            holder.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
     except Timeout:
         pid = holder.read_text() if holder.exists() else "unknown"
         raise Busy(

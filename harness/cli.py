@@ -121,7 +121,7 @@ def parser(command: str) -> argparse.ArgumentParser:
             metavar="DIR",
             help="where records are kept (default: results)",
         )
-    if command in ("run", "report"):
+    if command in ("run", "plan", "report"):
         add(
             "--reports",
             type=Path,
@@ -186,12 +186,15 @@ def run(options, arguments: list[str]) -> int:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command_line(arguments), watcher, options.force):
                 done.append(ended)
+        files = render(store, options.reports, ("md", "html"))
     except bench.Busy as error:
         complain(str(error))
         return BAD_REQUEST
+    except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
+        complain(f"{error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
+        return SOME_FAILED
     finally:
         watcher.close()
-    files = render(store, options.reports, ("md", "html"))
     records = [ended.record for ended in done]
     cached = [ended.record.spec.folder for ended in done if ended.cached]
     if options.json:
@@ -208,7 +211,12 @@ def run(options, arguments: list[str]) -> int:
         print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
     else:
         print_table(records)
-        print(f"{len(records)} runs: {len(cached)} cached" + (f" ({', '.join(cached)})" if cached else ""))
+        print(f"{len(cached)} of {len(records)} cached" + (f": {', '.join(cached)}" if cached else ""))
+        for ended in done:
+            if ended.cached and bench.stale(ended.record):
+                print(
+                    f"stale: {ended.record.spec.folder}: its method's code has changed; --force runs it again"
+                )
         for record in records:
             if not record.ok:
                 print(f"not ok: {record.spec.folder}: {record.status}: {record.error}")
@@ -217,6 +225,9 @@ def run(options, arguments: list[str]) -> int:
 
 
 def plan(options, arguments: list[str]) -> int:
+    from dataclasses import replace
+
+    from harness.bench import stale
     from harness.store import Store
 
     specs = planned(options)
@@ -226,12 +237,13 @@ def plan(options, arguments: list[str]) -> int:
     rows = []
     for spec in specs:
         earlier = store.find(spec)
+        changed = " (its method's code has changed; --force runs it again)"
         state = (
             "will run"
             if earlier is None or options.force
-            else "cached"
-            if earlier.ok
             else f"will run again ({earlier.status})"
+            if not earlier.ok
+            else "cached" + changed * stale(replace(earlier, spec=spec))
         )
         rows.append({"run": spec.folder, "method": spec.method, "seed": spec.seed, "state": state})
     if options.json:

@@ -62,7 +62,8 @@ def load_spec(name: str, overrides: dict) -> dict:
     for mixed in spec.pop("mixture", []):
         parts = [p for p in parts if p] + load_spec(mixed, {})["parts"]
     errors = [unknown(f"key in dataset {name}", key, DATASET) for key in set(spec) - set(DATASET)]
-    errors += [unknown("data option", key, DATASET) for key in set(overrides) - set(DATASET)]
+    settable = set(DATASET) - {"name", "title", "notice"}
+    errors += [unknown("data option", key, settable) for key in set(overrides) - settable]
     for part in parts:
         errors += [unknown(f"key in a part of dataset {name}", key, PART) for key in set(part) - set(PART)]
         if part.get("format", "instruction") not in FORMATS:
@@ -84,7 +85,7 @@ def load_spec(name: str, overrides: dict) -> dict:
 
 def read_toml(path: Path, name: str) -> dict:
     if not path.is_file():
-        raise DataError(unknown("dataset", name, available()) + ", or a .toml, .jsonl, .parquet file")
+        raise DataError(unknown("dataset", name, available()) + f", or a .toml or {', '.join(SUFFIXES)} file")
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -357,7 +358,7 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
     """
     steps = hp.max_steps or ceil(hp.epochs * ceil(len(lengths) / hp.batch_size))
     epoch = 0
-    while steps > 0:
+    while steps > 0 and lengths:
         draw = random.Random(f"data order, seed {seed}, epoch {epoch}")
         indices = list(range(len(lengths)))
         draw.shuffle(indices)

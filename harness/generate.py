@@ -45,8 +45,9 @@ def answers(model, rows: list[Row], tokenizer, stops: list[int], hp: Hyperparams
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    causal_lm(model).generation_config = config  # passed as an argument, it would be filled up from the
-    # model's own, whose repetition penalty and the like are not greedy decoding
+    causal = causal_lm(model)
+    own, causal.generation_config = causal.generation_config, config  # passed as an argument, it would be
+    # filled up from the model's own, whose repetition penalty and the like are not greedy decoding
     by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
     found = {}
     for start in range(0, len(rows), hp.eval_batch_size):
@@ -71,4 +72,5 @@ def answers(model, rows: list[Row], tokenizer, stops: list[int], hp: Hyperparams
                 "stopped": end is not None,
             }
         report(answered=len(found), rows=len(rows))
+    causal.generation_config = own  # what is saved is the model, without the bench's limits
     return [found[row.id] for row in rows]

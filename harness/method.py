@@ -142,6 +142,7 @@ def build(cls: type[Method], options: dict) -> tuple[Method | None, list[str]]:
             errors.append(f"{cls.name}.{option}: {reason}")
     if errors:
         return None, errors
+    options = {name: float(v) if kinds[name] is float else v for name, v in options.items()}
     try:
         return cls(**options), []
     except ValueError as error:
@@ -194,7 +195,10 @@ def summary(source: Path | EntryPoint) -> str:
 
 
 def code_hash(cls: type[Method]) -> str:
-    """Of the source files of a method and its parents: a change marks earlier records as stale."""
-    files = {inspect.getsourcefile(c) for c in cls.__mro__ if c not in (Method, object)}
-    texts = sorted(Path(file).read_bytes() for file in files)
+    """Of the source files of a method, its parents, and what it takes from other methods: a change
+    marks earlier records as stale."""
+    taken = [v for v in vars(inspect.getmodule(cls)).values()
+             if str(getattr(v, "__module__", "")).startswith("methods.")]  # fmt: skip
+    parts = {c for c in cls.__mro__ if c not in (Method, object)} | {v for v in taken if callable(v)}
+    texts = sorted({Path(inspect.getsourcefile(part)).read_bytes() for part in parts})
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]

@@ -200,21 +200,22 @@ def find_model(name: str, errors: list[str]) -> tuple[str, dict]:
 
 def unreachable_model(name: str) -> str | None:
     """Why a hub model cannot be had, with the remedy; None if it can."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
 
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
     try:
+        HfApi().model_info(name, timeout=10)  # offline it says so at once, where a download would retry
         hf_hub_download(name, "config.json")
     except hub.GatedRepoError:
         return f"is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
     except hub.RepositoryNotFoundError:
         return "is not on the hub, or is private: check the name, or `hf auth login`"
-    except hub.EntryNotFoundError as error:
-        if not isinstance(error, hub.LocalEntryNotFoundError):
-            return "has no config.json: not a transformers model"
-        return "is not in the local cache and the hub cannot be reached: pass a local folder with --model DIR"
-    except Exception as error:  # the hub's client raises what its transport does
-        return f"cannot be had: {' '.join(str(error).split())[:200]}"
+    except hub.EntryNotFoundError:
+        return "has no config.json: not a transformers model"
+    except Exception:  # the hub's client raises what its transport does
+        return "the hub cannot be reached and it is not in the local cache: pass a folder with --model DIR"
     return None
 
 
@@ -302,7 +303,10 @@ def find_methods(names, plugins, preset_options, values, errors) -> list[tuple[t
             return
         try:
             cls = method.resolve(name, sources[name])
-        except Exception as error:  # a plugin is a stranger's code: whatever it raises is its fault, named
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a plugin is a stranger's code: whatever it raises is its fault, named
             errors.append(f"method {name} cannot be imported: {type(error).__name__}: {error}")
             return
         if cls.baseline != name and cls.trains:

@@ -37,7 +37,13 @@ class Store:
         path = self.folder / spec.folder / OUTPUTS
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+        outputs = []
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                outputs.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; run it again with --force") from error
+        return outputs
 
     def attempt(self, spec: RunSpec) -> Path:
         """An empty folder to run in, beside the finished one, which stays until this one is kept."""

@@ -86,5 +86,5 @@ def floats(entry: dict) -> dict:
 
 
 def validation_points(total: int, points: int) -> set[int]:
-    """After the first step's tenth, then evenly, the last step included."""
+    """Evenly spaced steps, the last one included."""
     return {math.ceil(total * i / points) for i in range(1, points + 1)} if points else set()

@@ -25,8 +25,8 @@ class GaLore(Method):
     axis = "optimizer"
 
     def __post_init__(self):
-        if self.rank < 1 or self.gap < 1:
-            raise ValueError("rank and gap must be at least 1")
+        if self.rank < 1 or self.gap < 1 or self.scale <= 0:
+            raise ValueError("rank and gap must be at least 1, scale above 0")
 
     def optimizer(self, model, hp):
         """The linear layers of the decoder are projected; embeddings, head and norms are not."""

@@ -25,8 +25,8 @@ class LoRA(Method):
     axis = "parameterisation"
 
     def __post_init__(self):
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("rank must be at least 1, dropout from 0 to below 1")
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError("rank must be at least 1, alpha above 0, dropout from 0 to below 1")
 
     def attach(self, model, batches):
         from peft import get_peft_model

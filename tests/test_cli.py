@@ -108,7 +108,7 @@ def test_again_reuses_what_is_ok_and_tries_the_rest_again(home):
     }  # fmt: skip
     assert (folder / "results").stat().st_mtime_ns == before, "a plan creates nothing"
     again = bench("--methods", "bitfit", "--seeds", 0, 1, "--plugins", "bitfit.py", *SMALL, cwd=folder)
-    assert again.returncode == 0 and "3 cached" in again.stdout
+    assert again.returncode == 0 and "3 of 3 cached" in again.stdout
     assert kept == {p: p.stat().st_mtime_ns for p in folder.glob("results/bitfit*/record.json")}
 
 
@@ -120,6 +120,18 @@ def test_two_runs_of_one_spec_are_equal_to_the_bit(home):
     assert second["started"] != first["started"]
     for part in ("training", "validation", "scores", "hashes", "tokens", "sizes"):
         assert first[part] == second[part], part
+
+
+def test_a_changed_method_is_neither_reused_nor_run_again_in_silence(home):
+    folder, _ = home
+    arguments = ["--methods", "bitfit", "--seeds", 0, "--plugins", "bitfit.py", *SMALL]
+    (folder / "bitfit.py").write_text(BITFIT + "\n# changed\n")
+    told = "its method's code has changed; --force runs it again"
+    assert told in bench("plan", *arguments, cwd=folder).stdout
+    again = bench(*arguments, cwd=folder)
+    (folder / "bitfit.py").write_text(BITFIT)
+    assert again.returncode == 0 and told in again.stdout
+    assert told not in bench(*arguments, cwd=folder).stdout
 
 
 def test_a_report_needs_no_torch_and_is_the_same_but_for_the_time(home):

@@ -45,13 +45,14 @@ def opening(comparison: Comparison) -> str:
     seeds = sorted({len(row.records) for row in rows})
     ends = dict.fromkeys((seeds[0], seeds[-1]))
     tested = f"{len(comparison.parts):,} " if comparison.parts else ""
+    scored = any(row.done for row in rows)
     return (
         f"{count(len(rows), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}, "
-        f"{' to '.join(map(str, ends))} seed{'s' * (seeds != [1])} each, and were scored on the same "
-        f"{tested}test rows."
+        f"{' to '.join(map(str, ends))} seed{'s' * (seeds != [1])} each"
+        + (f", and were scored on the same {tested}test rows." if scored else ".")
         if len(rows) > 1 else
         f"{rows[0].label} fine-tuned {spec.model} on {data_title(comparison)} with "
-        f"{count(seeds[0], 'seed')} and was scored on {tested}test rows."
+        f"{count(seeds[0], 'seed')}" + (f" and was scored on {tested}test rows." if scored else ".")
     )  # fmt: skip
 
 
@@ -125,7 +126,9 @@ def cheapest(ranked: list[Row], of, what: str, unit) -> str:
     first = [name for name in order if min(values[name]) <= max(values[order[0]])]
     least, most = fmean(values[order[0]]), fmean(values[order[-1]])
     text = f"{listed(first)} took the {what} ({unit(least)})"
-    if order[-1] in first or not least:
+    if order[-1] in first:
+        return f"No technique took clearly less {what.partition(' ')[2]} than all others."
+    if not least:
         return text + "."
     ratio = most / least
     more = f"{ratio:.2g} times as much" if ratio >= 1.1 else f"{ratio - 1:.0%} more"
