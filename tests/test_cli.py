@@ -287,3 +287,18 @@ def test_lists_name_what_there_is(tmp_path):
 def test_doctor_says_what_is_there():
     run = bench("doctor", "--json", cwd=ROOT)
     assert any("torch" in finding["what"] for finding in json.loads(run.stdout))
+
+
+def test_an_installed_package_adds_a_method_by_an_entry_point(tmp_path):
+    site = tmp_path / "site"
+    (site / "stranger-1.dist-info").mkdir(parents=True)
+    (site / "stranger-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1\n")
+    (site / "stranger-1.dist-info/entry_points.txt").write_text("[tuneoff.methods]\nstrange = stranger\n")
+    (site / "stranger.py").write_text(BITFIT)
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    arguments = ["--methods", "strange", "--seeds", 0, *SMALL]
+    listed = json.loads(bench("list", "methods", "--json", cwd=tmp_path, env=env).stdout)
+    assert "strange" in listed["methods"]
+    run = bench(*arguments, cwd=tmp_path, env=env)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert records(tmp_path)["strange-0"]["sizes"]["trainable"] > 0
