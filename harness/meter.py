@@ -14,7 +14,7 @@ import torch
 
 from harness.record import Phase
 
-SAMPLE_SECONDS = 0.1  # NVML answers in about a millisecond; a phase's level lasts far longer
+SAMPLE_SECONDS = 0.1  # NVML answers within 10 ms; a phase's level lasts far longer
 
 
 class Meter:

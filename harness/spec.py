@@ -103,7 +103,7 @@ def digest(value) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-WHOLE_BYTES = 2**26  # a file up to 64 MiB is hashed whole: a tenth of a second
+WHOLE_BYTES = 2**26  # a file up to 64 MiB is hashed whole: well below a tenth of a second
 BLOCKS = 64  # of a mebibyte, evenly over a larger file: its header and every few layers of a model
 
 
