@@ -36,7 +36,7 @@ class Done:
 def stale(record: RunRecord) -> bool:
     """The method's code is no longer the one that made this record."""
     name = record.spec.method
-    source = method.available(record.spec.locations.get("plugins", []))[name]
+    source = method.find(name, method.available(record.spec.locations.get("plugins", [])))
     return method.code_hash(method.resolve(name, source)) != record.hashes.get("method_code")
 
 
@@ -56,10 +56,16 @@ def bench(specs: list[RunSpec], store: Store, command: str, progress, force: boo
         if cached:
             record = replace(earlier, spec=spec)
         else:
+            if before := next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None):
+                spec.locations["before"] = str(store.path(before))
             progress.start(spec, number, len(specs))
             record = run(spec, store, command, progress)
         progress.end(record, cached)
         yield Done(record, cached)
+
+
+def untouched(spec: RunSpec) -> bool:
+    return spec.method == "base"
 
 
 def run(spec: RunSpec, store: Store, command: str, progress) -> RunRecord:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.errors import unknown
+from harness.metrics import REWARDS
 from harness.rows import SUFFIXES, DataError, rows_of_file
 from harness.spec import Hyperparams
 
@@ -27,11 +28,13 @@ PART = {  # what a part of a dataset says, and what holds where it is silent
 }  # fmt: skip
 DATASET = {
     "name": "", "title": "", "notice": "", "template": "auto", "seed": 0, "language": "en",
+    "reward": "rouge_l",
     "train": 1000, "validation": 64, "test": 200,
 }  # fmt: skip
 FORMATS = {  # format -> the fields it reads, each with the column it is in unless the spec says otherwise
     "instruction": {"instruction": "instruction", "input": "input", "output": "output"},
     "messages": {"messages": "messages"},
+    "pairs": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
 }
 WINDOW = 16  # batches sorted by length together: most of the padding gone, the order still random
 
@@ -76,8 +79,9 @@ def load_spec(name: str, overrides: dict) -> dict:
             errors.append(f"data.{key}: must be like {default!r}, not {spec[key]!r}")
     errors += [f"data.{s}: must be at least {int(s != 'validation')}, not {spec[s]}"
                for s in SPLITS if isinstance(spec[s], int) and spec[s] < (s != "validation")]  # fmt: skip
-    if spec["template"] not in ("auto", "chat", "instruction"):
-        errors.append(unknown("template", str(spec["template"]), ("auto", "chat", "instruction")))
+    for key, choices in (("template", ("auto", "chat", "instruction")), ("reward", REWARDS)):
+        if spec[key] not in choices:
+            errors.append(unknown(key, str(spec[key]), choices))
     if errors:
         raise DataError("\n".join(errors))
     return {**spec, "parts": [{**PART, **part} for part in parts]}
@@ -122,8 +126,10 @@ def messages_of(row: dict, part: dict) -> list[dict] | None:
     if part["format"] == "instruction":
         asked = [text_of(value["instruction"]), text_of(value["input"])]
         turns = [("user", "\n\n".join(filter(None, asked))), ("assistant", text_of(value["output"]))]
+    elif part["format"] == "pairs" and isinstance(value["chosen"], str):
+        turns = [("user", text_of(value["prompt"])), ("assistant", text_of(value["chosen"]))]
     else:
-        found = value["messages"]
+        found = value["chosen" if part["format"] == "pairs" else "messages"]
         if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
             return None
         turns = [(message.get("role"), text_of(message.get("content"))) for message in found]
@@ -134,6 +140,16 @@ def messages_of(row: dict, part: dict) -> list[dict] | None:
     if not spoken or not alternating or not all(text for _, text in turns):
         return None
     return [{"role": role, "content": text} for role, text in turns]
+
+
+def rejected_of(row: dict, part: dict) -> str | None:
+    """The worse answer of a preference pair; None where the row has none to learn from."""
+    if part["format"] != "pairs":
+        return None
+    found = row.get(part["fields"].get("rejected", "rejected"))
+    if isinstance(found, list) and found and isinstance(found[-1], dict):
+        found = found[-1].get("content")
+    return text_of(found) or None
 
 
 def text_of(content) -> str | None:
@@ -157,6 +173,7 @@ class Conversation:
     id: str  # part:digest, the same wherever the row stands in its source
     part: str
     messages: list[dict]
+    rejected: str | None = None  # a worse last answer, where the row is a preference pair
 
 
 def splits(dataset: dict, locations: dict) -> tuple[dict[str, list[Conversation]], dict[str, int]]:
@@ -173,19 +190,21 @@ def splits(dataset: dict, locations: dict) -> tuple[dict[str, list[Conversation]
         for row in rows_of_part(part, locations.get(part["name"])):
             if not isinstance(row, dict):
                 raise DataError(f"part {part['name']}: a row is {type(row).__name__}, not an object")
-            if messages := messages_of(row, part):
-                text = json.dumps([dataset["seed"], messages], ensure_ascii=False, sort_keys=True)
-                rows.append((hashlib.sha256(text.encode()).hexdigest(), messages))
+            messages, rejected = messages_of(row, part), rejected_of(row, part)
+            if messages and (rejected or part["format"] != "pairs"):
+                said = [dataset["seed"], messages] + [rejected] * bool(rejected)
+                text = json.dumps(said, ensure_ascii=False, sort_keys=True)
+                rows.append((hashlib.sha256(text.encode()).hexdigest(), messages, rejected))
             else:
                 counts["unusable"] += 1
         distinct = []
-        for key, messages in sorted(rows, key=lambda row: row[0]):
+        for key, messages, rejected in sorted(rows, key=lambda row: row[0]):
             prompt = normalised(messages[:-1])
             if prompt in seen:
                 counts["duplicates"] += 1
                 continue
             seen.add(prompt)
-            distinct.append(Conversation(f"{part['name']}:{key[:12]}", part["name"], messages))
+            distinct.append(Conversation(f"{part['name']}:{key[:12]}", part["name"], messages, rejected))
         wanted = sum(dataset[split] for split in SPLITS)
         if len(distinct) < wanted:
             raise DataError(
@@ -224,6 +243,7 @@ class Row:
     prompt_ids: array  # of int32
     response_ids: array  # ends with the token that ends a turn, unless cut
     cut: int = 0  # tokens of the response that max_length took
+    rejected_ids: array | None = None  # a worse response, where the row is a preference pair
 
     @property
     def length(self) -> int:
@@ -269,18 +289,26 @@ class Template:
         prompt_ids = self.tokenizer(prompt, add_special_tokens=self.kind == "instruction").input_ids
         if self.kind == "instruction" and prompt_ids and prompt_ids[-1] == self.tokenizer.eos_token_id:
             prompt_ids = prompt_ids[:-1]
-        response_ids = self.tokenizer(response, add_special_tokens=False).input_ids
+        response_ids = self.response_ids(response)
         if len(prompt_ids) >= max_length:
             return None
+        rejected = None
+        if conversation.rejected:
+            worse = [*conversation.messages[:-1], {"role": "assistant", "content": conversation.rejected}]
+            rejected = self.response_ids(self.render(worse)[1])[: max_length - len(prompt_ids)]
         return Row(
             conversation.id,
             conversation.part,
             prompt,
             conversation.messages[-1]["content"],
             array("i", prompt_ids),
-            array("i", response_ids[: max_length - len(prompt_ids)]),
+            response_ids[: max_length - len(prompt_ids)],
             max(0, len(prompt_ids) + len(response_ids) - max_length),
+            rejected,
         )
+
+    def response_ids(self, text: str) -> array:
+        return array("i", self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def instruction_form(messages: list[dict]) -> str:
@@ -305,8 +333,9 @@ def rows_hash(rows: list[Row]) -> str:
 
 
 def row_bytes(row: Row) -> bytes:
-    lengths = array("i", [len(row.prompt_ids), len(row.response_ids)])
-    return lengths.tobytes() + row.prompt_ids.tobytes() + row.response_ids.tobytes()
+    parts = [row.prompt_ids, row.response_ids, *([row.rejected_ids] if row.rejected_ids else [])]
+    lengths = array("i", [len(part) for part in parts])
+    return b"".join(part.tobytes() for part in (lengths, *parts))
 
 
 # Batches
@@ -316,11 +345,13 @@ class Batches:
     """The optimizer steps of a training, each a list of micro-batches; can be iterated again.
 
     The order comes from the seed alone, never from the global random state, so that it is the same
-    for every method whatever a method draws.
+    for every method whatever a method draws. `decoder` is the harness's own, for a method that
+    trains on answers of the model.
     """
 
-    def __init__(self, rows: list[Row], hp: Hyperparams, seed: int, pad_id: int, device):
+    def __init__(self, rows: list[Row], hp: Hyperparams, seed: int, pad_id: int, device, decoder=None):
         self.rows, self.hp, self.pad_id, self.device = rows, hp, pad_id, device
+        self.decoder = decoder
         self.steps = list(order([row.length for row in rows], hp, seed))  # row indices of each
         self.hashes = [rows_hash([rows[i] for i in step]) for step in self.steps]
         self.tokens = [sum(rows[i].length for i in step) for step in self.steps]
@@ -332,21 +363,10 @@ class Batches:
         size = self.hp.micro_batch_size
         for step in self.steps:
             chosen = [self.rows[i] for i in step]
-            yield [
-                collate(chosen[i : i + size], self.pad_id, self.device) for i in range(0, len(chosen), size)
-            ]
+            yield [self.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
-    def count(self) -> dict:
-        """Tokens of the whole training: trained (read), supervised (with loss), padded (read for
-        nothing)."""
-        size, slots = self.hp.micro_batch_size, 0
-        for step in self.steps:
-            lengths = [self.rows[i].length for i in step]
-            micro_batches = [lengths[i : i + size] for i in range(0, len(step), size)]
-            slots += sum(max(micro) * len(micro) for micro in micro_batches)
-        supervised = sum(len(self.rows[i].response_ids) for step in self.steps for i in step)
-        trained = sum(self.tokens)
-        return {"trained": trained, "supervised": supervised, "padded": slots - trained}
+    def collate(self, rows: list[Row]) -> dict:
+        return collate(rows, self.pad_id, self.device)
 
 
 def order(lengths: list[int], hp: Hyperparams, seed: int):
@@ -374,7 +394,8 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
 
 
 def collate(rows: list[Row], pad_id: int, device) -> dict:
-    """Right-padded input_ids, attention_mask and labels, each (B, T); labels only on the response."""
+    """Right-padded input_ids, attention_mask and labels, each (B, T), labels only on the response;
+    prompt_lengths (B,); and the rows themselves."""
     import torch
 
     longest = max(row.length for row in rows)
@@ -386,10 +407,11 @@ def collate(rows: list[Row], pad_id: int, device) -> dict:
         ids[i, :n] = torch.tensor(list(row.prompt_ids) + list(row.response_ids))
         labels[i, p:n] = ids[i, p:n]
         mask[i, :n] = 1
+    lengths = torch.tensor([len(row.prompt_ids) for row in rows])
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompt_lengths": lengths}
     return {
-        name: tensor.to(device, non_blocking=True)
-        for name, tensor in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
-    }
+        "rows": rows, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    }  # fmt: skip
 
 
 def batches_of(rows: list[Row], size: int) -> list[list[Row]]:

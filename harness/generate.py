@@ -1,5 +1,7 @@
 """The evaluation of a model on rows: teacher-forced scores, and the one greedy decoder."""
 
+from contextlib import nullcontext
+
 import torch
 from transformers import GenerationConfig
 
@@ -29,48 +31,89 @@ def mean_loss(scores: list[dict]) -> float:
     return sum(s["nll"] for s in scores) / sum(s["tokens"] for s in scores)
 
 
-@torch.inference_mode()
-def answers(model, rows: list[Row], tokenizer, stops: list[int], hp: Hyperparams, accelerator, report):
-    """Greedy answers in the order of rows: output, new_tokens, stopped.
+class Decoder:
+    """The one decoder: prompts, left-padded and batched by length, become new tokens up to a stop.
 
-    Batches are the same for every method: by prompt length, left-padded. `report(**values)` is told
-    of each batch.
+    It serves the evaluation and every method that trains on answers of its own model. `sampled`
+    counts the tokens that it made outside of the evaluation; `text_of` and `reward` judge them.
     """
-    model.eval()
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=hp.max_new_tokens,
-        eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    causal = causal_lm(model)
-    own, causal.generation_config = causal.generation_config, config  # passed as an argument, it would be
-    # filled up from the model's own, whose repetition penalty and the like are not greedy decoding
-    by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
-    found = {}
-    for start in range(0, len(rows), hp.eval_batch_size):
-        batch = by_length[start : start + hp.eval_batch_size]
-        width = max(len(row.prompt_ids) for row in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(batch):
-            ids[i, width - len(row.prompt_ids) :] = torch.tensor(list(row.prompt_ids))
-            mask[i, width - len(row.prompt_ids) :] = 1
-        ids, mask = ids.to(accelerator.device), mask.to(accelerator.device)
-        with accelerator.autocast():
-            whole = model.generate(input_ids=ids, attention_mask=mask)
-        if len(whole) != len(batch):
-            raise RuntimeError(f"{len(whole)} answers to {len(batch)} prompts")
-        for row, new in zip(batch, whole[:, width:].tolist(), strict=True):
-            end = next((i for i, token in enumerate(new) if token in stops), None)
-            text = tokenizer.decode(new[:end], skip_special_tokens=True).strip()
-            found[row.id] = {
-                "output": text,
-                "new_tokens": len(new) if end is None else end + 1,
-                "stopped": end is not None,
-            }
-        report(answered=len(found), rows=len(rows))
-    causal.generation_config = own  # what is saved is the model, without the bench's limits
-    return [found[row.id] for row in rows]
+
+    def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator, scorer=None, meter=None):
+        self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
+        self.scorer, self.meter = scorer, meter
+        self.sampled = 0
+
+    def answers(self, model, rows: list[Row], report=lambda **_: None) -> list[dict]:
+        """Greedy answers in the order of rows: output, new_tokens, stopped. `report(**values)` is
+        told of each batch."""
+        return [
+            {"output": self.text_of(ids), "new_tokens": len(ids), "stopped": ids[-1] in self.stops}
+            for [ids] in self.continuations(model, rows, report=report)
+        ]
+
+    def sample(self, model, rows: list[Row], copies: int = 1, temperature: float = 0.0):
+        """-> for each row `copies` lists of new token ids; greedy at temperature 0. A phase of its own."""
+        training = model.training
+        with self.meter.phase("rollout") if self.meter else nullcontext():
+            found = self.continuations(model, rows, copies, temperature)
+        model.train(training)
+        self.sampled += sum(len(ids) for group in found for ids in group)
+        return found
+
+    def text_of(self, ids: list[int]) -> str:
+        ended = ids and ids[-1] in self.stops
+        return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
+
+    def reward(self, row: Row, ids: list[int]) -> float:
+        """What the dataset's spec says an answer to this row earns, 0 to 1."""
+        return self.scorer.reward(self.text_of(ids), row.reference)
+
+    @torch.inference_mode()
+    def continuations(self, model, rows, copies=1, temperature=0.0, report=lambda **_: None):
+        """In the order of rows, `copies` of each: the new tokens, the stop token too if there was one."""
+        model.eval()
+        causal = causal_lm(model)
+        own, causal.generation_config = causal.generation_config, self.config(copies, temperature)
+        # passed as an argument, it would be filled up from the model's own, whose repetition penalty and
+        # the like are not this decoder's
+        by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
+        size = max(1, self.hp.eval_batch_size // copies)
+        found = {}
+        for start in range(0, len(rows), size):
+            batch = by_length[start : start + size]
+            ids, mask = left_padded(batch, self.tokenizer.pad_token_id, self.accelerator.device)
+            with self.accelerator.autocast():
+                whole = model.generate(input_ids=ids, attention_mask=mask)
+            if len(whole) != len(batch) * copies:
+                raise RuntimeError(f"{len(whole)} answers to {len(batch)} prompts")
+            new = [self.until_stop(tokens) for tokens in whole[:, ids.shape[1] :].tolist()]
+            for i, row in enumerate(batch):
+                found[row.id] = new[i * copies : (i + 1) * copies]
+            report(answered=len(found), rows=len(rows))
+        causal.generation_config = own  # what is saved is the model, without the bench's limits
+        return [found[row.id] for row in rows]
+
+    def config(self, copies: int, temperature: float) -> GenerationConfig:
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        return GenerationConfig(
+            **{"do_sample": False, "num_beams": 1, "num_return_sequences": copies, **drawn},
+            max_new_tokens=self.hp.max_new_tokens,
+            eos_token_id=self.stops,
+            pad_token_id=self.tokenizer.pad_token_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+        )
+
+    def until_stop(self, tokens: list[int]) -> list[int]:
+        end = next((i for i, token in enumerate(tokens) if token in self.stops), len(tokens))
+        return tokens[: end + 1]
+
+
+def left_padded(rows: list[Row], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt ids and their mask, each (B, T)."""
+    width = max(len(row.prompt_ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row.prompt_ids) :] = torch.tensor(list(row.prompt_ids))
+        mask[i, width - len(row.prompt_ids) :] = 1
+    return ids.to(device), mask.to(device)

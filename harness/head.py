@@ -22,9 +22,11 @@ def token_logps(model, batch: dict) -> torch.Tensor:
 def token_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """As token_logps, and beside it (B, T-1) booleans: the target was the most likely token."""
     causal = causal_lm(model)
+    causal.prompt_lengths = batch.get("prompt_lengths")  # for a method that acts on the prompt alone
     hidden = causal.get_decoder()(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).last_hidden_state[:, :-1]  # (B, T-1, H)
+    causal.prompt_lengths = None
     labels = batch["labels"][:, 1:]
     targets = labels != -100
     hidden, labels = hidden[targets], labels[targets]  # (N, H), (N,)

@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: four hooks, and how a name becomes one.
+"""What a fine-tuning method is: hooks that a subclass overrides, and how a name becomes one.
 
 A method is one file with one subclass of `Method`; its name is the file's stem. The file's docstring
 is its card: `Title: one line`, an indented formula, the paper, and three lines that begin with
@@ -12,7 +12,9 @@ import importlib.util
 import inspect
 import re
 import sys
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import get_type_hints
@@ -23,6 +25,28 @@ from harness.spec import Hyperparams
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a method may be unable to do."""
+
+    asked: Callable[[Hyperparams], bool] = lambda hp: False  # some are said alone: nothing asks for them
+    remedy: str = ""
+
+
+LIMITS = {
+    "gradient checkpointing": Limit(
+        lambda hp: hp.gradient_checkpointing, "--set hp.gradient_checkpointing=false"
+    ),
+    "accumulation": Limit(
+        lambda hp: hp.micro_batch_size < hp.batch_size, "--set hp.micro_batch_size= as hp.batch_size"
+    ),
+    "gradient clipping": Limit(lambda hp: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
+    "4-bit base": Limit(),
+    "merging": Limit(),
+    "several cards": Limit(),
+}
 
 
 class Unsupported(Exception):
@@ -38,10 +62,20 @@ class Method:
 
     axis = "none"  # what is varied: parameterisation, optimizer, objective, perturbation or none
     objective = "sft"  # methods with different objectives are never ranked by their loss
+    aim = "bleu4"  # the metric that the objective aims at
+    mean_over = "tokens"  # what the loss is a mean over: tokens or rows
+    title = ""  # in the report; the docstring's unless given
     baseline = "base"  # the row of the same model, untouched, that this method starts from
     trains = True
     needs = ()  # packages beyond the harness's own
     overrides = {}  # hyperparameter -> (value, reason): each permitted difference, declared
+    cannot = {}  # one of LIMITS -> why: refused with that reason before anything starts, or said
+    hybrid = ()  # names of the methods that this one joins
+
+    @classmethod
+    def own(cls, hp: Hyperparams) -> Hyperparams:
+        """The shared hyperparameters with this method's declared differences."""
+        return replace(hp, **{name: value for name, (value, _) in cls.overrides.items()})
 
     def load(self, load_base):
         """-> model. `load_base(**kwargs)` passes its arguments on to `from_pretrained`."""
@@ -52,6 +86,10 @@ class Method:
         over the optimizer steps of the training, each a list of micro-batches."""
         return model.requires_grad_(True)
 
+    def prepare(self, model, micro_batches: list[dict]) -> list[dict]:
+        """-> what a step trains on in place of its micro-batches: pairs, or sampled answers."""
+        return micro_batches
+
     def optimizer(self, model, hp: Hyperparams):
         """-> torch.optim.Optimizer over the trainable parameters (all of them in fp32)."""
         from torch.optim import AdamW
@@ -59,10 +97,41 @@ class Method:
         return AdamW(decay_groups(model, hp.weight_decay), fused=True, **adam(hp))
 
     def loss(self, model, batch):
-        """-> scalar: the mean over the batch's target tokens, by which the loop weighs it."""
+        """-> scalar: the mean over the batch's target tokens (or rows, see `mean_over`), by which the
+        loop weighs it."""
         from harness.head import token_logps
 
         return -token_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+
+    def save(self, model, folder: Path) -> None:
+        """Writes what was trained into a folder, as safetensors: an adapter as PEFT does, else all
+        weights, in the compute dtype."""
+        if not hasattr(model, "peft_config"):
+            model.to(model.config.dtype)
+        model.save_pretrained(folder)
+
+    def restore(self, load_base, folder: Path):
+        """-> the model that `save` wrote, in evaluation mode: the same outputs again."""
+        if (folder / "adapter_config.json").is_file():
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(self.load(load_base), folder).eval()
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+
+    def merge(self, model):
+        """-> a plain transformers model of the same outputs. Raises Unsupported where that is not
+        exact."""
+        return model.merge_and_unload() if hasattr(model, "peft_config") else model
+
+    def note(self, what: str, value: float | str) -> None:
+        """Keeps something that this run found out about its method; the report prints it."""
+        self.notes[what] = value
+
+    @cached_property
+    def notes(self) -> dict:
+        return {}
 
 
 def adam(hp: Hyperparams) -> dict:
@@ -100,8 +169,22 @@ def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
     return sources
 
 
+def find(name: str, sources: dict) -> Path | EntryPoint | None:
+    """Where a method is defined; of `family.variant`, where its family is."""
+    return sources.get(name) or sources.get(name.partition(".")[0])
+
+
 def resolve(name: str, source: Path | EntryPoint) -> type[Method]:
-    """Imports one method. Raises ValueError unless its file defines exactly one subclass of Method."""
+    """Imports one method. Raises ValueError unless its file defines exactly one subclass of Method.
+
+    `family.variant` is what the family's class makes of it: `variant(name)`.
+    """
+    family, dot, variant = name.partition(".")
+    if dot:
+        cls = resolve(family, source)
+        if not hasattr(cls, "variant"):
+            raise ValueError(f"{family} has no variants: write {family} alone")
+        return named(cls.variant(variant), name)
     if isinstance(source, EntryPoint):
         loaded = source.load()
         if inspect.isclass(loaded) and issubclass(loaded, Method):
@@ -133,7 +216,8 @@ def named(cls: type[Method], name: str) -> type[Method]:
 
 def build(cls: type[Method], options: dict) -> tuple[Method | None, list[str]]:
     """The method with its options, and a line for each option that cannot be."""
-    kinds = {f.name: get_type_hints(cls).get(f.name, str) for f in fields(cls)}
+    hints = get_type_hints(cls)
+    kinds = {f.name: hints.get(f.name, str) for f in fields(cls)}
     errors = []
     for option, value in options.items():
         if option not in kinds:
@@ -150,18 +234,15 @@ def build(cls: type[Method], options: dict) -> tuple[Method | None, list[str]]:
 
 
 def options(method: Method) -> dict:
-    return asdict(method)
+    """As they were chosen; None leaves the choice to the library, and is not asked for."""
+    return {name: value for name, value in asdict(method).items() if value is not None}
 
 
 def card(cls: type[Method]) -> dict:
     """What the method says of itself, as JSON values: its class attributes and its docstring."""
-    return {
-        "name": cls.name,
-        "axis": cls.axis,
-        "objective": cls.objective,
-        "baseline": cls.baseline,
-        **read_card(inspect.getmodule(cls).__doc__ or ""),
-    }
+    said = {name: getattr(cls, name) for name in ("name", "axis", "objective", "aim", "baseline", "cannot")}
+    read = read_card(inspect.getmodule(cls).__doc__ or "")
+    return {**said, "hybrid": list(cls.hybrid), **read, "title": cls.title or read["title"]}
 
 
 def read_card(docstring: str) -> dict:

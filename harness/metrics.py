@@ -14,7 +14,18 @@ METRICS = {  # unit and direction; the signature comes with the value
     "perplexity": {"unit": "per response token", "better": "lower"},
     "token_accuracy": {"unit": "share of response tokens", "better": "higher"},
     "stop_rate": {"unit": "share of answers that ended by themselves", "better": "higher"},
+    "reward": {"unit": "mean over answers, 0 to 1", "better": "higher"},
+    "preference_accuracy": {"unit": "share of test rows", "better": "higher"},
 }
+REWARDS = {  # what an answer earns, by the dataset's spec -> its signature
+    "rouge_l": "ROUGE-L F1 with the reference",
+    "exact": "1 if the final answer is the reference's: what follows the last ####, else the last "
+    "\\boxed{}, else the last number, else the whole text; commas in numbers do not count",
+}
+PREFERENCE_SIGNATURE = (
+    "rows in which the reference is likelier per token than the rejected answer: the dataset's, else the "
+    "untouched model's own greedy one"
+)
 ROUGE_SIGNATURE = "rouge-score:rougeL|F1, mean over rows|stemmer:no|tokens:Unicode words, CJK by character"
 LIKELIHOOD_SIGNATURE = "corpus level, response tokens with the end mark, teacher-forced"
 BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char"}  # 13a splits at spaces
@@ -33,27 +44,47 @@ class UnicodeTokenizer:
 class TextScorer:
     """Scores of one output against its reference. Importing rouge-score takes a second: once."""
 
-    def __init__(self, language: str = "en"):
+    def __init__(self, language: str = "en", reward: str = "rouge_l"):
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics import BLEU
 
         self.bleu = BLEU(tokenize=BLEU_TOKENIZERS.get(language, "13a"), effective_order=True)
         self.corpus = BLEU(tokenize=BLEU_TOKENIZERS.get(language, "13a"))
         self.rouge = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
+        self.kind = reward
 
     def score(self, output: str, reference: str) -> dict:
-        """-> bleu: [output length, reference length, matches of 1..4, n-grams of 1..4], rouge_l."""
+        """-> bleu: [output length, reference length, matches of 1..4, n-grams of 1..4], rouge_l, reward."""
         if not isinstance(output, str) or not isinstance(reference, str):
             raise TypeError("an output and its reference are texts")
         bleu = self.bleu.sentence_score(output, [reference])
         return {
             "bleu": [bleu.sys_len, bleu.ref_len, *bleu.counts, *bleu.totals],
             "rouge_l": self.rouge.score(reference, output)["rougeL"].fmeasure,
+            "reward": self.reward(output, reference),
         }
+
+    def reward(self, output: str, reference: str) -> float:
+        """0 to 1, by the rule that the dataset declares."""
+        if self.kind == "exact":
+            return float(final_answer(output) == final_answer(reference))
+        return self.rouge.score(reference, output)["rougeL"].fmeasure
 
     def signature(self) -> str:
         self.corpus.corpus_score(["a"], [["a"]])  # it knows its number of references only after one
         return self.corpus.get_signature().format()
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes down to, as the signature of the exact reward says."""
+    if "####" in text:
+        text = text.rpartition("####")[2]
+    elif boxed := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
+        text = boxed[-1]
+    elif numbers := re.findall(r"-?\d[\d,]*(?:\.\d+)?", text):
+        text = numbers[-1]
+    text = re.sub(r"(?<=\d),(?=\d)", "", " ".join(text.split())).strip(" .$")
+    return re.sub(r"(?<=\d)\.0+$", "", text)
 
 
 def bleu4(counts: np.ndarray) -> np.ndarray:
@@ -73,12 +104,12 @@ def bleu4(counts: np.ndarray) -> np.ndarray:
     return np.where(none, 0.0, 100 * bleu)
 
 
-def summarise(outputs: list[dict], bleu_signature: str) -> dict:
+def summarise(outputs: list[dict], bleu_signature: str, reward: str = "rouge_l") -> dict:
     """Scores of a whole test set from its outputs, each with unit, direction and signature."""
     if not outputs:
         raise ValueError("no test outputs to score")
     column = {name: np.array([o[name] for o in outputs], dtype=float) for name in
-              ("tokens", "nll", "correct", "rouge_l", "stopped")}  # fmt: skip
+              ("tokens", "nll", "correct", "rouge_l", "stopped", "reward")}  # fmt: skip
     tokens = column["tokens"].sum()
     values = {
         "bleu4": (bleu4(np.array([o["bleu"] for o in outputs]).sum(0)), bleu_signature),
@@ -86,7 +117,10 @@ def summarise(outputs: list[dict], bleu_signature: str) -> dict:
         "perplexity": (np.exp(column["nll"].sum() / tokens), LIKELIHOOD_SIGNATURE),
         "token_accuracy": (column["correct"].sum() / tokens, LIKELIHOOD_SIGNATURE),
         "stop_rate": (column["stopped"].mean(), "greedy, stopped before max_new_tokens"),
+        "reward": (column["reward"].mean(), REWARDS[reward]),
     }
+    if margins := [o["margin"] for o in outputs if o.get("margin") is not None]:
+        values["preference_accuracy"] = (np.mean(np.array(margins) > 0), PREFERENCE_SIGNATURE)
     return {
         name: {"value": float(value), "signature": signature, **METRICS[name]}
         for name, (value, signature) in values.items()

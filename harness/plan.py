@@ -76,7 +76,7 @@ def plan(request: Request) -> list[RunSpec]:
             f"--seeds: different whole numbers from 0 on, not {' '.join(map(str, seeds)) or 'none'}"
         )
     methods = find_methods(
-        request.methods or preset["methods"], request.plugins, preset["options"], values, errors
+        request.methods or preset["methods"], request.plugins, preset["options"], values, hp, errors
     )
     if dataset and not errors and len(locations["sources"]) == len(dataset["parts"]):
         try:  # what is on the hub is not downloaded for a plan
@@ -125,7 +125,7 @@ def settings(texts: list[str], errors: list[str]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        group, dot, name = key.strip().partition(".")
+        group, dot, name = key.strip().rpartition(".")  # a method's name may have a dot: peft.vera
         if not (equals and dot and group and name):
             errors.append(f"--set {text}: write it as hp.NAME=VALUE, data.NAME=VALUE or METHOD.OPTION=VALUE")
             continue
@@ -283,7 +283,9 @@ def unreachable_dataset(name: str) -> str | None:
     return None
 
 
-def find_methods(names, plugins, preset_options, values, errors) -> list[tuple[type[method.Method], dict]]:
+def find_methods(
+    names, plugins, preset_options, values, hp, errors
+) -> list[tuple[type[method.Method], dict]]:
     """The methods asked for, each after the base row that it starts from, with all its options."""
     for plugin in plugins:
         if not Path(plugin).is_file():
@@ -298,11 +300,15 @@ def find_methods(names, plugins, preset_options, values, errors) -> list[tuple[t
     def add(name: str) -> None:
         if name in found:
             return
-        if name not in sources:
+        source = method.find(name, sources)
+        if source is None:
             errors.append(unknown("method", name, sources))
             return
         try:
-            cls = method.resolve(name, sources[name])
+            cls = method.resolve(name, source)
+        except ValueError as error:  # says itself what is wrong
+            errors.append(str(error))
+            return
         except (
             Exception,
             SystemExit,
@@ -314,6 +320,7 @@ def find_methods(names, plugins, preset_options, values, errors) -> list[tuple[t
             add(cls.baseline)
         chosen, wrong = method.build(cls, {**preset_options.get(name, {}), **values.get(name, {})})
         errors.extend(wrong)
+        errors.extend(beyond(chosen, hp) if chosen else [])
         found[name] = (cls, method.options(chosen) if chosen else {})
 
     if not names:
@@ -322,9 +329,19 @@ def find_methods(names, plugins, preset_options, values, errors) -> list[tuple[t
         add(name)
     for name in set(values) - set(found):
         groups = sorted({"hp", "data", *found})
-        errors.append(unknown("group in --set", name, groups) if name not in sources
+        errors.append(unknown("group in --set", name, groups) if not method.find(name, sources)
                       else f"--set {name}.…: {name} is not among --methods {' '.join(names)}")  # fmt: skip
     return list(found.values())
+
+
+def beyond(chosen: method.Method, hp: Hyperparams) -> list[str]:
+    """What the hyperparameters ask of a method that it cannot do."""
+    own = chosen.own(hp)
+    return [
+        f"method {chosen.name} cannot do {limit}: {reason}. Leave it out, or {method.LIMITS[limit].remedy}"
+        for limit, reason in chosen.cannot.items()
+        if method.LIMITS[limit].asked(own)
+    ]
 
 
 def unwritable(folder: Path) -> str | None:

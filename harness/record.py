@@ -11,8 +11,8 @@ from harness.spec import RunSpec
 
 SCHEMA = 1
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
-PHASES = ("load", "attach", "train", "validate", "evaluate", "generate", "save")
-TRAINING = ("attach", "train")  # what a method's training time is made of
+PHASES = ("load", "attach", "train", "rollout", "validate", "evaluate", "generate", "save")
+TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
 
 
 @dataclass
@@ -33,7 +33,8 @@ class RunRecord:
 
     `card` is what the method says of itself (see harness.method.Method.card).
     `overrides`: hyperparameter -> [value, reason], each a declared difference.
-    `tokens`: trained (read by the model), padded, supervised (carrying loss); left_out counts rows.
+    `tokens`: trained (read by the model), padded, supervised (carrying loss), sampled (made by the
+    model while training); left_out counts rows. `notes`: what the run found out about its method.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
     `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.
@@ -58,6 +59,7 @@ class RunRecord:
     training: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
     scores: dict = field(default_factory=dict)
+    notes: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -66,7 +68,7 @@ class RunRecord:
 
     @property
     def train_seconds(self) -> float | None:
-        """Attach and optimizer steps; null where the training did not end."""
+        """Attach, optimizer steps and the answers sampled for them; null where the training did not end."""
         if not self.ok:
             return None
         return sum(self.phases[name].seconds for name in TRAINING if name in self.phases)

@@ -78,8 +78,8 @@ def diagnose(error: BaseException) -> tuple[str, str]:
 
 def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     """Fills the record as far as it comes."""
-    source = method.available(spec.locations.get("plugins", []))[spec.method]
-    cls = method.resolve(spec.method, source)
+    sources = method.available(spec.locations.get("plugins", []))
+    cls = method.resolve(spec.method, method.find(spec.method, sources))
     record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
     record.overrides = {name: list(value) for name, value in cls.overrides.items()}
     missing = [name for name in cls.needs if not installed(name)]
@@ -88,7 +88,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     chosen, errors = method.build(cls, spec.options)
     if errors:
         raise ValueError("; ".join(errors))
-    hp = replace(spec.hp, **{name: value for name, (value, _) in cls.overrides.items()})
+    hp = cls.own(spec.hp)
 
     import torch
     from accelerate import Accelerator
@@ -137,8 +137,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         with accelerator.autocast():
             sample = torch.tensor([list((r.prompt_ids + r.response_ids)[:8]) for r in rows["test"][:1]])
             head.check(model.eval(), sample.to(accelerator.device))
-    scorer = metrics.TextScorer(spec.dataset["language"])
+    scorer = metrics.TextScorer(spec.dataset["language"], spec.dataset["reward"])
     stops = stop_tokens(tokenizer, model, rows["test"])
+    decoder = generate.Decoder(tokenizer, stops, hp, accelerator, scorer, meter)
     pad = tokenizer.pad_token_id
 
     def validate() -> float | None:
@@ -151,9 +152,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     if spec.trains:
         from harness.train import train
 
-        batches = data.Batches(rows["train"], hp, spec.seed, pad, accelerator.device)
+        batches = data.Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
         record.hashes["batches"] = batches.hashes
-        record.tokens |= batches.count()
         with meter.phase("attach"):
             model = chosen.attach(model, batches)
             record.weights = master_weights(model, precision)
@@ -166,6 +166,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         told = step_report(report, batches)
         optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
         record.sizes["optimizer_bytes"] = optimizer_bytes(optimizer)
+        record.tokens["sampled"] = decoder.sampled
+        record.notes = chosen.notes
         del optimizer
         model.zero_grad()
     else:
@@ -173,19 +175,25 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     with meter.phase("evaluate"):
         likelihoods = generate.likelihoods(model, rows["test"], pad, hp, accelerator)
     with meter.phase("generate"):
-        answers = generate.answers(model, rows["test"], tokenizer, stops, hp, accelerator, report)
+        answers = decoder.answers(model, rows["test"], report)
+    with meter.phase("evaluate"):
+        before = answers if spec.method == "base" else untouched(spec.locations.get("before"))
+        worse = rejected(rows["test"], before, template, stops, hp)
+        found = generate.likelihoods(model, worse, pad, hp, accelerator) if worse else []
+        found = {row.id: generate.mean_loss([score]) for row, score in zip(worse, found, strict=True)}
     outputs = [
         {"id": row.id, "part": row.part, "prompt": row.prompt, "reference": row.reference}
         | answer | likelihood | scorer.score(answer["output"], row.reference)
+        | ({"margin": found[row.id] - generate.mean_loss([likelihood])} if row.id in found else {})
         for row, answer, likelihood in zip(rows["test"], answers, likelihoods, strict=True)
     ]  # fmt: skip
     for output in outputs:
         append(folder / OUTPUTS, output)
-    record.scores = metrics.summarise(outputs, scorer.signature())
+    record.scores = metrics.summarise(outputs, scorer.signature(), spec.dataset["reward"])
     if spec.trains:
         with meter.phase("save"):
             try:
-                record.sizes["saved_bytes"] = save_model(model, tokenizer, dtype, folder / MODEL)
+                record.sizes["saved_bytes"] = save_model(chosen, model, tokenizer, folder / MODEL)
             except OSError as error:  # a full disk must not cost what was measured
                 record.warnings.append(f"the trained model of {spec.folder} was not saved: {error}")
 
@@ -301,11 +309,32 @@ def master_weights(model, precision: str) -> str:
     )
 
 
-def save_model(model, tokenizer, dtype, folder: Path) -> int:
-    """An adapter as PEFT saves it, else the whole model in the compute dtype. -> bytes."""
-    if not hasattr(model, "peft_config"):
-        model = model.to(dtype)
-    model.save_pretrained(folder)
+def untouched(folder: str | None) -> list[dict]:
+    """The test outputs of the untouched model, which ran before; none where that failed."""
+    path = Path(folder or "") / OUTPUTS
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+
+def rejected(rows: list[data.Row], before: list[dict], template, stops, hp) -> list[data.Row]:
+    """The test rows with a worse response: the preference pair's, else the untouched model's own
+    answer, as far as that is another one than the reference."""
+    found = []
+    answers = {answer.get("id", row.id): answer for row, answer in zip(rows, before, strict=False)}
+    for row in rows:
+        ids = row.rejected_ids
+        if not ids and (answer := answers.get(row.id)) and answer["output"] != row.reference:
+            ids = template.response_ids(answer["output"])[: hp.max_length - len(row.prompt_ids)]
+            if answer["stopped"] and row.response_ids[-1] in stops:
+                ids.append(row.response_ids[-1])
+        if ids:
+            found.append(replace(row, response_ids=ids))
+    return found
+
+
+def save_model(chosen, model, tokenizer, folder: Path) -> int:
+    """-> bytes of safetensors."""
+    folder.mkdir()
+    chosen.save(model, folder)
     tokenizer.save_pretrained(folder)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 

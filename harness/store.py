@@ -15,6 +15,9 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
 
+    def path(self, spec: RunSpec) -> Path:
+        return (self.folder / spec.folder).resolve()
+
     def find(self, spec: RunSpec) -> RunRecord | None:
         """The record of this spec, if there is a readable one."""
         try:

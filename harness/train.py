@@ -19,8 +19,8 @@ class Diverged(Exception):
 def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, record, report, validate):
     """Trains in place. -> the optimizer.
 
-    Writes training, validation, step_seconds and warmup_steps of a RunRecord as it goes, so that a
-    run that breaks keeps its curves. `report(**values)` is told of each step; `validate()` -> mean
+    Writes training, validation, step_seconds, warmup_steps and tokens of a RunRecord as it goes, so
+    that a run that breaks keeps its curves. `report(**values)` is told of each step; `validate()` -> mean
     loss on the validation rows, off the training's clock. Raises Diverged at a loss that is not
     finite.
     """
@@ -33,6 +33,7 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
         clock = StepClock(accelerator.device)
         points = validation_points(total, hp.validations)
         record.warmup_steps = min(WARMUP_STEPS, total // 4)
+        read = []
         pending = None  # a step is settled one late, so that the device never waits for the host
 
         def settle() -> None:
@@ -48,6 +49,8 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
         for step, micro_batches in enumerate(batches, 1):
             with clock.step():
                 learning_rate = scheduler.get_last_lr()[0]
+                micro_batches = method.prepare(model, micro_batches)
+                read.append(tokens_of(micro_batches))
                 loss = accumulate(method, model, micro_batches, accelerator)
                 norm = None
                 if hp.max_grad_norm:
@@ -63,21 +66,34 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
                 model.train()
         settle()
         record.step_seconds = clock.read()
+        counts = torch.stack(read).sum(0).tolist()
+        record.tokens |= dict(zip(("trained", "supervised", "padded"), counts, strict=True))
     return optimizer
 
 
 def accumulate(method, model, micro_batches: list[dict], accelerator) -> torch.Tensor:
-    """Gradients of the mean loss over all target tokens of the step, however it is cut into
-    micro-batches. -> that mean, detached."""
-    targets = [(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]
-    total = sum(targets)
+    """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
+    loss is a mean over rows), however it is cut into micro-batches. -> that mean, detached."""
+    weights = [targets(b) if method.mean_over == "tokens" else len(b["labels"]) for b in micro_batches]
+    total = sum(weights)
     mean = 0.0
-    for batch, count in zip(micro_batches, targets, strict=True):
+    for batch, weight in zip(micro_batches, weights, strict=True):
         with accelerator.autocast():
-            loss = method.loss(model, batch) * (count / total)
+            loss = method.loss(model, batch) * (weight / total)
         accelerator.backward(loss)
         mean = mean + loss.detach()
     return mean
+
+
+def targets(batch: dict) -> torch.Tensor:
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def tokens_of(micro_batches: list[dict]) -> torch.Tensor:
+    """(3,): tokens read by the model, those that carry loss, and the padding read for nothing."""
+    read = sum(batch["attention_mask"].sum() for batch in micro_batches)
+    slots = sum(batch["attention_mask"].numel() for batch in micro_batches)
+    return torch.stack([read, sum(map(targets, micro_batches)), slots - read])
 
 
 def floats(entry: dict) -> dict:

@@ -187,7 +187,28 @@ def test_a_summary_weighs_tokens_over_the_corpus_and_texts_over_rows():
     assert found["stop_rate"] == 0.5
     assert found["rouge_l"] == pytest.approx(outputs[0]["rouge_l"] / 2)
     assert found["bleu4"] == pytest.approx(sacre([REAL[0]] * 2))
-    assert found.keys() == METRICS.keys()
+    assert found.keys() == METRICS.keys() - {"preference_accuracy"}
+
+
+def test_preferences_are_counted_over_the_rows_that_have_a_rejected_answer():
+    outputs = [output(margin=0.1), output(margin=-2.0), output(margin=3.0), output(margin=0.0), output()]
+    assert summarise(outputs, "")["preference_accuracy"]["value"] == 2 / 4
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "earned"),
+    [
+        ("So 4 + 4 = 8.\n#### 8", "He has 8.\n#### 8", 1),  # GSM8K's own form
+        ("She pays $1,234.00 in all.", "#### 1234", 1),
+        ("The answer is -3", "#### 3", 0),
+        ("It is 8, not 9", "#### 8", 0),  # the last number counts
+        ("Thus \\boxed{\\frac{1}{2}}", "so \\boxed{\\frac{1}{2}}.", 1),
+        ("Paris.", " Paris", 1),
+        ("", "#### 8", 0),
+    ],
+)
+def test_the_exact_reward_judges_the_final_answer(output, reference, earned):
+    assert TextScorer("en", "exact").score(output, reference)["reward"] == earned
 
 
 def test_a_summary_carries_unit_direction_and_signature():
@@ -290,7 +311,7 @@ def by_hand(model, row, count: int, stops: list[int]) -> list[int]:
 
 def answers(model, rows, stops, size, count=12):
     hp = tiny.hyperparams(eval_batch_size=size, max_new_tokens=count)
-    return generate.answers(model, rows, tiny.tokenizer(), stops, hp, tiny.accelerator(), lambda **_: None)
+    return generate.Decoder(tiny.tokenizer(), stops, hp, tiny.accelerator()).answers(model, rows)
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +368,6 @@ def test_training_mode_does_not_reach_the_answers(model, stops):
 def test_progress_is_told_of_each_batch(model):
     told = []
     hp = tiny.hyperparams(eval_batch_size=7, max_new_tokens=2)
-    generate.answers(model, ROWS, tiny.tokenizer(), [tiny.EOS], hp, tiny.accelerator(),
-                     lambda **values: told.append(values))  # fmt: skip
+    decoder = generate.Decoder(tiny.tokenizer(), [tiny.EOS], hp, tiny.accelerator())
+    decoder.answers(model, ROWS, lambda **values: told.append(values))
     assert told == [{"answered": n, "rows": 17} for n in (7, 14, 17)]

@@ -120,8 +120,15 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
+def decoder(hp, reward: str = "rouge_l"):
+    from harness.generate import Decoder
+    from harness.metrics import TextScorer
+
+    return Decoder(tokenizer(), [EOS, END], hp, accelerator(), TextScorer("en", reward))
+
+
 def batches(rows, hp, seed: int = 0) -> Batches:
-    return Batches(rows, hp, seed, PAD, accelerator().device)
+    return Batches(rows, hp, seed, PAD, accelerator().device, decoder(hp))
 
 
 def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambda **_: None):
@@ -132,7 +139,7 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     base = model() if base is None else base
     torch.manual_seed(seed)
     trained = method.attach(base, made)
-    measured = SimpleNamespace(training=[], validation=[])
+    measured = SimpleNamespace(training=[], validation=[], tokens={})
     optimizer = train(
         method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
         validate and (lambda: validate(trained)),

@@ -1,0 +1,114 @@
+"""GRPO: reinforcement learning on groups of the model's own answers, each judged against its group.
+
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)        r: rewards of the answers to one prompt
+    L = -mean_i mean_t [ min(rho A_i, clip(rho, 1 - clip, 1 + clip) A_i) - kl * (e^d - d - 1) ]
+    rho = p / p_old,  d = log p_base - log p
+
+Shao et al. 2024, DeepSeekMath, arXiv:2402.03300.
+
+Performance: learns from a reward in place of references, so it needs answers that are sometimes right.
+Efficiency: LoRA's memory for weights and moments, but generating the answers dominates the time.
+Generalisation: the KL term holds it near the base; what no sampled answer does cannot be learned.
+"""
+
+from array import array
+from dataclasses import dataclass, replace
+from statistics import fmean as mean
+
+from methods.lora import LoRA
+
+
+@dataclass
+class GRPO(LoRA):
+    """With LoRA's adapters, so that the base is the model without them. Answers are drawn at temperature
+    1, as the probabilities that are trained are those. A micro-batch holds as many answers as it would
+    rows, so that its memory is comparable; a step has `group` times as many of them."""
+
+    group: int = 8  # answers to each prompt: TRL's default; the paper draws 64
+    clip: float = 0.2  # of the probability ratio, which is 1 unless `updates` is above 1
+    kl: float = 0.04  # weight of the distance to the base model, the paper's; 0: no base model is read
+    updates: int = 1  # optimizer steps on each draw, the paper's; the rows of the steps between are not read
+
+    axis = "objective"
+    objective = "reward"
+    aim = "reward"
+    mean_over = "rows"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group < 2 or self.updates < 1 or self.clip <= 0 or self.kl < 0:
+            raise ValueError("group must be at least 2, updates at least 1, clip above 0, kl not negative")
+
+    def attach(self, model, batches):
+        self.batches, self.steps, self.rewards, self.flat = batches, 0, [], []
+        return super().attach(model, batches)
+
+    def prepare(self, model, micro_batches):
+        if self.steps % self.updates == 0:
+            self.drawn = self.draw(model, micro_batches)
+        self.steps += 1
+        return self.drawn
+
+    def draw(self, model, micro_batches) -> list[dict]:
+        """Answers to every row of the step, as micro-batches with `advantages` (B,)."""
+        import torch
+
+        decoder = self.batches.decoder
+        rows = [row for batch in micro_batches for row in batch["rows"]]
+        groups = decoder.sample(model, rows, copies=self.group, temperature=1.0)
+        rewards = torch.tensor(
+            [[decoder.reward(row, ids) for ids in group] for row, group in zip(rows, groups, strict=True)]
+        )  # (rows, group)
+        self.tell(rewards)
+        answers = [
+            replace(row, response_ids=array("i", ids))
+            for row, group in zip(rows, groups, strict=True)
+            for ids in group
+        ]
+        earned = advantages(rewards).flatten()
+        size = len(micro_batches[0]["rows"])
+        drawn = []
+        for start in range(0, len(answers), size):
+            batch = self.batches.collate(answers[start : start + size])
+            batch["advantages"] = earned[start : start + size].to(batch["labels"].device)
+            drawn.append(batch)
+        return drawn
+
+    def tell(self, rewards) -> None:
+        self.rewards.append(rewards.mean().item())
+        self.flat.append((rewards.std(1) == 0).float().mean().item())
+        tenth = max(1, len(self.rewards) // 10)
+        self.note("mean reward of drawn answers, first tenth of the draws", mean(self.rewards[:tenth]))
+        self.note("mean reward of drawn answers, last tenth of the draws", mean(self.rewards[-tenth:]))
+        self.note("share of groups with equal rewards: nothing to learn", mean(self.flat))
+
+    def loss(self, model, batch):
+        import torch
+
+        from harness.head import token_logps
+
+        logps = token_logps(model, batch)  # (B, T-1)
+        batch.setdefault("old", logps.detach())  # of the first update on this draw
+        if self.kl and "base" not in batch:
+            with torch.no_grad(), model.disable_adapter():
+                batch["base"] = token_logps(model, batch)
+        answers = batch["labels"][:, 1:] != -100
+        return self.objective_of(logps, batch["old"], batch.get("base"), batch["advantages"], answers)
+
+    def objective_of(self, logps, old, base, advantages, answers):
+        """All (B, T-1) but advantages (B,); base may be None. -> scalar, the mean over answers of the
+        means over their tokens."""
+        import torch
+
+        ratio = torch.exp(logps - old)
+        advantages = advantages[:, None]
+        gain = torch.min(ratio * advantages, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages)
+        if self.kl:
+            distance = base - logps
+            gain = gain - self.kl * (torch.exp(distance) - distance - 1)
+        return -((gain * answers).sum(1) / answers.sum(1)).mean()
+
+
+def advantages(rewards):
+    """(rows, group) -> the same shape: how much better than the group's mean, in its deviations."""
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
