@@ -5,9 +5,10 @@ from contextlib import nullcontext
 import torch
 from transformers import GenerationConfig
 
-from harness.data import Row, batches_of, collate
+from harness.batches import batches_of, collate
 from harness.head import causal_lm, token_scores
 from harness.spec import Hyperparams
+from harness.template import Row
 
 
 @torch.inference_mode()

@@ -21,9 +21,12 @@ from itertools import accumulate
 from pathlib import Path
 
 from harness import ROOT, data, method
+from harness.batches import Batches
 from harness.record import RunRecord
+from harness.rows import DataError
 from harness.spec import RunSpec
 from harness.store import EVENTS, MODEL, OUTPUTS, append, save
+from harness.template import Row, Template, rows_hash, tokenize
 
 SPEC, RESULT = "spec.json", "result.json"
 BUSY_BYTES = 2**30  # a driver and a desktop hold less
@@ -120,14 +123,14 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     with meter.phase("load"):
         tokenizer = load_tokenizer(spec)
         conversations, left_out = data.splits(spec.dataset, spec.locations.get("sources", {}))
-        template = data.Template(tokenizer, spec.dataset["template"])
+        template = Template(tokenizer, spec.dataset["template"])
         rows = {}
         for split in data.SPLITS:
-            rows[split], cut, dropped = data.tokenize(conversations[split], template, hp.max_length)
-            record.hashes[split] = data.rows_hash(rows[split])
+            rows[split], cut, dropped = tokenize(conversations[split], template, hp.max_length)
+            record.hashes[split] = rows_hash(rows[split])
             left_out |= {f"{split}_truncated": cut, f"{split}_too_long": dropped}
             if dropped and not rows[split]:
-                raise data.DataError(
+                raise DataError(
                     f"no {split} row is left: all {dropped} prompts fill hp.max_length={hp.max_length} tokens"
                 )
         record.tokens = {"left_out": left_out, "template": template.kind}
@@ -152,7 +155,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     if spec.trains:
         from harness.train import train
 
-        batches = data.Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
+        batches = Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
         record.hashes["batches"] = batches.hashes
         with meter.phase("attach"):
             model = chosen.attach(model, batches)
@@ -198,7 +201,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
                 record.warnings.append(f"the trained model of {spec.folder} was not saved: {error}")
 
 
-def step_report(report, batches: data.Batches):
+def step_report(report, batches: Batches):
     """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes."""
     import torch
 
@@ -282,7 +285,7 @@ def model_source(spec: RunSpec) -> str:
     return spec.locations.get("model") or spec.model
 
 
-def stop_tokens(tokenizer, model, rows: list[data.Row]) -> list[int]:
+def stop_tokens(tokenizer, model, rows: list[Row]) -> list[int]:
     """The end of sequence, and the token that ends a turn in the rows trained on."""
     configured = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
@@ -315,7 +318,7 @@ def untouched(folder: str | None) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
-def rejected(rows: list[data.Row], before: list[dict], template, stops, hp) -> list[data.Row]:
+def rejected(rows: list[Row], before: list[dict], template, stops, hp) -> list[Row]:
     """The test rows with a worse response: the preference pair's, else the untouched model's own
     answer, as far as that is another one than the reference."""
     found = []

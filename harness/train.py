@@ -5,7 +5,7 @@ import math
 import torch
 from transformers import get_scheduler
 
-from harness.data import Batches
+from harness.batches import Batches
 from harness.meter import StepClock
 from harness.spec import Hyperparams
 

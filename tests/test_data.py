@@ -13,8 +13,10 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import data
-from harness.data import DATASET, PART, DataError, Template, splits, tokenize
+from harness import batches, formats
+from harness.data import DATASET, PART, splits
+from harness.rows import SUFFIXES, DataError, rows_of_file
+from harness.template import Template, tokenize
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -56,11 +58,11 @@ def texts(conversations) -> list[str]:
 
 
 def messages_of(messages):
-    return data.messages_of({"messages": messages}, {**PART, "format": "messages"})
+    return formats.messages_of({"messages": messages}, {**PART, "format": "messages"})
 
 
 def written_out(messages, kind):
-    return Template(tiny.tokenizer(), kind).row(data.Conversation("tiny:1", "tiny", messages), 512)
+    return Template(tiny.tokenizer(), kind).row(formats.Conversation("tiny:1", "tiny", messages), 512)
 
 
 def made(kind, messages):
@@ -115,7 +117,7 @@ def test_the_border_of_prompt_and_response_is_where_tokens_would_have_merged(pro
 @pytest.mark.parametrize("kind", ["chat", "instruction"])
 def test_labels_are_the_response_with_its_mark_and_nothing_else(kind):
     rows = [made(kind, messages)[1] for messages in CASES]
-    batch = data.collate(rows, tiny.PAD, "cpu")
+    batch = batches.collate(rows, tiny.PAD, "cpu")
     end = {"chat": tiny.END, "instruction": tiny.EOS}[kind]
     for i, row in enumerate(rows):
         p, n = len(row.prompt_ids), row.length
@@ -133,7 +135,7 @@ def test_labels_are_the_response_with_its_mark_and_nothing_else(kind):
 def test_a_padding_token_that_is_also_the_end_mark_keeps_its_label():
     """As with a tokenizer that has no padding token of its own."""
     rows = [made("instruction", messages)[1] for messages in CASES]
-    batch = data.collate(rows, tiny.EOS, "cpu")
+    batch = batches.collate(rows, tiny.EOS, "cpu")
     assert [int(n) for n in (batch["labels"] == tiny.EOS).sum(1)] == [1] * len(rows)
     assert [int(n) for n in batch["attention_mask"].sum(1)] == [row.length for row in rows]
 
@@ -162,7 +164,7 @@ def test_a_long_response_is_cut_and_a_prompt_that_fills_all_is_left_out():
     _, whole = made("chat", PAIR)
     template = Template(tiny.tokenizer(), "chat")
     p, n = len(whole.prompt_ids), whole.length
-    conversation = data.Conversation("tiny:1", "tiny", PAIR)
+    conversation = formats.Conversation("tiny:1", "tiny", PAIR)
     (row,), cut, dropped = tokenize([conversation], template, n - 2)
     assert (row.length, cut, dropped) == (n - 2, 1, 0)
     assert row.prompt_ids == whole.prompt_ids
@@ -176,7 +178,7 @@ def test_a_long_response_is_cut_and_a_prompt_that_fills_all_is_left_out():
 def test_a_row_that_just_fits_is_not_counted_as_cut(room):
     _, whole = made("chat", PAIR)
     template = Template(tiny.tokenizer(), "chat")
-    (row,), cut, _ = tokenize([data.Conversation("tiny:1", "tiny", PAIR)], template, whole.length + room)
+    (row,), cut, _ = tokenize([formats.Conversation("tiny:1", "tiny", PAIR)], template, whole.length + room)
     assert row.response_ids == whole.response_ids
     assert cut == 0
 
@@ -294,14 +296,14 @@ def test_unusable_rows_are_counted(tmp_path):
 
 def test_an_instruction_joins_its_input():
     part = {**PART, "format": "instruction"}
-    found = data.messages_of({"instruction": "Add.", "input": "1 2", "output": " 3 "}, part)
+    found = formats.messages_of({"instruction": "Add.", "input": "1 2", "output": " 3 "}, part)
     assert found == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
-    assert data.messages_of({"instruction": "Add.", "output": "3"}, part)[0]["content"] == "Add."
-    assert data.messages_of({"instruction": "Add.", "input": None, "output": ""}, part) is None
+    assert formats.messages_of({"instruction": "Add.", "output": "3"}, part)[0]["content"] == "Add."
+    assert formats.messages_of({"instruction": "Add.", "input": None, "output": ""}, part) is None
 
 
 def test_an_answer_of_zero_is_an_answer():
-    found = data.messages_of({"instruction": "1 - 1?", "output": 0}, {**PART, "format": "instruction"})
+    found = formats.messages_of({"instruction": "1 - 1?", "output": 0}, {**PART, "format": "instruction"})
     assert found and found[1]["content"] == "0"
 
 
@@ -311,14 +313,14 @@ def test_content_that_is_no_text_is_never_learned_as_pythons_notation(content):
     for messages in (
         messages_of([PAIR[0], {"role": "assistant", "content": content}]),
         messages_of([{"role": "user", "content": content}, PAIR[1]]),
-        data.messages_of({"instruction": "a", "output": content}, {**PART, "format": "instruction"}),
+        formats.messages_of({"instruction": "a", "output": content}, {**PART, "format": "instruction"}),
     ):
         assert messages is None or str(content) not in [message["content"] for message in messages]
 
 
 def test_columns_are_mapped():
     part = {**PART, "format": "instruction", "fields": {"instruction": "question", "output": "answer"}}
-    assert data.messages_of({"question": "a?", "answer": "b"}, part)[1]["content"] == "b"
+    assert formats.messages_of({"question": "a?", "answer": "b"}, part)[1]["content"] == "b"
 
 
 @pytest.mark.parametrize(
@@ -414,7 +416,7 @@ def test_half_a_character_is_counted_or_refused_by_name(kind, tmp_path):
 
 
 def read(path) -> list:
-    return list(data.rows_of_file(path))
+    return list(rows_of_file(path))
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -426,7 +428,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    for suffix in data.SUFFIXES:
+    for suffix in SUFFIXES:
         assert read(tmp_path / f"rows{suffix}") == rows
     assert len(read(tmp_path)) == 4 * len(rows)  # a folder: all of them
 
@@ -441,7 +443,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(suffix, tmp_path):
     assert read(path) == [{"instruction": "a", "output": "b"}]
 
 
-@pytest.mark.parametrize("suffix", data.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_that_is_not_there_is_named(suffix, tmp_path):
     with pytest.raises(DataError, match=f"gone\\{suffix}"):
         read(tmp_path / f"gone{suffix}")
@@ -455,7 +457,7 @@ def test_a_file_of_bytes_is_named(suffix, tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("suffix", data.SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_empty_file_is_named(suffix, tmp_path):
     path = tmp_path / f"empty{suffix}"
     path.write_bytes(b"")

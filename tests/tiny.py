@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from harness.data import Batches, Row
+from harness.batches import Batches
 from harness.meter import Meter
 from harness.spec import Hyperparams
+from harness.template import Row
 
 PAD, EOS, BOS, START, END = range(5)  # ids of the special tokens, as they stand in SPECIAL
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
