@@ -5,6 +5,8 @@ clock and keeps its peaks apart. Counters are read at the borders of phases only
 does not slow what is measured; the card's own gauge alone is sampled, ten times a second.
 """
 
+import ctypes
+import gc
 import threading
 import time
 from contextlib import contextmanager
@@ -146,7 +148,13 @@ def highest(*values: int | None) -> int | None:
 
 
 def reset_host_peak() -> None:
-    """Linux forgets a process's peak when 5 is written here; elsewhere host peaks stay unknown."""
+    """Linux forgets a process's peak when 5 is written here; elsewhere host peaks stay unknown. What an
+    earlier phase freed goes back to the system first, or it would count as this one's."""
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # a libc without it
+        pass
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -379,8 +379,9 @@ def sizes(model) -> dict:
 
 def optimizer_bytes(optimizer) -> int:
     """Tensors of the optimizer's state; the one-element step counters are left out."""
-    states = (v for state in optimizer.state.values() for v in state.values())
-    return sum(t.numel() * t.element_size() for t in states if hasattr(t, "numel") and t.numel() > 1)
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    held = {t.data_ptr(): t for t in states if hasattr(t, "numel") and t.numel() > 1}  # some are shared
+    return sum(t.numel() * t.element_size() for t in held.values())
 
 
 def environment(device, precision: str) -> dict:

@@ -57,7 +57,8 @@ class GRPO(LoRA):
         rows = [row for batch in micro_batches for row in batch["rows"]]
         groups = decoder.sample(model, rows, copies=self.group, temperature=1.0)
         rewards = torch.tensor(
-            [[decoder.reward(row, ids) for ids in group] for row, group in zip(rows, groups, strict=True)]
+            [[decoder.reward(row, ids) for ids in group] for row, group in zip(rows, groups, strict=True)],
+            dtype=torch.float32,
         )  # (rows, group)
         self.tell(rewards)
         answers = [
@@ -76,7 +77,7 @@ class GRPO(LoRA):
 
     def tell(self, rewards) -> None:
         self.rewards.append(rewards.mean().item())
-        self.flat.append((rewards.std(1) == 0).float().mean().item())
+        self.flat.append((rewards == rewards[:, :1]).all(1).float().mean().item())
         tenth = max(1, len(self.rewards) // 10)
         self.note("mean reward of drawn answers, first tenth of the draws", mean(self.rewards[:tenth]))
         self.note("mean reward of drawn answers, last tenth of the draws", mean(self.rewards[-tenth:]))
@@ -111,4 +112,5 @@ class GRPO(LoRA):
 
 def advantages(rewards):
     """(rows, group) -> the same shape: how much better than the group's mean, in its deviations."""
+    rewards = rewards - rewards[:, :1]  # equal ones become 0, where their mean would be rounded
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)

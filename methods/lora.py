@@ -51,3 +51,15 @@ class LoRA(Method):
             task_type="CAUSAL_LM",
             **more,
         )
+
+
+def adapted_layers(model) -> dict:
+    """Name in the base model -> PEFT's layer, of those with an adapter."""
+    return {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+
+
+def check_rank(model, rank: int) -> None:
+    """Refuses a rank for which a layer has too few singular vectors to start at."""
+    for name, layer in adapted_layers(model).items():
+        if rank > (most := min(layer.in_features, layer.out_features)):
+            raise ValueError(f"rank: {name} has only {most} singular vectors, not {rank}")

@@ -22,13 +22,20 @@ BLOCK = 64  # weights that share a scale
 class QLoRA(LoRA):
     baseline = "base_nf4"
     needs = ("bitsandbytes",)
+    cannot = {
+        "merging": "the sum would be rounded to 4 bits again, to other outputs: keep the adapter beside"
+    }
 
     def load(self, load_base):
         return load_nf4(load_base)
 
+    def merge(self, model):
+        raise Unsupported(self.cannot["merging"])
 
-def load_nf4(load_base):
-    """The base model with its linear layers, but the head, in NF4 with double quantisation."""
+
+def load_nf4(load_base, skip=()):
+    """The base model with its linear layers, but the head and those named in skip, in NF4 with double
+    quantisation."""
     import bitsandbytes
     import torch
     from transformers import BitsAndBytesConfig
@@ -41,8 +48,10 @@ def load_nf4(load_base):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*skip, "lm_head"] if skip else None,  # a list leaves the head out no more
     )
     model = load_base(quantization_config=config)
+    model.config.quantization_config.bnb_4bit_compute_dtype = model.dtype  # for who loads a saved copy
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = model.dtype

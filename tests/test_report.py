@@ -219,7 +219,7 @@ def test_objectives_share_no_loss_plot(tmp_path):
     orpo.card["objective"] = "orpo"
     fabricate.keep(tmp_path / "r", orpo)
     text, _ = rendered(tmp_path, tmp_path / "r")
-    assert "loss-sft.png" in text and "loss-orpo.png" in text and "never by their loss" in text
+    assert "loss-sft.png" in text and "loss-orpo.png" in text and "not ranked with the rest" in text
 
 
 @pytest.fixture(scope="module")

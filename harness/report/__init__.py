@@ -6,6 +6,7 @@ Torch is not needed; numpy, pandas, matplotlib and jinja2 are.
 
 import base64
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 import pandas
@@ -57,7 +58,7 @@ def render(
 
 def brief_table(records: list[RunRecord]) -> pandas.DataFrame:
     """The brief's table as text, a row a technique; of several comparisons, the newest first."""
-    tables = [brief(comparison) for comparison in comparisons(records)]
+    tables = [brief(c, [*c.bases, *chain(*c.objectives.values())]) for c in comparisons(records)]
     rows = [[plain(cell) for cell in row] for table in tables for row in table.rows]
     return pandas.DataFrame(rows, columns=tables[0].columns if tables else None)
 

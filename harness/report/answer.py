@@ -3,7 +3,7 @@
 from math import isfinite
 from statistics import fmean
 
-from harness.report.rows import Comparison, Row, seconds
+from harness.report.rows import Comparison, Row, score, seconds
 from harness.report.tables import DECIMALS, NAMES
 from harness.report.text import duration, listed, number, size
 from harness.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
@@ -23,18 +23,19 @@ def answer(comparison: Comparison, sample: Bootstrap | None) -> str:
         sentences.append("Without the test outputs of two rows there is no interval, and no ranking.")
     else:
         sentences += [*gains(comparison, sample, ranked), no_ranking(done, ranked)]
-        if len([row for row in ranked if row.statistics]) > 1:
-            sentences += [ranking(sample, metric, ranked) for metric in ("bleu4", "rouge_l")]
+        for rows in comparison.objectives.values():
+            equals = [row for row in ranked if row in rows]
+            if len([row for row in equals if row.statistics]) > 1:
+                sentences += [ranking(sample, metric, equals) for metric in ("bleu4", "rouge_l")]
     if len(ranked) > 1:
         sentences += [cheapest(ranked, comparison.peak_memory, "least memory", size),
                       cheapest(ranked, seconds, "least training time", duration)]  # fmt: skip
     for row in comparison.rows:
         if not row.done:
             sentences.append(f"{row.label} has no result: {row.status}.")
-    if len({row.objective for row in comparison.trained}) > 1:
-        sentences.append(
-            "Their objectives differ: they are compared by scores on test rows, never by their loss."
-        )
+    others = [row for row in done if row.objective != "sft"]
+    if others and not comparison.random_weights:
+        sentences.append(f"Other objectives, not ranked with the rest: {listed(aims(comparison, others))}.")
     return " ".join(filter(None, sentences))
 
 
@@ -114,6 +115,16 @@ def ranking(sample: Bootstrap, metric: str, ranked: list[Row]) -> str:
             f"{best} has the highest {NAMES[metric]}, {value}, but is tied with {listed(tied)}; it is {lead}."
         )
     return f"{best} has the highest {NAMES[metric]}, {value}, {lead}."
+
+
+def aims(comparison: Comparison, rows: list[Row]) -> list[str]:
+    """`ORPO (preference accuracy 0.012 to 0.950)`: before and after, of what each aims at."""
+    found = []
+    for row in rows:
+        before, name = comparison.before(row), NAMES[row.aim].lower()
+        values = [r.mean(lambda record, m=row.aim: score(record, m)) if r else None for r in (before, row)]
+        found.append(f"{row.label} ({name} {' to '.join(number(v, DECIMALS[row.aim]) for v in values)})")
+    return found
 
 
 def cheapest(ranked: list[Row], of, what: str, unit) -> str:

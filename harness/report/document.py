@@ -17,9 +17,11 @@ MEASURED = (
     "Perplexity: exp of the summed negative log-likelihood over the summed response tokens. "
     "Token accuracy: share of these tokens that the model ranks first. Both teacher-forced.",
     "Stop rate: share of answers that ended by themselves, before the length limit.",
-    "Training time: attaching the method and all optimizer steps; loading, validating, evaluating "
-    "and saving are not in it. Step: median of the optimizer steps after the warm-up.",
-    "Tokens/s: tokens trained on, padding left out, over the training time.",
+    "Training time: attaching the method, all optimizer steps, and the answers that a method samples for "
+    "them (rollout); loading, validating, evaluating and saving are not in it. Step: median of the "
+    "optimizer steps after the warm-up.",
+    "Tokens/s: tokens trained on, all answers of a pair or a group counted, padding not, over the "
+    "training time.",
     "± is the sample standard deviation over seeds. GiB is 2^30 bytes. An en dash is unknown, not 0.",
 )
 ON_GPU = (
@@ -54,6 +56,7 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
         b.Lead(answer(comparison, sample)),
         *notices(comparison, checks, corrupt),
         *results(comparison),
+        *hybrids(comparison),
         *significance(comparison, sample),
         *figures(comparison, suffix),
         b.Heading("Cost of each phase"),
@@ -88,9 +91,17 @@ def notices(comparison: Comparison, checks: list, corrupt: list[str]) -> list[b.
 
 def results(comparison: Comparison) -> list[b.Block]:
     marks, notes = deviations(comparison)
-    main = tables.brief(comparison, marks)
-    main.notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
-    found = [b.Heading("Results"), main]
+    found = [b.Heading("Results")]
+    objectives = comparison.objectives
+    if "sft" in objectives or not objectives:
+        found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
+    for name, rows in objectives.items():
+        said = f"Techniques with the {name} objective. It aims at {tables.NAMES[rows[0].aim].lower()}, not at"
+        found += [
+            b.Prose(f"{said} the likelihood of references, so they are not ranked with the others:"),
+            tables.brief(comparison, [*comparison.bases, *rows], marks, rows[0].aim),
+        ]
+    found[-1].notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
     if not comparison.random_weights:
         quality = tables.quality(comparison)
         if "BLEU-4 (own base)" in quality.columns:
@@ -235,6 +246,8 @@ def cards(comparison: Comparison) -> list[b.Block]:
             ("Objective", card.get("objective")),
             ("Options", options),
             ("Weights", row.newest.weights),
+            ("This run found", "; ".join(f"{k}: {noted(v)}" for k, v in row.newest.notes.items())),
+            ("It cannot do", "; ".join(f"{k}: {v}" for k, v in (card.get("cannot") or {}).items())),
             *((name.capitalize(), why.get(name)) for name in ("performance", "efficiency", "generalisation")),
         ]
         found.append(
@@ -245,6 +258,28 @@ def cards(comparison: Comparison) -> list[b.Block]:
             )
         )
     return [b.Heading("The techniques"), *found] if found else []
+
+
+def noted(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def hybrids(comparison: Comparison) -> list[b.Block]:
+    """Each hybrid beside the techniques that it joins: why it should be good, and what was measured."""
+    found = []
+    for row in comparison.trained:
+        parents = [r for r in comparison.trained if r.spec.method in (row.card.get("hybrid") or ())]
+        if row.card.get("hybrid"):
+            why = row.card.get("why") or {}
+            found += [
+                b.Prose(
+                    f"{row.label}: {row.card.get('summary')} Why it should be good, before any measurement:"
+                ),
+                b.Listing([f"{name.capitalize()}: {text}" for name, text in why.items()]),
+                b.Prose("What was measured, beside the techniques that it joins and that were run:"),
+                tables.brief(comparison, [*parents, row], aim=row.aim if row.aim != "bleu4" else ""),
+            ]
+    return [b.Heading("Hybrids"), *found] if found else []
 
 
 def fairness(comparison: Comparison, checks: list) -> list[b.Block]:

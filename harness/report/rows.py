@@ -56,6 +56,11 @@ class Row:
         return self.card.get("objective") or "sft"
 
     @property
+    def aim(self) -> str:
+        """The metric that the objective aims at."""
+        return self.card.get("aim") or "bleu4"
+
+    @property
     def ranked(self) -> bool:
         """A seed that diverged is not averaged away: such a method is not ranked at all."""
         return len(self.done) >= SEEDS_TO_RANK and not any(r.status == "diverged" for r in self.records)
@@ -105,6 +110,12 @@ class Comparison:
     @property
     def trained(self) -> list[Row]:
         return [row for row in self.rows if row.spec.trains]
+
+    @property
+    def objectives(self) -> dict[str, list[Row]]:
+        """Objective -> its techniques: likelihood of references first, as most have it."""
+        names = sorted({row.objective for row in self.trained}, key=lambda name: (name != "sft", name))
+        return {name: [row for row in self.trained if row.objective == name] for name in names}
 
     @property
     def spec(self) -> RunSpec:

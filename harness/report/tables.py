@@ -20,25 +20,31 @@ from harness.report.text import UNKNOWN, number, shorten, spread
 from harness.stats import METRICS, Bootstrap, Difference
 from harness.store import Store
 
-DECIMALS = {"bleu4": 2, "rouge_l": 3, "perplexity": 2, "token_accuracy": 3, "stop_rate": 3}
+DECIMALS = {"bleu4": 2, "rouge_l": 3, "perplexity": 2, "token_accuracy": 3, "stop_rate": 3,
+            "reward": 3, "preference_accuracy": 3}  # fmt: skip
 NAMES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "perplexity": "Perplexity",
-         "token_accuracy": "Token accuracy", "stop_rate": "Stop rate"}  # fmt: skip
+         "token_accuracy": "Token accuracy", "stop_rate": "Stop rate", "reward": "Reward",
+         "preference_accuracy": "Preference accuracy"}  # fmt: skip
 EXAMPLES = 10  # test rows shown side by side; the brief asks for 5 to 10
 LONGEST = 700  # characters of a shown text
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def brief(comparison: Comparison, marks: dict[str, str] | None = None) -> Table:
-    """The table that the brief asks for. `marks`: label -> footnote mark."""
+def brief(
+    comparison: Comparison, chosen: list[Row], marks: dict[str, str] | None = None, aim: str = ""
+) -> Table:
+    """The table that the brief asks for, of some rows. `marks`: label -> footnote mark. `aim`: the
+    metric of another objective, shown first."""
+    metrics = [aim] * bool(aim) + ["bleu4", "rouge_l"]
     rows = []
-    for row in comparison.rows:
+    for row in chosen:
         name = row.label + (marks or {}).get(row.label, "")
         cells = [f"{name} – {row.status}" if row.status else name]
-        for metric in ("bleu4", "rouge_l"):
+        for metric in metrics:
             cells += before_and_after(comparison, row, metric)
         cells += [spread(row.values(comparison.peak_memory)), hours(row.values(seconds))]
         rows.append(cells)
-    scores = [f"{NAMES[m]} ({when})" for m in ("bleu4", "rouge_l") for when in ("before", "after")]
+    scores = [f"{NAMES[m]} ({when})" for m in metrics for when in ("before", "after")]
     return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows)
 
 
@@ -61,7 +67,9 @@ def hours(times: list[float]) -> str:
 
 def quality(comparison: Comparison) -> Table:
     """Scores from likelihoods, and those of the own base of a method that has another one."""
-    metrics = ("perplexity", "token_accuracy", "stop_rate")
+    metrics = ["perplexity", "token_accuracy", "stop_rate", "preference_accuracy"]
+    if comparison.spec.dataset.get("reward") != "rouge_l":  # else it is the ROUGE-L of the first table
+        metrics.append("reward")
     columns = ["Technique", *(f"{NAMES[m]} ({when})" for m in metrics for when in ("before", "after"))]
     with_own = any(comparison.own_base(row) for row in comparison.rows)
     if with_own:
@@ -76,7 +84,7 @@ def quality(comparison: Comparison) -> Table:
                 for m in ("bleu4", "rouge_l")
             ]
         rows.append(cells)
-    return Table(columns, rows)
+    return without_unknown(Table(columns, rows))
 
 
 def cost(comparison: Comparison) -> Table:

@@ -1,0 +1,34 @@
+"""DoRA + LoftQ: DoRA on a 4-bit base, both started together as near to the base model as they can.
+
+    W' = m * (Q + s B A) / ||Q + s B A||        per output row; Q, A, B: LoftQ's; m starts at the norm
+
+Proposed here, from Liu et al. 2024, arXiv:2402.09353, and Li et al. 2023, arXiv:2310.08659.
+
+Performance: LoftQ takes away part of the rounding that DoRA would have to learn around; what DoRA adds to
+LoRA stays.
+Efficiency: the weights of QLoRA and the slower step of DoRA, which dequantises every matrix once more.
+Generalisation: as LoftQ's; the adapters hold part of the base and can not be taken off without loss.
+"""
+
+from dataclasses import dataclass
+
+from methods.dora import DoRA
+from methods.loftq import LoftQ
+from methods.lora import adapted_layers
+
+
+@dataclass
+class DoRALoftQ(LoftQ, DoRA):
+    hybrid = ("dora", "loftq")
+
+    def attach(self, model, batches):
+        """PEFT took the lengths of the rows before LoftQ changed them: they are taken again."""
+        model = super().attach(model, batches)
+        for layer in adapted_layers(model).values():
+            layer.lora_magnitude_vector["default"].update_layer(
+                base_layer=layer.base_layer,
+                lora_A=layer.lora_A["default"].weight,
+                lora_B=layer.lora_B["default"].weight,
+                scaling=layer.scaling["default"],
+            )
+        return model

@@ -1,0 +1,47 @@
+"""GaLore, layerwise: GaLore that updates each weight during the backward pass and frees its gradient at once.
+
+    W' = W - lr * scale * (m_R / (sqrt(v_R) + eps)) V^T        as soon as the gradient G of W is known
+
+Zhao et al. 2024, GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, arXiv:2403.03507.
+
+Performance: GaLore's to the bit, but for the gradient clipping that it has to go without.
+Efficiency: one gradient lives at a time in place of one per weight, so the gradients' 4 bytes a parameter
+are saved; the arithmetic is GaLore's.
+Generalisation: GaLore's; without clipping a bad batch moves the weights further.
+"""
+
+from dataclasses import dataclass
+
+from methods.galore import GaLore
+
+
+@dataclass
+class GaLoreLayerwise(GaLore):
+    overrides = {
+        "max_grad_norm": (0.0, "a gradient is used and freed before the norm over all of them is known")
+    }
+    cannot = {
+        "accumulation": "each micro-batch's gradient is used at once: set hp.micro_batch_size = hp.batch_size"
+    }
+
+    def optimizer(self, model, hp):
+        import weakref
+
+        import torch
+
+        optimizer = super().optimizer(model, hp)
+        alive = weakref.ref(optimizer)  # the weights outlive it, and must not keep its moments
+
+        def updater(group: int):
+            @torch.no_grad()
+            def update(p):
+                if owner := alive():
+                    owner.update(p, owner.param_groups[group])
+                    p.grad = None
+
+            return update
+
+        for number, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(updater(number))
+        return optimizer

@@ -1,0 +1,71 @@
+"""LISA: AdamW on the embedding, the head and a few layers, which are drawn anew every `period` steps.
+
+    A: a few of the decoder's layers, uniformly drawn; embedding, head and final norm besides
+    W' = W - lr * (m / (sqrt(v) + eps) + wd * W)        for W in A; all others stay
+
+Pan et al. 2024, LISA: Layerwise Importance Sampling for Memory-Efficient LLM Fine-Tuning, arXiv:2403.17919.
+
+Performance: every layer has its turn, at full rank; its authors find it above LoRA and near or above full
+fine-tuning. A training of few periods never reaches some layers.
+Efficiency: gradients and moments of the drawn layers alone; those of embedding and head stay, which is much
+with a large vocabulary. All weights are held in fp32, frozen ones too, as any may be drawn.
+Generalisation: most layers stand still at a time, but in a long training all of them move, so it can forget
+as full fine-tuning does.
+"""
+
+from dataclasses import dataclass
+
+from harness.method import Method, Unsupported
+
+
+@dataclass
+class LISA(Method):
+    """Moments of a layer that leaves are dropped, as in the authors' code: it starts anew when drawn again.
+
+    What is outside the layers always trains, the final norm included, as in that code.
+    """
+
+    layers: int = 2  # of the decoder, trained at a time; the paper's gamma and the authors' default
+    period: int = 20  # steps between two draws; the authors' default, as the paper's is set for each task
+
+    axis = "optimizer"
+
+    def __post_init__(self):
+        if self.layers < 1 or self.period < 1:
+            raise ValueError("layers and period must be at least 1")
+
+    def attach(self, model, batches):
+        self.steps = len(batches)
+        return super().attach(model, batches)
+
+    def optimizer(self, model, hp):
+        import torch
+
+        layers = getattr(model.get_decoder(), "layers", None)
+        if layers is None:
+            raise Unsupported("this architecture does not call its list of layers `layers`: use full")
+        optimizer = super().optimizer(model, hp)
+        draw = torch.Generator().manual_seed(torch.initial_seed())  # the run's seed; global state stays
+        done = 0
+
+        def switch() -> None:
+            drawn = set(torch.randperm(len(layers), generator=draw)[: self.layers].tolist())
+            for i, layer in enumerate(layers):
+                layer.requires_grad_(i in drawn)
+                if i not in drawn:
+                    for parameter in layer.parameters():
+                        optimizer.state.pop(parameter, None)
+
+        def after_step(*_) -> None:
+            nonlocal done
+            done += 1
+            if (
+                done % self.period == 0 and done < self.steps
+            ):  # at the end the last period's state is measured
+                switch()
+
+        switch()
+        optimizer.register_step_post_hook(after_step)
+        active = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.note("parameters trained at a time", active)
+        return optimizer

@@ -1,0 +1,116 @@
+"""LoftQ: QLoRA whose 4-bit base and adapters start together as near to the base model as they can.
+
+    min ||W - Q - s B A||_F        s = alpha / rank; in turns:
+    Q = NF4(W - s B A)             s B A = truncation of W - Q to the rank
+
+Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, arXiv:2310.08659.
+
+Performance: starts nearer to the base model than QLoRA; the gain is small at 4 bits, and grows with the rank.
+Efficiency: trains as QLoRA does; only the start holds the base in 16 bits once more, and decomposes every
+matrix five times. What is saved holds its 4-bit base, as that is no longer the one of the base model alone.
+Generalisation: as QLoRA's; the adapters can not be taken off without loss, they hold part of the base.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from methods.galore import top_singular_vectors
+from methods.lora import adapted_layers, check_rank
+from methods.qlora import QLoRA, load_nf4
+
+BASE = "base"  # folder of the 4-bit base, beside the adapter
+
+
+@dataclass
+class LoftQ(QLoRA):
+    """PEFT's loftq fits B A and forgets s, so that it is right for alpha = rank alone; here s B A is
+    fitted. Q is NF4 with double quantisation, as QLoRA's; the authors' scales are not quantised again."""
+
+    iterations: int = 5  # of quantising and truncating; the paper's
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.iterations < 1:
+            raise ValueError("iterations must be at least 1; 0 would be qlora")
+
+    def load(self, load_base):
+        self.load_originals = load_base
+        return super().load(load_base)
+
+    def attach(self, model, batches):
+        import torch
+
+        originals = self.load_originals()
+        model = super().attach(model, batches)
+        check_rank(model, self.rank)
+        squares = 0
+        layers = {n: m for n, m in adapted_layers(model).items() if hasattr(m.weight, "quant_state")}
+        for name, layer in layers.items():
+            original = originals.get_submodule(name)
+            squares += torch.stack(self.start(layer, original.weight.detach().float())) ** 2
+            original.weight = None  # freed as soon as it is used
+        before, after = (squares[:2] / squares[2]).sqrt().tolist()
+        self.note("relative error of the 4-bit weights, ||W - Q|| / ||W|| with plain NF4", before)
+        self.note("relative error of the start, ||W - Q - s B A|| / ||W||", after)
+        return model
+
+    def start(self, layer, weight) -> tuple:
+        """Puts Q, A and B into a layer. -> norms: of the error before, of the error after, of the weight."""
+        base, scaling = layer.base_layer, layer.scaling["default"]
+        difference, errors = 0, []
+        for _ in range(self.iterations):
+            base.weight = quantise(weight - difference, base.weight)
+            residual = weight - dequantise(base.weight)
+            left, right = truncate(residual, self.rank)
+            difference = left @ right
+            errors += [residual.norm(), (residual - difference).norm()]
+        layer.lora_A["default"].weight.data = right / scaling**0.5
+        layer.lora_B["default"].weight.data = left / scaling**0.5
+        return errors[0], errors[-1], weight.norm()
+
+    def save(self, model, folder: Path) -> None:
+        """The adapter and the base that it fits, as any user loads them: to find Q again would take the
+        original base and minutes, and another device's rounding could find another Q."""
+        model.peft_config["default"].base_model_name_or_path = BASE
+        model.save_pretrained(folder, save_embedding_layers=False)  # the base that is saved has them
+        base, layers = model.get_base_model(), adapted_layers(model)
+        try:
+            for name, layer in layers.items():
+                base.set_submodule(name, layer.base_layer)
+            base.save_pretrained(folder / BASE)
+        finally:
+            for name, layer in layers.items():
+                base.set_submodule(name, layer)
+
+    def restore(self, load_base, folder: Path):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = load_nf4(lambda **_: AutoModelForCausalLM.from_pretrained(folder / BASE, use_safetensors=True))
+        return PeftModel.from_pretrained(base, folder).eval()
+
+
+def quantise(weight, like):
+    """-> a 4-bit parameter with the settings, and in the layer, of another one."""
+    from bitsandbytes.nn import Params4bit
+
+    settings = {**vars(like), "quant_state": None, "bnb_quantized": False}
+    return Params4bit(weight.to(like.quant_state.dtype), requires_grad=False, **settings).to(weight.device)
+
+
+def dequantise(weight):
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def truncate(matrix, rank) -> tuple:
+    """-> (m, rank), (rank, n): their product is the best approximation of that rank, and each holds the
+    square roots of the singular values."""
+    if matrix.shape[0] < matrix.shape[1]:
+        left, right = truncate(matrix.T, rank)
+        return right.T.contiguous(), left.T.contiguous()
+    basis = top_singular_vectors(matrix, rank)  # (n, rank)
+    strong = matrix @ basis  # left singular vectors times singular values
+    roots = strong.norm(dim=0).clamp(min=1e-30).sqrt()
+    return strong / roots, roots[:, None] * basis.T

@@ -1,0 +1,223 @@
+"""PEFT: any adapter of the PEFT library, by PEFT's own name and options.
+
+    y = f(x; W, theta)        f: the adapter's type (peft.vera, peft.ia3, ...); theta is trained, W is frozen
+
+Mangrulkar et al. 2022, PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods (software).
+
+Performance: from LoRA's down to far below it; most types need a learning rate of their own.
+Efficiency: gradients and moments only for the adapter, from some hundred values to some percent of the
+weights; rotations and transforms of whole weights cost time that a low-rank product does not.
+Generalisation: the base stays frozen, and comes back when the adapter is taken off.
+"""
+
+import re
+import sys
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from itertools import count
+from math import gcd
+from typing import Any
+
+from harness.method import Method, Unsupported, unknown
+
+BYPASSED = "acts in PeftModel.forward, which the harness's loss does not pass through (harness/head.py)"
+LEFT_OUT = "needs a call that PEFT leaves to the training script"
+REFUSED = [  # option, the values that cannot be (None: any), and why
+    ("alora_invocation_tokens", None, BYPASSED),
+    ("arrow_config", None, "routes between adapters that must have been trained before"),
+    ("kasa_config", None, LEFT_OUT),
+    ("monteclora_config", None, LEFT_OUT),
+    ("init_lora_weights", ("eva", "corda", "lora_ga"), LEFT_OUT),
+    ("init_lora_weights", ("loftq",), "fits the adapter without its scale alpha / r (peft#1982)"),
+]
+DIVISORS = ("block_size", "vector_length", "group_size")  # options that must divide a layer's sizes
+MIXED = {"4-bit base": "its product with dequantised weights mixes types (PEFT 0.21)"}
+FACTS = {  # class attributes of some variants, found by running each (tests/test_peft.py)
+    "beft": {"cannot": {"merging": "it adds a bias, and these layers have none to hold it"}},
+    "c3a": {"starts_at_base": False},
+    "delora": {"cannot": MIXED},
+    "fourierft": {"starts_at_base": False},
+    "ia3": {"cannot": MIXED},
+    "lily": {"cannot": {"merging": "what it adds to a weight depends on the input"}},
+    "loha": {"cannot": MIXED},
+    "randlora": {"cannot": MIXED},
+    "unilora": {"starts_at_base": False},
+    "vblora": {"starts_at_base": False},
+}
+
+
+@dataclass
+class Peft(Method):
+    """A variant's options are the fields of PEFT's configuration; None is PEFT's own default, but for
+    `defaults` and `schedule` below: every linear layer is adapted (IA3's paper: keys, values and
+    down-projections), as PEFT's defaults know some architectures only."""
+
+    axis = "parameterisation"
+    kind = ""  # PEFT's own name of the type
+    starts_at_base = True  # by PEFT's initialisation, but for rounding
+
+    @classmethod
+    def variants(cls) -> list[str]:
+        return sorted(name for name, kind in kinds().items() if not refusal(kind))
+
+    @classmethod
+    @cache
+    def variant(cls, name: str) -> type[Method]:
+        """The method of one type of adapter. Raises ValueError for one that cannot be measured."""
+        if name not in kinds():
+            raise ValueError(unknown("PEFT type", name, cls.variants()))
+        kind = kinds()[name]
+        if reason := refusal(kind):
+            raise ValueError(f"peft.{name} {reason}")
+        config = config_class(kind)
+        title = config.__name__.removesuffix("Config")
+        title = re.sub("(?i)(lo|ve|hi)ra$", lambda match: match[1].title() + "RA", title)
+        facts = {"kind": kind, "title": f"{title} (PEFT)", "__module__": __name__, **FACTS.get(name, {})}
+        options = [(option, Any, field(default=None)) for option in options_of(config)]
+        return make_dataclass(title, options, bases=(cls,), namespace=facts)
+
+    def __post_init__(self):
+        if not self.kind:
+            raise ValueError(f"name a type, as in peft.vera. Available: {', '.join(self.variants())}")
+        for option, values, reason in REFUSED:
+            value = self.chosen().get(option)
+            if value is not None and (values is None or str(value).startswith(values)):
+                raise ValueError(f"{option}={value} {reason}")
+        if not getattr(self, "token_indices", True):
+            raise ValueError("token_indices: a list of the ids of the tokens to train")
+        try:
+            config = self.config(target_modules="all-linear", total_step=sys.maxsize)
+        except Exception as error:  # PEFT raises what it likes
+            raise ValueError(str(error)) from error
+        if getattr(config, "init_r", sys.maxsize) <= getattr(config, "target_r", 0):
+            raise ValueError("init_r must be above target_r: ranks are pruned from the one to the other")
+
+    def chosen(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def config(self, **defaults):
+        """PEFT's configuration, from defaults and the user's options."""
+        cls = config_class(self.kind)
+        known = {f.name for f in fields(cls)}
+        defaults = {name: value for name, value in defaults.items() if name in known}
+        return cls(task_type="CAUSAL_LM", **{**defaults, **self.chosen()})
+
+    def attach(self, model, batches):
+        from peft import get_peft_model
+
+        try:
+            config = self.config(**self.defaults(model), **schedule(len(batches)))
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise Unsupported(f"PEFT's {self.kind} does not fit this model or training: {error}") from error
+        if not self.starts_at_base:
+            self.note("start", "drawn at random by PEFT, not the base model")
+        if weight := getattr(config, "orth_reg_weight", 0):
+            self.note("weight of the orthogonality term in the training loss", weight)
+        return adapted
+
+    def defaults(self, model) -> dict:
+        """What PEFT leaves open, or fixes so that it does not fit every model."""
+        from torch import nn
+
+        head = model.get_output_embeddings()
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        sizes = [size for m in linear.values() for size in (m.in_features, m.out_features)]
+        options = {f.name: f.default for f in fields(config_class(self.kind))}
+        found = {"target_modules": "all-linear"}
+        if self.kind == "LN_TUNING":
+            norms = [n for n, m in model.named_modules() if type(m).__name__.endswith("Norm")]
+            found["target_modules"] = last_names(norms)
+        elif self.kind == "TRAINABLE_TOKENS":  # PEFT finds the embeddings
+            del found["target_modules"]
+        elif "feedforward_modules" in options:  # IA3: these by their inputs, the others by their outputs
+            targets = self.target_modules or last_names(linear)
+            inner = getattr(model.config.get_text_config(), "intermediate_size", None)
+            down = last_names(n for n, m in linear.items() if m.in_features == inner)
+            listed = isinstance(targets, list)
+            found["target_modules"] = targets
+            found["feedforward_modules"] = [n for n in down if n in targets] if listed else down
+        for option in DIVISORS:
+            if option in options and getattr(self, option) is None:
+                found[option] = gcd(options[option], *sizes)
+                self.note(option, found[option])
+        return found
+
+    def optimizer(self, model, hp):
+        made = super().optimizer(model, hp)
+        if hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA prunes ranks by their gradients
+            steps = count(1)  # from 1: the last pruning is due when total_step steps are done
+            made.register_step_post_hook(lambda *_: model.base_model.update_and_allocate(next(steps)))
+        return made
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        weight = getattr(model.peft_config["default"], "orth_reg_weight", 0)
+        return loss + weight * non_orthogonality(model) if weight else loss
+
+    def merge(self, model):
+        if "merging" in self.cannot:
+            raise Unsupported(self.cannot["merging"])
+        return super().merge(model)
+
+
+def kinds() -> dict[str, str]:
+    """Our name -> PEFT's, of every type of adapter that the installed PEFT has."""
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError as error:
+        raise ValueError(f"the names and options of peft.* come from the peft package: {error}") from error
+    return {kind.value.replace("_", "").lower(): kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def config_class(kind: str) -> type:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+
+
+def options_of(config: type) -> list[str]:
+    """The fields of the type itself: not what every adapter's file says of it, nor what a run decides."""
+    from peft import PeftConfig
+
+    theirs = {f.name for f in fields(PeftConfig)} | {"total_step"}
+    return [f.name for f in fields(config) if f.name not in theirs]
+
+
+def refusal(kind: str) -> str | None:
+    """Why a type would be measured wrongly here, or not at all."""
+    from peft import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner, config = PEFT_TYPE_TO_TUNER_MAPPING[kind], config_class(kind)
+    if issubclass(config, PromptLearningConfig):
+        return f"prepends trained tokens: it {BYPASSED}"
+    if not issubclass(tuner, BaseTuner):
+        return "rebuilds the attention of a few architectures alone, and has no default for its length"
+    if "forward" in vars(tuner) and "orth_reg_weight" not in config.__dataclass_fields__:
+        return BYPASSED  # but for AdaLoRA, which only adds the term that `loss` adds here
+    return None
+
+
+def schedule(steps: int) -> dict:
+    """AdaLoRA's phases: ranks are kept, pruned to the budget, then trained on. Its authors' scripts
+    spend 8 to 15 % of the steps before the pruning and 31 to 58 % after; PEFT's default is none."""
+    return {"total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
+
+
+def non_orthogonality(model):
+    """AdaLoRA's mean of ||A A^T - I|| and ||B^T B - I||, which PEFT adds in its own forward alone."""
+    import torch
+
+    norms = []
+    with torch.autocast(model.device.type, enabled=False):  # a small difference, lost in 16 bits
+        for name, p in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                gram = p @ p.T if "lora_A" in name else p.T @ p
+                norms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=p.device)))
+    return torch.stack(norms).mean()
+
+
+def last_names(names) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})

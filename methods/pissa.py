@@ -1,0 +1,42 @@
+"""PiSSA: LoRA that trains the principal directions of each weight, and freezes what is left of it.
+
+    y = (W - s B0 A0) x + s B A x        s = alpha / rank; s B0 A0: truncated SVD of W, the start
+
+Meng et al. 2024, PiSSA: Principal Singular Values and Singular Vectors Adaptation, arXiv:2404.02948.
+
+Performance: large gradients from the first step on, as the adapters hold the strongest directions; often
+converges faster than LoRA.
+Efficiency: LoRA's, and a decomposition of every weight at the start. Saved, its adapter has twice the rank.
+Generalisation: moves the directions that matter most to the base, so it may forget more than LoRA.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from methods.lora import LoRA, check_rank
+
+START = "start"  # name of the adapter as it was before training
+
+
+@dataclass
+class PiSSA(LoRA):
+    """By PEFT, with the exact SVD where the authors recommend a randomised one. In bf16 what is left of W
+    is rounded, so that the start equals the base as far as bf16 does."""
+
+    cannot = {"4-bit base": "what is left of a weight would be rounded again: loftq starts a 4-bit base so"}
+
+    def config(self, **more):
+        return super().config(init_lora_weights="pissa", **more)
+
+    def attach(self, model, batches):
+        model = super().attach(model, batches)
+        check_rank(model, self.rank)
+        self.folder = TemporaryDirectory()  # removed with the method
+        model.save_pretrained(Path(self.folder.name) / START)
+        return model
+
+    def save(self, model, folder: Path) -> None:
+        """As B A - B0 A0, a LoRA of twice the rank: it fits the untouched base, by PEFT alone."""
+        start = Path(self.folder.name) / START
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))

@@ -1,0 +1,270 @@
+"""SMT: AdamW on those square blocks of the weight matrices whose gradients are largest.
+
+    s(block) = mean |sum_t G_t|        over its entries; G_t: gradient of warm-up step t
+    W' = W + M * (AdamW's change)      M: 1 on the n blocks of the highest s, else 0
+
+He et al. 2024, Sparse Matrix in Large Language Model Fine-tuning, arXiv:2405.15525.
+
+Performance: trains where the task's gradients are large, which its authors found in the value projections;
+they report it above LoRA, and without its plateau as more is trained.
+Efficiency: gradients and moments of the blocks alone, and only the inputs that meet them are kept. The
+warm-up costs up to 100 steps that update nothing, and host memory for the sums of the gradients.
+Generalisation: all other weights stay as they were, bit for bit; a small set of places can still move far.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from math import gcd
+
+from harness.method import Method
+
+FILE = "blocks.safetensors"
+LARGEST = 256  # the authors' side of a block
+
+
+@dataclass
+class SMT(Method):
+    """Otherwise than in the authors' code, the warm-up does not move the weights, and `share` is of the
+    decoder's linear layers alone: theirs counts the embedding and the head too."""
+
+    share: float = 0.0084  # of the weights of the decoder's linear layers; the authors' default
+    warmup: int = 100  # steps whose gradients choose the blocks; the authors' default
+    targets: str = "q_proj,k_proj,v_proj"  # names of layers, or all-linear; the authors' default
+    block: int = 0  # side, in weights; 0: the largest up to 256 that tiles every target
+    score: str = "abs_mean"  # mean |sum G|, the paper's; mean_abs: |mean sum G|, the default of the code
+
+    axis = "parameterisation"
+    cannot = {"4-bit base": "trained blocks are written into the weights, which 4-bit codes cannot hold"}
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1 or self.warmup < 1 or self.block < 0:
+            raise ValueError("share must be above 0 and at most 1, warmup at least 1, block not negative")
+        if self.score not in ("abs_mean", "mean_abs"):
+            raise ValueError("score must be abs_mean or mean_abs")
+
+    def attach(self, model, batches):
+        linear = decoder_linears(model)
+        targets = self.targeted(linear)
+        side = self.side(targets)
+        count = max(1, int(self.share * sum(m.weight.numel() for m in linear.values()) / side**2))
+        sums = self.gradient_sums(model, targets, batches)
+        chosen = top_blocks({name: self.scores(total, side) for name, total in sums.items()}, count)
+        for name, places in chosen.items():
+            model.set_submodule(name, sparse_linear()(targets[name], places, side))
+        self.describe(targets, chosen, side)
+        return model
+
+    def targeted(self, linear: dict) -> dict:
+        """The layers that may have blocks, by name."""
+        if self.targets == "all-linear":
+            return linear
+        wanted = {target.strip() for target in self.targets.split(",")}
+        if unknown := wanted - {last(name) for name in linear}:
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"targets: the decoder has no linear layer named {names}")
+        return {name: module for name, module in linear.items() if last(name) in wanted}
+
+    def side(self, targets: dict) -> int:
+        """Of a block. Raises ValueError for one that does not tile every target."""
+        common = gcd(*(length for module in targets.values() for length in module.weight.shape))
+        if not self.block:
+            return max(side for side in range(1, min(common, LARGEST) + 1) if common % side == 0)
+        for name, module in targets.items():
+            rows, columns = module.weight.shape
+            if rows % self.block or columns % self.block:
+                raise ValueError(
+                    f"block: {self.block} does not tile {name}, which is {rows} x {columns}; "
+                    f"{common} and its divisors tile every target"
+                )
+        return self.block
+
+    def gradient_sums(self, model, targets: dict, batches) -> dict:
+        """Name -> the sum of a target's gradients over the warm-up, at the weights of the base.
+
+        Summed in host memory, in fp32, as the authors do; on the device a gradient is freed once summed.
+        """
+        import torch
+
+        def take(total, weight):
+            total += weight.grad.to(total)
+            weight.grad = None
+
+        model.requires_grad_(False).train()
+        sums, hooks = {}, []
+        for name, module in targets.items():
+            sums[name] = torch.zeros(module.weight.shape)
+            weight = module.weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(partial(take, sums[name])))
+        if (
+            batches and batches.hp.gradient_checkpointing
+        ):  # else the warm-up would need more than the training
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        for micro_batches in islice(batches, self.warmup):
+            tokens = [(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]
+            for batch, count in zip(micro_batches, tokens, strict=True):
+                reduced = model.dtype == torch.bfloat16
+                with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=reduced):
+                    loss = self.loss(model, batch) * (count / sum(tokens))
+                loss.backward()
+        for hook in hooks:
+            hook.remove()
+        model.requires_grad_(False)
+        self.note("warm-up, steps of gradients before the training", min(self.warmup, len(batches)))
+        return sums
+
+    def scores(self, total, side: int):
+        """(rows, columns) of blocks, from the summed gradient of a weight."""
+        blocks = tiles(total, side)
+        return blocks.abs().mean((2, 3)) if self.score == "abs_mean" else blocks.mean((2, 3)).abs()
+
+    def describe(self, targets: dict, chosen: dict, side: int) -> None:
+        spread = dict.fromkeys(map(last, targets), 0)
+        for name, places in chosen.items():
+            spread[last(name)] += len(places)
+        self.note("side of a block, in weights", side)
+        self.note("trained blocks", sum(spread.values()))
+        self.note("trained blocks by layer", ", ".join(f"{name} {n}" for name, n in spread.items()))
+
+    def optimizer(self, model, hp):
+        """AdamW over the blocks. The weights take them over after each step, not at every forward."""
+        optimizer = super().optimizer(model, hp)
+        layers = sparse_layers(model).values()
+        optimizer.register_step_post_hook(lambda *_: [layer.write() for layer in layers])
+        return optimizer
+
+    def save(self, model, folder):
+        """The blocks as the model computes with them, and their places, as (row, column) of blocks."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, layer in sparse_layers(model).items():
+            tensors[f"{name}.blocks"], tensors[f"{name}.places"] = layer.read(), layer.places
+        save_file(tensors, folder / FILE)
+
+    def restore(self, load_base, folder):
+        import torch
+        from safetensors.torch import load_file
+
+        model, tensors = self.load(load_base).requires_grad_(False), load_file(folder / FILE)
+        for name in sorted({key.rpartition(".")[0] for key in tensors}):
+            blocks = tensors[f"{name}.blocks"]
+            layer = sparse_linear()(
+                model.get_submodule(name), tensors[f"{name}.places"].tolist(), blocks.shape[-1]
+            )
+            with torch.no_grad():
+                layer.blocks.copy_(blocks)
+            layer.write()
+            model.set_submodule(name, layer)
+        return model.eval()
+
+    def merge(self, model):
+        """The weights hold their blocks already."""
+        from torch import nn
+
+        for name, layer in sparse_layers(model).items():
+            rows, columns = layer.weight.shape
+            plain = nn.Linear(columns, rows, bias=layer.bias is not None, device="meta")
+            plain.weight, plain.bias = layer.weight, layer.bias
+            model.set_submodule(name, plain)
+        return model
+
+
+def decoder_linears(model) -> dict:
+    """Name -> linear layer, without the head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def tiles(weight, side: int):
+    """(rows, columns, side, side): a view of a weight as blocks."""
+    return weight.unflatten(1, (-1, side)).unflatten(0, (-1, side)).transpose(1, 2)
+
+
+def top_blocks(scores: dict, count: int) -> dict[str, list[tuple[int, int]]]:
+    """Name -> (row, column) of its blocks among the `count` highest scores of all matrices together."""
+    import torch
+
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.topk(min(count, len(flat))).indices] = True
+    masks = mask.split([score.numel() for score in scores.values()])
+    chosen = {}
+    for (name, score), own in zip(scores.items(), masks, strict=True):
+        if own.any():
+            chosen[name] = [tuple(place) for place in own.view(score.shape).nonzero().tolist()]
+    return chosen
+
+
+def sparse_layers(model) -> dict:
+    return {name: m for name, m in model.named_modules() if isinstance(m, sparse_linear())}
+
+
+@cache
+def sparse_linear():
+    """The layer's class. Made here because a method's file is read before torch is needed."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import linear
+
+    class SparseLinear(nn.Module):
+        """A frozen linear layer with some trained blocks: `write` puts them into its weight."""
+
+        def __init__(self, plain: nn.Linear, places: list[tuple[int, int]], side: int):
+            super().__init__()
+            self.weight, self.bias, self.side = plain.weight, plain.bias, side
+            by_column = torch.tensor(sorted(places, key=lambda place: place[::-1]))
+            used, counts = by_column[:, 1].unique(return_counts=True)
+            self.counts = counts.tolist()  # of blocks in each used column
+            self.whole = len(used) * side == plain.in_features
+            self.register_buffer("places", by_column.to(plain.weight.device), persistent=False)
+            self.register_buffer("used", used.to(plain.weight.device), persistent=False)
+            self.blocks = nn.Parameter(self.read())
+
+        def read(self):
+            """(n, side, side): the blocks as they lie in the weight."""
+            return tiles(self.weight.detach(), self.side)[self.places.unbind(1)]
+
+        @torch.no_grad()
+        def write(self):
+            tiles(self.weight, self.side)[self.places.unbind(1)] = self.blocks.to(self.weight.dtype)
+
+        def forward(self, x):
+            if not torch.is_grad_enabled():
+                return linear(x, self.weight, self.bias)
+            # Autocast does not reach into a Function's backward: the types are made equal before it.
+            device, dtype = x.device.type, self.weight.dtype
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return BlockLinear.apply(x.to(dtype), self.blocks, self.weight.to(dtype), bias, self)
+
+    class BlockLinear(torch.autograd.Function):
+        """y = W x + b, which keeps of x what meets a trained block, and gives the blocks their gradients."""
+
+        @staticmethod
+        def forward(ctx, x, blocks, weight, bias, layer):
+            inputs = x.reshape(-1, x.shape[-1] // layer.side, layer.side)
+            ctx.save_for_backward(inputs if layer.whole else inputs[:, layer.used], weight)
+            ctx.layer = layer
+            return linear(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (inputs, weight), layer = ctx.saved_tensors, ctx.layer
+            rows = layer.places[:, 0].split(layer.counts)
+            by_row = grad.reshape(-1, grad.shape[-1] // layer.side, layer.side)
+            products = [  # a column of blocks at a time: (m * side, N) by (N, side)
+                by_row[:, own].flatten(1).T @ column
+                for own, column in zip(rows, inputs.unbind(1), strict=True)
+            ]
+            blocks = torch.cat(products).view(-1, layer.side, layer.side)
+            return grad @ weight if ctx.needs_input_grad[0] else None, blocks, None, None, None
+
+    return SparseLinear

@@ -1,0 +1,287 @@
+"""What holds for every method there is: each file of methods/, two PEFT variants, and a plugin."""
+
+import json
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from tiny import fit, hyperparams, losses, trained_weights
+
+from harness.generate import Decoder
+from harness.meter import Meter
+from harness.method import LIMITS, available, build, card, code_hash, find, resolve
+from harness.run import load_base, optimizer_bytes, sizes
+from harness.spec import RunSpec
+from harness.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+ROWS = tiny.rows(16, seed=1)
+HP = hyperparams(max_steps=4, max_new_tokens=6)
+VARIANTS = ("peft.vera", "peft.ia3")
+OPTIONS = {  # the tiny model is 64 wide and trains four steps: what is meant for larger ones is made smaller
+    "galore": {"rank": 4, "gap": 2},
+    "galore_layerwise": {"rank": 4, "gap": 2},
+    "qlora_galore": {"subspace": 4, "gap": 2},
+    "apollo": {"rank": 4, "gap": 2},
+    "grpo": {"group": 2},
+    "smt": {"share": 0.2},
+    "lisa": {"layers": 1, "period": 2},
+    "peft.vera": {"r": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> Path:
+    """The README's own example of a whole method."""
+    path = tmp_path_factory.mktemp("plugin") / "bitfit.py"
+    path.write_text(next(code.split("```")[0] for code in README.split("```python\n") if "BitFit" in code))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(path)
+    return path
+
+
+def names() -> list[str]:
+    return sorted({*available(), *VARIANTS, "bitfit"} - {"peft"})
+
+
+@pytest.fixture(autouse=True)
+def reward(monkeypatch):
+    """Random rows have no references to earn anything by: here an answer of many different tokens does."""
+    monkeypatch.setattr(Decoder, "reward", lambda self, row, ids: len(set(ids)) / len(ids) + ids[0] / 1000)
+
+
+@pytest.fixture(params=names())
+def cls(request, plugin):
+    sources = available([plugin])
+    return resolve(request.param, find(request.param, sources))
+
+
+@pytest.fixture
+def trained(cls):
+    if not cls.trains:
+        pytest.skip("an untouched model")
+    return cls
+
+
+def make(cls):
+    chosen, errors = build(cls, OPTIONS.get(cls.name, {}))
+    assert not errors
+    return chosen
+
+
+def base_loader(folder):
+    spec = RunSpec("any", 0, folder.name, {}, HP, locations={"model": str(folder)})
+    return lambda **more: load_base(spec, torch.float32, torch.device("cpu"), **more)
+
+
+def run(cls, folder, rows=ROWS, hp=HP, seed=0):
+    """As a run does: load, attach, train. -> method, base (as loaded), model, optimizer, measured."""
+    chosen = make(cls)
+    base = chosen.load(base_loader(folder))
+    model, optimizer, measured = fit(chosen, chosen.own(hp), rows, seed, base=base)
+    return chosen, base, model, optimizer, measured
+
+
+def log_probabilities(model) -> torch.Tensor:
+    from harness.head import token_logps
+
+    ((batch, *_), *_) = tiny.batches(ROWS[:4], hyperparams())
+    with torch.no_grad():
+        return token_logps(model.eval(), batch)
+
+
+def test_a_card_says_what_the_report_needs(cls):
+    said = card(cls)
+    assert said["title"] and said["summary"] and said["formula"]
+    assert set(said["why"]) == {"performance", "efficiency", "generalisation"}
+    assert said["paper"] or not cls.trains
+    assert said["axis"] in ("none", "parameterisation", "optimizer", "objective", "perturbation")
+    assert set(said["cannot"]) <= set(LIMITS)
+    assert set(said["hybrid"]) <= set(available())
+    assert cls.baseline in available()
+    json.dumps(said)
+
+
+def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, folder):
+    chosen = make(trained)
+    torch.manual_seed(0)
+    start = trained_weights(chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP)))
+    chosen = make(trained)
+    base = chosen.load(base_loader(folder))
+    torch.manual_seed(0)
+    seen = {}
+
+    class Watched(type(chosen)):
+        def optimizer(self, model, hp):
+            seen.update({n: (p, p.detach().clone()) for n, p in model.named_parameters()
+                         if not p.requires_grad})  # fmt: skip
+            return super().optimizer(model, hp)
+
+    chosen.__class__ = Watched
+    model, _, _ = fit(chosen, chosen.own(HP), ROWS, base=base)
+    # A module may write what it trains into its own weight, as sparse tuning does: see that method's tests.
+    own = {n for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+    for name, (parameter, value) in seen.items():
+        if name.rpartition(".")[0] not in own:
+            assert torch.equal(parameter, value), name
+            assert parameter.grad is None, name
+    assert sizes(model)["trainable"] > 0
+    after = dict(model.named_parameters())
+    still = [n for n, value in start.items() if torch.equal(after[n], value)]
+    assert len(still) <= len(start) // 2, still  # LISA's layers take turns, all others move
+    assert len(still) < len(start)
+
+
+def test_the_same_seed_gives_the_same_curve_and_the_loss_is_finite(trained, folder):
+    first, second = (losses(run(trained, folder)[-1]) for _ in range(2))
+    assert first == second
+    assert len(first) == 4
+    assert all(abs(loss) < 100 for loss in first)
+
+
+def test_a_method_is_given_the_same_batches_as_any_other(trained, folder):
+    chosen, given = make(trained), []
+
+    class Watched(type(chosen)):
+        def prepare(self, model, micro_batches):
+            given.extend(batch["input_ids"].tolist() for batch in micro_batches)
+            return super().prepare(model, micro_batches)
+
+    chosen.__class__ = Watched
+    hp = chosen.own(HP)
+    fit(chosen, hp, ROWS, base=chosen.load(base_loader(folder)))
+    assert given == [batch["input_ids"].tolist() for step in tiny.batches(ROWS, hp) for batch in step]
+
+
+def test_what_is_saved_gives_the_same_outputs_again(trained, folder, tmp_path):
+    chosen, _, model, _, _ = run(trained, folder)
+    expected = log_probabilities(model)
+    chosen.save(model, tmp_path)
+    assert list(tmp_path.rglob("*.safetensors"))
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    restored = make(trained).restore(base_loader(folder), tmp_path)
+    torch.testing.assert_close(log_probabilities(restored), expected, atol=1e-5, rtol=0)
+
+
+def test_merging_keeps_the_outputs_or_is_refused_with_the_declared_reason(trained, folder):
+    from harness.method import Unsupported
+
+    chosen, _, model, _, _ = run(trained, folder)
+    expected = log_probabilities(model)
+    try:
+        merged = chosen.merge(model)
+    except Unsupported as refusal:
+        assert "merging" in chosen.cannot
+        assert str(refusal)
+        return
+    assert "merging" not in chosen.cannot
+    plain = tiny.model()
+    assert {n for n, _ in merged.named_parameters()} == {n for n, _ in plain.named_parameters()}
+    torch.testing.assert_close(log_probabilities(merged), expected, atol=2e-5, rtol=0)
+
+
+def linears():
+    return [m for n, m in tiny.model().named_modules()
+            if isinstance(m, torch.nn.Linear) and "lm_head" not in n]  # fmt: skip
+
+
+def everything() -> int:
+    return sum(p.numel() for p in tiny.model().parameters())
+
+
+def adapters(rank: int = 8) -> int:
+    return sum(rank * (m.in_features + m.out_features) for m in linears())
+
+
+def rows_of_weights() -> int:
+    return sum(m.out_features for m in linears())
+
+
+TRAINABLE = {  # name -> parameters that train, where it is not an adapter's or everything
+    "dora": lambda: adapters() + rows_of_weights(),
+    "dora_loftq": lambda: adapters() + rows_of_weights(),
+    "peft.ia3": None,
+    "peft.vera": None,
+}
+WHOLE = ("full", "full_8bit", "galore", "galore_layerwise", "apollo", "lisa")
+ADAPTERS = (
+    "lora",
+    "qlora",
+    "rslora",
+    "lora_plus",
+    "pissa",
+    "loftq",
+    "lora_ggpo",
+    "orpo",
+    "grpo",
+    "qlora_orpo",
+)
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "dora", "dora_loftq", *WHOLE])
+def test_counts_and_state_follow_closed_formulas(name, folder):
+    cls = resolve(name, available()[name])
+    _, _, model, optimizer, _ = run(cls, folder)
+    expected = TRAINABLE[name]() if name in TRAINABLE else everything() if name in WHOLE else adapters()
+    if name != "lisa":  # at any moment LISA trains some layers alone
+        assert sizes(model)["trainable"] == expected
+    if name not in WHOLE:
+        assert optimizer_bytes(optimizer) == 8 * expected  # two moments in fp32
+    else:
+        assert optimizer_bytes(optimizer) <= 8 * expected
+        if name not in ("full", "lisa"):
+            assert optimizer_bytes(optimizer) < 8 * expected
+
+
+def test_the_code_of_a_method_has_a_hash(cls):
+    assert len(code_hash(cls)) == 12
+
+
+# Memory, on a model wide enough that weights and states outweigh activations
+
+
+def peak_bytes(name: str, folder, options: dict) -> tuple[int, int]:
+    """-> weights before the training and the highest bytes of tensors that it held beyond them; bytes of
+    the optimizer's state. From the allocator's own events: a process's resident memory has Python in it."""
+    chosen, errors = build(resolve(name, available()[name]), options)
+    assert not errors
+    hp = chosen.own(hyperparams(max_steps=2, batch_size=2, micro_batch_size=2))
+    made = tiny.batches(tiny.rows(4), hp)
+    model = chosen.attach(chosen.load(base_loader(folder)), made)
+    held = sizes(model)["weight_bytes"]
+    record = SimpleNamespace(training=[], validation=[], tokens={})
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        optimizer = train(chosen, model, made, hp, tiny.accelerator(), Meter(torch.device("cpu")), record,
+                          lambda **_: None, None)  # fmt: skip
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    growth = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return held + max(growth), optimizer_bytes(optimizer)
+
+
+def test_peak_memory_is_ordered_as_theory_says(tmp_path):
+    config = tiny.gemma(hidden_size=512, intermediate_size=2048)
+    tiny.model(config).save_pretrained(tmp_path)
+    weights = 4 * sum(p.numel() for p in tiny.model(config).parameters())
+    options = {"galore": {"rank": 16}, "smt": {"warmup": 1}}
+    found = {name: peak_bytes(name, tmp_path, options.get(name, {}))
+             for name in ("full", "lora", "qlora", "galore", "smt")}  # fmt: skip
+    peak = {name: bytes_ for name, (bytes_, _) in found.items()}
+    state = {name: bytes_ for name, (_, bytes_) in found.items()}
+    assert peak["full"] > 4 * weights  # weight, gradient and two moments of each
+    assert peak["lora"] < 2 * weights
+    assert peak["qlora"] < peak["lora"] - weights / 2  # most of its weights have 4 of their 32 bits
+    assert state["galore"] < state["full"] / 4
+    assert peak["galore"] < peak["full"] - weights
+    assert state["smt"] < state["full"] / 50
+    assert peak["smt"] < 2 * weights  # no gradient of a whole matrix in it

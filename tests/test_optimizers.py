@@ -1,0 +1,303 @@
+"""APOLLO, GaLore layerwise, 8-bit AdamW: against their authors' packages, AdamW and closed formulas."""
+
+import gc
+import math
+from itertools import pairwise
+
+import apollo_torch.random_projector
+import pytest
+import tiny
+import torch
+from apollo_torch import APOLLOAdamW
+from test_methods import GEMMA_3_1B, gradients_of, on_meta, shapes, stepped
+from tiny import fit, hyperparams, losses, trained_weights
+from torch import nn
+
+from harness.method import adam, build
+from harness.run import optimizer_bytes
+from methods import apollo
+from methods.apollo import APOLLO, apollo_adamw, random_basis
+from methods.full import Full
+from methods.full_8bit import Full8bit
+from methods.galore import GaLore
+from methods.galore_layerwise import GaLoreLayerwise
+
+ROWS = tiny.rows(22, seed=1)
+TALL, WIDE, SQUARE = (48, 32), (24, 40), (32, 32)
+HP = hyperparams(learning_rate=1e-2, epsilon=1e-30)  # apollo-torch adds epsilon elsewhere: none at all
+
+# APOLLO
+
+
+def ours(p, hp=HP, weight_decay=0.0, **options):
+    method = APOLLO(**{"rank": 4, "gap": 3, **options})
+    group = {"rank": method.rank, "gap": method.gap, "scale": method.scale, "scaling": method.scaling}
+    return apollo_adamw()([{"params": [p], "weight_decay": weight_decay, **group}], **adam(hp))
+
+
+def theirs(p, rank=4, gap=3, scale=1.0, scaling="channel"):
+    group = {"params": [p], "rank": rank, "update_proj_gap": gap, "scale": scale, "scale_type": scaling,
+             "proj": "random", "proj_type": "std"}  # fmt: skip
+    return APOLLOAdamW([group], **adam(HP))
+
+
+@pytest.fixture
+def same_bases(monkeypatch):
+    """Each package asks for another basis every gap; both are given the next of one sequence."""
+
+    def basis(shape, period):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(period)) / math.sqrt(shape[1])
+
+    asked = []
+
+    def of_theirs(self, weights, rank, type, seed):
+        found = basis((min(weights.shape), rank), len(asked))
+        asked.append(seed)
+        return found.T if type == "right" else found
+
+    monkeypatch.setattr(apollo_torch.random_projector.GradientProjector, "get_orthogonal_matrix", of_theirs)
+    seeds = []
+
+    def of_ours(grad, rank, seed):
+        if seed not in seeds:
+            seeds.append(seed)
+        return basis((min(grad.shape), rank), len(seeds) - 1)
+
+    monkeypatch.setattr(apollo, "random_basis", of_ours)
+    return seeds, asked
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1, "scale": 128.0, "scaling": "tensor"}, {"scale": 0.3}],
+                         ids=["apollo", "mini", "scaled"])  # fmt: skip
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_apollo_equals_the_authors_package(shape, options, same_bases):
+    """Ten steps over four subspaces, with gradients that grow and so meet the limiter."""
+    gradients = [g * (3 if i in (2, 5) else 1) for i, g in enumerate(gradients_of(shape, 10))]
+    p, q = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
+    found, expected = stepped(ours(p, **options), p, gradients), stepped(theirs(q, **options), q, gradients)
+    seeds, asked = same_bases
+    assert len(seeds) == len(asked) == 4
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+
+
+def test_the_limiter_acts_in_that_test():
+    """An update may exceed the last one by 1 % and no more, but for AdamW's correction of the first steps."""
+    p = nn.Parameter(torch.zeros(TALL))
+    optimizer, norms = ours(p), []
+    for t, (gradient, factor) in enumerate(
+        zip(gradients_of(TALL, 8), [1, 1, 3, 1, 1, 3, 1, 1], strict=True), 1
+    ):
+        before = p.detach().clone()
+        stepped(optimizer, p, [gradient * factor])
+        norms.append(optimizer.state[p]["norm"].item())
+        correction = (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+        assert (p - before).norm().item() == pytest.approx(1e-2 * correction * norms[-1], rel=1e-4)
+    growth = [b / a for a, b in pairwise(norms)]
+    assert max(growth) == pytest.approx(1.01, abs=1e-5)
+    assert min(growth) < 1
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+def test_a_basis_is_random_and_its_projection_keeps_lengths_in_the_mean(shape):
+    gradient = gradients_of(shape, 1)[0]
+    first, again, other = (random_basis(gradient, 8, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (min(shape), 8)
+    ratios = torch.tensor(
+        [
+            (apollo.project(gradient, random_basis(gradient, 8, s)).norm() / gradient.norm()) ** 2
+            for s in range(200)
+        ]
+    )
+    assert ratios.mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_each_weight_and_each_gap_has_a_subspace_of_its_own_and_no_global_random_state(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        apollo, "random_basis", lambda g, r, seed: seeds.append(seed) or random_basis(g, r, seed)
+    )
+    weights = [nn.Parameter(torch.ones(TALL)) for _ in range(2)]
+    group = {"rank": 4, "gap": 2, "scale": 1.0, "scaling": "channel", "weight_decay": 0.0}
+    optimizer = apollo_adamw()([{"params": weights, **group}], **adam(HP))
+    before = torch.get_rng_state()
+    for gradient in gradients_of(TALL, 4):
+        for p in weights:
+            p.grad = gradient.clone()
+        optimizer.step()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(seeds) == 8 and len(set(seeds)) == 4
+    assert seeds[0:2] == seeds[2:4] and seeds[4:6] == seeds[6:8]
+
+
+def test_apollos_epsilon_and_decay_act_as_torchs(monkeypatch):
+    """Channels of one weight, an identity for a basis, no limiter: each update is AdamW's of its weight."""
+    monkeypatch.setattr(apollo, "random_basis", lambda grad, rank, seed: torch.ones(1, 1))
+    monkeypatch.setattr(apollo, "GROWTH", 1e9)
+    hp = hyperparams(learning_rate=1e-2, epsilon=1e-3)
+    p, q = nn.Parameter(torch.ones(16, 1)), nn.Parameter(torch.ones(16, 1))
+    gradients = [torch.linspace(0.01, 1, 16)[:, None] * size for size in (1, 3, 2, 5, 1, 1)]  # of one sign
+    adamw = torch.optim.AdamW([q], weight_decay=0.1, **adam(hp))
+    found = stepped(ours(p, hp, weight_decay=0.1, rank=1, gap=100), p, gradients)
+    for a, b in zip(found, stepped(adamw, q, gradients), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"rank": 4}, {"rank": 1, "scale": 128.0, "scaling": "tensor"}],
+                         ids=["apollo", "mini"])  # fmt: skip
+def test_apollo_holds_as_much_state_as_its_formula_says_and_trains_everything(options):
+    before = trained_weights(tiny.model())
+    trained, optimizer, _ = fit(APOLLO(**options), hyperparams(max_steps=3), ROWS)
+    everything = sum(p.numel() for p in trained.parameters())
+    inside = sum(m * n for m, n in shapes())
+    moments = sum(2 * options["rank"] * max(m, n) for m, n in shapes())
+    assert optimizer_bytes(optimizer) == 4 * moments + 8 * (everything - inside)
+    assert [n for n, value in trained_weights(trained).items() if torch.equal(value, before[n])] == []
+    for state in optimizer.state.values():
+        assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def test_apollo_learns():
+    _, _, measured = fit(APOLLO(rank=8), hyperparams(epochs=8.0, learning_rate=5e-3), ROWS)
+    assert losses(measured)[-1] < losses(measured)[0] - 1
+
+
+def test_apollos_published_state_of_gemma():
+    """2 r max(m, n), of channels: 337 M at rank 256, 1.3 M at rank 1, and no basis."""
+    model = on_meta(GEMMA_3_1B).requires_grad_(True)
+    groups = APOLLO().optimizer(model, hyperparams()).param_groups
+    longer = sum(max(p.shape) for g in groups if "rank" in g for p in g["params"])
+    assert 2 * 256 * longer / 1e6 == pytest.approx(2 * 168.7, abs=0.1)  # twice GaLore's, whose rank is 128
+    assert 2 * longer / 1e6 == pytest.approx(1.318, abs=0.001)
+
+
+def test_apollos_state_is_saved_and_loaded_as_any_optimizers(tmp_path):
+    gradients = gradients_of(TALL, 6)
+    p = nn.Parameter(torch.ones(TALL))
+    optimizer = ours(p)
+    stepped(optimizer, p, gradients[:4])
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    q = nn.Parameter(p.detach().clone())
+    resumed = ours(q)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for a, b in zip(stepped(optimizer, p, gradients[4:]), stepped(resumed, q, gradients[4:]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_of_zeros_does_no_harm():
+    p = nn.Parameter(torch.ones(TALL))
+    for value in stepped(ours(p, hyperparams()), p, [torch.zeros(TALL)] * 4):
+        assert torch.equal(value, torch.ones(TALL))
+
+
+def test_impossible_options_of_apollo_are_refused():
+    APOLLO.name = "apollo"
+    assert not build(APOLLO, {"scaling": "tensor"})[1]
+    for wrong in ({"scaling": "row"}, {"rank": 0}, {"gap": 0}, {"scale": 0.0}):
+        assert build(APOLLO, wrong)[1], wrong
+
+
+# GaLore layerwise
+
+UNCLIPPED = hyperparams(max_steps=5, epochs=4.0, learning_rate=5e-3, weight_decay=0.1, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layerwise_is_galore_to_the_bit_where_nothing_is_clipped(tied, checkpointing):
+    def trained(method):
+        base = tiny.model(tiny.gemma(tie_word_embeddings=tied))
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        model, optimizer, measured = fit(method, UNCLIPPED, ROWS, base=base)
+        return trained_weights(model), losses(measured), optimizer_bytes(optimizer)
+
+    plain, layerwise = trained(GaLore(rank=4, gap=2)), trained(GaLoreLayerwise(rank=4, gap=2))
+    assert layerwise[1:] == plain[1:]
+    for n, value in plain[0].items():
+        assert torch.equal(layerwise[0][n], value), n
+
+
+def test_one_gradient_is_alive_at_a_time():
+    def most_alive(method):
+        model = tiny.model().requires_grad_(True)
+        alive = []
+
+        def count(_):
+            alive.append(sum(p.grad is not None for p in model.parameters()))
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(count)
+        fit(method, UNCLIPPED, ROWS, base=model)
+        assert len(alive) == 5 * len(list(model.parameters()))
+        return max(alive), len(list(model.parameters()))
+
+    assert most_alive(GaLoreLayerwise(rank=4))[0] == 1
+    most, everything = most_alive(GaLore(rank=4))
+    assert most == everything
+
+
+def test_without_its_optimizer_the_weights_are_left_alone_and_its_moments_are_freed():
+    trained, optimizer, _ = fit(GaLoreLayerwise(rank=4), UNCLIPPED, ROWS)
+    before = trained_weights(trained)
+    del optimizer
+    gc.collect()
+    Full().loss(trained, next(iter(tiny.batches(ROWS, UNCLIPPED)))[0]).backward()
+    for n, p in trained.named_parameters():
+        assert torch.equal(p, before[n])
+        assert p.grad is not None
+
+
+def test_layerwise_says_what_it_cannot():
+    assert GaLoreLayerwise.overrides["max_grad_norm"][0] == 0
+    assert "accumulation" in GaLoreLayerwise.cannot
+
+
+# 8-bit AdamW
+
+
+def test_eight_bit_adamw_is_adamw_within_its_rounding():
+    """METHODS: bitsandbytes' is within 1.6e-4 of torch's after five steps of 1e-3."""
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 128, generator=draw)
+    gradients = [torch.randn(64, 128, generator=draw) for _ in range(5)]
+    hp = hyperparams(learning_rate=1e-3, weight_decay=0.1)
+    found = {}
+    for method in (Full(), Full8bit()):
+        holder = nn.Linear(128, 64, bias=False)
+        holder.weight.data = start.clone()
+        found[type(method)] = stepped(method.optimizer(holder, hp), holder.weight, gradients)[-1]
+    difference = (found[Full] - found[Full8bit]).abs().max().item()
+    assert 0 < difference < 5e-4
+    assert (found[Full] - start).abs().max() > 4e-3
+
+
+def test_eight_bit_adamw_trains_as_full_does_to_its_rounding():
+    hp = hyperparams(epochs=4.0, learning_rate=1e-3)
+    found = [losses(fit(method, hp, ROWS)[2]) for method in (Full(), Full8bit())]
+    assert found[0][0] == found[1][0]
+    assert found[0][-1] == pytest.approx(found[1][-1], abs=0.05)
+    assert found[0][0] - found[0][-1] > 0.3
+
+
+def test_eight_bit_adamw_holds_as_much_state_as_its_formula_says():
+    """Two bytes a value and two fp32 scales for 256 values; below 4096 values eight bytes."""
+    trained, optimizer, _ = fit(Full8bit(), hyperparams(max_steps=2), ROWS)
+    expected = small = 0
+    for p in trained.parameters():
+        n = p.numel()
+        small += n < 4096
+        expected += 8 * n if n < 4096 else 2 * n + 2 * 4 * math.ceil(n / 256)
+    assert small and small < len(list(trained.parameters()))
+    tensors = {
+        t.data_ptr(): t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)
+    }
+    held = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert held == expected + 2 * 256 * 4  # and the two tables of codes, shared by all
+
+
+def test_eight_bit_adamw_starts_from_full_gradients_and_moves_every_weight():
+    before = trained_weights(tiny.model())
+    trained, _, _ = fit(Full8bit(), hyperparams(max_steps=3), ROWS)
+    assert [n for n, value in trained_weights(trained).items() if torch.equal(value, before[n])] == []

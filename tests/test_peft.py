@@ -1,0 +1,282 @@
+"""PEFT's adapters through the one interface: every type that is not refused, and three by their papers."""
+
+import importlib.util
+import math
+import re
+
+import peft
+import pytest
+import tiny
+import torch
+from tiny import fit, hyperparams, trained_weights
+from torch import nn
+
+from harness import head
+from harness.method import Unsupported, available, build, card, code_hash, options, resolve
+from methods.peft import Peft, kinds
+
+pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern")  # PEFT's, of its own file
+ROWS = tiny.rows(22, seed=1)
+NEEDED = {  # what the tiny model, or the type, leaves no default for
+    "shira": {"r": 4},  # 32 would be more weights than a layer has
+    "trainabletokens": {"token_indices": [5, 6, 7]},
+    "waveft": {"n_frequency": 100},  # 2592 would be more than a layer has
+}
+MATRICES = 14  # q k v o gate up down, twice
+
+
+def method(name: str, **chosen):
+    made, errors = build(resolve(f"peft.{name}", available()["peft"]), {**NEEDED.get(name, {}), **chosen})
+    assert not errors, errors
+    return made
+
+
+def refused(name: str, **chosen) -> str:
+    """The one line that a plan would print."""
+    try:
+        made, errors = build(resolve(name, available()["peft"]), chosen)
+    except ValueError as error:
+        return str(error)
+    assert made is None and len(errors) == 1
+    return errors[0]
+
+
+def attached(made, steps: int = 4):
+    torch.manual_seed(0)
+    return made.attach(tiny.model(), tiny.batches(ROWS, hyperparams(max_steps=steps)))
+
+
+def batch() -> dict:
+    ((tensors, *_), *_) = tiny.batches(ROWS, hyperparams())
+    return tensors
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        tensors = batch()
+        return model.eval()(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
+
+
+def trainable(model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def linears() -> list[nn.Linear]:
+    return [m for n, m in tiny.model().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+
+
+# Every type
+
+
+@pytest.mark.parametrize("name", Peft.variants())
+def test_a_type_trains_alone_and_is_saved_and_merged(name, tmp_path):
+    if name == "adamss" and not importlib.util.find_spec("sklearn"):
+        pytest.skip("AdaMSS needs scikit-learn")
+    made = method(name)
+    before = trained_weights(attached(made))
+    base = tiny.model()
+    untouched = {
+        n: (p, p.detach().clone()) for n, p in base.named_parameters()
+    }  # names change, weights do not
+    trained, _, _ = fit(made, hyperparams(max_steps=4), ROWS, base=base)
+
+    after = trained_weights(trained)
+    assert before.keys() == after.keys()
+    assert [n for n in before if torch.equal(before[n], after[n])] == []  # all that is trained moves
+    for n, (p, value) in untouched.items():
+        assert not p.requires_grad and torch.equal(p, value), n
+
+    found = logits(trained)
+    head.check(trained, batch()["input_ids"])  # nothing acts outside of the decoder that the loss calls
+    made.save(trained, tmp_path)
+    restored = made.restore(lambda **_: tiny.model(), tmp_path)
+    # AdaLoRA saves the ranks that are left alone: sums of fewer terms.
+    torch.testing.assert_close(logits(restored), found, atol=1e-5 if name == "adalora" else 1e-6, rtol=0)
+
+    if "merging" in made.cannot:
+        with pytest.raises(Unsupported):
+            made.merge(trained)
+    else:
+        merged = made.merge(trained)
+        assert not any("peft" in type(m).__module__ for m in merged.modules())
+        torch.testing.assert_close(logits(merged), found, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in Peft.variants() if n != "adamss"])
+def test_a_type_starts_at_its_base_as_it_says(name):
+    made = method(name)
+    difference = (logits(attached(made)) - logits(tiny.model())).abs().max().item()
+    assert (difference < 1e-5) == made.starts_at_base, difference  # the farthest that start there: 3e-6
+    assert ("start" in made.notes) != made.starts_at_base
+
+
+@pytest.mark.parametrize("name", ["beft", "lily"])
+def test_peft_itself_cannot_merge_what_is_said_to_be_unmergeable(name):
+    with pytest.raises((ValueError, NotImplementedError)):
+        attached(method(name)).merge_and_unload()
+
+
+# Names and options
+
+
+def test_every_type_of_peft_is_either_offered_or_refused_with_a_reason():
+    left = set(kinds()) - set(Peft.variants())
+    assert {peft.PeftType(kind) for kind in kinds().values()} == set(peft.PeftType)
+    assert {"vera", "ia3", "oft", "boft", "adalora", "lntuning", "fourierft"} <= set(Peft.variants())
+    assert {"prompttuning", "ptuning", "prefixtuning", "cpt", "poly", "xlora", "adaptionprompt"} <= left
+    for name in left:
+        expected = "attention" if name == "adaptionprompt" else "PeftModel.forward"
+        assert expected in refused(f"peft.{name}"), name
+
+
+def test_what_the_loss_would_not_reach_is_what_is_refused():
+    """Prompt tuning through the harness's path is the untouched model, whatever was trained."""
+    base = tiny.model()
+    tokens = batch()["input_ids"]
+    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    own = model(input_ids=tokens).logits[:, 4:]
+    assert (own - logits(tiny.model())).abs().max() > 0.1
+    scores = [head.token_logps(m, batch()) for m in (model, tiny.model())]
+    torch.testing.assert_close(*scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "reason"),
+    [
+        ("peft", {}, "peft.vera.*vera"),
+        ("peft.verra", {}, "did you mean vera"),
+        ("peft.vera", {"rank": 4}, "unknown option"),
+        ("peft.vera", {"layers_pattern": "layers"}, "layers_to_transform"),
+        ("peft.adalora", {"init_r": 8, "target_r": 8}, "init_r"),
+        ("peft.adalora", {"orth_reg_weight": -1.0}, "orth_reg_weight"),
+        ("peft.adalora", {"total_step": 7}, "unknown option"),
+        ("peft.trainabletokens", {}, "token_indices"),
+        ("peft.lora", {"alora_invocation_tokens": [5]}, "PeftModel.forward"),
+        ("peft.lora", {"init_lora_weights": "corda_kpm"}, "training script"),
+        ("peft.lora", {"init_lora_weights": "eva"}, "training script"),
+        ("peft.lora", {"init_lora_weights": "loftq"}, "scale"),
+        ("peft.lora", {"kasa_config": {}}, "training script"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(name, chosen, reason):
+    assert re.search(reason, refused(name, **chosen))
+
+
+def test_a_variant_is_a_method_as_any_other():
+    cls = resolve("peft.vera", available()["peft"])
+    assert cls is resolve("peft.vera", available()["peft"])
+    assert cls.name == "peft.vera" and card(cls)["title"] == "VeRA (PEFT)" and card(cls)["formula"]
+    assert code_hash(cls) == code_hash(resolve("peft.ia3", available()["peft"]))
+    made = method("vera", r=64)
+    assert options(made) == {"r": 64}
+    assert options(method("vera", **options(made))) == {"r": 64}
+
+
+@pytest.mark.parametrize(("name", "option"), [("c3a", "block_size"), ("vblora", "vector_length"),
+                                              ("road", "group_size")])  # fmt: skip
+def test_sizes_that_do_not_fit_a_model_are_made_to_unless_asked_for(name, option):
+    made = method(name)
+    attached(made)
+    assert made.notes[option] == math.gcd(*(s for m in linears() for s in (m.in_features, m.out_features)))
+    asked = method(name, **{option: 16})
+    assert getattr(attached(asked).peft_config["default"], option) == 16
+    assert option not in asked.notes
+    with pytest.raises(Unsupported):
+        attached(method(name, **{option: 48}))
+
+
+# Sizes: closed formulas
+
+
+@pytest.mark.parametrize("r", [4, 256])
+def test_vera_trains_two_vectors_a_layer(r):
+    assert trainable(attached(method("vera", r=r))) == sum(r + m.out_features for m in linears())
+
+
+def test_ia3_trains_a_factor_an_output_and_of_down_projections_an_input():
+    inner = tiny.gemma().intermediate_size
+    expected = sum(m.in_features if m.in_features == inner else m.out_features for m in linears())
+    assert trainable(attached(method("ia3"))) == expected
+    some = attached(method("ia3", target_modules=["k_proj", "v_proj"]))
+    assert trainable(some) == 2 * (32 + 32)
+
+
+@pytest.mark.parametrize("block", [8, 32])
+def test_oft_trains_a_rotation_a_block(block):
+    """A rotation of b inputs is a skew-symmetric matrix: b (b - 1) / 2 numbers."""
+    expected = sum(m.in_features // block * (block * (block - 1) // 2) for m in linears())
+    assert trainable(attached(method("oft", oft_block_size=block))) == expected
+
+
+def test_norm_tuning_trains_every_norm_and_nothing_else():
+    norms = [p for n, p in tiny.model().named_parameters() if "norm" in n]
+    assert trainable(attached(method("lntuning"))) == sum(p.numel() for p in norms)
+
+
+def test_token_tuning_trains_the_embeddings_of_its_tokens():
+    before, trained = tiny.model(), attached(method("trainabletokens"))
+    assert trainable(trained) == 3 * tiny.gemma().hidden_size
+    with torch.no_grad():
+        next(p for p in trained.parameters() if p.requires_grad).add_(1.0)
+    ids = torch.arange(4, 9)
+    change = trained.get_input_embeddings()(ids) - before.get_input_embeddings()(ids)
+    assert [bool(row.any()) for row in change] == [False, True, True, True, False]
+
+
+# AdaLoRA
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 100.0])
+def test_adaloras_loss_is_pefts_own(weight):
+    made = method("adalora", orth_reg_weight=weight)
+    model = attached(made)
+    with torch.no_grad():  # singular values that are not zero, vectors that are not orthogonal
+        for n, p in model.named_parameters():
+            if "lora_" in n and p.requires_grad:
+                p.normal_(std=0.1)
+    tensors = {key: batch()[key] for key in ("input_ids", "attention_mask", "labels")}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    theirs, ours = model(**tensors).loss, made.loss(model, batch())
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    for ours_, theirs_ in zip(*(torch.autograd.grad(x, weights) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(ours_, theirs_, atol=1e-5, rtol=1e-4)
+
+
+def live_ranks(model) -> int:
+    return sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
+
+
+def test_adalora_prunes_to_its_budget_by_the_papers_schedule():
+    """b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3 between two plateaus."""
+    total, first, last = 20, 2, 6  # 10 % and 30 %
+    made = method("adalora")
+    batches = tiny.batches(ROWS, hyperparams(max_steps=total))
+    torch.manual_seed(0)
+    model = made.attach(tiny.model(), batches)
+    optimizer = made.optimizer(model, hyperparams())
+    for t, (tensors, *_) in enumerate(batches, 1):
+        made.loss(model, tensors).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        left = min(1.0, max(0.0, 1 - (t - first) / (total - first - last)))
+        assert live_ranks(model) == int(MATRICES * 8 + MATRICES * (12 - 8) * left**3), t
+    assert t == total
+
+
+@pytest.mark.parametrize("chosen", [{}, {"target_r": 2, "init_r": 4}, {"tinit": 0, "tfinal": 0}])
+def test_adalora_ends_at_its_budget_in_a_whole_training(chosen, tmp_path):
+    made = method("adalora", **chosen)
+    trained, _, _ = fit(made, hyperparams(max_steps=12), ROWS)
+    budget = MATRICES * chosen.get("target_r", 8)
+    assert live_ranks(trained) == budget
+    ranks = [sum(row) for row in trained.peft_config["default"].rank_pattern.values()]
+    assert sum(ranks) == budget and len(set(ranks)) > 1  # some matrices keep more than others
+    found = logits(trained)
+    made.save(trained, tmp_path)
+    restored = made.restore(lambda **_: tiny.model(), tmp_path)
+    torch.testing.assert_close(logits(restored), found, atol=1e-5, rtol=0)
+
+
+def test_a_schedule_that_leaves_no_step_to_prune_is_unsupported():
+    with pytest.raises(Unsupported, match="tfinal"):
+        attached(method("adalora", tinit=3, tfinal=3), steps=4)
