@@ -5,6 +5,7 @@ Nothing heavy is imported before it is needed, so that help and mistakes answer 
 
 import argparse
 import json
+import logging
 import shlex
 import signal
 import sys
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
     rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
     options = parser(command).parse_args(rest)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return {"run": run, "plan": plan, "list": show, "report": report, "doctor": doctor}[command](

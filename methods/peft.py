@@ -1,4 +1,4 @@
-"""PEFT: any adapter of the PEFT library, by PEFT's own name and options.
+"""PEFT: any adapter of the PEFT library as peft.NAME, with its options: peft.vera, peft.ia3, peft.oft.
 
     y = f(x; W, theta)        f: the adapter's type (peft.vera, peft.ia3, ...); theta is trained, W is frozen
 

@@ -37,6 +37,7 @@ class PiSSA(LoRA):
         return model
 
     def save(self, model, folder: Path) -> None:
-        """As B A - B0 A0, a LoRA of twice the rank: it fits the untouched base, by PEFT alone."""
+        """As B A - B0 A0, a plain LoRA of twice the rank on the untouched base: no loader has to find the
+        same SVD again."""
         start = Path(self.folder.name) / START
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))

@@ -201,6 +201,19 @@ BAD_REQUESTS = {
     "results": (["--results", "file"], ["file is a file, not a folder"]),
     "seeds": (["--seeds", "1", "1"], ["--seeds: different whole numbers"]),
     "plugin": (["--plugins", "none.py"], ["there is no file none.py"]),
+    "variant": (["--methods", "peft.vear"], ["unknown PEFT type 'vear': did you mean vera?"]),
+    "no variant": (["--methods", "peft"], ["name a type, as in peft.vera. Available: ada"]),
+    "variant that cannot be": (["--methods", "peft.prefixtuning"], ["peft.prefixtuning prepends trained tokens"]),
+    "option of a variant": (
+        ["--methods", "peft.vera", "--set", "peft.vera.rr=1"],
+        ["unknown option of peft.vera 'rr': did you mean r?"],
+    ),
+    "variant of what has none": (["--methods", "lora.x"], ["lora has no variants: write lora alone"]),
+    "limit": (
+        ["--methods", "galore_layerwise", "--set", "hp.micro_batch_size=2"],
+        ["galore_layerwise cannot do accumulation: ", "--set hp.micro_batch_size="],
+    ),
+    "reward": (["--set", "data.reward=exat"], ["unknown reward 'exat': did you mean exact?"]),
     "name taken": (["--plugins", "lora.py"], ["method lora is defined twice"]),
 }
 

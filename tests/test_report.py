@@ -213,6 +213,41 @@ def test_bases_join_every_comparison_evaluated_alike():
     assert comparisons(records[:1])[0].trained == []
 
 
+def test_each_objective_has_a_table_of_its_own_with_what_it_aims_at(tmp_path):
+    fabricate.keep(tmp_path / "r", fabricate.record("base"))
+    fabricate.keep(tmp_path / "r", fabricate.record("qlora"))
+    found = fabricate.record("orpo")
+    found.card |= {"title": "ORPO", "objective": "preference", "aim": "preference_accuracy"}
+    fabricate.keep(tmp_path / "r", found)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    first, second = text.split("## Results")[1].split("## More on quality")[0].split("with the preference")
+    assert "| QLoRA |" in first and "| ORPO |" not in first and "Preference accuracy" not in first
+    assert "| ORPO |" in second and "| QLoRA |" not in second and "Preference accuracy (after)" in second
+    assert "QLoRA and ORPO" not in text.split("## Results")[0].partition("tied")[2]
+
+
+def test_a_hybrid_is_argued_beside_what_was_measured(tmp_path):
+    for method in ("base", "qlora", "galore"):
+        fabricate.keep(tmp_path / "r", fabricate.record(method))
+    found = fabricate.record("dora")
+    why = {"performance": "It should be good.", "efficiency": "Cheap.", "generalisation": "Unknown."}
+    found.card |= {
+        "title": "Both",
+        "hybrid": ["qlora", "galore"],
+        "why": why,
+        "cannot": {"merging": "no sum"},
+    }
+    found.notes = {"share of something": 0.123456}
+    fabricate.keep(tmp_path / "r", found)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    section = text.split("## Hybrids")[1].split("\n## ")[0]
+    assert "It should be good." in section
+    assert [line.split(" |")[0] for line in section.splitlines() if line.startswith("| ")][2:] == [
+        "| QLoRA", "| GaLore", "| Both"
+    ]  # fmt: skip
+    assert "share of something: 0.1235" in text and "merging: no sum" in text
+
+
 def test_objectives_share_no_loss_plot(tmp_path):
     fabricate.keep(tmp_path / "r", fabricate.record("qlora"))
     orpo = fabricate.record("orpo")
