@@ -53,11 +53,14 @@ class Decoder:
         ]
 
     def sample(self, model, rows: list[Row], copies: int = 1, temperature: float = 0.0):
-        """-> for each row `copies` lists of new token ids; greedy at temperature 0. A phase of its own."""
+        """-> for each row `copies` lists of new token ids, as long as hp.max_length leaves room for; greedy
+        at temperature 0. A phase of its own."""
         training = model.training
         with self.meter.phase("rollout") if self.meter else nullcontext():
             found = self.continuations(model, rows, copies, temperature)
         model.train(training)
+        found = [[ids[: self.hp.max_length - len(row.prompt_ids)] for ids in group]
+                 for row, group in zip(rows, found, strict=True)]  # fmt: skip
         self.sampled += sum(len(ids) for group in found for ids in group)
         return found
 
@@ -74,7 +77,7 @@ class Decoder:
         """In the order of rows, `copies` of each: the new tokens, the stop token too if there was one."""
         model.eval()
         causal = causal_lm(model)
-        own, causal.generation_config = causal.generation_config, self.config(copies, temperature)
+        own, causal.generation_config = causal.generation_config, self.config(temperature)
         # passed as an argument, it would be filled up from the model's own, whose repetition penalty and
         # the like are not this decoder's
         by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
@@ -84,7 +87,10 @@ class Decoder:
             batch = by_length[start : start + size]
             ids, mask = left_padded(batch, self.tokenizer.pad_token_id, self.accelerator.device)
             with self.accelerator.autocast():
-                whole = model.generate(input_ids=ids, attention_mask=mask)
+                whole = model.generate(
+                    input_ids=ids.repeat_interleave(copies, 0),
+                    attention_mask=mask.repeat_interleave(copies, 0),
+                )
             if len(whole) != len(batch) * copies:
                 raise RuntimeError(f"{len(whole)} answers to {len(batch)} prompts")
             new = [self.until_stop(tokens) for tokens in whole[:, ids.shape[1] :].tolist()]
@@ -94,10 +100,10 @@ class Decoder:
         causal.generation_config = own  # what is saved is the model, without the bench's limits
         return [found[row.id] for row in rows]
 
-    def config(self, copies: int, temperature: float) -> GenerationConfig:
+    def config(self, temperature: float) -> GenerationConfig:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
         return GenerationConfig(
-            **{"do_sample": False, "num_beams": 1, "num_return_sequences": copies, **drawn},
+            **{"do_sample": False, "num_beams": 1, **drawn},
             max_new_tokens=self.hp.max_new_tokens,
             eos_token_id=self.stops,
             pad_token_id=self.tokenizer.pad_token_id,

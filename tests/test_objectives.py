@@ -568,10 +568,18 @@ def test_greedy_samples_are_the_answers_of_the_evaluation(size):
         assert answer["output"] == decoder.text_of(ids)
 
 
-@pytest.mark.xfail(strict=True, reason="generate() refuses num_return_sequences when it is greedy")
 def test_copies_of_a_greedy_answer_are_equal():
     alone = tiny.decoder(HP).sample(untied(), ROWS)
     assert tiny.decoder(HP).sample(untied(), ROWS, copies=3) == [group * 3 for group in alone]
+
+
+def test_a_sampled_answer_leaves_no_row_longer_than_max_length():
+    hp = replace(HP, max_length=max(len(row.prompt_ids) for row in ROWS) + 2)
+    found = tiny.decoder(hp).sample(untied(), ROWS, copies=2, temperature=1.0)
+    lengths = [
+        len(row.prompt_ids) + len(ids) for row, group in zip(ROWS, found, strict=True) for ids in group
+    ]
+    assert max(lengths) == hp.max_length
 
 
 def test_every_answer_carries_the_advantage_that_it_earned():
