@@ -280,6 +280,7 @@ def code_hash(cls: type[Method]) -> str:
     marks earlier records as stale."""
     taken = [v for v in vars(inspect.getmodule(cls)).values()
              if str(getattr(v, "__module__", "")).startswith("methods.")]  # fmt: skip
-    parts = {c for c in cls.__mro__ if c not in (Method, object)} | {inspect.unwrap(v) for v in taken if callable(v)}
+    parts = {c for c in cls.__mro__ if c not in (Method, object)}
+    parts |= {inspect.unwrap(value) for value in taken if callable(value)}
     texts = sorted({Path(inspect.getsourcefile(part)).read_bytes() for part in parts})
     return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
