@@ -105,7 +105,8 @@ def outputs(method: str, seed: int = 0, rows: int = 90) -> list[dict]:
             "id": f"{part}:{i:012x}", "part": part, "prompt": f"Say something about {reference[0]}.",
             "reference": " ".join(reference), "output": " ".join(output), "tokens": tokens,
             "nll": tokens * (2.2 - skill), "correct": hits, "bleu": counts(output, reference),
-            "rouge_l": hits / tokens, "reward": hits / tokens, "margin": skill - 0.5, "new_tokens": tokens, "stopped": luck.random() < 0.9,
+            "rouge_l": hits / tokens, "reward": hits / tokens, "margin": skill - 0.5,
+            "new_tokens": tokens, "stopped": luck.random() < 0.9,
         })  # fmt: skip
     return found
 

@@ -203,7 +203,10 @@ BAD_REQUESTS = {
     "plugin": (["--plugins", "none.py"], ["there is no file none.py"]),
     "variant": (["--methods", "peft.vear"], ["unknown PEFT type 'vear': did you mean vera?"]),
     "no variant": (["--methods", "peft"], ["name a type, as in peft.vera. Available: ada"]),
-    "variant that cannot be": (["--methods", "peft.prefixtuning"], ["peft.prefixtuning prepends trained tokens"]),
+    "variant that cannot be": (
+        ["--methods", "peft.prefixtuning"],
+        ["peft.prefixtuning prepends trained tokens"],
+    ),
     "option of a variant": (
         ["--methods", "peft.vera", "--set", "peft.vera.rr=1"],
         ["unknown option of peft.vera 'rr': did you mean r?"],
