@@ -41,7 +41,8 @@ def written(folder, rows, name="rows.jsonl"):
 
 
 def split(folder, rows, **more):
-    return splits(asked(**more), {"tiny": str(written(folder, rows))})
+    found = splits(asked(**more), {"tiny": str(written(folder, rows))})
+    return found.rows, found.left_out
 
 
 def instructions(count, start=0) -> list[dict]:
@@ -57,8 +58,16 @@ def texts(conversations) -> list[str]:
 # Token ids
 
 
+def read_row(row, format="messages", **more):
+    """-> its messages, or None where it is refused."""
+    try:
+        return formats.read(row, {**PART, "format": format, **more})[0]
+    except formats.Refused as refusal:
+        assert str(refusal)
+
+
 def messages_of(messages):
-    return formats.messages_of({"messages": messages}, {**PART, "format": "messages"})
+    return read_row({"messages": messages})
 
 
 def written_out(messages, kind):
@@ -216,7 +225,7 @@ def test_another_seed_draws_other_rows(tmp_path):
 def test_of_rows_with_one_prompt_one_is_kept_and_the_others_counted(tmp_path):
     again = [{"instruction": f"  ADD one to {i}! ", "output": "another answer"} for i in range(5)]
     found, counts = split(tmp_path, [*instructions(12), *again], train=7)
-    assert counts == {"unusable": 0, "duplicates": 5}
+    assert counts == {"duplicates": 5, "near_duplicates": 0}
     numbers = [re.search(r"\d+", text)[0] for name in found for text in texts(found[name])]
     assert len(set(numbers)) == len(numbers) == 12
 
@@ -234,7 +243,7 @@ def test_of_rows_with_one_prompt_one_is_kept_and_the_others_counted(tmp_path):
 def test_prompts_that_differ_in_a_sign_are_not_duplicates(one, other, tmp_path):
     rows = [{"instruction": text, "output": "yes"} for text in (one, other)]
     _, counts = split(tmp_path, [*rows, *instructions(12)])
-    assert counts["duplicates"] == 0
+    assert counts == {"duplicates": 0, "near_duplicates": 0}
 
 
 def test_a_prompt_in_two_parts_is_kept_in_one(tmp_path):
@@ -244,8 +253,9 @@ def test_a_prompt_in_two_parts_is_kept_in_one(tmp_path):
         "two": str(written(tmp_path, second, "2.jsonl")),
     }
     spec = asked(3, 1, 2, parts=[{"name": "one"}, {"name": "two"}])
-    found, counts = splits(spec, locations)
-    assert counts["duplicates"] == 6
+    drawn = splits(spec, locations)
+    found = drawn.rows
+    assert drawn.left_out["duplicates"] == 6
     assert {name: len(rows) for name, rows in found.items()} == {"train": 6, "validation": 2, "test": 4}
     drawn = [text for rows in found.values() for text in texts(rows)]
     assert len(set(drawn)) == len(drawn)
@@ -272,8 +282,6 @@ def test_a_conversation_ends_with_its_last_answer():
         None,
         PAIR[:1],
         PAIR[1:],
-        [PAIR[0], PAIR[0], PAIR[1]],
-        [PAIR[0], PAIR[1], PAIR[1]],
         [PAIR[0], {"role": "assistant", "content": ""}],
         [PAIR[0], {"role": "assistant", "content": None}],
         [{"role": "user", "content": " "}, PAIR[1]],
@@ -291,19 +299,19 @@ def test_unusable_rows_are_counted(tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Say {i}"}, PAIR[1]]} for i in range(12)]
     rows += [{"messages": PAIR[::-1]}, {"messages": []}, {"messages": None}]
     _, counts = split(tmp_path, rows, parts=[{"name": "tiny", "format": "messages"}])
-    assert counts == {"unusable": 3, "duplicates": 0}
+    reasons = {"no assistant turn": 1, "not a list of messages": 1, "roles out of order": 1}
+    assert counts == {"duplicates": 0, "near_duplicates": 0, **reasons}
 
 
 def test_an_instruction_joins_its_input():
-    part = {**PART, "format": "instruction"}
-    found = formats.messages_of({"instruction": "Add.", "input": "1 2", "output": " 3 "}, part)
-    assert found == [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]
-    assert formats.messages_of({"instruction": "Add.", "output": "3"}, part)[0]["content"] == "Add."
-    assert formats.messages_of({"instruction": "Add.", "input": None, "output": ""}, part) is None
+    found = read_row({"instruction": "Add.", "input": "1 2", "output": " 3 "}, "instruction")
+    assert [formats.said(message) for message in found] == ["Add.\n\n1 2", "3"]
+    assert read_row({"instruction": "Add.", "output": "3"}, "instruction")[0]["content"] == "Add."
+    assert read_row({"instruction": "Add.", "input": None, "output": ""}, "instruction") is None
 
 
 def test_an_answer_of_zero_is_an_answer():
-    found = formats.messages_of({"instruction": "1 - 1?", "output": 0}, {**PART, "format": "instruction"})
+    found = read_row({"instruction": "1 - 1?", "output": 0}, "instruction")
     assert found and found[1]["content"] == "0"
 
 
@@ -313,14 +321,14 @@ def test_content_that_is_no_text_is_never_learned_as_pythons_notation(content):
     for messages in (
         messages_of([PAIR[0], {"role": "assistant", "content": content}]),
         messages_of([{"role": "user", "content": content}, PAIR[1]]),
-        formats.messages_of({"instruction": "a", "output": content}, {**PART, "format": "instruction"}),
+        read_row({"instruction": "a", "output": content}, "instruction"),
     ):
         assert messages is None or str(content) not in [message["content"] for message in messages]
 
 
 def test_columns_are_mapped():
-    part = {**PART, "format": "instruction", "fields": {"instruction": "question", "output": "answer"}}
-    assert formats.messages_of({"question": "a?", "answer": "b"}, part)[1]["content"] == "b"
+    fields = {"instruction": "question", "output": "answer"}
+    assert read_row({"question": "a?", "answer": "b"}, "instruction", fields=fields)[1]["content"] == "b"
 
 
 @pytest.mark.parametrize(
@@ -328,7 +336,7 @@ def test_columns_are_mapped():
     [
         ("instruction", {"instruction": "a", "text": "b"}, "output"),
         ("instruction", {"prompt": "a", "output": "b"}, "instruction"),
-        ("messages", {"conversations": []}, "messages"),
+        ("messages", {"dialogue": []}, "messages"),
     ],
 )
 def test_a_missing_field_is_named_with_those_there_are(format, row, field, tmp_path):
@@ -378,7 +386,7 @@ def test_no_row_raises_anything_but_a_data_error(format, rows, tmp_path_factory)
     except DataError as error:
         assert str(error)
     else:
-        assert counts["unusable"] + counts["duplicates"] < len(drawn)
+        assert sum(counts.values()) < len(drawn)
 
 
 @pytest.mark.parametrize("kind", ["chat", "instruction"])
@@ -531,5 +539,5 @@ def test_another_kind_of_file_and_an_empty_folder_are_refused(tmp_path):
 
 def test_a_row_that_is_no_object_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('["a"]\n')
-    with pytest.raises(DataError, match="part tiny: a row is list"):
+    with pytest.raises(DataError, match=r"part tiny.*row 1: not an object \(a row is list\)"):
         splits(asked(), {"tiny": str(tmp_path / "rows.jsonl")})
