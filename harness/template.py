@@ -217,7 +217,7 @@ class Template:
         """-> ids of each, and what tells which characters a token stands for, if the tokenizer can."""
         # A chat template writes <bos> itself; the instruction form takes what the tokenizer adds.
         own = self.kind == "instruction"
-        found = self.ids(prompts, add_special_tokens=own)
+        found = self.encoded(prompts, add_special_tokens=own)
         places = found.encodings or [None] * len(prompts)
         end = self.tokenizer.eos_token_id
         return [
@@ -227,22 +227,27 @@ class Template:
 
     def responses(self, prompts: list[str], texts: list[str]) -> list[array]:
         """Ids of each response as they follow its prompt's last character: a tokenizer that begins every
-        text with a space would else put one there. Apart where the two would merge."""
-        if not texts:
-            return []
+        text with a space would else put one there. Where the two would merge, as they follow a line's
+        end; and where that would merge too, alone."""
         ends = ["" if prompt.endswith(self.added) else prompt[-1:] for prompt in prompts]
-        before = {end: self.ids([end]).input_ids[0] if end else [] for end in set(ends)}
-        joined = self.ids([end + text for end, text in zip(ends, texts, strict=True)]).input_ids
-        found = []
-        for end, text, ids in zip(ends, texts, joined, strict=True):
-            n = len(before[end])
-            found.append(array("i", ids[n:] if ids[:n] == before[end] else self.ids([text]).input_ids[0]))
+        found: list[array | None] = [None] * len(texts)
+        for borders in (ends, ["\n"] * len(texts), [""] * len(texts)):
+            todo = [i for i, ids in enumerate(found) if ids is None]
+            before = {end: self.ids([end])[0] if end else [] for end in {borders[i] for i in todo}}
+            joined = self.ids([borders[i] + texts[i] for i in todo])
+            for i, ids in zip(todo, joined, strict=True):
+                n = len(before[borders[i]])
+                if ids[:n] == before[borders[i]]:
+                    found[i] = array("i", ids[n:])
         return found
 
     def response_ids(self, prompt: str, text: str) -> array:
         return self.responses([prompt], [text])[0]
 
-    def ids(self, texts: list[str], add_special_tokens: bool = False):
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        return self.encoded(texts, add_special_tokens=False).input_ids if texts else []
+
+    def encoded(self, texts: list[str], add_special_tokens: bool):
         return self.tokenizer(
             texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
         )
@@ -252,7 +257,7 @@ class Template:
     def windows(self, conversation: Conversation, max_length: int) -> list[Row]:
         """A plain text in rows of max_length in which all but the first token is learned: <bos>, or where
         the tokenizer has none, the token before. So each token of the text is learned once."""
-        ids = self.ids([conversation.messages[0]["content"]]).input_ids[0]
+        ids = self.ids([conversation.messages[0]["content"]])[0]
         bos = self.tokenizer.bos_token_id
         if bos is not None:
             ids = [bos, *ids]

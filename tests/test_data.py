@@ -4,7 +4,6 @@ import csv
 import json
 import random
 import re
-from copy import copy
 
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +12,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import batches, formats
+from harness import formats
 from harness.data import DATASET, PART, splits
 from harness.rows import SUFFIXES, DataError, rows_of_file
 from harness.template import Template, tokenize
@@ -68,128 +67,6 @@ def read_row(row, format="messages", **more):
 
 def messages_of(messages):
     return read_row({"messages": messages})
-
-
-def written_out(messages, kind):
-    return Template(tiny.tokenizer(), kind).row(formats.Conversation("tiny:1", "tiny", messages), 512)
-
-
-def made(kind, messages):
-    """-> messages and row of a conversation, as a dataset's row becomes them."""
-    messages = messages_of(messages)
-    return messages, written_out(messages, kind)
-
-
-CASES = [
-    PAIR,
-    CONVERSATION,
-    CONVERSATION[1:],
-    [PAIR[0], {"role": "assistant", "content": "the cat\n\n### Response"}],
-]
-
-
-@pytest.mark.parametrize("messages", CASES)
-def test_the_chat_form_is_the_models_own_template(messages):
-    messages, row = made("chat", messages)
-    own = tiny.tokenizer().apply_chat_template(messages, tokenize=False)
-    prompt = tiny.tokenizer().apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    decode = tiny.tokenizer().decode
-    assert decode([*row.prompt_ids, *row.response_ids]) == own.rstrip("\n")
-    assert decode(row.prompt_ids) == prompt
-    assert decode(row.response_ids) == messages[-1]["content"] + "<end_of_turn>"
-    # Generation starts from what tokenising the prompt alone gives.
-    assert list(row.prompt_ids) == tiny.tokenizer()(prompt, add_special_tokens=False).input_ids
-    assert list(row.prompt_ids).count(tiny.BOS) == 1
-
-
-@pytest.mark.parametrize("messages", CASES)
-def test_the_instruction_form_is_written_out(messages):
-    messages, row = made("instruction", messages)
-    names = {"user": "Instruction", "assistant": "Response", "system": "System"}
-    prompt = (
-        "".join(f"### {names[m['role']]}:\n{m['content']}\n\n" for m in messages[:-1]) + "### Response:\n"
-    )
-    decode = tiny.tokenizer().decode
-    assert decode(row.prompt_ids) == "<bos>" + prompt
-    assert decode(row.response_ids) == messages[-1]["content"] + "<eos>"
-    assert list(row.prompt_ids) == tiny.tokenizer()(prompt).input_ids
-
-
-@pytest.mark.parametrize("prompt", ["### Response:\n", "<start_of_turn>model\n"])
-def test_the_border_of_prompt_and_response_is_where_tokens_would_have_merged(prompt):
-    """Else the tests above could not tell that the two are tokenised apart."""
-    apart = tiny.tokenizer()(prompt, add_special_tokens=False).input_ids
-    ids = tiny.tokenizer()(prompt + "the cat", add_special_tokens=False).input_ids
-    assert ids[: len(apart)] != apart
-
-
-@pytest.mark.parametrize("kind", ["chat", "instruction"])
-def test_labels_are_the_response_with_its_mark_and_nothing_else(kind):
-    rows = [made(kind, messages)[1] for messages in CASES]
-    batch = batches.collate(rows, tiny.PAD, "cpu")
-    end = {"chat": tiny.END, "instruction": tiny.EOS}[kind]
-    for i, row in enumerate(rows):
-        p, n = len(row.prompt_ids), row.length
-        ids, labels, mask = (batch[name][i].tolist() for name in ("input_ids", "labels", "attention_mask"))
-        assert ids[:p] == list(row.prompt_ids)
-        assert labels[:p] == [-100] * p
-        assert labels[p:n] == ids[p:n] == list(row.response_ids)
-        assert labels[n:] == [-100] * (len(labels) - n)
-        assert ids[n:] == [tiny.PAD] * (len(ids) - n)
-        assert mask == [1] * n + [0] * (len(ids) - n)
-        assert row.response_ids[-1] == end
-        assert list(row.response_ids).count(end) == 1
-
-
-def test_a_padding_token_that_is_also_the_end_mark_keeps_its_label():
-    """As with a tokenizer that has no padding token of its own."""
-    rows = [made("instruction", messages)[1] for messages in CASES]
-    batch = batches.collate(rows, tiny.EOS, "cpu")
-    assert [int(n) for n in (batch["labels"] == tiny.EOS).sum(1)] == [1] * len(rows)
-    assert [int(n) for n in batch["attention_mask"].sum(1)] == [row.length for row in rows]
-
-
-@pytest.mark.parametrize("kind", ["chat", "instruction"])
-def test_every_earlier_turn_is_in_the_prompt_and_none_is_learned(kind):
-    _, row = made(kind, CONVERSATION)
-    prompt = tiny.tokenizer().decode(row.prompt_ids)
-    places = [prompt.index(m["content"]) for m in CONVERSATION[:-1]]
-    assert places == sorted(places)
-    assert row.prompt in prompt
-    assert row.reference == "Rex, the red one."
-    assert "Tom" not in tiny.tokenizer().decode(row.response_ids)
-
-
-def test_auto_takes_the_chat_template_where_there_is_one():
-    assert Template(tiny.tokenizer(), "auto").kind == "chat"
-    plain = copy(tiny.tokenizer())
-    plain.chat_template = None
-    assert Template(plain, "auto").kind == "instruction"
-    with pytest.raises(DataError, match="no chat template"):
-        Template(plain, "chat")
-
-
-def test_a_long_response_is_cut_and_a_prompt_that_fills_all_is_left_out():
-    _, whole = made("chat", PAIR)
-    template = Template(tiny.tokenizer(), "chat")
-    p, n = len(whole.prompt_ids), whole.length
-    conversation = formats.Conversation("tiny:1", "tiny", PAIR)
-    (row,), cut, dropped = tokenize([conversation], template, n - 2)
-    assert (row.length, cut, dropped) == (n - 2, 1, 0)
-    assert row.prompt_ids == whole.prompt_ids
-    assert row.response_ids == whole.response_ids[:-2]
-    assert tokenize([conversation], template, p) == ([], 0, 1)
-    (row,), _, _ = tokenize([conversation], template, p + 1)
-    assert list(row.response_ids) == list(whole.response_ids[:1])
-
-
-@pytest.mark.parametrize("room", [0, 1])
-def test_a_row_that_just_fits_is_not_counted_as_cut(room):
-    _, whole = made("chat", PAIR)
-    template = Template(tiny.tokenizer(), "chat")
-    (row,), cut, _ = tokenize([formats.Conversation("tiny:1", "tiny", PAIR)], template, whole.length + room)
-    assert row.response_ids == whole.response_ids
-    assert cut == 0
 
 
 # Splits
@@ -387,26 +264,6 @@ def test_no_row_raises_anything_but_a_data_error(format, rows, tmp_path_factory)
         assert str(error)
     else:
         assert sum(counts.values()) < len(drawn)
-
-
-@pytest.mark.parametrize("kind", ["chat", "instruction"])
-@given(turns=TURNS)
-def test_what_is_usable_can_be_written_out_or_is_a_data_error(kind, turns):
-    messages = messages_of(turns)
-    try:
-        assert messages is None or written_out(messages, kind)
-    except DataError as error:
-        assert str(error)
-
-
-@pytest.mark.parametrize("kind", ["chat", "instruction"])
-def test_a_system_message_between_the_turns_is_no_crash(kind):
-    """Gemma's own template raises jinja2's error for it: count it, or say what to do."""
-    messages = messages_of([*PAIR, CONVERSATION[0], *PAIR])
-    try:
-        assert messages is None or written_out(messages, kind)
-    except DataError as error:
-        assert str(error)
 
 
 @pytest.mark.parametrize("kind", ["chat", "instruction"])
