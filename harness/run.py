@@ -214,13 +214,14 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
 
 
 def check_packing(model, rows: list[Row], width: int, pad: int) -> None:
-    """Tries two rows of the training on the model. Raises Unsupported where packing would mix them."""
+    """Tries some rows of the training on the model. Raises Unsupported where packing would mix them."""
     from harness import head
 
-    shortest = pack(sorted(rows, key=lambda row: row.length)[:2], width)[0]
-    apart = collate(shortest, pad, model.device)
-    if reason := head.unpackable(model, apart, collate(shortest, pad, model.device, packed=width)):
-        raise method.Unsupported(reason)
+    together = max(pack(rows[:32], width), key=len)
+    if len(together) > 1:
+        apart, packed = (collate(together, pad, model.device, packed=w) for w in (0, width))
+        if reason := head.unpackable(model, apart, packed):
+            raise method.Unsupported(reason)
 
 
 def step_report(report, batches: Batches):
