@@ -169,7 +169,7 @@ def show(found: dict, console: Console) -> None:
     """In colours on a terminal; elsewhere what is learned stands between ⟦ and ⟧."""
     form = "the model's chat template" if found["template"] == "chat" else "the Instruction/Response form"
     answers = "every answer" if found["loss"] == "all" else "the last answer"
-    console.print(Text(f"{found['title'] or found['dataset']} as {found['model']} will see it", "bold"))
+    say(console, f"{found['title'] or found['dataset']} as {found['model']} will see it", "bold")
     say(console, f"{form}; loss on {answers}; rows of at most {found['max_length']} tokens")
     for part in found["parts"]:
         licence = f" ({part['licence']})" if part["licence"] else ""
@@ -203,12 +203,12 @@ def show(found: dict, console: Console) -> None:
         show_study(found["study"], console)
 
 
-def say(console: Console, text: str) -> None:
-    console.print(Text(plain(text)))
+def say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(plain(text), style))
 
 
 def heading(console: Console, text: str) -> None:
-    console.print(Text(f"\n{text}\n", "bold"))
+    say(console, f"\n{text}\n", "bold")
 
 
 def table_of(splits: dict) -> Table:
