@@ -181,7 +181,8 @@ def test_the_llama_preset_trains_as_many_parameters_as_its_document_prints():
 
     options = plan.load_preset("llama-3.2-1b-wikitext", [])["options"]["qlora"]
     shapes = LlamaConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
-                         num_key_value_heads=8, intermediate_size=8192, vocab_size=128256, tie_word_embeddings=True)  # fmt: skip
+                         num_key_value_heads=8, intermediate_size=8192, vocab_size=128256,
+                         tie_word_embeddings=True)  # fmt: skip
     with torch.device("meta"):
         model = LoRA(**options).attach(AutoModelForCausalLM.from_config(shapes), None)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_703_936
