@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from array import array
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def splits(dataset: dict, locations: dict) -> data.Splits:
         except (KeyError, TypeError):
             pass
     drawn = data.splits(dataset, locations)
-    keep(key, asdict(drawn), {})
+    keep(key, {**vars(drawn), "rows": {name: list(map(vars, rows)) for name, rows in drawn.rows.items()}}, {})
     return drawn
 
 
@@ -111,7 +111,7 @@ def code(names) -> str:
 
 
 def packed(tokens: Tokens) -> tuple[dict, dict[str, np.ndarray]]:
-    value, arrays = {**vars(tokens), "rows": {}, "sample": [asdict(c) for c in tokens.sample]}, {}
+    value, arrays = {**vars(tokens), "rows": {}, "sample": list(map(vars, tokens.sample))}, {}
     for split, made in tokens.rows.items():
         value["rows"][split] = columns = {}
         for name in (field.name for field in fields(Row)):
