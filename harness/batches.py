@@ -1,5 +1,6 @@
 """Rows of token ids become batches, in an order that is the same for every method."""
 
+import heapq
 import random
 from math import ceil
 
@@ -15,6 +16,9 @@ class Batches:
     The order comes from the seed alone, never from the global random state, so that it is the same
     for every method whatever a method draws. `decoder` is the harness's own, for a method that
     trains on answers of the model.
+
+    With hp.packing the rows of a micro-batch share sequences of max_length; steps, their rows and their
+    order are the same.
     """
 
     def __init__(self, rows: list[Row], hp: Hyperparams, seed: int, pad_id: int, device, decoder=None):
@@ -31,9 +35,15 @@ class Batches:
         size = self.hp.micro_batch_size
         for step in self.steps:
             chosen = [self.rows[i] for i in step]
-            yield [self.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            yield [self.training(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+    def training(self, rows: list[Row]) -> dict:
+        """What a step reads: every answer that is to be learned has labels."""
+        packed = self.hp.max_length if self.hp.packing else 0
+        return collate(rows, self.pad_id, self.device, history=True, packed=packed)
 
     def collate(self, rows: list[Row]) -> dict:
+        """For a method that makes rows of its own: labels on the response alone, a row a sequence."""
         return collate(rows, self.pad_id, self.device)
 
 
@@ -61,25 +71,66 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
         epoch += 1
 
 
-def collate(rows: list[Row], pad_id: int, device) -> dict:
-    """Right-padded input_ids, attention_mask and labels, each (B, T), labels only on the response;
-    prompt_lengths (B,); and the rows themselves."""
+def collate(rows: list[Row], pad_id: int, device, history: bool = False, packed: int = 0) -> dict:
+    """Right-padded input_ids, attention_mask and labels, each (B, T), labels only on the response, and
+    with `history` on the earlier answers that the row says; prompt_lengths (B,); and the rows themselves.
+
+    `packed`: rows share sequences of up to so many tokens. Then position_ids (B, T) begin anew with each
+    row, which keeps attention within it, and there are no prompt_lengths.
+    """
     import torch
 
-    longest = max(row.length for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    labels = torch.full((len(rows), longest), -100)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for i, row in enumerate(rows):
-        p, n = len(row.prompt_ids), row.length
-        ids[i, :n] = torch.tensor(list(row.prompt_ids) + list(row.response_ids))
-        labels[i, p:n] = ids[i, p:n]
-        mask[i, :n] = 1
-    lengths = torch.tensor([len(row.prompt_ids) for row in rows])
-    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompt_lengths": lengths}
+    sequences = pack(rows, packed) if packed else [[row] for row in rows]
+    shape = len(sequences), height(sequences)
+    ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
+    mask, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        start = 0
+        for row in sequence:
+            p, stop = start + len(row.prompt_ids), start + row.length
+            ids[i, start:stop] = torch.tensor(list(row.prompt_ids) + list(row.response_ids))
+            learned = [(p, stop)]
+            if history:
+                spans = zip(row.learned[::2], row.learned[1::2], strict=True)
+                learned += [(start + a, start + b) for a, b in spans]
+            for a, b in learned:
+                labels[i, a:b] = ids[i, a:b]
+            mask[i, start:stop] = 1
+            positions[i, start:stop] = torch.arange(row.length)
+            start = stop
+        positions[i, start:] = torch.arange(shape[1] - start)  # padding is a row of its own
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    if packed:
+        tensors["position_ids"] = positions
+    else:
+        tensors["prompt_lengths"] = torch.tensor([len(row.prompt_ids) for row in rows])
     return {
         "rows": rows, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     }  # fmt: skip
+
+
+def pack(rows: list[Row], width: int) -> list[list[Row]]:
+    """Rows in the sequences of at most `width` tokens that have the fewest slots, padding included; never
+    more than a row a sequence would have."""
+    longest_first = sorted(rows, key=lambda row: row.length, reverse=True)
+    choices = [dealt(longest_first, count) for count in range(1, len(rows) + 1)]
+    fitting = [c for c in choices if height(c) <= max(width, longest_first[0].length)]
+    return min(fitting, key=lambda sequences: len(sequences) * height(sequences))
+
+
+def dealt(rows: list[Row], count: int) -> list[list[Row]]:
+    """Each row to the sequence that is the shortest so far."""
+    heap: list[tuple[int, int]] = [(0, i) for i in range(count)]
+    sequences: list[list[Row]] = [[] for _ in range(count)]
+    for row in rows:
+        length, i = heap[0]
+        sequences[i].append(row)
+        heapq.heapreplace(heap, (length + row.length, i))
+    return sequences
+
+
+def height(sequences: list[list[Row]]) -> int:
+    return max(sum(row.length for row in sequence) for sequence in sequences)
 
 
 def batches_of(rows: list[Row], size: int) -> list[list[Row]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from harness import ROOT
 
 OK, SOME_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
-COMMANDS = ("run", "list", "plan", "report", "doctor")
+COMMANDS = ("run", "list", "plan", "data", "report", "doctor")
 EPILOG = """examples:
   run_bench.py --methods qlora galore                   the demo: real parts, small, no GPU needed
   run_bench.py --methods full lora --model DIR --dataset rows.jsonl --set hp.learning_rate=1e-4
@@ -33,9 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return {"run": run, "plan": plan, "list": show, "report": report, "doctor": doctor}[command](
-            options, arguments
-        )
+        return {"run": run, "plan": plan, "list": show, "data": look, "report": report, "doctor": doctor}[
+            command
+        ](options, arguments)
     except KeyboardInterrupt:
         complain("interrupted. What had ended is kept; the same command continues.")
         return INTERRUPTED
@@ -47,9 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
 def parser(command: str) -> argparse.ArgumentParser:
     about = {
         "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), "
-        "list, plan, report, doctor; each has its own --help.",
+        "list, plan, data, report, doctor; each has its own --help.",
         "plan": "What a run with the same arguments would do, and what is cached. Starts nothing.",
         "list": "What can be asked for.",
+        "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut.",
         "report": "Renders the report again from cached results. Needs no torch.",
         "doctor": "What this machine has, what is wrong with it, and the remedy.",
     }
@@ -115,7 +116,15 @@ def parser(command: str) -> argparse.ArgumentParser:
             default=[],
             help="files that each define a method",
         )
-    if command != "doctor":
+    if command == "data":
+        add("name", metavar="NAME|FILE", nargs="?",
+            help="a spec (see: list datasets) or a file of rows; none: the fields of all specs")  # fmt: skip
+        add("--model", metavar="ID|DIR", default="demo/model", help="whose tokenizer; the demo's by default")
+        add("--source", metavar="NAME=PATH", nargs="+", action="extend", default=[],
+            help="a local copy in place of the hub, for a part of the dataset")  # fmt: skip
+        add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="data.NAME or hp.NAME")
+        add("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+    if command not in ("doctor", "data"):
         add(
             "--results",
             type=Path,
@@ -298,6 +307,29 @@ def show(options, arguments: list[str]) -> int:
             print(f"  {name:24} {text}")
         if not items:
             print("  none")
+    return OK
+
+
+def look(options, arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from harness import preview
+    from harness.plan import BadRequest
+    from harness.rows import DataError
+
+    if not options.name:
+        print(json.dumps(preview.mappings()) if options.json else preview.mappings())
+        return OK
+    try:
+        found = preview.look(options.name, options.model, options.source, options.set, options.rows)
+    except (BadRequest, DataError) as error:
+        for line in str(error).splitlines():
+            complain(line)
+        return BAD_REQUEST
+    if options.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        preview.show(found, Console())
     return OK
 
 

@@ -2,26 +2,34 @@
 
 import hashlib
 import json
+import re
 import tomllib
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from harness import ROOT
+from harness.duplicates import Seen
 from harness.errors import unknown
-from harness.formats import FORMATS, Conversation, messages_of, rejected_of
+from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, said
 from harness.metrics import REWARDS
-from harness.rows import SUFFIXES, DataError, rows_of_file
+from harness.rows import SUFFIXES, DataError, holds, rows_of_dataset, rows_of_file
 
 FOLDER = ROOT / "datasets_spec"
 SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
 PART = {  # what a part of a dataset says, and what holds where it is silent
-    "name": "", "title": "", "hub": "", "path": "", "split": "train", "revision": "", "licence": "",
+    "name": "", "title": "", "hub": "", "config": "", "path": "", "revision": "", "licence": "",
+    "split": "train", "validation_split": "", "test_split": "",  # of the source; empty: as `split`
     "format": "instruction", "fields": {}, "mapping": "",
 }  # fmt: skip
 DATASET = {
     "name": "", "title": "", "notice": "", "template": "auto", "seed": 0, "language": "en",
-    "reward": "rouge_l",
+    "reward": "rouge_l", "loss": "all",
     "train": 1000, "validation": 64, "test": 200,
 }  # fmt: skip
+
+SHOWN = 10  # refused rows that are named
+COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 
 # Specs
 
@@ -39,9 +47,7 @@ def load_spec(name: str, overrides: dict) -> dict:
     if path.suffix in SUFFIXES:
         if not path.is_file():
             raise DataError(f"there is no dataset file {path}")
-        first = next(iter(rows_of_file(path)), {})
-        shape = "messages" if "messages" in first else "instruction"
-        part = {"name": path.stem, "title": path.stem, "path": path.name, "format": shape}
+        part = {"name": path.stem, "title": path.stem, "path": path.name, "format": format_of(path)}
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
         spec = read_toml(path if path.suffix == ".toml" else FOLDER / f"{name}.toml", name)
@@ -63,12 +69,33 @@ def load_spec(name: str, overrides: dict) -> dict:
             errors.append(f"data.{key}: must be like {default!r}, not {spec[key]!r}")
     errors += [f"data.{s}: must be at least {int(s != 'validation')}, not {spec[s]}"
                for s in SPLITS if isinstance(spec[s], int) and spec[s] < (s != "validation")]  # fmt: skip
-    for key, choices in (("template", ("auto", "chat", "instruction")), ("reward", REWARDS)):
+    for key, choices in (
+        ("template", ("auto", "chat", "instruction")),
+        ("loss", ("all", "last")),
+        ("reward", REWARDS),
+    ):
         if spec[key] not in choices:
             errors.append(unknown(key, str(spec[key]), choices))
     if errors:
         raise DataError("\n".join(errors))
     return {**spec, "parts": [{**PART, **part} for part in parts]}
+
+
+def format_of(path: Path) -> str:
+    """Of a user's own file, by the columns of its first row."""
+    row = next(rows_of_file(path))
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: a row is {type(row).__name__}, not an object")
+    if found := detect(row):
+        return found
+    near, lacks = nearest(row)
+    fields = ", ".join(f'{field} = "..."' for field in lacks)
+    raise DataError(
+        f"{path}: its columns {', '.join(map(repr, row)) or 'none'} fit no format ({', '.join(FORMATS)}). "
+        f"The nearest is {near}, without {' and '.join(lacks)}. Rename columns, or say which are which in a "
+        f'FILE.toml with [part] name = "{path.stem}", path = "{path.name}", format = "{near}", '
+        f"fields = {{{fields}}} and pass --dataset FILE.toml"
+    )
 
 
 def read_toml(path: Path, name: str) -> dict:
@@ -83,64 +110,200 @@ def read_toml(path: Path, name: str) -> dict:
 # Rows
 
 
-def rows_of_part(part: dict, location: str | None):
-    """Raw rows of a part: from where it lies on this machine, else from the hub."""
-    if location:
-        yield from rows_of_file(Path(location))
-        return
-    import datasets
+@dataclass
+class Splits:
+    """A dataset's rows, drawn, and what was not used of it."""
 
-    yield from datasets.load_dataset(part["hub"], split=part["split"], revision=part["revision"] or None)
+    rows: dict[str, list[Conversation]]
+    left_out: dict[str, int]  # rows, by why: duplicates, near_duplicates, and each reason of a refusal
+    refused: list[dict]  # the first few of the refused: part, row (from 1), reason
+    revisions: dict[str, str]  # part -> the commit that was read, of those from the hub
 
 
-def splits(dataset: dict, locations: dict) -> tuple[dict[str, list[Conversation]], dict[str, int]]:
-    """split -> conversations, disjoint, the rows of all parts mixed; and what was left out, counted.
+@dataclass
+class Pool:
+    """One split of a part's source: its rows in the order of their hash, one for each prompt."""
+
+    part: dict
+    source: str  # the split's name there
+    draws: list[str]  # which of our splits come from it
+    rows: list[Conversation] = field(default_factory=list)
+    usable: int = 0  # distinct rows in all; `rows` may be the first of them only
+    whole: bool = True
+
+
+def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
+    """The splits, disjoint, the rows of all parts mixed.
 
     A row's place is decided by a hash of the seed and its text: the order of the source does not
-    matter. Of rows with the same prompt one is kept. Raises DataError if there are too few.
+    matter. Of rows with the same prompt one is kept. A row of a later split that nearly repeats one
+    of an earlier split, or leads through its prompt, is passed over for the next. `room` times the
+    rows asked for are held in memory. Raises DataError if there are too few.
     """
-    chosen = {split: [] for split in SPLITS}
-    counts = {"unusable": 0, "duplicates": 0}
-    seen = set()
-    for part in dataset["parts"]:
-        rows = []
-        for row in rows_of_part(part, locations.get(part["name"])):
-            if not isinstance(row, dict):
-                raise DataError(f"part {part['name']}: a row is {type(row).__name__}, not an object")
-            messages, rejected = messages_of(row, part), rejected_of(row, part)
-            if messages and (rejected or part["format"] != "pairs"):
-                said = [dataset["seed"], messages] + [rejected] * bool(rejected)
-                text = json.dumps(said, ensure_ascii=False, sort_keys=True)
-                rows.append((hashlib.sha256(text.encode()).hexdigest(), messages, rejected))
+    found = Splits({}, {"duplicates": 0, "near_duplicates": 0}, [], {})
+    pools = [
+        Pool(part, source, draws)
+        for part in dataset["parts"]
+        for source, draws in sources(part, locations.get(part["name"])).items()
+    ]
+    seen: set[bytes] = set()
+    for pool in sorted(pools, key=lambda pool: SPLITS.index(pool.draws[0])):  # a test's own source first
+        fill(pool, dataset, locations.get(pool.part["name"]), room, seen, found)
+    near, prompts = Seen(), set()
+    for split in SPLITS:
+        drawn = []
+        for pool in pools:
+            if split in pool.draws:
+                rows = draw(pool, dataset[split], near, prompts, found.left_out)
+                if len(rows) < dataset[split] and not pool.whole:
+                    return splits(dataset, locations, 2 * room)
+                if len(rows) < dataset[split]:
+                    raise DataError(too_few(pool, dataset, found))
+                drawn += rows
+        found.rows[split] = sorted(drawn, key=lambda c: c.id.rpartition(":")[2])  # mix the parts
+        if split != SPLITS[-1]:
+            near.add([words(c.messages) for c in drawn])
+            prompts |= {prompt(c.messages) for c in drawn}
+    return found
+
+
+def sources(part: dict, location: str | None) -> dict[str, list[str]]:
+    """Split of a part's source -> which of our splits come from it.
+
+    A local copy that lacks one of the splits that a spec names is one source for all.
+    """
+    names = {split: part.get(f"{split}_split") or part["split"] for split in SPLITS}
+    if location and not all(holds(Path(location), name) for name in names.values()):
+        names = dict.fromkeys(SPLITS, part["split"])
+    return {name: [s for s in SPLITS if names[s] == name] for name in dict.fromkeys(names.values())}
+
+
+def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, found: Splits) -> None:
+    """Reads a pool's rows. `seen`: the prompts of those before it."""
+    part = pool.part
+    name = part["name"]
+    wanted = room * sum(dataset[split] for split in pool.draws)
+    best = {}  # prompt -> the least hash of its rows
+    held = {}  # prompt -> that row, if its hash is below the limit
+    limit = "~"  # above every hash
+    for number, row in enumerate(rows_of_part(part, location, pool.source, found.revisions), 1):
+        try:
+            messages, rejected = read(row, part)
+        except Refused as refusal:
+            found.left_out[refusal.reason] = found.left_out.get(refusal.reason, 0) + 1
+            if len(found.refused) < SHOWN:
+                found.refused.append({"part": name, "row": number, "reason": str(refusal)})
+            continue
+        asked = prompt(messages)
+        if asked in seen or asked in best:
+            found.left_out["duplicates"] += 1
+        told = [{"role": m["role"], "content": said(m)} for m in messages]
+        text = [dataset["seed"], told] + [rejected] * bool(rejected)
+        text = json.dumps(text, ensure_ascii=False, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if asked in seen or key >= best.get(asked, "~"):
+            continue
+        best[asked] = key
+        if key < limit:
+            held[asked] = Conversation(f"{name}:{key[:12]}", name, messages, rejected)
+        if len(held) > 2 * wanted:
+            limit = sorted(best.values())[wanted]
+            held = {asked: row for asked, row in held.items() if best[asked] < limit}
+    seen.update(best)
+    pool.rows = [held[asked] for asked in sorted(held, key=best.get)]
+    pool.usable, pool.whole = len(best), len(held) == len(best)
+
+
+def draw(pool: Pool, count: int, near: Seen, prompts: set, left_out: dict) -> list[Conversation]:
+    """The next rows of a pool that repeat nothing in `near` and `prompts`."""
+    drawn = []
+    while len(drawn) < count and pool.rows:
+        rows, pool.rows = pool.rows[: count - len(drawn)], pool.rows[count - len(drawn) :]
+        for row, alike in zip(rows, near.like([words(row.messages) for row in rows]), strict=True):
+            if alike or not prompts.isdisjoint(earlier(row.messages)):
+                left_out["near_duplicates"] += 1
             else:
-                counts["unusable"] += 1
-        distinct = []
-        for key, messages, rejected in sorted(rows, key=lambda row: row[0]):
-            prompt = normalised(messages[:-1])
-            if prompt in seen:
-                counts["duplicates"] += 1
-                continue
-            seen.add(prompt)
-            distinct.append(Conversation(f"{part['name']}:{key[:12]}", part["name"], messages, rejected))
-        wanted = sum(dataset[split] for split in SPLITS)
-        if len(distinct) < wanted:
-            raise DataError(
-                f"part {part['name']}: {wanted} rows are asked for ({describe(dataset)}), but it has "
-                f"{len(distinct)} distinct usable ones. Ask for fewer with --set data.train=... "
-            )
-        start = 0
-        for split in SPLITS:
-            chosen[split] += distinct[start : start + dataset[split]]
-            start += dataset[split]
-    for split in SPLITS:  # mix the parts, by the same hash
-        chosen[split].sort(key=lambda c: c.id.rpartition(":")[2])
-    return chosen, counts
+                drawn.append(row)
+    return drawn
 
 
-def describe(dataset: dict) -> str:
-    return ", ".join(f"{dataset[split]} {split}" for split in reversed(SPLITS))
+def rows_of_part(part: dict, location: str | None, split: str, revisions: dict):
+    """Raw rows of one split: from where it lies on this machine, else from the hub."""
+    if location:
+        path = Path(location)
+        configured = path / part["config"]
+        yield from rows_of_file(configured if configured.is_dir() else path, split)
+        return
+    found = from_hub(part["hub"], part["config"], split, part["revision"])
+    if revision := revision_of(found):
+        revisions[part["name"]] = revision
+    yield from rows_of_dataset(found)
+
+
+def hub_identity(part: dict) -> list:
+    """What changes when the hub's rows of a part do."""
+    found = [from_hub(part["hub"], part["config"], name, part["revision"]) for name in sources(part, None)]
+    return [[revision_of(dataset), dataset._fingerprint] for dataset in found]
+
+
+@cache
+def from_hub(name: str, config: str, split: str, revision: str):
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config or None, split=split, revision=revision or None)
+    except Exception as error:  # of the hub's client, its transport or a builder
+        raise DataError(
+            f"dataset {name}: the hub does not give its split {split!r}: {error}. "
+            "Read a copy with --source NAME=PATH"
+        ) from error
+
+
+def revision_of(dataset) -> str | None:
+    """The commit of a dataset from the hub: it names the folder of the files made of it."""
+    for file in dataset.cache_files:
+        if commit := COMMIT.search(Path(file["filename"]).parent.as_posix()):
+            return commit[0]
+    return None
+
+
+def too_few(pool: Pool, dataset: dict, found: Splits) -> str:
+    name, wanted = pool.part["name"], sum(dataset[split] for split in pool.draws)
+    left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in found.left_out.items() if n)
+    first = {r["reason"]: r["row"] for r in reversed(found.refused) if r["part"] == name}
+    refused = "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[-3:][::-1])
+    return (
+        f"part {name}: {wanted} rows are asked for ({describe(dataset, pool.draws)}), but it has "
+        f"{pool.usable} distinct usable ones. "
+        + (f"Left out: {left_out}. " if left_out else "")
+        + (f"Refused: {refused}. " if refused else "")
+        + ("Ask for fewer with --set data.train=..." if pool.usable else "")
+    ).strip()
+
+
+def describe(dataset: dict, draws: list[str] = SPLITS) -> str:
+    return ", ".join(f"{dataset[split]} {split}" for split in reversed(draws))
+
+
+# What makes two rows one
 
 
 def normalised(messages: list[dict]) -> str:
     """Equal for prompts that differ in case, spacing and the punctuation around them alone."""
-    return " ".join(" ".join(m["content"] for m in messages).casefold().split()).strip(" .,!?")
+    return " ".join(" ".join(map(said, messages)).casefold().split()).strip(" .,!?")
+
+
+def prompt(messages: list[dict]) -> bytes:
+    """A digest of the normalised prompt; of a plain text, of the text."""
+    return hashlib.sha256(normalised(messages[:-1] or messages).encode()).digest()
+
+
+def earlier(messages: list[dict]) -> list[bytes]:
+    """The prompts that a longer conversation leads through, which it answers on its way."""
+    answers = [i for i, m in enumerate(messages[:-1]) if m["role"] == "assistant" and i]
+    return [prompt(messages[: i + 1]) for i in answers]
+
+
+def words(messages: list[dict]) -> str:
+    """What nearness is told by: a system turn, often the same and long, would make all rows near."""
+    return " ".join(said(m) for m in messages[:-1] or messages if m["role"] != "system")

@@ -14,7 +14,8 @@ def token_logps(model, batch: dict) -> torch.Tensor:
     """(B, T-1): log p of each next token that is a target, in fp32; 0 where there is no target.
 
     `batch` holds input_ids, attention_mask and labels, each (B, T); label t says what stands at t,
-    -100 that nothing is learned there.
+    -100 that nothing is learned there. Where it holds position_ids, rows are packed, and each of them
+    begins at position 0.
     """
     return token_scores(model, batch)[0]
 
@@ -23,9 +24,11 @@ def token_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """As token_logps, and beside it (B, T-1) booleans: the target was the most likely token."""
     causal = causal_lm(model)
     causal.prompt_lengths = batch.get("prompt_lengths")  # for a method that acts on the prompt alone
-    hidden = causal.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state[:, :-1]  # (B, T-1, H)
+    packed = "position_ids" in batch  # without a mask, transformers keeps attention within each row
+    placed = {name: batch[name] for name in (["position_ids"] if packed else ["attention_mask"])}
+    hidden = causal.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **placed).last_hidden_state[
+        :, :-1
+    ]  # (B, T-1, H)
     causal.prompt_lengths = None
     labels = batch["labels"][:, 1:]
     targets = labels != -100
@@ -69,9 +72,33 @@ def check(model, tokens: torch.Tensor) -> None:
     own = model(input_ids=tokens, attention_mask=batch["attention_mask"]).logits.float()
     own = own[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     difference = (token_logps(model, batch) - own).abs().max().item()
-    tolerance = 0.05 if model.dtype == torch.bfloat16 else 1e-3
-    if not difference <= tolerance:
+    if not difference <= tolerance(model):
         raise ValueError(
             f"{type(causal_lm(model)).__name__} changes its logits after the head (by {difference:.3g} in "
             "log-probability), which harness/head.py does not know: teach it there first"
         )
+
+
+@torch.no_grad()
+def unpackable(model, apart: dict, packed: dict) -> str | None:
+    """Why this model cannot read packed rows, or None: the same rows, in the same order, must have the
+    same log-probabilities apart and packed, up to much less than mixing them would change."""
+
+    def scores(batch):
+        return token_logps(model, batch)[batch["labels"][:, 1:] != -100]
+
+    name, remedy = type(causal_lm(model)).__name__, "use --set hp.packing=false"
+    try:
+        found = scores(packed)
+    except TypeError as error:
+        return f"{name} cannot read packed rows ({error}): {remedy}"
+    expected, mixed = scores(apart), scores({k: v for k, v in packed.items() if k != "position_ids"})
+    # The mean: of rounding in bf16 it is small, and a leak reaches every token after it.
+    difference, leak = ((x - expected).abs().mean().item() for x in (found, mixed))
+    if not difference <= min(tolerance(model), leak / 4):
+        return f"{name} mixes packed rows (log-probabilities change by {difference:.3g}): {remedy}"
+    return None
+
+
+def tolerance(model) -> float:
+    return 0.05 if model.dtype == torch.bfloat16 else 1e-3

@@ -43,6 +43,7 @@ LIMITS = {
         lambda hp: hp.micro_batch_size < hp.batch_size, "--set hp.micro_batch_size= as hp.batch_size"
     ),
     "gradient clipping": Limit(lambda hp: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
+    "packing": Limit(lambda hp: hp.packing, "--set hp.packing=false"),
     "4-bit base": Limit(),
     "merging": Limit(),
     "several cards": Limit(),

@@ -9,7 +9,7 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from harness import ROOT, data, method
+from harness import ROOT, cache, data, method
 from harness.errors import misfit, unknown
 from harness.spec import PRECISIONS, SCHEDULES, Hyperparams, RunSpec, fingerprint
 
@@ -80,7 +80,7 @@ def plan(request: Request) -> list[RunSpec]:
     )
     if dataset and not errors and len(locations["sources"]) == len(dataset["parts"]):
         try:  # what is on the hub is not downloaded for a plan
-            data.splits(dataset, locations["sources"])
+            cache.splits(dataset, locations["sources"])
         except data.DataError as error:
             errors.append(str(error))
     if errors:
@@ -261,25 +261,25 @@ def find_sources(texts: list[str], dataset: dict | None, errors: list[str]) -> d
 
 
 def unreachable_dataset(name: str) -> str | None:
+    """Why a hub dataset cannot be had, with the remedy; None if it can."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub import errors as hub
 
     try:
-        HfApi().dataset_info(name, timeout=10)
+        HfApi().auth_check(name, repo_type="dataset")  # dataset_info answers for a gated one as well
     except hub.GatedRepoError:
         return (
             f"is gated: accept its terms at https://huggingface.co/datasets/{name} "
             "and `hf auth login`, or read a copy"
         )
     except hub.RepositoryNotFoundError:
-        return "is not on the hub, or is private: `hf auth login`, or read a copy"
-    except Exception:  # offline: what its client raises depends on its transport
-        cached = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
-        return (
-            None
-            if cached.is_dir()
-            else "the hub cannot be reached and it is not in the local cache: read a copy"
-        )
+        return "is not on the hub, or is private: check the name, `hf auth login`, or read a copy"
+    except Exception as error:  # what the hub's client raises depends on its transport
+        folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+        if (folder / name.replace("/", "___")).is_dir():
+            return None
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no answer ({type(error).__name__})"
+        return f"the hub cannot be reached: {why}; and it is not in the local cache: read a copy"
     return None
 
 

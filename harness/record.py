@@ -35,6 +35,7 @@ class RunRecord:
     `overrides`: hyperparameter -> [value, reason], each a declared difference.
     `tokens`: trained (read by the model), padded, supervised (carrying loss), sampled (made by the
     model while training); left_out counts rows. `notes`: what the run found out about its method.
+    `study`: a test conversation in each form it could be written in, see harness.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
     `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.
@@ -55,6 +56,7 @@ class RunRecord:
     step_seconds: list[float] = field(default_factory=list)
     warmup_steps: int = 0  # the first steps: in the training time, not in the steady step time
     tokens: dict = field(default_factory=dict)
+    study: dict = field(default_factory=dict)
     sizes: dict = field(default_factory=dict)
     training: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)

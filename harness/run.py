@@ -20,13 +20,14 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 
-from harness import ROOT, data, method
-from harness.batches import Batches
+from harness import ROOT, cache, data, method
+from harness.batches import Batches, collate, pack
 from harness.record import RunRecord
 from harness.rows import DataError
 from harness.spec import RunSpec
 from harness.store import EVENTS, MODEL, OUTPUTS, append, save
-from harness.template import Row, Template, rows_hash, tokenize
+from harness.study import study
+from harness.template import Row, Template, rows_hash
 
 SPEC, RESULT = "spec.json", "result.json"
 BUSY_BYTES = 2**30  # a driver and a desktop hold less
@@ -122,24 +123,34 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
 
     with meter.phase("load"):
         tokenizer = load_tokenizer(spec)
-        conversations, left_out = data.splits(spec.dataset, spec.locations.get("sources", {}))
-        template = Template(tokenizer, spec.dataset["template"])
-        rows = {}
+        template = Template(tokenizer, spec.dataset["template"], spec.dataset.get("loss", "all"))
+        read = cache.token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
+        rows = read.rows
         for split in data.SPLITS:
-            rows[split], cut, dropped = tokenize(conversations[split], template, hp.max_length)
             record.hashes[split] = rows_hash(rows[split])
-            left_out |= {f"{split}_truncated": cut, f"{split}_too_long": dropped}
-            if dropped and not rows[split]:
+            if spec.dataset[split] and not rows[split]:
+                why = {what: read.left_out.get(f"{split}_{what}", 0) for what in ("too_long", "refused")}
                 raise DataError(
-                    f"no {split} row is left: all {dropped} prompts fill hp.max_length={hp.max_length} tokens"
+                    f"no {split} row is left: {why['too_long']} prompts fill "
+                    f"hp.max_length={hp.max_length} tokens, {why['refused']} the chat template refuses"
                 )
-        record.tokens = {"left_out": left_out, "template": template.kind}
+        record.tokens = {
+            "left_out": {what: count for what, count in read.left_out.items() if count},
+            "refused": read.refused,
+            "revisions": read.revisions,
+            "template": template.kind,
+            "loss": template.loss,
+            "plain_text": all(not row.prompt for row in rows["train"]),
+        }
+        record.study = study(tokenizer, read.sample, template.loss)
         model = chosen.load(lambda **more: load_base(spec, dtype, accelerator.device, **more))
         record.environment["attention"] = model.config._attn_implementation
         record.environment["model_revision"] = getattr(model.config, "_commit_hash", None)
         with accelerator.autocast():
             sample = torch.tensor([list((r.prompt_ids + r.response_ids)[:8]) for r in rows["test"][:1]])
             head.check(model.eval(), sample.to(accelerator.device))
+            if hp.packing:
+                check_packing(model, rows["train"], hp.max_length, tokenizer.pad_token_id)
     scorer = metrics.TextScorer(spec.dataset["language"], spec.dataset["reward"])
     stops = stop_tokens(tokenizer, model, rows["test"])
     decoder = generate.Decoder(tokenizer, stops, hp, accelerator, scorer, meter)
@@ -178,7 +189,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     with meter.phase("evaluate"):
         likelihoods = generate.likelihoods(model, rows["test"], pad, hp, accelerator)
     with meter.phase("generate"):
-        answers = decoder.answers(model, rows["test"], report)
+        asked = [template.question(row, hp.max_new_tokens) for row in rows["test"]]
+        answers = decoder.answers(model, asked, report)
     with meter.phase("evaluate"):
         before = answers if spec.method == "base" else untouched(spec.locations.get("before"))
         worse = rejected(rows["test"], before, template, stops, hp)
@@ -188,7 +200,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         {"id": row.id, "part": row.part, "prompt": row.prompt, "reference": row.reference}
         | answer | likelihood | scorer.score(answer["output"], row.reference)
         | ({"margin": found[row.id] - generate.mean_loss([likelihood])} if row.id in found else {})
-        for row, answer, likelihood in zip(rows["test"], answers, likelihoods, strict=True)
+        for row, answer, likelihood in zip(asked, answers, likelihoods, strict=True)
     ]  # fmt: skip
     for output in outputs:
         append(folder / OUTPUTS, output)
@@ -199,6 +211,17 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
                 record.sizes["saved_bytes"] = save_model(chosen, model, tokenizer, folder / MODEL)
             except OSError as error:  # a full disk must not cost what was measured
                 record.warnings.append(f"the trained model of {spec.folder} was not saved: {error}")
+
+
+def check_packing(model, rows: list[Row], width: int, pad: int) -> None:
+    """Tries some rows of the training on the model. Raises Unsupported where packing would mix them."""
+    from harness import head
+
+    together = max(pack(rows[:32], width), key=len)
+    if len(together) > 1:
+        apart, packed = (collate(together, pad, model.device, packed=w) for w in (0, width))
+        if reason := head.unpackable(model, apart, packed):
+            raise method.Unsupported(reason)
 
 
 def step_report(report, batches: Batches):
@@ -324,9 +347,12 @@ def rejected(rows: list[Row], before: list[dict], template, stops, hp) -> list[R
     found = []
     answers = {answer.get("id", row.id): answer for row, answer in zip(rows, before, strict=False)}
     for row in rows:
+        if not row.prompt:  # plain text has no better and worse answer
+            continue
         ids = row.rejected_ids
-        if not ids and (answer := answers.get(row.id)) and answer["output"] != row.reference:
-            ids = template.response_ids(answer["output"])[: hp.max_length - len(row.prompt_ids)]
+        answer = answers.get(row.id) if row.prompt else None  # a plain text has no answer to prefer
+        if not ids and answer and answer["output"] != row.reference:
+            ids = template.response_ids(row.prompt, answer["output"])[: hp.max_length - len(row.prompt_ids)]
             if answer["stopped"] and row.response_ids[-1] in stops:
                 ids.append(row.response_ids[-1])
         if ids:

@@ -29,6 +29,7 @@ class Hyperparams:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0  # clips the norm over all trained parameters; 0: never
     gradient_checkpointing: bool = False  # recompute activations: less memory, about 4/3 the time
+    packing: bool = False  # several rows share a sequence of max_length: less padding, the same steps
     validations: int = 4  # points of the validation curve after the first
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     precision: str = "auto"  # of the arithmetic; auto: bf16 where the device truly has it, else fp32

@@ -24,6 +24,8 @@ class EVA(LoRA):
     """By PEFT: an incremental PCA, which takes the mean of the inputs off. Of all tokens but padding; PEFT's
     default leaves prompts out where it is given labels."""
 
+    cannot = {"packing": "its directions are those of inputs that attend to their own row alone"}
+
     rho: float = 2.0  # a layer's rank is at most rho times `rank`; 1: the same everywhere. PEFT's default
 
     def __post_init__(self):

@@ -33,6 +33,7 @@ class GRPO(LoRA):
     objective = "reward"
     aim = "reward"
     mean_over = "rows"
+    cannot = {"packing": "it trains on answers of its own, a row a sequence"}
 
     def __post_init__(self):
         super().__post_init__()

@@ -31,6 +31,7 @@ class ORPO(LoRA):
     objective = "preference"
     aim = "preference_accuracy"
     mean_over = "rows"
+    cannot = {"packing": "it needs chosen and rejected answers side by side, a row a sequence"}
 
     def __post_init__(self):
         super().__post_init__()

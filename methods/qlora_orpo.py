@@ -20,3 +20,4 @@ from methods.qlora import QLoRA
 @dataclass
 class QLoRAORPO(QLoRA, ORPO):
     hybrid = ("qlora", "orpo")
+    cannot = {**QLoRA.cannot, **ORPO.cannot}

@@ -26,8 +26,6 @@ WEIGHTS, OPTIONS = "interventions.safetensors", "interventions.json"
 class LoReFT(Method):
     """As the authors' code, but for three things: R is held by its r x d coordinates alone, without a d x d
     matrix beside them (276 MB for Gemma 3 1B, untied); these never decay; and W computes in fp32, as R does.
-
-    Rows must hold one prompt each: packed ones have no first and last tokens that could be told apart.
     """
 
     rank: int = 8  # of the edited subspace; the authors' for reasoning, 4 for instructions
@@ -39,7 +37,8 @@ class LoReFT(Method):
 
     axis = "parameterisation"
     cannot = {
-        "merging": "it edits some tokens only: no weights do that for a token by its place in the prompt"
+        "packing": "a packed sequence has no one prompt with a first and a last token",
+        "merging": "it edits some tokens only: no weights do that for a token by its place in the prompt",
     }
 
     def __post_init__(self):

@@ -1,9 +1,11 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
+os.environ["TUNEOFF_CACHE"] = tempfile.mkdtemp(prefix="tuneoff-tests-")  # never the user's own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the oracles are fp32 on the CPU
 

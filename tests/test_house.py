@@ -12,13 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["spec", "errors"],
     ["record"],
-    ["store", "rows", "metrics", "head", "meter", "progress", "doctor"],
+    ["store", "rows", "duplicates", "metrics", "head", "meter", "progress", "doctor"],
     ["method", "formats", "stats"],
     ["data", "template"],
-    ["batches"],
-    ["train", "generate"],
+    ["batches", "cache"],
+    ["train", "generate", "study"],
     ["plan", "run"],
     ["bench", "report"],
+    ["preview"],
     ["cli"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -7,10 +7,12 @@ from harness.report import plots, tables
 from harness.report.answer import answer
 from harness.report.certificate import certificate, flat
 from harness.report.rows import STATUS, Comparison, Row, read_outputs
-from harness.report.text import UNKNOWN, listed, number
+from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.spec import EVALUATION
 from harness.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
 from harness.store import Store
+from harness.study import marked
+from harness.template import OPENING
 
 MEASURED = (
     "BLEU-4: corpus level, 0 to 100, against one reference. ROUGE-L: F1, 0 to 1, mean over test rows.",
@@ -33,6 +35,16 @@ ON_CPU = (
     "Peak memory: the highest resident memory of the run's process while attaching and training, as "
     "there was no GPU. Python, its libraries and the loaded model are in it."
 )
+TEXT_MEASURED = (
+    "The rows are plain text: windows of up to the longest length; every token but the first is scored. "
+    f"To generate, a model is given the first {OPENING} tokens of a window (half of a shorter one) and its "
+    "output is scored against as many of the next as it may write."
+)
+LOSS = {
+    "all": "every answer of a conversation, with its end mark; scores and validation are of the last answer",
+    "last": "the last answer of a conversation, with its end mark",
+}
+PLAIN_TEXT = "every token of the text but the first of a row"
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
@@ -63,6 +75,7 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
         phases(comparison),
         *generations(comparison, store),
         *setup(comparison),
+        *chat_template(comparison),
         *cards(comparison),
         *fairness(comparison, checks),
         *measuring(comparison),
@@ -221,11 +234,62 @@ def setup(comparison: Comparison) -> list[b.Block]:
     if left_out := next((r.tokens["left_out"] for r in comparison.records if "left_out" in r.tokens), {}):
         rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
     rows.append(["Prompt template", listed(sorted(templates)) or dataset.get("template") or UNKNOWN])
+    if losses := {LOSS[loss] for r in comparison.records if (loss := r.tokens.get("loss"))}:
+        rows.append(["What is learned", PLAIN_TEXT if is_plain_text(comparison) else listed(sorted(losses))])
+    if padded := padding(comparison):
+        rows.append(["Padding", padded])
     hp = asdict(spec.hp)
     if not spec.trains:
         hp = {name: hp[name] for name in EVALUATION}
     rows += [[words(name).capitalize(), str(value)] for name, value in hp.items()]
     return [b.Heading("What was the same for all"), b.Table(["Setting", "Value"], rows, words=(0, 1))]
+
+
+def is_plain_text(comparison: Comparison) -> bool:
+    return any(record.tokens.get("plain_text") for record in comparison.records)
+
+
+def padding(comparison: Comparison) -> str:
+    """Its share of what the steps read. Methods with steps of their own, such as pairs, read otherwise."""
+    shares = {}
+    for row in comparison.trained:
+        tokens = row.newest.tokens
+        if read := tokens.get("trained", 0) + tokens.get("padded", 0):
+            shares.setdefault(f"{tokens['padded'] / read:.1%}", []).append(row.label)
+    if len(shares) == 1:
+        return f"{next(iter(shares))} of what the steps read"
+    return "; ".join(f"{share} for {listed(labels)}" for share, labels in shares.items())
+
+
+def chat_template(comparison: Comparison) -> list[b.Block]:
+    """One conversation in each form it could be taught in."""
+    study = next((r.study for r in comparison.records if r.study), None)
+    if not study:
+        return []
+    columns = ["Form", "Tokens", "Learned", "Tokens a row", "Learned a row", "Special tokens"]
+    rows = [
+        [
+            name,
+            str(form["tokens"]),
+            str(form["learned"]),
+            number(form["mean_tokens"], 0),
+            number(form["mean_learned"], 0),
+            " ".join(f"{count}×{token}" for token, count in form["special"].items()),
+        ]
+        for name, form in study["forms"].items()
+    ]
+    table = b.Table(columns, rows, words=(0, 5))
+    table.notes = [
+        f"The test conversation {study['id']}, uncut; a row: the mean of {study['rows']} of them. Learned: "
+        "tokens that carry loss. As raw text all but the first do; in the other forms the answers do, with "
+        "the mark that ends them."
+    ]
+    found: list[b.Block] = [b.Heading("The chat template, studied"), table]
+    found.append(b.Prose("The same conversation in each form. What is learned stands between ⟦ and ⟧."))
+    for name, form in study["forms"].items():
+        text = shorten(marked(form["pieces"]), tables.LONGEST * 2)
+        found += [b.Prose(name.capitalize() + ":"), b.Code(text.split("\n"))]
+    return found
 
 
 def cards(comparison: Comparison) -> list[b.Block]:
@@ -308,7 +372,8 @@ def measuring(comparison: Comparison) -> list[b.Block]:
         if value and value.get("signature")
     }
     energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
-    items = [*MEASURED, ON_GPU if comparison.on_gpu else ON_CPU, *([ENERGY] if energy else [])]
+    text = [TEXT_MEASURED] if is_plain_text(comparison) else []
+    items = [*MEASURED, *text, ON_GPU if comparison.on_gpu else ON_CPU, *([ENERGY] if energy else [])]
     found = [b.Heading("How each number is measured"), b.Listing(items)]
     return found + ([b.Prose("Signatures:"), b.Listing(sorted(signatures))] if signatures else [])
 

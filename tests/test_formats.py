@@ -1,0 +1,243 @@
+"""Every shape that users bring is read to the same conversation, or refused by reason; nothing crashes."""
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness import ROOT, data, formats
+from harness.data import DATASET, PART
+from harness.rows import DataError, rows_of_file
+
+SAMPLES = ROOT.parent / "shared" / "data" / "schema_samples"  # real rows, where they lie beside the project
+TURNS = [("system", "Be brief."), ("user", "Name a cat."), ("assistant", "Tom."),
+         ("user", "And a dog?"), ("assistant", "Rex.")]  # fmt: skip
+SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
+MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
+
+
+def read(row, format=None, **more):
+    part = {**PART, "name": "tiny", "format": format or formats.detect(row), **more}
+    return formats.read(row, part)
+
+
+def told(row, **more) -> list[tuple[str, str]]:
+    return [(m["role"], formats.said(m)) for m in read(row, **more)[0]]
+
+
+def sharegpt(turns):
+    return [{"from": SHAREGPT[role], "value": text} for role, text in turns]
+
+
+def openai(turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def pair_of(turns, worse):
+    return [*openai(turns[:-1]), {"role": "assistant", "content": worse}]
+
+
+SAME = {  # one conversation in every shape that can hold it
+    "openai": {"messages": openai(TURNS)},
+    "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in TURNS]},
+    "sharegpt": {"conversations": sharegpt(TURNS)},
+    "history": {"instruction": TURNS[3][1], "input": "", "output": TURNS[4][1], "system": TURNS[0][1],
+                "history": [[TURNS[1][1], TURNS[2][1]]]},
+    "prompt and completion": {"prompt": openai(TURNS[:4]), "completion": openai(TURNS[4:])},
+    "ends with a question": {"messages": openai([*TURNS, ("user", "Thanks")])},
+    "a turn in two": {"messages": openai([TURNS[0], ("user", "Name a"), ("user", "cat."), *TURNS[2:]])},
+    "more columns": {"id": 1, "source": "x", "prompt": "Name a cat.", "messages": openai(TURNS)},
+}  # fmt: skip
+PAIRS = {
+    "conversations": {"prompt": TURNS[3][1], "chosen": openai(TURNS), "rejected": pair_of(TURNS, "Fido.")},
+    "answers": {"prompt": openai(TURNS[:4]), "chosen": "Rex.", "rejected": "Fido."},
+    "turns": {"prompt": openai(TURNS[:4]), "chosen": openai(TURNS[4:]),
+              "rejected": [{"role": "assistant", "content": "Fido."}]},
+    "sharegpt": {"conversations": sharegpt(TURNS[:4]), "chosen": {"from": "gpt", "value": "Rex."},
+                 "rejected": {"from": "gpt", "value": "Fido."}},
+    "more columns": {"prompt": "And a dog?", "chosen": openai(TURNS), "rejected": pair_of(TURNS, "Fido."),
+                     "messages": openai(TURNS), "score_chosen": 9.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", SAME.values(), ids=SAME)
+def test_a_conversation_is_the_same_in_every_shape(row):
+    joined = [(role, text.replace("Name a\n\ncat.", "Name a cat.")) for role, text in told(row)]
+    assert joined == TURNS
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_a_pair_is_the_same_in_every_shape(row):
+    assert read(row) == (MESSAGES, "Fido.")
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3", "text": "..."}, ["Add.\n\n1 2", "3"]),
+        ({"instruction": "", "input": "1 + 2", "output": "3"}, ["1 + 2", "3"]),
+        ({"prompt": "1 + 2", "completion": "3"}, ["1 + 2", "3"]),
+        ({"prompt": "1 + 2", "response": 3}, ["1 + 2", "3"]),
+        ({"prompt": "1 + 2", "completion": "3", "label": True}, ["1 + 2", "3"]),
+        ({"question": "1 + 2", "answer": "So 3.\n#### 3"}, ["1 + 2", "So 3.\n#### 3"]),
+        ({"messages": openai([("user", "1 + 2")]), "ground_truth": "3"}, ["1 + 2", "3"]),
+        ({"text": "    return 3\n\n"}, ["    return 3"]),
+        ({"content": "def f(): ...", "lang": "python"}, ["def f(): ..."]),
+    ],
+)
+def test_formats_of_one_question(row, turns):
+    assert [text for _, text in told(row)] == turns
+
+
+CALL = {"name": "weather", "arguments": {"city": "Łódź", "days": [1, 2]}}
+WRITTEN = {**CALL, "arguments": json.dumps(CALL["arguments"])}  # as OpenAI sends it
+TOOLS = [{"name": "weather", "parameters": {"type": "object"}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tools": TOOLS, "messages": [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "c1", "type": "function", "function": WRITTEN}]},
+            {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": '{"rain": true}'},
+            {"role": "assistant", "content": "Yes.", "tool_calls": None}]},
+        {"tools": json.dumps(TOOLS), "conversations": [
+            {"from": "human", "value": "Rain?"}, {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": '{"rain": true}'}, {"from": "gpt", "value": "Yes."}]},
+    ],
+    ids=["openai", "sharegpt"],
+)  # fmt: skip
+def test_a_call_and_its_result_are_turns(row):
+    system, *turns = read(row)[0]
+    assert [m["role"] for m in (system, *turns)] == ["system", "user", "assistant", "tool", "assistant"]
+    assert json.loads(re.fullmatch(r"<tools>\n(.*)\n</tools>", system["content"])[1]) == TOOLS
+    assert json.loads(re.fullmatch(r"<tool_call>\n(.*)\n</tool_call>", turns[1]["content"])[1]) == CALL
+    assert turns[2]["content"] == '{"rain": true}'
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([], "not an object"),
+        ({"prompt": "a"}, "missing field"),
+        ({"instruction": "a", "output": " "}, "empty answer"),
+        ({"instruction": None, "output": "a"}, "empty prompt"),
+        ({"instruction": {"a": 1}, "output": "a"}, "not a text"),
+        ({"instruction": "a", "output": "half \ud83d"}, "not a text"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "unreadable history"),
+        ({"messages": "hello"}, "not a list of messages"),
+        ({"messages": openai([("user", "a")])}, "no assistant turn"),
+        ({"messages": openai([("user", "a")]), "ground_truth": '{"func_name": "f"}'}, "no assistant turn"),
+        ({"messages": openai([("assistant", "a")])}, "roles out of order"),
+        ({"messages": openai([*TURNS[1:3], TURNS[0], *TURNS[1:3]])}, "roles out of order"),
+        ({"messages": openai([("user", "a"), ("tool", "b"), ("assistant", "c")])}, "roles out of order"),
+        ({"messages": openai([("narrator", "a"), ("assistant", "b")])}, "unknown role"),
+        ({"messages": openai(TURNS), "label": False}, "labelled as bad"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "labelled as bad"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "labelled as bad"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "equal answers"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "empty answer"),
+        ({"chosen": openai(TURNS), "rejected": openai(TURNS[1:])}, "two prompts"),
+        ({"chosen": "b", "rejected": "c"}, "missing field"),
+        ({"text": " \n"}, "empty text"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_reason(row, reason):
+    with pytest.raises(formats.Refused) as caught:
+        read(row, formats.detect(row) or "pairs" if isinstance(row, dict) else "text")
+    assert caught.value.reason == reason
+
+
+# Any row
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(sorted(formats.ROLES)) | st.sampled_from(["narrator", "", None, 3])
+SAID = st.text(max_size=6) | st.sampled_from(['{"name": "f", "arguments": "{}"}', "[1]", "null"]) | JSON
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": NAMES,
+        "from": NAMES,
+        "content": SAID,
+        "value": SAID,
+        "tool_calls": st.lists(SAID, max_size=2),
+    },
+)
+REAL = st.lists(st.sampled_from(openai(TURNS) + sharegpt(TURNS)) | MESSAGE, max_size=6)
+COLUMN = SAID | REAL | MESSAGE
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+@given(drawn=st.data())
+def test_any_row_is_a_conversation_or_refused(format, drawn):
+    names = {column for columns in formats.FORMATS[format].values() for column in columns}
+    row = drawn.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(sorted(names), COLUMN)) | JSON)
+    try:
+        messages, rejected = read(row, format)
+    except formats.Refused as refusal:
+        assert refusal.reason and len(refusal.reason) < 30
+        return
+    order = "".join(message["role"][0] for message in messages)
+    assert re.fullmatch("a" if format == "text" else r"s?ua([ut]a)*", order)
+    assert all(isinstance(m["content"], str) and (m["content"] or m["role"] == "tool") for m in messages)
+    json.dumps([messages, rejected], ensure_ascii=False).encode()
+    assert (rejected is not None) == (format == "pairs")
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real rows are not beside the project")
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_odd_real_row_is_read_or_refused_by_name(path):
+    rows = list(rows_of_file(path))
+    part = {**PART, "name": path.stem, "format": data.format_of(path)}
+    spec = {**DATASET, "train": 1, "validation": 0, "test": 1, "parts": [part]}
+    found = data.splits(spec, {path.stem: str(path)})
+    refused = [i for i, row in enumerate(rows, 1) if row.get("label") is False]
+    assert [r["row"] for r in found.refused] == refused[: data.SHOWN]
+    assert all(r["part"] == path.stem and r["reason"] == "labelled as bad" for r in found.refused)
+    assert found.left_out.get("labelled as bad", 0) == len(refused)
+
+
+# A user's own file
+
+
+@pytest.mark.parametrize(
+    "row", [*SAME.values(), *PAIRS.values(), {"text": "a"}, {"question": "a", "answer": "b"}]
+)
+def test_the_format_of_a_file_is_seen_in_its_columns(row, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row))
+    part = data.load_spec(str(path), {})["parts"][0]
+    assert formats.read(row, part)
+
+
+@pytest.mark.parametrize(
+    ("row", "near", "lacks"),
+    [
+        ({"prompt": "a", "reply": "b"}, "prompt", "completion"),
+        ({"instruction": "a", "answer": "b"}, "instruction", "output"),
+        ({"chosen": "a", "worse": "b"}, "pairs", "rejected"),
+    ],
+)
+def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        data.load_spec(str(path), {})
+    text = str(caught.value)
+    assert f"The nearest is {near}, without" in text and lacks in text
+    assert all(repr(column) in text for column in row)
+    # What it says to write, with the user's column filled in, is a spec that reads the row.
+    spec = tmp_path / "own.toml"
+    fields = re.search(r"fields = \{.*?\}", text)[0].replace('"..."', f'"{list(row)[-1]}"')
+    spec.write_text(f'[part]\nname = "own"\npath = "own.jsonl"\nformat = "{near}"\n{fields}\n')
+    part = data.load_spec(str(spec), {})["parts"][0]
+    if near != "pairs":
+        assert formats.read(row, part)
