@@ -104,7 +104,7 @@ def test_what_is_saved_gives_the_same_outputs_again(load_base, tmp_path):
 
 
 def test_it_cannot_be_merged(load_base):
-    with pytest.raises(Unsupported, match="4-bit"):
+    with pytest.raises(Unsupported, match="4 bits"):
         METHOD.merge(METHOD.attach(METHOD.load(load_base), []))
 
 
