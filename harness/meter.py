@@ -37,7 +37,9 @@ class Meter:
         if self.stack:
             self.close(self.stack[-1])
         self.stack.append(name)
-        self.phases.setdefault(name, Phase())
+        if name not in self.phases:  # not at every return to it: that takes a quarter of a second
+            release()
+            self.phases[name] = Phase()
         self.on_enter(name)
         self.open()
         try:
@@ -147,14 +149,17 @@ def highest(*values: int | None) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def reset_host_peak() -> None:
-    """Linux forgets a process's peak when 5 is written here; elsewhere host peaks stay unknown. What an
-    earlier phase freed goes back to the system first, or it would count as this one's."""
+def release() -> None:
+    """Gives what an earlier phase freed back to the system, or it would count as the next one's."""
+    gc.collect()
     try:
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:  # a libc without it
         pass
+
+
+def reset_host_peak() -> None:
+    """Linux forgets a process's peak when 5 is written here; elsewhere host peaks stay unknown."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
