@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from harness.report.rows import Comparison, Row, score, seconds
 from harness.report.text import plain, shorten
@@ -18,6 +19,7 @@ from harness.stats import pareto
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 INK, FAINT = "#333333", "#8a8a8a"
+WIDE = 8  # costs further apart than this share a logarithmic axis, or all but one would be one spot
 SCORES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L"}
 STYLE = {
     "font.size": 9,
@@ -129,6 +131,12 @@ def scatter(ax, rows: list[Row], cost, gain, look, level: float | None, front: b
             ax.scatter(*points.T, s=14, color=style["color"], alpha=0.45, linewidths=0, zorder=3)
         ax.scatter(x, y, s=52, **style, edgecolors="white", linewidths=0.8, zorder=4)
         ax.to_label.append((x, y, shorten(plain(row.label), 32), points))
+    costs = [x for x, *_ in ax.to_label]
+    if costs and max(costs) > WIDE * min(costs) > 0:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
     if front and len(ax.to_label) > 1:
         means = np.array([(x, y) for x, y, _, _ in ax.to_label])
         best = means[pareto(means[:, 0], means[:, 1])]

@@ -26,6 +26,7 @@ NAMES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "perplexity": "Perplexity",
          "token_accuracy": "Token accuracy", "stop_rate": "Stop rate", "reward": "Reward",
          "preference_accuracy": "Preference accuracy"}  # fmt: skip
 EXAMPLES = 10  # test rows shown side by side; the brief asks for 5 to 10
+ALL_PAIRS = 6  # techniques of which every pair is shown: 15 lines
 LONGEST = 700  # characters of a shown text
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -148,13 +149,17 @@ def bootstrap(comparison: Comparison) -> Bootstrap | None:
 
 
 def differences(comparison: Comparison, sample: Bootstrap) -> list[Table]:
-    """Against the untouched model, against each method's own base, and against each other."""
+    """Against the untouched model, against each method's own base, and against each other: those of one
+    objective, and where they are many, all against the first."""
     rows = [row for row in comparison.trained if row.statistics]
     rows.sort(key=lambda row: -sample.point("bleu4", row.label))
+    equals = [[row for row in rows if row in group] for group in comparison.objectives.values()]
+    few = all(len(group) <= ALL_PAIRS for group in equals)
+    others = [pair for group in equals for pair in combinations(group, 2) if few or pair[0] is group[0]]
     sides = {
         "Against the untouched model": [(row, comparison.before(row)) for row in rows],
         "Against the technique's own base": [(row, comparison.own_base(row)) for row in rows],
-        "Against each other": list(combinations(rows, 2)),
+        "Against each other" if few else "The highest BLEU-4 against the others": others,
     }
     return [
         difference_table(title, sample, known)
