@@ -36,6 +36,8 @@ def once(tokenizer_folder: str, sources: list[str]) -> dict:
 
 
 def main(arguments: list[str]) -> None:
+    if len(arguments) < 2:
+        sys.exit(__doc__)
     if os.environ.get("TUNEOFF_CACHE"):
         print(json.dumps(once(arguments[0], arguments[1:])))
         return
