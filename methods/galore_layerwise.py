@@ -5,8 +5,8 @@
 Zhao et al. 2024, GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, arXiv:2403.03507.
 
 Performance: GaLore's to the bit, but for the gradient clipping that it has to go without.
-Efficiency: one gradient lives at a time in place of one per weight, so the gradients' 4 bytes a parameter
-are saved; the arithmetic is GaLore's.
+Efficiency: one gradient lives at a time in place of one per weight. That lowers the peak where gradients
+outweigh activations (small batches, gradient checkpointing), and nothing where activations make it.
 Generalisation: GaLore's; without clipping a bad batch moves the weights further.
 """
 
