@@ -272,9 +272,11 @@ def too_few(pool: Pool, dataset: dict, found: Splits) -> str:
     left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in found.left_out.items() if n)
     first = {r["reason"]: r["row"] for r in reversed(found.refused) if r["part"] == name}
     refused = "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[-3:][::-1])
+    near = found.left_out.get("near_duplicates")
     return (
         f"part {name}: {wanted} rows are asked for ({describe(dataset, pool.draws)}), but it has "
-        f"{pool.usable} distinct usable ones. "
+        f"{pool.usable} distinct usable ones"
+        + (f", {near} of them too near to held-out ones to train on. " if near else ". ")
         + (f"Left out: {left_out}. " if left_out else "")
         + (f"Refused: {refused}. " if refused else "")
         + ("Ask for fewer with --set data.train=..." if pool.usable else "")

@@ -108,7 +108,7 @@ def read(row, part: dict) -> tuple[list[dict], str | None]:
         raise Refused(
             "missing field",
             f"no field {mapped.get(lacks[0], lacks[0])!r} for format {format!r}; "
-            f"a row has {', '.join(map(repr, row)) or 'none'}. Map it with fields = {...} in the spec",
+            f"a row has {', '.join(map(repr, row)) or 'none'}. Map it with fields = {{...}} in the spec",
         )
     value = {}
     for field in FORMATS[format]:

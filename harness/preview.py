@@ -59,7 +59,7 @@ def look(name: str, model: str, sources: list[str], settings: list[str], rows: i
         "dataset": dataset["name"],
         "title": dataset["title"],
         "model": model,
-        "template": template.kind,
+        "template": template.kind if any(row.prompt for row in read.rows["train"]) else "none",
         "loss": template.loss,
         "max_length": hp.max_length,
         "parts": [{key: part[key] for key in ("name", "licence", "mapping")} for part in dataset["parts"]],
@@ -167,8 +167,11 @@ def shown(tokenizer, row: Row) -> dict:
 
 def show(found: dict, console: Console) -> None:
     """In colours on a terminal; elsewhere what is learned stands between ⟦ and ⟧."""
-    form = "the model's chat template" if found["template"] == "chat" else "the Instruction/Response form"
-    answers = "every answer" if found["loss"] == "all" else "the last answer"
+    form = {"chat": "the model's chat template", "none": "plain text, no template"}.get(
+        found["template"], "the Instruction/Response form"
+    )
+    answers = {"all": "every answer", "last": "the last answer"}[found["loss"]]
+    answers = "every token" if found["template"] == "none" else answers
     say(console, f"{found['title'] or found['dataset']} as {found['model']} will see it", "bold")
     say(console, f"{form}; loss on {answers}; rows of at most {found['max_length']} tokens")
     for part in found["parts"]:

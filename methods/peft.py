@@ -64,6 +64,7 @@ class Peft(Method):
     @cache
     def variant(cls, name: str) -> type[Method]:
         """The method of one type of adapter. Raises ValueError for one that cannot be measured."""
+        name = name.replace("_", "").lower()  # prompt_tuning and PROMPT_TUNING are PEFT's own spellings
         if name not in kinds():
             raise ValueError(unknown("PEFT type", name, cls.variants()))
         kind = kinds()[name]
@@ -93,7 +94,10 @@ class Peft(Method):
             raise ValueError("init_r must be above target_r: ranks are pruned from the one to the other")
 
     def chosen(self) -> dict:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if chosen.get("r") and hasattr(self, "oft_block_size"):  # OFT takes the one or the other
+            chosen.setdefault("oft_block_size", 0)
+        return chosen
 
     def config(self, **defaults):
         """PEFT's configuration, from defaults and the user's options."""

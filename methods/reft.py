@@ -1,6 +1,6 @@
 """LoReFT: trained edits of the residual stream at a prompt's first and last tokens, in a low-rank subspace.
 
-    h <- h + R^T (W h + b - R h)        at the prompt's first 7 and last 7 tokens, after each decoder layer
+    h <- h + R^T (W h + b - R h)        at a prompt's first and last tokens, after each decoder layer
     R: rank x d, orthonormal rows; W: rank x d; b: rank; the model is frozen
 
 Wu et al. 2024, ReFT: Representation Finetuning for Language Models, arXiv:2404.03592.

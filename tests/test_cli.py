@@ -172,6 +172,7 @@ BAD_REQUESTS = {
         ["--methods", "peft.prefixtuning"],
         ["peft.prefixtuning prepends trained tokens"],
     ),
+    "variant as PEFT spells it": (["--methods", "peft.PREFIX_TUNING"], ["prepends trained tokens"]),
     "option of a variant": (
         ["--methods", "peft.vera", "--set", "peft.vera.rr=1"],
         ["unknown option of peft.vera 'rr': did you mean r?"],

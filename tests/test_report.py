@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -246,6 +247,19 @@ def test_a_hybrid_is_argued_beside_what_was_measured(tmp_path):
         "| QLoRA", "| GaLore", "| Both"
     ]  # fmt: skip
     assert "share of something: 0.1235" in text and "merging: no sum" in text
+
+
+def test_rows_of_a_local_copy_are_not_said_to_come_from_the_hub(tmp_path):
+    found = fabricate.record("qlora")
+    part, *others = found.spec.dataset["parts"]
+    dataset = {**found.spec.dataset, "parts": [{**part, "hub": "owner/rows"}, *others]}
+    for copies, folder in (({}, "hub"), ({part["name"]: "0123456789ab"}, "copy")):
+        found.spec = replace(found.spec, dataset=dataset, fingerprints=copies)
+        fabricate.keep(tmp_path / folder, found)
+    assert "local cop" not in rendered(tmp_path, tmp_path / "hub")[0]
+    text, _ = rendered(tmp_path, tmp_path / "copy")
+    assert f"The rows of {part['name']} were read from local copies" in text
+    assert "read from a local copy, fingerprint 0123456789ab" in text
 
 
 def test_objectives_share_no_loss_plot(tmp_path):

@@ -8,7 +8,7 @@ from harness.report.answer import answer
 from harness.report.certificate import certificate, flat
 from harness.report.rows import STATUS, Comparison, Row, read_outputs
 from harness.report.text import UNKNOWN, listed, number, shorten
-from harness.spec import EVALUATION
+from harness.spec import EVALUATION, RunSpec
 from harness.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
 from harness.store import Store
 from harness.study import marked
@@ -45,6 +45,10 @@ LOSS = {
     "last": "the last answer of a conversation, with its end mark",
 }
 PLAIN_TEXT = "every token of the text but the first of a row"
+OWN = (
+    " The data hold no pairs: the rejected answer is the untouched model's own, which most fine-tuning "
+    "comes to like less than the reference."
+)
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
@@ -96,10 +100,21 @@ def notices(comparison: Comparison, checks: list, corrupt: list[str]) -> list[b.
         found.append("The untouched model has not been evaluated: there is no score before.")
     if differing := [f"{what} ({details})" for what, fine, details in checks if fine is False]:
         found.append("Not everything was the same for all rows. " + ". ".join(differing) + ".")
+    if copies := local_copies(comparison.spec):
+        found.append(
+            f"The rows of {listed(copies)} were read from local copies (--source) in place of the hub. Their "
+            "source and licence are as the dataset's spec names them, and hold if the copies are those."
+        )
     found += comparison.warnings
     if corrupt:
         found.append(f"Records that could not be read: {len(corrupt)}. They are listed at the end.")
     return [b.Notice(text) for text in found]
+
+
+def local_copies(spec: RunSpec) -> list[str]:
+    """Parts that have a place on the hub, and were read from elsewhere."""
+    parts = spec.dataset.get("parts", [])
+    return [part["name"] for part in parts if part.get("hub") and part["name"] in spec.fingerprints]
 
 
 def results(comparison: Comparison) -> list[b.Block]:
@@ -109,9 +124,13 @@ def results(comparison: Comparison) -> list[b.Block]:
     if "sft" in objectives or not objectives:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
     for name, rows in objectives.items():
+        pairs = any(part.get("format") == "pairs" for part in comparison.spec.dataset.get("parts", []))
+        own = rows[0].aim == "preference_accuracy" and not pairs
         said = f"Techniques with the {name} objective. It aims at {tables.NAMES[rows[0].aim].lower()}, not at"
         found += [
-            b.Prose(f"{said} the likelihood of references, so they are not ranked with the others:"),
+            b.Prose(
+                f"{said} the likelihood of references, so they are not ranked with the others." + own * OWN
+            ),
             tables.brief(comparison, [*comparison.bases, *rows], marks, rows[0].aim),
         ]
     found[-1].notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
@@ -224,10 +243,13 @@ def setup(comparison: Comparison) -> list[b.Block]:
     spec = comparison.spec
     dataset = spec.dataset
     templates = {r.tokens.get("template") for r in comparison.records} - {None}
+    templates = {"none: plain text"} if is_plain_text(comparison) else templates
     rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
     for part in dataset.get("parts", []):
         said = [part.get(key) for key in ("title", "hub", "format", "mapping")]
         said += [f"licence {part['licence']}" if part.get("licence") else None]
+        if part.get("name") in local_copies(spec):
+            said.append(f"read from a local copy, fingerprint {spec.fingerprints[part['name']]}")
         rows.append([f"Part {part.get('name')}", "; ".join(dict.fromkeys(filter(None, said)))])
     sizes = {split: dataset.get(split) for split in ("train", "validation", "test")}
     rows.append(["Rows of each part", ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)])
