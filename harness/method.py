@@ -32,7 +32,7 @@ class Limit:
     """What a method may be unable to do."""
 
     asked: Callable[[Hyperparams], bool] = lambda hp: False  # some are said alone: nothing asks for them
-    remedy: str = ""
+    remedy: str = ""  # may name {hp.x}
 
 
 LIMITS = {
@@ -40,7 +40,7 @@ LIMITS = {
         lambda hp: hp.gradient_checkpointing, "--set hp.gradient_checkpointing=false"
     ),
     "accumulation": Limit(
-        lambda hp: hp.micro_batch_size < hp.batch_size, "--set hp.micro_batch_size= as hp.batch_size"
+        lambda hp: hp.micro_batch_size < hp.batch_size, "--set hp.micro_batch_size={hp.batch_size}"
     ),
     "gradient clipping": Limit(lambda hp: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
     "packing": Limit(lambda hp: hp.packing, "--set hp.packing=false"),

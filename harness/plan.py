@@ -338,7 +338,8 @@ def beyond(chosen: method.Method, hp: Hyperparams) -> list[str]:
     """What the hyperparameters ask of a method that it cannot do."""
     own = chosen.own(hp)
     return [
-        f"method {chosen.name} cannot do {limit}: {reason}. Leave it out, or {method.LIMITS[limit].remedy}"
+        f"method {chosen.name} cannot do {limit}: {reason}. Leave it out, or "
+        + method.LIMITS[limit].remedy.format(hp=own)
         for limit, reason in chosen.cannot.items()
         if method.LIMITS[limit].asked(own)
     ]

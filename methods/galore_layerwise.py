@@ -21,7 +21,7 @@ class GaLoreLayerwise(GaLore):
         "max_grad_norm": (0.0, "a gradient is used and freed before the norm over all of them is known")
     }
     cannot = {
-        "accumulation": "each micro-batch's gradient is used at once: set hp.micro_batch_size = hp.batch_size"
+        "accumulation": "each micro-batch's gradient is used at once"
     }
 
     def optimizer(self, model, hp):

@@ -180,7 +180,7 @@ BAD_REQUESTS = {
     "variant of what has none": (["--methods", "lora.x"], ["lora has no variants: write lora alone"]),
     "limit": (
         ["--methods", "galore_layerwise", "--set", "hp.micro_batch_size=2"],
-        ["galore_layerwise cannot do accumulation: ", "--set hp.micro_batch_size="],
+        ["galore_layerwise cannot do accumulation: ", "--set hp.micro_batch_size=4"],
     ),
     "reward": (["--set", "data.reward=exat"], ["unknown reward 'exat': did you mean exact?"]),
     "name taken": (["--plugins", "lora.py"], ["method lora is defined twice"]),

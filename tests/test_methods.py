@@ -8,9 +8,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
-from tiny import fit, hyperparams, losses, trained_weights
+from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, losses, trained_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from harness import generate, head
 from harness.method import Unsupported, adam, available, build, options, resolve
@@ -120,14 +120,6 @@ def test_an_untouched_base_trains_nothing():
 
 # Sizes: published models, on the meta device
 
-GEMMA_3_1B = Gemma3TextConfig(
-    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
-    num_attention_heads=4, num_key_value_heads=1, head_dim=256,
-)  # fmt: skip
-LLAMA_32_1B = LlamaConfig(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-)  # fmt: skip
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 

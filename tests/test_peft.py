@@ -1,6 +1,5 @@
 """PEFT's adapters through the one interface: every type that is not refused, and three by their papers."""
 
-import importlib.util
 import math
 import re
 
@@ -70,8 +69,6 @@ def linears() -> list[nn.Linear]:
 
 @pytest.mark.parametrize("name", Peft.variants())
 def test_a_type_trains_alone_and_is_saved_and_merged(name, tmp_path):
-    if name == "adamss" and not importlib.util.find_spec("sklearn"):
-        pytest.skip("AdaMSS needs scikit-learn")
     made = method(name)
     before = trained_weights(attached(made))
     base = tiny.model()

@@ -14,10 +14,9 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import fit, hyperparams, trained_weights
+from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, trained_weights
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3TextConfig,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -211,16 +210,6 @@ def test_an_edit_holds_2rd_and_r_parameters(method, count, rank):
     trained, _, _ = fit(LoReFT(rank=rank, **method), hyperparams(max_steps=1), ROWS)
     assert sizes(trained)["trainable"] == count * (2 * rank * 64 + rank)
     assert not list(trained.reft.buffers())  # what is trained is all that is held
-
-
-GEMMA_3_1B = Gemma3TextConfig(
-    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
-    num_attention_heads=4, num_key_value_heads=1, head_dim=256,
-)  # fmt: skip
-LLAMA_32_1B = LlamaConfig(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import tiny
 import torch
-from tiny import copy_of, fit, hyperparams
+from tiny import GEMMA_3_1B, LLAMA_32_1B, copy_of, fit, hyperparams
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from harness import generate, head
 from harness.method import Method, available, build, resolve
@@ -245,16 +245,6 @@ def test_attach_takes_the_best_blocks_of_all_matrices(score):
         "trained blocks": count,
         "trained blocks by layer": ", ".join(f"{n}_proj {spread[f'{n}_proj']}" for n in "qkv"),
     }
-
-
-GEMMA_3_1B = Gemma3TextConfig(
-    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
-    num_attention_heads=4, num_key_value_heads=1, head_dim=256,
-)  # fmt: skip
-LLAMA_32_1B = LlamaConfig(
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(

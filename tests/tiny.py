@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from harness.batches import Batches
 from harness.meter import Meter
@@ -27,6 +27,15 @@ CHAT = """{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}
 + (first if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"""
+# Published architectures, for counts on the meta device.
+GEMMA_3_1B = Gemma3TextConfig(
+    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
+    num_attention_heads=4, num_key_value_heads=1, head_dim=256,
+)  # fmt: skip
+LLAMA_32_1B = LlamaConfig(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
 TEXT = "\n\n### Response:\nthe cat sat on the mat. model\nthe dog ran to the red house. user\nthe "
 
 
