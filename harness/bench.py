@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import ROOT, method
 from harness.record import RunRecord
+from harness.shape import parse
 from harness.spec import RunSpec
 from harness.store import EVENTS, Store, save
 
@@ -50,18 +51,28 @@ def bench(specs: list[RunSpec], store: Store, command: str, progress, force: boo
     `progress` is told `start(spec, number, total)`, `event(values)` and `end(record, cached)`. An
     interrupt reaches the child, is recorded, and is raised again.
     """
+    store.recover()
     for number, spec in enumerate(specs, 1):
         earlier = None if force else store.find(spec)
-        cached = bool(earlier and earlier.ok)
+        before = next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None)
+        cached = bool(earlier and earlier.ok and not lacks(earlier, before, store))
         if cached:
             record = replace(earlier, spec=spec)
         else:
-            if before := next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None):
+            if before:
                 spec.locations["before"] = str(store.path(before))
             progress.start(spec, number, len(specs))
             record = run(spec, store, command, progress)
         progress.end(record, cached)
         yield Done(record, cached)
+
+
+def lacks(record: RunRecord, before: RunSpec | None, store: Store) -> bool:
+    """A run that found no answers of the untouched model, which are there now."""
+    if record.hashes.get("before", "") is not None or not before or untouched(record.spec):
+        return False
+    found = store.find(before)
+    return bool(found and found.ok)
 
 
 def untouched(spec: RunSpec) -> bool:
@@ -98,8 +109,10 @@ def run(spec: RunSpec, store: Store, command: str, progress) -> RunRecord:
     try:
         record = RunRecord.from_json((folder / RESULT).read_text("utf-8"))
         (folder / RESULT).unlink()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as reason:
         status, error = epitaph(child.returncode, folder / "log.txt", interrupted)
+        if child.returncode == 0:
+            error = f"it ended without a whole record: {reason}"
         record = RunRecord(spec, status, error, command=command, started=started)
     (folder / SPEC).unlink()  # its paths are this machine's alone
     store.keep(spec, record)
@@ -132,7 +145,8 @@ def follow(child: subprocess.Popen, events: Path, progress) -> None:
             whole = new[: new.rfind(b"\n") + 1]
             position += len(whole)
             for line in whole.splitlines():
-                progress.event(json.loads(line))
+                with suppress(ValueError, TypeError, LookupError, ArithmeticError):  # a full disk cuts lines
+                    progress.event(parse(line))
         if ended:
             return
         time.sleep(POLL_SECONDS)

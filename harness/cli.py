@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from harness import ROOT
+from harness.plain import plain, print_anything
 
 OK, SOME_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = ("run", "list", "plan", "data", "report", "doctor")
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
     options = parser(command).parse_args(rest)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
+    print_anything()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return {"run": run, "plan": plan, "list": show, "data": look, "report": report, "doctor": doctor}[
@@ -228,9 +230,12 @@ def run(options, arguments: list[str]) -> int:
                 print(
                     f"stale: {ended.record.spec.folder}: its method's code has changed; --force runs it again"
                 )
+        for ended in done:
+            for warning in ended.record.warnings if not ended.cached else []:
+                print(plain(f"note: {ended.record.spec.folder}: {warning}"))
         for record in records:
             if not record.ok:
-                print(f"not ok: {record.spec.folder}: {record.status}: {record.error}")
+                print(plain(f"not ok: {record.spec.folder}: {record.status}: {record.error}"))
         print("report: " + "  ".join(str(file) for file in files))
     return OK if all(record.ok for record in records) else SOME_FAILED
 
@@ -295,7 +300,7 @@ def show(options, arguments: list[str]) -> int:
         found["presets"] = {n: planning.load_preset(n, [])["title"] for n in planning.available()}
     if options.what in (None, "results"):
         records, corrupt = Store(options.results).load()
-        found["results"] = {r.spec.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
+        found["results"] = {r.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
         for line in corrupt:
             complain(f"corrupt: {line}")
     if options.json:
@@ -304,7 +309,7 @@ def show(options, arguments: list[str]) -> int:
     for title, items in found.items():
         print(f"{title}:")
         for name, text in items.items():
-            print(f"  {name:24} {text}")
+            print(plain(f"  {name:24} {text}"))
         if not items:
             print("  none")
     return OK
@@ -342,7 +347,7 @@ def report(options, arguments: list[str]) -> int:
         return BAD_REQUEST
     try:
         files = render(Store(options.results), options.reports, tuple(options.format))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         complain(str(error))
         return BAD_REQUEST
     print(
@@ -399,7 +404,7 @@ def command_line(arguments: list[str]) -> str:
 
 
 def complain(text: str) -> None:
-    print(f"error: {text}" if not text.startswith("interrupted") else f"\n{text}", file=sys.stderr)
+    print(plain(f"error: {text}" if not text.startswith("interrupted") else f"\n{text}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

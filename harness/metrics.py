@@ -111,11 +111,13 @@ def summarise(outputs: list[dict], bleu_signature: str, reward: str = "rouge_l")
     column = {name: np.array([o[name] for o in outputs], dtype=float) for name in
               ("tokens", "nll", "correct", "rouge_l", "stopped", "reward")}  # fmt: skip
     tokens = column["tokens"].sum()
+    with np.errstate(all="ignore"):  # what is not finite stays so, and is null in a record
+        perplexity, accuracy = np.exp(column["nll"].sum() / tokens), column["correct"].sum() / tokens
     values = {
         "bleu4": (bleu4(np.array([o["bleu"] for o in outputs]).sum(0)), bleu_signature),
         "rouge_l": (column["rouge_l"].mean(), ROUGE_SIGNATURE),
-        "perplexity": (np.exp(column["nll"].sum() / tokens), LIKELIHOOD_SIGNATURE),
-        "token_accuracy": (column["correct"].sum() / tokens, LIKELIHOOD_SIGNATURE),
+        "perplexity": (perplexity, LIKELIHOOD_SIGNATURE),
+        "token_accuracy": (accuracy, LIKELIHOOD_SIGNATURE),
         "stop_rate": (column["stopped"].mean(), "greedy, stopped before max_new_tokens"),
         "reward": (column["reward"].mean(), REWARDS[reward]),
     }

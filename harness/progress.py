@@ -2,6 +2,8 @@
 
 import time
 
+from harness.plain import plain
+
 GIB = 2**30
 
 
@@ -19,8 +21,9 @@ def outcome(record, cached: bool) -> str:
     if not record.ok:
         return f"{record.status}: {record.error}"
     parts = [
-        f"BLEU-4 {record.scores['bleu4']['value']:.2f}",
-        f"ROUGE-L {record.scores['rouge_l']['value']:.3f}",
+        f"{name} {value:.{decimals}f}"
+        for metric, name, decimals in (("bleu4", "BLEU-4", 2), ("rouge_l", "ROUGE-L", 3))
+        if (value := record.scores.get(metric, {}).get("value")) is not None
     ]
     if record.spec.trains:
         peak = record.peak("peak_allocated") or record.peak("peak_host")
@@ -37,7 +40,7 @@ class Lines:
         self.started = time.perf_counter()
 
     def say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(plain(text), file=self.stream, flush=True)
 
     def start(self, spec, number: int, total: int) -> None:
         self.name = f"[{number}/{total}] {describe(spec)}"
@@ -98,7 +101,7 @@ class Live:
             self.task = None
         mark = "[green]ok[/]" if record.ok else "[red]--[/]"
         self.progress.console.print(
-            f"{mark} {describe(record.spec)}: {escape(outcome(record, cached))}", highlight=False
+            f"{mark} {describe(record.spec)}: {escape(plain(outcome(record, cached)))}", highlight=False
         )
 
     def close(self) -> None:

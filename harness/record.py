@@ -5,26 +5,107 @@ Bytes, seconds and joules only. Unknown is null: never 0, never NaN.
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Never, Required, TypedDict
 
-from harness.spec import RunSpec
+from harness.metrics import METRICS
+from harness.shape import Amount, Annotated, Count, Share, check, parse
+from harness.spec import RunSpec, folder_name
 
 SCHEMA = 1
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
 PHASES = ("load", "attach", "train", "rollout", "validate", "evaluate", "generate", "save")
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.\w{1,64})?", re.ASCII)  # of a method, or of a family's variant
 
 
 @dataclass
 class Phase:
     """The cost of one phase. Peaks are the highest over the phase, not the growth in it."""
 
-    seconds: float = 0.0
-    peak_allocated: int | None = None  # bytes of live tensors on the GPU: the method's own demand
-    peak_reserved: int | None = None  # bytes the allocator held, fragmentation included
-    peak_device: int | None = None  # bytes the card lost to this process, context included
-    peak_host: int | None = None  # bytes of resident memory of this process
-    joules: float | None = None  # energy of the whole card
+    seconds: Amount = 0.0
+    peak_allocated: Count | None = None  # bytes of live tensors on the GPU: the method's own demand
+    peak_reserved: Count | None = None  # bytes the allocator held, fragmentation included
+    peak_device: Count | None = None  # bytes the card lost to this process, context included
+    peak_host: Count | None = None  # bytes of resident memory of this process
+    joules: Amount | None = None  # energy of the whole card
+
+
+# What stands in a record's lists and dicts, as far as anybody relies on it
+
+
+class Card(TypedDict, total=False):
+    name: str
+    title: str
+    axis: str
+    objective: str
+    aim: Literal[tuple(METRICS)]
+    baseline: str
+    summary: str
+    formula: str
+    paper: str
+    cannot: dict[str, str]
+    hybrid: list[str]
+    why: dict[str, str]
+
+
+class Hashes(TypedDict, total=False):
+    method_code: str
+
+
+class Tokens(TypedDict, total=False):
+    trained: Count
+    padded: Count
+    supervised: Count
+    sampled: Count
+    left_out: dict[str, Count]
+    template: str
+    loss: Literal["all", "last"]
+    plain_text: bool
+
+
+class Form(TypedDict):
+    tokens: Count
+    learned: Count
+    mean_tokens: Amount
+    mean_learned: Amount
+    special: dict[str, Count]
+    pieces: list[tuple[str, bool, bool]]
+
+
+class Study(TypedDict):
+    id: str
+    rows: Count
+    forms: dict[str, Form]
+
+
+class Point(TypedDict, total=False):
+    step: Required[Count]
+    loss: float | None
+
+
+class Score(TypedDict, total=False):
+    value: Required[float | None]
+    signature: str
+
+
+class Output(TypedDict, total=False):
+    """A line of outputs.jsonl: one test row, the answer to it, and what every score is made of."""
+
+    id: Required[str]
+    part: Required[str]
+    prompt: Required[str]
+    reference: Required[str]
+    output: Required[str]
+    stopped: Required[bool]
+    tokens: Required[Count]  # of the reference, end mark included
+    nll: Required[Annotated[float, (-1.0, 1e18)] | None]  # of them all; rounding can leave it below 0
+    correct: Required[Count]
+    bleu: Required[tuple[(Count,) * 10]]
+    rouge_l: Required[Share]
+    reward: Required[Share]
+    margin: float | None
 
 
 @dataclass
@@ -42,27 +123,28 @@ class RunRecord:
     """
 
     spec: RunSpec
-    status: str
+    status: Literal[STATUSES]
     error: str | None = None
     schema: int = SCHEMA
     command: str = ""
     started: str = ""  # UTC, ISO 8601
-    card: dict = field(default_factory=dict)
-    overrides: dict = field(default_factory=dict)
+    card: Card = field(default_factory=dict)
+    overrides: dict[str, tuple[Any, str]] = field(default_factory=dict)
     weights: str = ""  # the master-weight policy as it was applied
-    hashes: dict = field(default_factory=dict)  # method_code, rows of each split, batches (a list)
-    environment: dict = field(default_factory=dict)
-    phases: dict[str, Phase] = field(default_factory=dict)
-    step_seconds: list[float] = field(default_factory=list)
-    warmup_steps: int = 0  # the first steps: in the training time, not in the steady step time
-    tokens: dict = field(default_factory=dict)
-    study: dict = field(default_factory=dict)
-    sizes: dict = field(default_factory=dict)
-    training: list[dict] = field(default_factory=list)
-    validation: list[dict] = field(default_factory=list)
-    scores: dict = field(default_factory=dict)
-    notes: dict = field(default_factory=dict)
+    hashes: Hashes = field(default_factory=dict)  # method_code, rows of each split, batches (a list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
+    step_seconds: list[Amount] = field(default_factory=list)
+    warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time
+    tokens: Tokens = field(default_factory=dict)
+    study: Study | dict[str, Never] = field(default_factory=dict)
+    sizes: dict[str, Count | None] = field(default_factory=dict)
+    training: list[Point] = field(default_factory=list)
+    validation: list[Point] = field(default_factory=list)
+    scores: dict[str, Score] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    folder: str = ""  # in which it is kept; not in the JSON, which says it by what was asked
 
     @property
     def ok(self) -> bool:
@@ -82,13 +164,14 @@ class RunRecord:
 
     def to_json(self) -> str:
         value = asdict(self)
+        del value["folder"]
         value["spec"] = self.spec.asked()
         return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "RunRecord":
         """Raises ValueError, with the reason, for what is no record of this schema."""
-        value = json.loads(text)
+        value = parse(text)
         if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
             raise ValueError("not a run record")
         if value["schema"] != SCHEMA:
@@ -97,17 +180,18 @@ class RunRecord:
                 f"schema {value['schema']}, this version reads {SCHEMA}: "
                 + ("upgrade tuneoff" if newer else "run it again")
             )
-        known = {f.name for f in fields(cls)}
+        value = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        check(value, cls, "record")
+        asked = value["spec"]
+        if not NAME.fullmatch(asked["method"]):
+            raise ValueError(f"{asked['method']!r} is no method's name")
+        value["folder"] = folder_name(asked)  # of what was asked then: a later version may ask for more
         try:
-            value = {name: value[name] for name in value if name in known}
-            value["spec"] = RunSpec.from_json(value["spec"])
-            value["phases"] = {name: Phase(**phase) for name, phase in value["phases"].items()}
-            record = cls(**value)
-        except (KeyError, TypeError, AttributeError) as error:
+            value["spec"] = RunSpec.from_json(asked)
+            value["phases"] = {name: Phase(**phase) for name, phase in value.get("phases", {}).items()}
+        except TypeError as error:
             raise ValueError(f"not a run record: {error}") from error
-        if record.status not in STATUSES:
-            raise ValueError(f"unknown status {record.status!r}")
-        return record
+        return cls(**value)
 
 
 def finite(value):

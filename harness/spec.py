@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Annotated, Any, Required, TypedDict
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -45,6 +46,30 @@ class Hyperparams:
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
 
 
+class Part(TypedDict, total=False):
+    """Where the rows of a part come from, as far as a reader of records relies on it."""
+
+    name: Required[str]
+    title: str
+    hub: str
+    licence: str
+    format: str
+    mapping: str
+
+
+class Dataset(TypedDict, total=False):
+    name: str
+    title: str
+    notice: str
+    template: str
+    language: str
+    reward: str
+    train: int
+    validation: int
+    test: int
+    parts: list[Part]
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """One method, one seed: everything that decides the result, and nothing else.
@@ -53,12 +78,12 @@ class RunSpec:
     """
 
     method: str
-    seed: int
+    seed: Annotated[int, (0, 2**63 - 1)]
     model: str  # a hub id, or a local folder's name; "random:" before it: weights drawn, not trained
-    dataset: dict  # the dataset spec, whole
+    dataset: Dataset  # its spec, whole
     hp: Hyperparams
-    options: dict = field(default_factory=dict)  # the method's own options, defaults included
-    fingerprints: dict = field(default_factory=dict)  # of local files: model, sources
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own options, defaults included
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of local files: model, sources
     locations: dict = field(default_factory=dict, compare=False)
 
     @property
@@ -88,7 +113,7 @@ class RunSpec:
 
     @property
     def folder(self) -> str:
-        return f"{self.method}-s{self.seed}-{self.digest}"
+        return folder_name(self.asked())
 
     @classmethod
     def from_json(cls, value: dict) -> "RunSpec":
@@ -96,6 +121,11 @@ class RunSpec:
         if unknown := set(value["hp"]) - known:
             raise ValueError(f"unknown hyperparameter {', '.join(sorted(unknown))}")
         return cls(**{**value, "hp": Hyperparams(**value["hp"])})
+
+
+def folder_name(asked: dict) -> str:
+    """Where the run of a spec is kept: two specs never share a folder, whatever they differ in."""
+    return f"{asked['method']}-s{asked['seed']}-{digest(asked)}"
 
 
 def digest(value) -> str:

@@ -1,14 +1,22 @@
-"""`results/`: one folder a run. Saves atomically, finds by digest, loads all, names the corrupt ones."""
+"""`results/`: one folder a run. Keeps a run whole or not at all, finds it by digest, names what is no run."""
 
 import json
 import os
+import re
 import shutil
+from itertools import count
+from math import isclose, isfinite
 from pathlib import Path
+from uuid import uuid4
 
-from harness.record import RunRecord, finite
+from harness.metrics import METRICS, summarise
+from harness.record import Output, RunRecord, finite
+from harness.shape import check, parse
 from harness.spec import RunSpec
 
 RECORD, OUTPUTS, EVENTS, MODEL = "record.json", "outputs.jsonl", "events.jsonl", "model"
+RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
+ATTEMPT, EARLIER, ASIDE = ".{}", ".{}.earlier", "{}.aside-{}"  # what may stand beside it
 
 
 class Store:
@@ -18,61 +26,138 @@ class Store:
     def path(self, spec: RunSpec) -> Path:
         return (self.folder / spec.folder).resolve()
 
+    # Reading: nothing that a record says is believed before `read` has looked at all of the run
+
     def find(self, spec: RunSpec) -> RunRecord | None:
-        """The record of this spec, if there is a readable one."""
-        try:
-            return RunRecord.from_json((self.folder / spec.folder / RECORD).read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
+        """The record of this spec, if its run is here whole, with its model if one was saved."""
+        record, _ = self.standing(spec.folder)
+        saved = record.sizes.get("saved_bytes") if record else None
+        files = (self.folder / spec.folder / MODEL).rglob("*.safetensors")
+        return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
 
     def load(self) -> tuple[list[RunRecord], list[str]]:
-        """All records, in the order of their start, and a line for each file that is none."""
+        """The records of all whole runs, in the order of their start, and a line for each that is not."""
         records, corrupt = [], []
-        for path in sorted(self.folder.glob(f"[!.]*/{RECORD}")):
-            try:
-                records.append(RunRecord.from_json(path.read_text("utf-8")))
-            except (OSError, ValueError) as error:
-                corrupt.append(f"{path}: {error}")
-        return sorted(records, key=lambda r: (r.started, r.spec.folder)), corrupt
+        for path in sorted(self.folder.glob("[!.]*")):
+            if ".aside-" in path.name or not (RUN.fullmatch(path.name) or os.path.lexists(path / RECORD)):
+                continue
+            record, reason = self.standing(path.name)
+            if record:
+                records.append(record)
+            else:
+                corrupt.append(f"{path}: {reason}")
+        return sorted(records, key=lambda r: (r.started, r.folder)), corrupt
 
-    def outputs(self, spec: RunSpec) -> list[dict]:
+    def standing(self, name: str) -> tuple[RunRecord | None, str]:
+        """The run in a folder, or why what stands there is none; neither where nothing does."""
+        try:
+            return self.read(name), ""
+        except (OSError, ValueError) as error:
+            there = os.path.lexists(self.folder / name)
+            return None, (getattr(error, "strerror", None) or str(error)) if there else ""
+
+    def read(self, name: str) -> RunRecord:
+        """The record of a folder. Raises OSError or ValueError, with the reason, unless the folder has what a
+        run leaves: a record whose spec gives the folder's name, and outputs that give its scores."""
+        record = RunRecord.from_json(self.text(name, RECORD))
+        if record.folder != name:
+            raise ValueError(f"{RECORD} is {record.folder}'s: its spec or the folder's name was changed")
+        if not record.ok:
+            return record
+        outputs = self.outputs(record)
+        for number, output in enumerate(outputs, 1):
+            check(output, Output, f"{OUTPUTS}, line {number}")
+            right = [output["correct"], *output["bleu"][2:6]]
+            if any(map(int.__gt__, right, [output["tokens"], *output["bleu"][6:]])):
+                raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
+        derived = summarise(outputs, "")
+        for metric in set(METRICS) & set(record.scores):
+            said, found = (scores.get(metric, {}).get("value") for scores in (record.scores, derived))
+            if not agree(said, found):
+                raise ValueError(f"{metric} is {said} by {RECORD}, but {found} by {OUTPUTS}")
+        return record
+
+    def outputs(self, record: RunRecord) -> list[dict]:
         """The test outputs of a run with their per-example scores, in the order of the test rows."""
-        path = self.folder / spec.folder / OUTPUTS
-        if not path.exists():
-            return []
-        outputs = []
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        found = []
+        for number, line in enumerate(self.text(record.folder, OUTPUTS).split("\n"), 1):
             try:
-                outputs.append(json.loads(line))
+                found += [parse(line)] if line else []
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}; run it again with --force") from error
-        return outputs
+                raise ValueError(f"{OUTPUTS}, line {number}: {error}") from error
+        return found
+
+    def text(self, name: str, file: str) -> str:
+        """Of a run's file that lies in the store: no link leads out of it, and no pipe keeps us waiting."""
+        path = self.folder / name / file
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{file} is a link out of {self.folder}")
+        if not path.is_file():
+            raise ValueError(f"{file} is " + ("not a file" if path.exists() else "missing"))
+        return path.read_text("utf-8")
+
+    # Writing
 
     def attempt(self, spec: RunSpec) -> Path:
         """An empty folder to run in, beside the finished one, which stays until this one is kept."""
-        folder = self.folder / f".{spec.folder}"
+        folder = self.folder / ATTEMPT.format(spec.folder)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
 
     def keep(self, spec: RunSpec, record: RunRecord) -> None:
-        """Ends the attempt. One that is not ok never takes the place of one that is."""
-        attempt, final = self.folder / f".{spec.folder}", self.folder / spec.folder
-        earlier = self.find(spec)
+        """Ends the attempt. One that is not ok never takes the place of one that is. What is no whole run, or
+        one of a newer version, is set aside: nothing that cannot be read is overwritten."""
+        attempt = self.folder / ATTEMPT.format(spec.folder)
+        earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
             shutil.rmtree(attempt)
             return
+        if reason:
+            aside = self.aside(spec.folder).name
+            record.warnings.append(f"{spec.folder} held no whole run ({reason}): it was moved to {aside}")
         save(attempt / RECORD, record.to_json())
-        shutil.rmtree(final, ignore_errors=True)
-        attempt.rename(final)
+        self.settle(spec.folder)
+
+    def recover(self) -> None:
+        """Ends what a bench had begun to keep when it was killed."""
+        for path in self.folder.glob(".*"):
+            name = path.name[1:].removesuffix(".earlier")
+            if RUN.fullmatch(name):
+                self.settle(name)
+
+    def settle(self, name: str) -> None:
+        """Puts a finished attempt, which is one with a record, in its place. Each step is one renaming, and
+        begun again it goes on: wherever a kill falls, neither the earlier run nor the new one is lost."""
+        attempt, final, earlier = (self.folder / kind.format(name) for kind in (ATTEMPT, "{}", EARLIER))
+        if (attempt / RECORD).is_file():
+            if os.path.lexists(final):
+                shutil.rmtree(earlier, ignore_errors=True)
+                final.rename(self.aside(name) if self.standing(name)[1] else earlier)
+            attempt.rename(final)
+        if final.exists():
+            shutil.rmtree(earlier, ignore_errors=True)
+
+    def aside(self, name: str) -> Path:
+        """Where something of this name is not in the way."""
+        paths = (self.folder / ASIDE.format(name, i) for i in count(1))
+        return next(path for path in paths if not os.path.lexists(path))
 
 
-def save(path: Path, text: str) -> None:
-    """Writes a whole file or none of it: a full disk leaves the earlier one as it was."""
-    part = path.with_name(f".{path.name}.part")
+def agree(said: float | None, derived: float | None) -> bool:
+    """Up to the last digits, which depend on NumPy's version. What is not finite is null in a record."""
+    if said is None or derived is None or not isfinite(derived):
+        return said is None and (derived is None or not isfinite(derived))
+    return isclose(said, derived, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def save(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or none of it: a full disk leaves the earlier one as it was, and two who write at
+    once do not mix. A lone surrogate, which UTF-8 has not, is written as JSON escapes it."""
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("xb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -82,5 +167,5 @@ def save(path: Path, text: str) -> None:
 
 def append(path: Path, value: dict) -> None:
     """Adds one line of JSON; whoever follows the file sees it at once."""
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")

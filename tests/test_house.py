@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["spec", "errors"],
+    ["spec", "errors", "plain", "shape", "metrics"],
     ["record"],
-    ["store", "rows", "duplicates", "metrics", "head", "meter", "progress", "doctor"],
+    ["store", "rows", "duplicates", "head", "meter", "progress", "doctor"],
     ["method", "formats", "stats"],
     ["data", "template"],
     ["batches", "cache"],

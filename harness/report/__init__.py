@@ -13,12 +13,13 @@ import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.blocks import Block, Plot, Title
 from harness.report.document import document
 from harness.report.rows import comparisons
 from harness.report.tables import brief
-from harness.report.text import markdown, plain
+from harness.report.text import markdown
 from harness.store import Store, save
 
 FORMATS = ("md", "html")
@@ -48,7 +49,7 @@ def render(
     for block in blocks:
         if isinstance(block, Plot):
             for kind, image in block.images.items():
-                (plots / f"{block.name}.{kind}").write_bytes(image)
+                save(plots / f"{block.name}.{kind}", image)
     written = []
     for kind in formats:
         written.append(folder / f"report.{kind}")

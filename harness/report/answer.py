@@ -1,16 +1,20 @@
 """What can be concluded, in plain words and with its uncertainty; nothing that cannot."""
 
-from math import isfinite
+from math import inf, isfinite
 from statistics import fmean
 
-from harness.report.rows import Comparison, Row, score, seconds
+from harness.record import RunRecord
+from harness.report.rows import UNTOUCHED, Comparison, Row, seconds
 from harness.report.tables import DECIMALS, NAMES
 from harness.report.text import duration, listed, number, size
 from harness.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
 
+FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
+MANY = 0.1  # share of the test rows that the lead speaks of
+
 
 def answer(comparison: Comparison, sample: Bootstrap | None) -> str:
-    sentences = [opening(comparison)]
+    sentences = [opening(comparison), *worse(comparison, sample), unreached(comparison)]
     done = [row for row in comparison.trained if row.done]
     ranked = [row for row in done if row.ranked]
     if not comparison.trained:
@@ -55,6 +59,48 @@ def opening(comparison: Comparison) -> str:
         f"{rows[0].label} fine-tuned {spec.model} on {data_title(comparison)} with "
         f"{count(seeds[0], 'seed')}" + (f" and was scored on {tested}test rows." if scored else ".")
     )  # fmt: skip
+
+
+def worse(comparison: Comparison, sample: Bootstrap | None) -> list[str]:
+    """Who is worse than the untouched model by far, in any seed's perplexity or clearly in a score."""
+    base = comparison.base(UNTOUCHED)
+    if comparison.random_weights or not base or not base.done:
+        return []
+    found = []
+    for row in comparison.trained:
+        said = []
+        before, values = (r.values(lambda r: perplexity(comparison, r)) for r in (base, row))
+        if before and values and max(values) > FAR * max(before):
+            most = number(max(values)) if max(values) < inf else "too large to write"
+            said.append(f"perplexity {most} against {number(max(before))}")
+        for metric in ("bleu4", "rouge_l") if sample and row.statistics and base.statistics else ():
+            value, level = sample.point(metric, row.label), sample.point(metric, base.label)
+            if FAR * value < level and sample.difference(metric, row.label, base.label).separable:
+                decimals = DECIMALS[metric]
+                said.append(f"{NAMES[metric]} {number(value, decimals)} against {number(level, decimals)}")
+        if said:
+            found.append(f"{row.label} ({listed(said)})")
+    return [f"Worse than the untouched model by far: {listed(found)}."] if found else []
+
+
+def perplexity(comparison: Comparison, record: RunRecord) -> float | None:
+    """Infinite where it is known and null: no float holds it."""
+    if "perplexity" not in record.scores:
+        return None
+    value = comparison.score(record, "perplexity")
+    return inf if value is None else value
+
+
+def unreached(comparison: Comparison) -> str:
+    beyond, rows = comparison.out_of_reach, len(comparison.parts)
+    if beyond < MANY * rows or not beyond:
+        return ""
+    return f"{beyond:,} of {rows:,} {too_long(comparison)}: their scores are lower than they could be."
+
+
+def too_long(comparison: Comparison) -> str:
+    most = comparison.spec.hp.max_new_tokens
+    return f"references are longer than an answer may be (hp.max_new_tokens, {most} tokens)"
 
 
 def data_title(comparison: Comparison) -> str:
@@ -122,7 +168,7 @@ def aims(comparison: Comparison, rows: list[Row]) -> list[str]:
     found = []
     for row in rows:
         before, name = comparison.before(row), NAMES[row.aim].lower()
-        values = [r.mean(lambda record, m=row.aim: score(record, m)) if r else None for r in (before, row)]
+        values = [r.mean(lambda r, m=row.aim: comparison.score(r, m)) if r else None for r in (before, row)]
         found.append(f"{row.label} ({name} {' to '.join(number(v, DECIMALS[row.aim]) for v in values)})")
     return found
 

@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 from harness.report import blocks as b
 from harness.report import plots, tables
-from harness.report.answer import answer
+from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, flat
-from harness.report.rows import STATUS, Comparison, Row, read_outputs
+from harness.report.rows import STATUS, Comparison, Row, read_outputs, score
 from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.spec import EVALUATION, RunSpec
 from harness.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
@@ -49,6 +49,10 @@ OWN = (
     " The data hold no pairs: the rejected answer is the untouched model's own, which most fine-tuning "
     "comes to like less than the reference."
 )
+CORRUPT = (
+    "Nothing of these was used, and nothing was deleted. The command that made one of them runs it again and "
+    "sets aside what stands there now."
+)
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
@@ -57,7 +61,7 @@ def document(comparisons: list[Comparison], store: Store, corrupt: list[str]) ->
     for i, comparison in enumerate(comparisons, 1):
         found += section(comparison, store, "" if i == 1 else f"-{i}", corrupt if i == 1 else [])
     if corrupt:
-        found += [b.Heading("Records that could not be read"), b.Listing(corrupt)]
+        found += [b.Heading("Records that could not be read"), b.Prose(CORRUPT), b.Listing(corrupt)]
     return found
 
 
@@ -105,10 +109,29 @@ def notices(comparison: Comparison, checks: list, corrupt: list[str]) -> list[b.
             f"The rows of {listed(copies)} were read from local copies (--source) in place of the hub. Their "
             "source and licence are as the dataset's spec names them, and hold if the copies are those."
         )
-    found += comparison.warnings
+    found += comparison.warnings + preferences(comparison)
     if corrupt:
         found.append(f"Records that could not be read: {len(corrupt)}. They are listed at the end.")
     return [b.Notice(text) for text in found]
+
+
+def preferences(comparison: Comparison) -> list[str]:
+    """What keeps preference accuracies from being compared."""
+    found, again = [], "run again with --force"
+    if len(sides := comparison.preferred_to) > 1:
+        named = " against ".join(listed(runs, 4) for runs in sides.values())
+        found.append(
+            f"Preference accuracy is left out: the untouched model had other answers for {named}; {again}."
+        )
+    without = [
+        f"{row.label} (seed {r.spec.seed})"
+        for row in comparison.rows for r in row.done if score(r, "preference_accuracy") is None
+    ]  # fmt: skip
+    if without and len(without) < sum(len(row.done) for row in comparison.rows):
+        found.append(
+            f"{listed(without, 4)} had no answers of the untouched model to prefer references to; {again}."
+        )
+    return found
 
 
 def local_copies(spec: RunSpec) -> list[str]:
@@ -124,8 +147,7 @@ def results(comparison: Comparison) -> list[b.Block]:
     if "sft" in objectives or not objectives:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
     for name, rows in objectives.items():
-        pairs = any(part.get("format") == "pairs" for part in comparison.spec.dataset.get("parts", []))
-        own = rows[0].aim == "preference_accuracy" and not pairs
+        own = rows[0].aim == "preference_accuracy" and not comparison.pairs
         said = f"Techniques with the {name} objective. It aims at {tables.NAMES[rows[0].aim].lower()}, not at"
         found += [
             b.Prose(
@@ -134,6 +156,10 @@ def results(comparison: Comparison) -> list[b.Block]:
             tables.brief(comparison, [*comparison.bases, *rows], marks, rows[0].aim),
         ]
     found[-1].notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
+    if beyond := comparison.out_of_reach:
+        found[-1].notes.append(
+            f"{beyond:,} of {len(comparison.parts):,} {too_long(comparison)}; no answer can equal them."
+        )
     if not comparison.random_weights:
         quality = tables.quality(comparison)
         if "BLEU-4 (own base)" in quality.columns:
@@ -243,7 +269,7 @@ def setup(comparison: Comparison) -> list[b.Block]:
     spec = comparison.spec
     dataset = spec.dataset
     templates = {r.tokens.get("template") for r in comparison.records} - {None}
-    templates = {"none: plain text"} if is_plain_text(comparison) else templates
+    templates = {"none: plain text"} if comparison.plain_text else templates
     rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
     for part in dataset.get("parts", []):
         said = [part.get(key) for key in ("title", "hub", "format", "mapping")]
@@ -257,7 +283,7 @@ def setup(comparison: Comparison) -> list[b.Block]:
         rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
     rows.append(["Prompt template", listed(sorted(templates)) or dataset.get("template") or UNKNOWN])
     if losses := {LOSS[loss] for r in comparison.records if (loss := r.tokens.get("loss"))}:
-        rows.append(["What is learned", PLAIN_TEXT if is_plain_text(comparison) else listed(sorted(losses))])
+        rows.append(["What is learned", PLAIN_TEXT if comparison.plain_text else listed(sorted(losses))])
     if padded := padding(comparison):
         rows.append(["Padding", padded])
     hp = asdict(spec.hp)
@@ -267,17 +293,13 @@ def setup(comparison: Comparison) -> list[b.Block]:
     return [b.Heading("What was the same for all"), b.Table(["Setting", "Value"], rows, words=(0, 1))]
 
 
-def is_plain_text(comparison: Comparison) -> bool:
-    return any(record.tokens.get("plain_text") for record in comparison.records)
-
-
 def padding(comparison: Comparison) -> str:
     """Its share of what the steps read. Methods with steps of their own, such as pairs, read otherwise."""
     shares = {}
     for row in comparison.trained:
         tokens = row.newest.tokens
         if read := tokens.get("trained", 0) + tokens.get("padded", 0):
-            shares.setdefault(f"{tokens['padded'] / read:.1%}", []).append(row.label)
+            shares.setdefault(f"{tokens.get('padded', 0) / read:.1%}", []).append(row.label)
     if len(shares) == 1:
         return f"{next(iter(shares))} of what the steps read"
     return "; ".join(f"{share} for {listed(labels)}" for share, labels in shares.items())
@@ -394,7 +416,7 @@ def measuring(comparison: Comparison) -> list[b.Block]:
         if value and value.get("signature")
     }
     energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
-    text = [TEXT_MEASURED] if is_plain_text(comparison) else []
+    text = [TEXT_MEASURED] if comparison.plain_text else []
     items = [*MEASURED, *text, ON_GPU if comparison.on_gpu else ON_CPU, *([ENERGY] if energy else [])]
     found = [b.Heading("How each number is measured"), b.Listing(items)]
     return found + ([b.Prose("Signatures:"), b.Listing(sorted(signatures))] if signatures else [])

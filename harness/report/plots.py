@@ -10,8 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from harness.plain import plain
 from harness.report.rows import Comparison, Row, score, seconds
-from harness.report.text import plain, shorten
+from harness.report.text import shorten
 from harness.stats import pareto
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is

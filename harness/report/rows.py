@@ -33,7 +33,7 @@ class Row:
     label: str
     records: list[RunRecord]  # one a seed, by seed
     statistics: list[np.ndarray] = field(default_factory=list)
-    outputs_of: RunSpec | None = None  # the lowest seed's, for examples
+    outputs_of: RunRecord | None = None  # the lowest seed's, for examples
 
     @property
     def spec(self) -> RunSpec:
@@ -98,6 +98,7 @@ class Comparison:
     rows: list[Row]
     warnings: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)  # of each test row; from the outputs
+    reference_tokens: np.ndarray | None = None  # (test rows,), end marks included; from the outputs
 
     @property
     def records(self) -> list[RunRecord]:
@@ -124,6 +125,39 @@ class Comparison:
     @property
     def random_weights(self) -> bool:
         return self.spec.model.startswith("random:")
+
+    @property
+    def plain_text(self) -> bool:
+        return any(record.tokens.get("plain_text") for record in self.records)
+
+    @property
+    def pairs(self) -> bool:
+        """The data say which answer is the worse one; else it is the untouched model's own."""
+        return any(part.get("format") == "pairs" for part in self.spec.dataset.get("parts", []))
+
+    @property
+    def preferred_to(self) -> dict[str, list[str]]:
+        """Digest of the untouched model's answers -> the runs whose preferences are over these answers."""
+        found: dict[str, list[str]] = {}
+        for row in [] if self.pairs else self.rows:
+            for record in row.done:
+                answers = record.hashes.get("before")
+                if answers and score(record, "preference_accuracy") is not None:
+                    found.setdefault(str(answers), []).append(f"{row.label} (seed {record.spec.seed})")
+        return found
+
+    def score(self, record: RunRecord, metric: str) -> float | None:
+        """Preferences for different answers are not compared: where there are such, all are unknown."""
+        if metric == "preference_accuracy" and len(self.preferred_to) > 1:
+            return None
+        return score(record, metric)
+
+    @property
+    def out_of_reach(self) -> int:
+        """Test rows whose reference, less its end mark, is longer than an answer may be."""
+        if self.reference_tokens is None or self.plain_text:  # a plain text's is cut to what may be written
+            return 0
+        return int((self.reference_tokens - 1 > self.spec.hp.max_new_tokens).sum())
 
     @property
     def title(self) -> str:
@@ -248,7 +282,7 @@ def read_outputs(comparison: Comparison, store: Store) -> None:
     for row in comparison.rows:
         found = []
         for record in row.done:
-            outputs = store.outputs(record.spec)
+            outputs = store.outputs(record)
             these = [o.get("id") for o in outputs]
             if not outputs:
                 comparison.warnings.append(f"{row.label} (seed {record.spec.seed}): no test outputs")
@@ -261,6 +295,7 @@ def read_outputs(comparison: Comparison, store: Store) -> None:
                 )
                 continue
             found.append(statistics(outputs))
-            row.outputs_of = row.outputs_of or record.spec
+            comparison.reference_tokens = found[0][:, 13]
+            row.outputs_of = row.outputs_of or record
         if len(found) == len(row.done):
             row.statistics = found

@@ -10,7 +10,6 @@ from harness.report.rows import (
     GIB,
     Comparison,
     Row,
-    score,
     seconds,
     step_seconds,
     tokens_per_second,
@@ -54,7 +53,7 @@ def before_and_after(comparison: Comparison, row: Row, metric: str) -> list[str]
     if comparison.random_weights:
         return [UNKNOWN, UNKNOWN]
     before = comparison.before(row)
-    values = (r.values(lambda record: score(record, metric)) if r else [] for r in (before, row))
+    values = (r.values(lambda record: comparison.score(record, metric)) if r else [] for r in (before, row))
     return [spread(v, DECIMALS[metric]) for v in values]
 
 
@@ -81,7 +80,7 @@ def quality(comparison: Comparison) -> Table:
         if with_own:
             own = comparison.own_base(row)
             cells += [
-                spread(own.values(lambda r, m=m: score(r, m)) if own else [], DECIMALS[m])
+                spread(own.values(lambda r, m=m: comparison.score(r, m)) if own else [], DECIMALS[m])
                 for m in ("bleu4", "rouge_l")
             ]
         rows.append(cells)

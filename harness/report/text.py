@@ -8,24 +8,14 @@ import re
 from math import floor, log10
 from statistics import fmean, stdev
 
+from harness.plain import plain
+
 UNKNOWN = "–"  # an en dash: null in a record is never 0
 
-# Control characters (ANSI escapes, NUL), marks that turn the direction of text, invisible ones, and
-# lone surrogates, which UTF-8 cannot write.
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
 MARKDOWN = re.compile(r"[\\`*_\[\]<>|~$&#]")
 BLOCK_START = re.compile(r"^(\s*\d*)([-+=.)])(?=[-+=\s]|$)", re.MULTILINE)  # lists and rules
 # GitHub makes links of these even where they are escaped; an invisible word joiner keeps it from it.
 LINKS = re.compile(r"@|#(?=\w)|:(?=//)|www(?=\.)", re.IGNORECASE)
-
-
-def plain(value) -> str:
-    """Text in which what would act or hide stands as its code point: ⟨U+001B⟩."""
-    text = str(value).replace("\r\n", "\n").replace("\r", "\n")
-    return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
 def markdown(value) -> str:
@@ -51,10 +41,13 @@ def listed(names: list[str], most: int = 8) -> str:
 
 
 def number(value: float | None, decimals: int = 2, signed: bool = False) -> str:
-    """With a true minus sign; groups of thousands where decimals no longer say anything."""
+    """With a true minus sign; groups of thousands where decimals no longer say anything, and powers of ten
+    where no reader counts digits."""
     if value is None or value != value or abs(value) == float("inf"):
         return UNKNOWN
     decimals = 0 if abs(value) >= 10_000 else decimals
+    if abs(value) >= 1e12:
+        return f"{value:{'+' if signed else ''}.3g}".replace("-", "−")
     text = f"{value:{'+' if signed else ''},.{decimals}f}"
     return text.replace("-", "−")
 
