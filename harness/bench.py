@@ -9,21 +9,30 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import ROOT, method
+from harness.errors import redacted
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
 from harness.store import EVENTS, Store, save
 
+LOG = "log.txt"
+LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
+LINE_BYTES = 2**16  # what is longer is taken in pieces
 POLL_SECONDS = 0.2  # often enough for a progress bar, seldom enough not to disturb the run
-GRACE_SECONDS = 10  # to write a record after an interrupt, before the child is killed
+GRACE_SECONDS = 10  # to write a record when asked to end, before the child is killed
+IMPORT_SECONDS = 600  # for torch and its like from a cold network disk
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler's end, a closed terminal
+MARK = "TUNEOFF_BENCH"  # in the environment of a child and of all that it starts: this bench's process
 
 
 @dataclass
@@ -36,22 +45,38 @@ class Done:
 
 def stale(record: RunRecord) -> bool:
     """The method's code is no longer the one that made this record."""
-    name = record.spec.method
-    source = method.find(name, method.available(record.spec.locations.get("plugins", [])))
-    return method.code_hash(method.resolve(name, source)) != record.hashes.get("method_code")
+    return method.code_hash(method_of(record.spec)) != record.hashes.get("method_code")
+
+
+def method_of(spec: RunSpec) -> type[method.Method]:
+    source = method.find(spec.method, method.available(spec.locations.get("plugins", [])))
+    return method.resolve(spec.method, source)
 
 
 class Busy(Exception):
     """Another bench writes into the same results."""
 
 
-def bench(specs: list[RunSpec], store: Store, command: str, progress, force: bool = False) -> Iterator[Done]:
+class Missing(Exception):
+    """What the runs need cannot be imported, a line each."""
+
+
+def bench(
+    specs: list[RunSpec],
+    store: Store,
+    command: str,
+    progress,
+    force: bool = False,
+    limit: float | None = None,
+) -> Iterator[Done]:
     """Runs what is not cached. Only a run that ended ok counts as cached: others are tried again.
 
-    `progress` is told `start(spec, number, total)`, `event(values)` and `end(record, cached)`. An
-    interrupt reaches the child, is recorded, and is raised again.
+    `progress` is told `start(spec, number, total)`, `event(values)` and `end(record, cached)`. A run
+    that takes longer than `limit` seconds is ended. A signal that asks the bench to end reaches the
+    child, is recorded, and is raised again. Raises Missing before the first run.
     """
     store.recover()
+    tried = False
     for number, spec in enumerate(specs, 1):
         earlier = None if force else store.find(spec)
         before = next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None)
@@ -59,10 +84,13 @@ def bench(specs: list[RunSpec], store: Store, command: str, progress, force: boo
         if cached:
             record = replace(earlier, spec=spec)
         else:
+            if not tried:
+                try_imports(specs[number - 1 :])
+                tried = True
             if before:
                 spec.locations["before"] = str(store.path(before))
             progress.start(spec, number, len(specs))
-            record = run(spec, store, command, progress)
+            record = run(spec, store, command, progress, limit)
         progress.end(record, cached)
         yield Done(record, cached)
 
@@ -79,62 +107,132 @@ def untouched(spec: RunSpec) -> bool:
     return spec.method == "base"
 
 
-def run(spec: RunSpec, store: Store, command: str, progress) -> RunRecord:
+def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None = None) -> RunRecord:
     from harness.run import RESULT, SPEC
 
-    folder = store.attempt(spec)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    job = {"spec": {**spec.asked(), "locations": spec.locations}, "command": command}
-    save(folder / SPEC, json.dumps(job, indent=1))
-    interrupted = False
-    with (folder / "log.txt").open("wb") as log:
+    with held() as signals:
+        folder = store.attempt(spec)
+        started, kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
+        job = {"spec": {**spec.asked(), "locations": spec.locations}, "command": command}
+        save(folder / SPEC, json.dumps(job, indent=1))
+        end = time.monotonic() + (limit or float("inf"))
+
+        def asked() -> str | None:
+            return "interrupted" if signals else "timeout" if time.monotonic() > end else None
+
+        log = (folder / LOG).open("wb", buffering=0)
         child = subprocess.Popen(
-            [sys.executable, "-m", "harness.run", str(folder.resolve())],
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                "PYTHONPATH": python_path(),
-                "TUNEOFF_BENCH": str(os.getpid()),
-            },
+            [*PYTHON, "harness.run", str(folder.resolve())],
+            env=environment(),
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        reader = threading.Thread(target=keep_log, args=(child.stdout, log), daemon=True)
+        reader.start()
         try:
-            follow(child, folder / EVENTS, progress)
-        except KeyboardInterrupt:
-            interrupted = True
-            stop(child)
-    try:
-        record = RunRecord.from_json((folder / RESULT).read_text("utf-8"))
-        (folder / RESULT).unlink()
-    except (OSError, ValueError) as reason:
-        status, error = epitaph(child.returncode, folder / "log.txt", interrupted)
-        if child.returncode == 0:
-            error = f"it ended without a whole record: {reason}"
-        record = RunRecord(spec, status, error, command=command, started=started)
-    (folder / SPEC).unlink()  # its paths are this machine's alone
-    store.keep(spec, record)
-    if interrupted:
-        raise KeyboardInterrupt
+            reason = follow(child, folder / EVENTS, progress, asked)
+            if reason:
+                stop(child, signals)
+        finally:
+            clear(child)
+            reader.join(GRACE_SECONDS)
+        try:
+            record = RunRecord.from_json((folder / RESULT).read_text("utf-8"))
+        except (OSError, ValueError) as fault:
+            status, error = epitaph(child.returncode, folder / LOG, reason, oom_kills() > kills)
+            if child.returncode == 0:
+                error = f"it ended without a whole record: {fault}"
+            record = RunRecord(spec, status, error, command=command, started=started)
+        if reason == "timeout" and not record.ok:
+            record.status = "timeout"
+            record.error = (
+                f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
+                "data.test or hp.max_new_tokens"
+            )
+        for file in (SPEC, RESULT):  # the spec's paths are this machine's alone
+            (folder / file).unlink(missing_ok=True)
+        store.keep(spec, record)
     return record
 
 
-ENVIRONMENT = {  # for the child: quiet libraries, and no thread pools beside torch's own
+@contextmanager
+def held():
+    """Signals that ask the bench to end wait until the block has ended. -> those that came so far."""
+    came: list[int] = []
+    earlier = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in earlier.items():
+        if handler is not signal.SIG_IGN:  # as nohup and a script's & have it
+            signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt(came[0])
+
+
+# The child, and what it finds
+
+PYTHON = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the working directory
+ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUNBUFFERED": "1",
 }
+THREADS = {"GOMP_SPINCOUNT": "300"}  # turns of a waiting thread: more of them hold up a busy neighbour's core
+
+
+def environment() -> dict[str, str]:
+    """For a child: the user's, who also decides how threads wait."""
+    own = {} if "OMP_WAIT_POLICY" in os.environ else THREADS
+    return own | os.environ | ENVIRONMENT | {"PYTHONPATH": python_path(), MARK: str(os.getpid())}
 
 
 def python_path() -> str:
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    """What the user has added, but for the working directory, which an empty entry means as well."""
+    added = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(map(str, [ROOT, *(path for path in added if path != Path.cwd())]))
 
 
-def follow(child: subprocess.Popen, events: Path, progress) -> None:
-    """Passes the child's events on until it ends."""
+def try_imports(specs: list[RunSpec]) -> None:
+    """Imports, in a process of its own, what these runs will: it costs seconds, a run that breaks hours."""
+    needs: dict[str, list[str]] = {}
+    for name, cls in {spec.method: method_of(spec) for spec in specs}.items():
+        for need in cls.needs:
+            needs.setdefault(need, []).append(name)
+    try:
+        child = subprocess.run(
+            [*PYTHON, "harness.doctor", *needs],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=IMPORT_SECONDS,
+        )
+        reasons = json.loads(child.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        raise Missing(f"the packages of a run were not imported within {IMPORT_SECONDS} s") from None
+    except (IndexError, ValueError):  # it died of an import
+        last = child.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise Missing(f"the packages of a run: {how(child.returncode)} on import: {last[0]}") from None
+    if reasons:
+        raise Missing("\n".join(
+            f"{', '.join(needs[name])}: {reason}, or leave {'it' if len(needs[name]) == 1 else 'them'} out"
+            if name in needs else f"every run: {reason}"
+            for name, reason in reasons.items()
+        ))  # fmt: skip
+
+
+# The life of a child
+
+
+def follow(child: subprocess.Popen, events: Path, progress, asked: Callable[[], str | None]) -> str | None:
+    """Passes the child's events on until it ends, or until `asked` gives a reason to end it: that reason."""
     position = 0
     while True:
         ended = child.poll() is not None
@@ -145,31 +243,93 @@ def follow(child: subprocess.Popen, events: Path, progress) -> None:
             whole = new[: new.rfind(b"\n") + 1]
             position += len(whole)
             for line in whole.splitlines():
-                with suppress(ValueError, TypeError, LookupError, ArithmeticError):  # a full disk cuts lines
+                with suppress(Exception):  # half a line, a closed terminal: what is shown never ends a run
                     progress.event(parse(line))
         if ended:
-            return
+            return None
+        if reason := asked():
+            return reason
         time.sleep(POLL_SECONDS)
 
 
-def stop(child: subprocess.Popen) -> None:
-    child.send_signal(signal.SIGINT)
-    try:
-        child.wait(GRACE_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+def stop(child: subprocess.Popen, signals: list[int]) -> None:
+    """Asks a child for its record, and waits for it; not after another Ctrl-C."""
+    presses, end = signals.count(signal.SIGINT), time.monotonic() + GRACE_SECONDS
+    child.terminate()
+    child.send_signal(signal.SIGCONT)  # one that is stopped hears nothing
+    while child.poll() is None and signals.count(signal.SIGINT) == presses and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+
+
+def clear(child: subprocess.Popen) -> None:
+    """Ends a child with all that it started, also what has left its group: the mark is inherited."""
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    mark = f"{MARK}={os.getpid()}".encode()
+    for environ in Path("/proc").glob("[0-9]*/environ"):  # Linux; elsewhere the group is all that is known
+        with suppress(OSError):  # it has ended, or is another user's
+            if mark in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
+    child.wait()
 
 
-def epitaph(code: int, log: Path, interrupted: bool) -> tuple[str, str]:
-    """Status and error of a child that left no result."""
-    if interrupted:
-        return "interrupted", "interrupted; the same command runs it again"
-    if code == -signal.SIGKILL:
-        return "oom_host", "killed from outside, most likely for want of host memory: see dmesg"
+def keep_log(output, log) -> None:
+    """What a child prints becomes its log: without secrets, and of very much the beginning and the end.
+
+    Reads on whatever becomes of the log: a child whose output is not read would wait for ever.
+    """
+    written = kept = dropped = 0
+    last: deque[bytes] = deque()
+
+    def write(text: bytes) -> None:
+        with suppress(OSError):  # a full disk
+            log.write(redacted(text.decode("utf-8", "replace")).encode())
+
+    with output, log:
+        for line in iter(lambda: output.readline(LINE_BYTES), b""):
+            if written < LOG_BYTES:
+                write(line)
+                written += len(line)
+                continue
+            last.append(line)
+            kept += len(line)
+            while kept > LOG_BYTES:
+                size = len(last.popleft())
+                kept, dropped = kept - size, dropped + size
+        write(b"[... %d bytes are left out ...]\n" % dropped * bool(dropped) + b"".join(last))
+
+
+def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[str, str]:
+    """Status and error of a child that left no result. `starved`: the kernel killed for want of memory."""
+    from harness.run import AGAIN, exhausted, out_of_memory
+
+    if reason:
+        return "interrupted", f"interrupted; {AGAIN}"
+    if code == -signal.SIGKILL and not starved:
+        return "interrupted", f"killed from outside, and not by the kernel for want of memory; {AGAIN}"
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-    return "failed", f"ended with {how}: {lines[-1][:300] if lines else 'no output'}"
+    text = f"ended with {how(code)}: {lines[-1][:300] if lines else 'no output'}"
+    status = "oom_host" if code == -signal.SIGKILL else exhausted("\n".join(lines[-20:]))
+    return out_of_memory(status, text) if status else ("failed", text)
+
+
+def how(code: int) -> str:
+    """How a process ended. Real-time signals have no name."""
+    names = {number.value: number.name for number in signal.Signals}
+    return f"signal {names.get(-code, -code)}" if code < 0 else f"exit status {code}"
+
+
+COUNTERS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for want of memory, here or in this container, as far as it says."""
+    found = 0
+    for path in COUNTERS:
+        with suppress(OSError):
+            lines = (line.split() for line in Path(path).read_text().splitlines())
+            found += sum(int(words[1]) for words in lines if words[0] == "oom_kill")
+    return found
 
 
 @contextmanager

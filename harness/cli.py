@@ -9,12 +9,14 @@ import logging
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from harness import ROOT
+from harness.errors import redacted
 from harness.plain import plain, print_anything
 
-OK, SOME_FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = ("run", "list", "plan", "data", "report", "doctor")
 EPILOG = """examples:
   run_bench.py --methods qlora galore                   the demo: real parts, small, no GPU needed
@@ -22,7 +24,8 @@ EPILOG = """examples:
   run_bench.py plan --preset NAME                       what would run, what is cached
   run_bench.py report                                   the report again, from cached results
 
-exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted
+exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted,
+143 ended by SIGTERM, 129 by SIGHUP
 """
 
 
@@ -33,17 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser(command).parse_args(rest)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
     print_anything()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    from harness.bench import STOPPING
+
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a script's &, has it
+            signal.signal(number, interrupt)
     try:
         return {"run": run, "plan": plan, "list": show, "data": look, "report": report, "doctor": doctor}[
             command
         ](options, arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as ended:
         complain("interrupted. What had ended is kept; the same command continues.")
-        return INTERRUPTED
+        return SIGNALLED + (ended.args[0] if ended.args else signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return OK
+
+
+def interrupt(number: int, frame) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def parser(command: str) -> argparse.ArgumentParser:
@@ -108,6 +119,9 @@ def parser(command: str) -> argparse.ArgumentParser:
             help="files that each define a method",
         )
         add("--force", action="store_true", help="run again what is cached")
+    if command == "run":
+        add("--time-limit", type=duration, metavar="TIME",
+            help="ends each run that takes longer, as 90s, 30m or 2h (default: none)")  # fmt: skip
     if command == "list":
         add("what", nargs="?", choices=("methods", "datasets", "presets", "results"), help="default: all")
         add(
@@ -150,6 +164,17 @@ def parser(command: str) -> argparse.ArgumentParser:
         help="print one JSON value on standard output, progress on standard error",
     )
     return made
+
+
+def duration(text: str) -> float:
+    """`30m` -> 1800.0 seconds."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        if unit and 0 < (seconds := float(number) * unit) < float("inf"):
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
 
 
 def request(options):
@@ -197,11 +222,15 @@ def run(options, arguments: list[str]) -> int:
     done = []
     try:
         with bench.lock(options.results):
-            for ended in bench.bench(specs, store, command_line(arguments), watcher, options.force):
+            runs = bench.bench(
+                specs, store, command_line(arguments), watcher, options.force, options.time_limit
+            )
+            for ended in runs:
                 done.append(ended)
         files = render(store, options.reports, ("md", "html"))
-    except bench.Busy as error:
-        complain(str(error))
+    except (bench.Busy, bench.Missing) as error:
+        for line in str(error).splitlines():
+            complain(line)
         return BAD_REQUEST
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
         complain(f"{error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
@@ -400,13 +429,15 @@ def doctor(options, arguments: list[str]) -> int:
 def command_line(arguments: list[str]) -> str:
     """As it was typed, the home folder written as ~."""
     text = shlex.join(["run_bench.py", *arguments])
-    return text.replace(str(Path.home()) + "/", "~/")
+    return redacted(text.replace(str(Path.home()) + "/", "~/"))
 
 
 def complain(text: str) -> None:
-    print(plain(f"error: {text}" if not text.startswith("interrupted") else f"\n{text}"), file=sys.stderr)
+    text = redacted(text)
+    with suppress(OSError):  # the terminal is gone
+        print(plain(f"error: {text}" if not text.startswith("interrupted") else f"\n{text}"), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[0] = str(ROOT)  # in place of the working directory, whose random.py is not Python's
     sys.exit(main())

@@ -1,10 +1,12 @@
 """What this machine has, what is wrong with it, and the remedy."""
 
+import importlib
+import json
 import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 FLOORS = {  # the oldest that the code is known to run on
@@ -24,6 +26,9 @@ FLOORS = {  # the oldest that the code is known to run on
     "rich": "13",
     "nvidia-ml-py": "12",
 }
+IMPORTED = (  # by every run; rouge_scorer imports nltk
+    "torch", "transformers", "accelerate", "peft", "safetensors", "sacrebleu", "rouge_score.rouge_scorer",
+)  # fmt: skip
 DISK_BYTES = 5 * 2**30  # room for one 1B model's weights and its results
 BUSY_BYTES = 500 * 2**20  # more than a desktop shows; another program would disturb every number
 
@@ -122,3 +127,24 @@ def token():
         f"hub token {'present' if there else 'absent'}",
         "" if there else "only gated models such as google/gemma-3-1b-it need one: hf auth login",
     )
+
+
+def unimportable(needs: list[str]) -> dict[str, str]:
+    """Package or module -> why it cannot be imported, with the remedy: of those that every run imports,
+    and of the packages that some methods need beyond them."""
+    sources = packages_distributions()
+    reasons = {}
+    for name in [*IMPORTED, *needs]:
+        modules = [name] if name in IMPORTED else [m for m, found in sources.items() if name in found]
+        try:
+            for module in modules or [name]:
+                importlib.import_module(module)
+        except Exception as error:  # a package that is broken raises what it likes
+            missing = isinstance(error, ModuleNotFoundError) and error.name
+            remedy = f"pip install {error.name.partition('.')[0]}" if missing else "install it again with pip"
+            reasons[name] = f"{name} cannot be imported, {type(error).__name__}: {error}: {remedy}"
+    return reasons
+
+
+if __name__ == "__main__":  # a bench tries, in a process of its own, what its runs will import
+    print(json.dumps(unimportable(sys.argv[1:])))

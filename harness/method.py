@@ -197,6 +197,8 @@ def resolve(name: str, source: Path | EntryPoint) -> type[Method]:
         spec = importlib.util.spec_from_file_location(f"tuneoff_plugin_{name}", source)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
+        if (folder := str(source.parent.resolve())) not in sys.path:
+            sys.path.append(folder)  # its neighbours are found, and stand for no library's module
         spec.loader.exec_module(module)
     classes = [
         value

@@ -69,6 +69,8 @@ def plan(request: Request) -> list[RunSpec]:
     rows_file = Path(request.dataset or preset["dataset"])
     own_rows = [f"{rows_file.stem}={rows_file}"] if rows_file.suffix in data.SUFFIXES else []
     locations["sources"] = find_sources([*own_rows, *request.sources], dataset, errors)
+    if dataset and not errors and (reason := endless(hp, dataset["train"])):
+        errors.append(reason)
     locations["plugins"] = [str(Path(plugin).resolve()) for plugin in request.plugins]
     seeds = request.seeds if request.seeds is not None else preset["seeds"]
     if not seeds or any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -150,6 +152,18 @@ def hyperparams(values: dict, errors: list[str]) -> Hyperparams:
     if not errors and hp.micro_batch_size > hp.batch_size:
         hp = replace(hp, micro_batch_size=hp.batch_size)
     return hp
+
+
+MOST_STEPS = 10**6  # a fine-tuning takes thousands; the order of its rows is held in memory
+
+
+def endless(hp: Hyperparams, rows: int) -> str | None:
+    """Why a training would never end."""
+    steps = hp.max_steps or hp.epochs * max(1, rows / hp.batch_size)
+    if steps <= MOST_STEPS:
+        return None
+    what = f"hp.max_steps={hp.max_steps}" if hp.max_steps else f"hp.epochs={hp.epochs:g} of {rows} rows"
+    return f"{what}: {steps:.3g} steps would never end; at most {MOST_STEPS:,} are run"
 
 
 def out_of_range(name: str, value) -> str | None:

@@ -1,6 +1,7 @@
 """What a bench shows while it runs: a live line with rich on a terminal, plain lines elsewhere."""
 
 import time
+from contextlib import suppress
 
 from harness.plain import plain
 
@@ -9,7 +10,25 @@ GIB = 2**30
 
 def make(stream):
     """The progress for a stream: live if it is a terminal."""
-    return Live(stream) if stream.isatty() else Lines(stream)
+    return Live(Steady(stream)) if stream.isatty() else Lines(Steady(stream))
+
+
+class Steady:
+    """A stream that may go away, as a terminal or a pipe's reader does: what is shown is lost, no run is."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: closed, or a letter that it does not have
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 def describe(spec) -> str:

@@ -8,12 +8,14 @@ import json
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +24,7 @@ from pathlib import Path
 
 from harness import ROOT, cache, data, method
 from harness.batches import Batches, collate, pack
+from harness.errors import redacted
 from harness.record import RunRecord
 from harness.rows import DataError
 from harness.spec import RunSpec
@@ -30,12 +33,15 @@ from harness.study import study
 from harness.template import Row, Template, rows_hash
 
 SPEC, RESULT = "spec.json", "result.json"
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # of OpenMP's threads
 BUSY_BYTES = 2**30  # a driver and a desktop hold less
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "sacrebleu", "rouge-score")
 
 
 def main(folder: Path) -> None:
     die_with_parent()
+    for number in ENDING:
+        signal.signal(number, interrupt)
     job = json.loads((folder / SPEC).read_text("utf-8"))
     spec = RunSpec.from_json(job["spec"])
     record = RunRecord(
@@ -50,6 +56,22 @@ def main(folder: Path) -> None:
     except BaseException as error:  # whatever ends a run is its status, never its absence
         record.status, record.error = diagnose(error)
         traceback.print_exc()
+    leave(record, folder)
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled
+
+
+def interrupt(*_) -> None:
+    """Once: another must not disturb the writing of what was measured."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def leave(record: RunRecord, folder: Path) -> None:
+    """What was measured so far, as the bench will find it."""
+    record.warnings = [redacted(warning) for warning in record.warnings]
     save(folder / RESULT, record.to_json())
 
 
@@ -61,23 +83,46 @@ def die_with_parent() -> None:
         sys.exit("the bench is gone")
 
 
+AGAIN = "the same command runs it again"
+SMALLER = "lower hp.micro_batch_size or hp.max_length, or set hp.gradient_checkpointing=true"
+OUT_OF_MEMORY = {  # how those say it who hold the memory: allocators, drivers, libraries, C++ and the system
+    "oom_gpu": (
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "[CUDA]: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "cudaErrorMemoryAllocation",
+        "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE
+        "HIP out of memory",
+    ),
+    "oom_host": ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory"),
+}
+
+
+def exhausted(text: str) -> str | None:
+    """The status of what says that memory ran out."""
+    return next((status for status, marks in OUT_OF_MEMORY.items() if any(m in text for m in marks)), None)
+
+
+def out_of_memory(status: str, text: str) -> tuple[str, str]:
+    return status, f"out of memory on the {'GPU' if status == 'oom_gpu' else 'host'}: {SMALLER}. {text[:300]}"
+
+
 def diagnose(error: BaseException) -> tuple[str, str]:
     """-> status and one line of what went wrong, with the remedy where there is one."""
-    import torch
-
-    text = " ".join(str(error).split())
-    smaller = "lower hp.micro_batch_size or hp.max_length, or set hp.gradient_checkpointing=true"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "oom_gpu", f"out of memory on the GPU: {smaller}. {text[:300]}"
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-        return "oom_host", f"out of memory on the host: {smaller}"
+    text = redacted(" ".join(str(error).split()))
+    kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "interrupted; the same command runs it again"
-    if type(error).__name__ == "Diverged":
+        return "interrupted", f"interrupted; {AGAIN}"
+    if kind == "Diverged":
         return "diverged", f"{text}: try a lower hp.learning_rate"
     if isinstance(error, method.Unsupported):
         return "unsupported", text
-    return "failed", f"{type(error).__name__}: {text[:500]}"
+    said = "oom_gpu" if kind == "OutOfMemoryError" else "oom_host" if isinstance(error, MemoryError) else None
+    if status := said or exhausted(text):
+        return out_of_memory(status, text)
+    return "failed", f"{kind}: {text[:500]}"
 
 
 def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
@@ -107,7 +152,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def report(**values):
-        append(folder / EVENTS, values)
+        with suppress(OSError):  # a full disk: what is only shown does not end a run
+            append(folder / EVENTS, values)
 
     meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
     if meter.card and meter.card.before and meter.card.before > BUSY_BYTES:
@@ -206,11 +252,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         append(folder / OUTPUTS, output)
     record.scores = metrics.summarise(outputs, scorer.signature(), spec.dataset["reward"])
     if spec.trains:
-        with meter.phase("save"):
-            try:
-                record.sizes["saved_bytes"] = save_model(chosen, model, tokenizer, folder / MODEL)
-            except OSError as error:  # a full disk must not cost what was measured
-                record.warnings.append(f"the trained model of {spec.folder} was not saved: {error}")
+        save_model(chosen, model, tokenizer, record, folder, meter)
 
 
 def check_packing(model, rows: list[Row], width: int, pad: int) -> None:
@@ -360,12 +402,24 @@ def rejected(rows: list[Row], before: list[dict], template, stops, hp) -> list[R
     return found
 
 
-def save_model(chosen, model, tokenizer, folder: Path) -> int:
-    """-> bytes of safetensors."""
-    folder.mkdir()
-    chosen.save(model, folder)
-    tokenizer.save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+def save_model(chosen, model, tokenizer, record: RunRecord, folder: Path, meter) -> None:
+    """Writes the trained model after what was measured: a full disk, a fault of the method's or a kill
+    costs the model alone."""
+    record.status = "ok"
+    record.warnings.append(f"the trained model of {record.spec.folder} was not saved")
+    leave(record, folder)
+    try:
+        with meter.phase("save"):
+            (folder / MODEL).mkdir()
+            chosen.save(model, folder / MODEL)
+            tokenizer.save_pretrained(folder / MODEL)
+        files = (folder / MODEL).rglob("*.safetensors")
+        record.sizes["saved_bytes"] = sum(file.stat().st_size for file in files)
+        record.warnings.pop()
+    except BaseException as error:
+        traceback.print_exc()
+        shutil.rmtree(folder / MODEL, ignore_errors=True)  # half a model is none, and fills the disk
+        record.warnings[-1] += f": {type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}"
 
 
 # What is recorded
@@ -424,6 +478,8 @@ def environment(device, precision: str) -> dict:
         "precision": precision,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "waiting": ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+        or "as the library does",
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES if installed(name)},
