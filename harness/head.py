@@ -4,6 +4,8 @@ With a vocabulary of 262,144 the logits of a batch are its largest tensor by far
 states of the target positions meet the head, some rows at a time, and backward computes them again.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,8 @@ def token_logps(model, batch: dict) -> torch.Tensor:
 def token_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """As token_logps, and beside it (B, T-1) booleans: the target was the most likely token."""
     causal = causal_lm(model)
+    if torch.is_grad_enabled() and getattr(causal, "reading", None):  # of a training, see harness/train.py
+        causal.reading(batch)
     causal.prompt_lengths = batch.get("prompt_lengths")  # for a method that acts on the prompt alone
     packed = "position_ids" in batch  # without a mask, transformers keeps attention within each row
     placed = {name: batch[name] for name in (["position_ids"] if packed else ["attention_mask"])}
@@ -62,6 +66,35 @@ def causal_lm(model):
 
 def text_config(causal) -> dict:
     return causal.config.get_text_config().to_dict()
+
+
+@contextmanager
+def arithmetic(model):
+    """-> a dict that the forwards within fill: the types of the `residual stream`, which each decoder layer
+    is given, and of `products`, which each matrix gives. Null where this architecture does not show them."""
+    causal, types = causal_lm(model), {"residual stream": set(), "products": set()}
+    decoder, count = causal.get_decoder(), causal.config.get_text_config().num_hidden_layers
+    lists = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    layers = [layer for layers in lists for layer in layers]
+    within = [m for layer in layers for m in layer.modules()]
+    matrices = [m for m in within if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+
+    def given(module, args, kwargs):
+        types["residual stream"].add([*args, *kwargs.values()][0].dtype)
+
+    def made(module, args, output):
+        types["products"].add(output.dtype)
+
+    hooks = [layer.register_forward_pre_hook(given, with_kwargs=True) for layer in layers]
+    hooks += [m.register_forward_hook(made) for m in [*matrices, causal.get_output_embeddings()]]
+    found = {}
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, seen in types.items():
+            found[name] = ", ".join(sorted(str(t).removeprefix("torch.") for t in seen)) or None
 
 
 @torch.no_grad()

@@ -31,19 +31,24 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 class Limit:
     """What a method may be unable to do."""
 
-    asked: Callable[[Hyperparams], bool] = lambda hp: False  # some are said alone: nothing asks for them
+    # By the hyperparameters and the dataset's spec; some are said alone: nothing asks for them.
+    asked: Callable[[Hyperparams, dict], bool] = lambda hp, dataset: False
     remedy: str = ""  # may name {hp.x}
 
 
 LIMITS = {
     "gradient checkpointing": Limit(
-        lambda hp: hp.gradient_checkpointing, "--set hp.gradient_checkpointing=false"
+        lambda hp, _: hp.gradient_checkpointing, "--set hp.gradient_checkpointing=false"
     ),
     "accumulation": Limit(
-        lambda hp: hp.micro_batch_size < hp.batch_size, "--set hp.micro_batch_size={hp.batch_size}"
+        lambda hp, _: hp.micro_batch_size < hp.batch_size, "--set hp.micro_batch_size={hp.batch_size}"
     ),
-    "gradient clipping": Limit(lambda hp: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
-    "packing": Limit(lambda hp: hp.packing, "--set hp.packing=false"),
+    "gradient clipping": Limit(lambda hp, _: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
+    "packing": Limit(lambda hp, _: hp.packing, "--set hp.packing=false"),
+    "plain text": Limit(
+        lambda _, dataset: any(part["format"] == "text" for part in dataset["parts"]),
+        "--dataset with prompts and answers",
+    ),
     "4-bit base": Limit(),
     "merging": Limit(),
     "several cards": Limit(),
@@ -104,11 +109,14 @@ class Method:
 
         return -token_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
 
+    def keep(self, load_base, model):
+        """-> the trained model as `save` keeps it, which is the one that is scored. Its weights are back in
+        the types that they were loaded in."""
+        return model
+
     def save(self, model, folder: Path) -> None:
         """Writes what was trained into a folder, as safetensors: an adapter as PEFT does, else all
-        weights, in the compute dtype."""
-        if not hasattr(model, "peft_config"):
-            model.to(model.config.dtype)
+        weights."""
         model.save_pretrained(folder)
 
     def restore(self, load_base, folder: Path):

@@ -78,7 +78,7 @@ def plan(request: Request) -> list[RunSpec]:
             f"--seeds: different whole numbers from 0 on, not {' '.join(map(str, seeds)) or 'none'}"
         )
     methods = find_methods(
-        request.methods or preset["methods"], request.plugins, preset["options"], values, hp, errors
+        request.methods or preset["methods"], request.plugins, preset["options"], values, hp, dataset, errors
     )
     if dataset and not errors and len(locations["sources"]) == len(dataset["parts"]):
         try:  # what is on the hub is not downloaded for a plan
@@ -298,7 +298,7 @@ def unreachable_dataset(name: str) -> str | None:
 
 
 def find_methods(
-    names, plugins, preset_options, values, hp, errors
+    names, plugins, preset_options, values, hp, dataset, errors
 ) -> list[tuple[type[method.Method], dict]]:
     """The methods asked for, each after the base row that it starts from, with all its options."""
     for plugin in plugins:
@@ -334,7 +334,7 @@ def find_methods(
             add(cls.baseline)
         chosen, wrong = method.build(cls, {**preset_options.get(name, {}), **values.get(name, {})})
         errors.extend(wrong)
-        errors.extend(beyond(chosen, hp) if chosen else [])
+        errors.extend(beyond(chosen, hp, dataset or {"parts": []}) if chosen else [])
         found[name] = (cls, method.options(chosen) if chosen else {})
 
     if not names:
@@ -348,14 +348,14 @@ def find_methods(
     return list(found.values())
 
 
-def beyond(chosen: method.Method, hp: Hyperparams) -> list[str]:
-    """What the hyperparameters ask of a method that it cannot do."""
+def beyond(chosen: method.Method, hp: Hyperparams, dataset: dict) -> list[str]:
+    """What the hyperparameters or the data ask of a method that it cannot do."""
     own = chosen.own(hp)
     return [
         f"method {chosen.name} cannot do {limit}: {reason}. Leave it out, or "
         + method.LIMITS[limit].remedy.format(hp=own)
         for limit, reason in chosen.cannot.items()
-        if method.LIMITS[limit].asked(own)
+        if method.LIMITS[limit].asked(own, dataset)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Never, Required, TypedDict
 
 from harness.metrics import METRICS
 from harness.shape import Amount, Annotated, Count, Share, check, parse
-from harness.spec import RunSpec, folder_name
+from harness.spec import RunSpec, digest, folder_name
 
 SCHEMA = 1
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
@@ -114,8 +114,13 @@ class RunRecord:
 
     `card` is what the method says of itself (see harness.method.Method.card).
     `overrides`: hyperparameter -> [value, reason], each a declared difference.
-    `tokens`: trained (read by the model), padded, supervised (carrying loss), sampled (made by the
-    model while training); left_out counts rows. `notes`: what the run found out about its method.
+    `hashes`: of the method's code, of each split's rows; a step each: `batches`, as planned for all methods,
+    `given`, what the model truly read, and `learned`, what of it carried loss; `before`: the untouched
+    outputs that rejected answers were taken from (null: none were there; absent: none were needed).
+    `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
+    `tokens`: trained (read by the model), padded, supervised (carrying loss), rows (distinct ones read),
+    sampled (made by the model while training); left_out counts rows. `notes`: what the run found out
+    about its method.
     `study`: a test conversation in each form it could be written in, see harness.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
@@ -131,7 +136,8 @@ class RunRecord:
     card: Card = field(default_factory=dict)
     overrides: dict[str, tuple[Any, str]] = field(default_factory=dict)
     weights: str = ""  # the master-weight policy as it was applied
-    hashes: Hashes = field(default_factory=dict)  # method_code, rows of each split, batches (a list)
+    hashes: Hashes = field(default_factory=dict)
+    arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
     step_seconds: list[Amount] = field(default_factory=list)
@@ -192,6 +198,11 @@ class RunRecord:
         except TypeError as error:
             raise ValueError(f"not a run record: {error}") from error
         return cls(**value)
+
+
+def answers_hash(outputs: list[dict]) -> str | None:
+    """Of an untouched model's test outputs, from which rejected answers are taken. Null: there are none."""
+    return digest([[o["id"], o["output"], o["stopped"]] for o in outputs]) if outputs else None
 
 
 def finite(value):

@@ -5,6 +5,7 @@ FOLDER holds spec.json; this process leaves events.jsonl, outputs.jsonl, model/ 
 
 import ctypes
 import json
+import math
 import os
 import platform
 import random
@@ -25,10 +26,10 @@ from pathlib import Path
 from harness import ROOT, cache, data, method
 from harness.batches import Batches, collate, pack
 from harness.errors import redacted
-from harness.record import RunRecord
+from harness.record import RunRecord, answers_hash
 from harness.rows import DataError
 from harness.spec import RunSpec
-from harness.store import EVENTS, MODEL, OUTPUTS, append, save
+from harness.store import EVENTS, MODEL, OUTPUTS, RECORD, append, save
 from harness.study import study
 from harness.template import Row, Template, rows_hash
 
@@ -155,6 +156,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         with suppress(OSError):  # a full disk: what is only shown does not end a run
             append(folder / EVENTS, values)
 
+    def load(**more):
+        return load_base(spec, dtype, accelerator.device, **more)
+
     meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
     if meter.card and meter.card.before and meter.card.before > BUSY_BYTES:
         record.warnings.append(
@@ -189,7 +193,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             "plain_text": all(not row.prompt for row in rows["train"]),
         }
         record.study = study(tokenizer, read.sample, template.loss)
-        model = chosen.load(lambda **more: load_base(spec, dtype, accelerator.device, **more))
+        model = chosen.load(load)
         record.environment["attention"] = model.config._attn_implementation
         record.environment["model_revision"] = getattr(model.config, "_commit_hash", None)
         with accelerator.autocast():
@@ -210,35 +214,48 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             return generate.mean_loss(scores)
 
     if spec.trains:
-        from harness.train import train
+        from harness.train import check, fingerprints, train
 
+        if "plain text" in chosen.cannot and not all(row.prompt for row in rows["train"]):
+            raise method.Unsupported(f"no training on plain text: {chosen.cannot['plain text']}")
         batches = Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
         record.hashes["batches"] = batches.hashes
         with meter.phase("attach"):
             model = chosen.attach(model, batches)
+            trained = loaded_types(model)
             record.weights = master_weights(model, precision)
+            one_residual(model, dtype)
             if hp.gradient_checkpointing:
                 head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         record.sizes = sizes(model)
-        if not record.sizes["trainable"]:
+        if not trained:
             raise ValueError(f"{spec.method} attached nothing to train")
         record.validation = [{"step": 0, "loss": validate()}]
-        told = step_report(report, batches)
+        told, start = step_report(report, batches), fingerprints(list(trained))
         optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
+        check(start, fingerprints(list(trained)), record.training)
         record.sizes["optimizer_bytes"] = optimizer_bytes(optimizer)
         record.tokens["sampled"] = decoder.sampled
         record.notes = chosen.notes
         del optimizer
         model.zero_grad()
+        put_back(trained)
+        model = chosen.keep(load, model)  # what is kept is what is scored
     else:
         record.sizes = sizes(model.requires_grad_(False))
-    with meter.phase("evaluate"):
+    with meter.phase("evaluate"), head.arithmetic(model) as record.arithmetic["scoring"]:
         likelihoods = generate.likelihoods(model, rows["test"], pad, hp, accelerator)
+    check_finite(likelihoods, spec)
     with meter.phase("generate"):
         asked = [template.question(row, hp.max_new_tokens) for row in rows["test"]]
         answers = decoder.answers(model, asked, report)
+    if any(row.prompt and not row.rejected_ids for row in rows["test"]):
+        own = [{"id": row.id} | answer for row, answer in zip(asked, answers, strict=True)]
+        before = own if spec.method == "base" else untouched(spec.locations.get("before"))
+        record.hashes["before"] = answers_hash(before)
+    else:
+        before = []
     with meter.phase("evaluate"):
-        before = answers if spec.method == "base" else untouched(spec.locations.get("before"))
         worse = rejected(rows["test"], before, template, stops, hp)
         found = generate.likelihoods(model, worse, pad, hp, accelerator) if worse else []
         found = {row.id: generate.mean_loss([score]) for row, score in zip(worse, found, strict=True)}
@@ -361,6 +378,11 @@ def stop_tokens(tokenizer, model, rows: list[Row]) -> list[int]:
     return sorted(stop for stop in stops if stop is not None)
 
 
+def loaded_types(model) -> dict:
+    """Trained parameter -> the type that it was loaded in."""
+    return {p: p.dtype for p in model.parameters() if p.requires_grad}
+
+
 def master_weights(model, precision: str) -> str:
     """One policy for every method: what is trained is held in fp32, what is frozen in the compute
     precision, and autocast computes. Pure bf16 weights would swallow small updates."""
@@ -369,18 +391,56 @@ def master_weights(model, precision: str) -> str:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)
-    frozen = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad}
+    trained, frozen = (
+        ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()
+                          if p.requires_grad is chosen}))
+        for chosen in (True, False)
+    )  # fmt: skip
     return (
-        "trained parameters in float32"
-        + (f", frozen in {', '.join(sorted(frozen))}" if frozen else "")
+        f"trained parameters in {trained}"
+        + f", frozen in {frozen}" * bool(frozen)
         + (f", computed in {precision}")
     )
 
 
+def put_back(types: dict) -> None:
+    """After the training: what was held in fp32 returns to the type in which it is saved and used."""
+    for parameter, loaded in types.items():
+        parameter.data = parameter.data.to(loaded)
+
+
+def one_residual(model, dtype) -> None:
+    """An embedding held in fp32 would lift the whole residual stream to it, and a frozen one would not:
+    here each gives the compute precision. So does what it multiplies by, as Gemma's 33.94 that is 34 in bf16.
+    """
+    import torch
+
+    for module in model.modules() if dtype != torch.float32 else ():
+        if isinstance(module, torch.nn.Embedding):
+            for factor in filter(torch.is_floating_point, module.buffers()):
+                factor.data = factor.data.to(dtype).to(factor.dtype)
+            module.register_forward_hook(lambda module, ids, states: states.to(dtype))
+
+
+def check_finite(scores: list[dict], spec: RunSpec) -> None:
+    """Raises where the loss on the test rows is no number, or one whose perplexity is none."""
+    from harness import generate
+    from harness.train import Diverged
+
+    loss = generate.mean_loss(scores)
+    if not loss < math.log(sys.float_info.max):
+        what = f"the loss on the test rows is {loss:.3g} nats a token"
+        raise Diverged(f"{what} after training") if spec.trains else ValueError(f"{what}, untrained")
+
+
 def untouched(folder: str | None) -> list[dict]:
     """The test outputs of the untouched model, which ran before; none where that failed."""
-    path = Path(folder or "") / OUTPUTS
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    try:
+        ended = RunRecord.from_json((Path(folder or "") / RECORD).read_text("utf-8"))
+        lines = (Path(folder or "") / OUTPUTS).read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines] if ended.ok else []
+    except (OSError, ValueError):
+        return []
 
 
 def rejected(rows: list[Row], before: list[dict], template, stops, hp) -> list[Row]:

@@ -1,28 +1,31 @@
 """The one loop: every method's optimizer steps, under the same batches, schedule, clipping and clock."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from transformers import get_scheduler
 
+from harness import head
 from harness.batches import Batches
 from harness.meter import StepClock
 from harness.spec import Hyperparams
 
+PIECE = 2**22  # values of a tensor looked at together: 32 MiB as sums of 64 bits
 WARMUP_STEPS = 5  # first steps pay for lazy initialisation; a quarter of the steps if there are few
 
 
 class Diverged(Exception):
-    """A loss was not a finite number."""
+    """What training computes, or what it left, is not a finite number."""
 
 
 def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, record, report, validate):
     """Trains in place. -> the optimizer.
 
-    Writes training, validation, step_seconds, warmup_steps and tokens of a RunRecord as it goes, so
-    that a run that breaks keeps its curves. `report(**values)` is told of each step; `validate()` -> mean
-    loss on the validation rows, off the training's clock. Raises Diverged at a loss that is not
-    finite.
+    Writes training, validation, step_seconds, warmup_steps, arithmetic, tokens and hashes of a RunRecord
+    as it goes, so that a run that breaks keeps its curves. `report(**values)` is told of each step;
+    `validate()` -> mean loss on the validation rows, off the training's clock. Raises Diverged at a loss or
+    a gradient norm that is not finite.
     """
     with meter.phase("train"):
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -33,7 +36,7 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
         clock = StepClock(accelerator.device)
         points = validation_points(total, hp.validations)
         record.warmup_steps = min(WARMUP_STEPS, total // 4)
-        read = []
+        reading = head.causal_lm(model).reading = Reading()
         pending = None  # a step is settled one late, so that the device never waits for the host
 
         def settle() -> None:
@@ -42,16 +45,20 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
                 entry, pending = floats(pending), None
                 record.training.append(entry)
                 report(step=entry["step"], steps=total, loss=entry["loss"])
-                if not math.isfinite(entry["loss"]):
-                    raise Diverged(f"the loss was {entry['loss']} at step {entry['step']} of {total}")
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(entry[name] or 0.0):
+                        what = f"the {name.replace('grad', 'gradient').replace('_', ' ')} was {entry[name]}"
+                        raise Diverged(f"{what} at step {entry['step']} of {total}")
 
         model.train()
         for step, micro_batches in enumerate(batches, 1):
             with clock.step():
                 learning_rate = scheduler.get_last_lr()[0]
                 micro_batches = method.prepare(model, micro_batches)
-                read.append(tokens_of(micro_batches))
-                loss = accumulate(method, model, micro_batches, accelerator)
+                with head.arithmetic(model) if step == 1 else nullcontext({}) as types:
+                    loss = accumulate(method, model, micro_batches, accelerator)
+                record.arithmetic |= {"training": types} if types else {}
+                reading.end_step(micro_batches)
                 norm = None
                 if hp.max_grad_norm:
                     norm = accelerator.clip_grad_norm_(parameters, hp.max_grad_norm)
@@ -66,8 +73,9 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
                 model.train()
         settle()
         record.step_seconds = clock.read()
-        counts = torch.stack(read).sum(0).tolist()
-        record.tokens |= dict(zip(("trained", "supervised", "padded"), counts, strict=True))
+        head.causal_lm(model).reading = None
+        record.tokens |= reading.tokens()
+        record.hashes |= reading.hashes()
     return optimizer
 
 
@@ -89,11 +97,102 @@ def targets(batch: dict) -> torch.Tensor:
     return (batch["labels"][:, 1:] != -100).sum()
 
 
-def tokens_of(micro_batches: list[dict]) -> torch.Tensor:
-    """(3,): tokens read by the model, those that carry loss, and the padding read for nothing."""
-    read = sum(batch["attention_mask"].sum() for batch in micro_batches)
-    slots = sum(batch["attention_mask"].numel() for batch in micro_batches)
-    return torch.stack([read, sum(map(targets, micro_batches)), slots - read])
+class Reading:
+    """What the model was given in each step of a training, and what of it carried loss: as the loss read
+    it, whatever was planned.
+
+    A row's hash is of its tokens and their places, a step's the sum over its rows, so that padding, packing
+    and micro-batches change nothing. All is made on the device, which never waits for it.
+    """
+
+    def __init__(self):
+        self.steps, self.now = [], []
+        self.rows, self.seen = set(), True
+
+    def __call__(self, batch: dict) -> None:
+        """Is told by harness/head.py of each batch that is read for its gradients."""
+        ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+        places = batch["position_ids"] + 1 if "position_ids" in batch else mask.cumsum(1)  # (B, T), from 1
+        carries = labels != -100
+        carries[:, 0] = False  # nothing stands before it that could foretell it
+        given, learned = (
+            mixed(by_row(mixed((places << 32) + tokens + 1) * chosen, batch)).sum()
+            for tokens, chosen in ((ids, mask), (labels, carries))
+        )
+        read, supervised = mask.sum(), carries.sum()
+        self.now.append(torch.stack([given, learned, read, supervised, mask.numel() - read]))
+        self.rows |= {row.id for row in batch.get("rows", ())}
+
+    def end_step(self, micro_batches: list[dict]) -> None:
+        """A loss that goes its own way past harness/head.py is taken to read what it was handed: that is
+        counted, but not certified."""
+        if not self.now:
+            self.seen = False
+            for batch in micro_batches:
+                self(batch)
+        self.steps.append(torch.stack(self.now).sum(0))
+        self.now = []
+
+    def tokens(self) -> dict:
+        counts = torch.stack(self.steps)[:, 2:].sum(0).tolist()
+        return dict(zip(("trained", "supervised", "padded"), counts, strict=True)) | {"rows": len(self.rows)}
+
+    def hashes(self) -> dict:
+        """A hash a step, of what was given and of what was learned."""
+        if not self.seen:
+            return {}
+        given, learned = torch.stack(self.steps)[:, :2].T.tolist()
+        return {"given": list(map(digits, given)), "learned": list(map(digits, learned))}
+
+
+def by_row(values: torch.Tensor, batch: dict) -> torch.Tensor:
+    """(B, T) -> the sum over each row, where rows are packed over each that begins at place 0."""
+    if "position_ids" not in batch:
+        return values.sum(1)
+    row = (batch["position_ids"] == 0).flatten().cumsum(0)
+    return values.new_zeros(values.numel() + 1).index_add(0, row, values.flatten())
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    """Every bit of x into every other one, as splitmix64 does it: sums of such tell sets apart. 0 stays 0."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * (factor - 2**64)  # as a signed number
+    return x ^ x >> 31
+
+
+def digits(number: int) -> str:
+    return f"{number % 2**64:016x}"
+
+
+# What the training left
+
+
+def fingerprints(parameters: list) -> list[list[int]]:
+    """Of each tensor the sum of its bits, which any change changes, and how many values are not finite."""
+
+    def fingerprint(tensor):
+        pieces = tensor.detach().flatten().split(PIECE)
+        return torch.stack([sum(p.view(torch.int32).sum() for p in pieces),
+                            sum(p.isfinite().logical_not().sum() for p in pieces)])  # fmt: skip
+
+    return torch.stack([fingerprint(parameter) for parameter in parameters]).tolist()
+
+
+def check(before: list, after: list, training: list[dict]) -> None:
+    """Of the fingerprints of what was trained. Raises Diverged where it is not finite, ValueError where
+    nothing was trained."""
+    if broken := sum(bad > 0 for _, bad in after):
+        raise Diverged(f"{broken} of {len(after)} trained tensors were not finite after the last step")
+    norms = [step["grad_norm"] for step in training if step["grad_norm"] is not None]
+    if norms and not any(norms):
+        raise ValueError(
+            f"nothing was trained: the gradient was zero in all {len(norms)} steps, as nothing that is "
+            "trained acts on this loss. Other data, or other options of the method, may help"
+        )
+    if before == after:
+        raise ValueError(
+            f"nothing was trained: no weight moved in {len(training)} steps. Raise hp.learning_rate"
+        )
 
 
 def floats(entry: dict) -> dict:

@@ -36,8 +36,15 @@ class PiSSA(LoRA):
         model.save_pretrained(Path(self.folder.name) / START)
         return model
 
+    def keep(self, load_base, model):
+        """Converted before it is scored: W and what is left of it are rounded otherwise."""
+        with TemporaryDirectory() as folder:
+            self.save(model, Path(folder))
+            self.folder = None
+            return self.restore(load_base, Path(folder))
+
     def save(self, model, folder: Path) -> None:
         """As B A - B0 A0, a plain LoRA of twice the rank on the untouched base: no loader has to find the
         same SVD again."""
-        start = Path(self.folder.name) / START
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start))
+        start = self.folder and str(Path(self.folder.name) / START)
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)

@@ -151,5 +151,5 @@ def test_a_method_that_makes_its_own_rows_cannot_be_packed(name):
     from harness.plan import beyond
 
     cls = method.resolve(name, method.FOLDER / f"{name}.py")
-    [reason] = beyond(method.build(cls, {})[0], tiny.hyperparams(packing=True))
+    [reason] = beyond(method.build(cls, {})[0], tiny.hyperparams(packing=True), {"parts": []})
     assert name in reason and "hp.packing=false" in reason

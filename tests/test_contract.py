@@ -258,7 +258,7 @@ def peak_bytes(name: str, folder, options: dict) -> tuple[int, int]:
     made = tiny.batches(tiny.rows(4), hp)
     model = chosen.attach(chosen.load(base_loader(folder)), made)
     held = sizes(model)["weight_bytes"]
-    record = SimpleNamespace(training=[], validation=[], tokens={})
+    record = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:

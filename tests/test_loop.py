@@ -378,6 +378,7 @@ def test_tokens_are_counted_as_the_tensors_have_them():
         "trained": trained,
         "supervised": sum(int((b["labels"] != -100).sum()) for b in read),
         "padded": sum(b["input_ids"].numel() for b in read) - trained,
+        "rows": len(ROWS),
     }
     assert sum(made.tokens) == trained
 

@@ -149,7 +149,7 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     base = model() if base is None else base
     torch.manual_seed(seed)
     trained = method.attach(base, made)
-    measured = SimpleNamespace(training=[], validation=[], tokens={})
+    measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     optimizer = train(
         method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
         validate and (lambda: validate(trained)),

@@ -17,10 +17,19 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
         for r in row.done
     }
     trained = {name: r for name, r in names.items() if r.spec.trains}
-    checks = [same("Batches of each seed, token by token, in the same order", batches(trained))]
+    checks = [
+        same("Rows planned for each step of a seed", planned(trained)),
+        steps("Tokens read in each step, as the model was given them", "given", trained),
+        steps("Tokens that carried loss in each step", "learned", trained),
+    ]
     for split, runs in (("train", trained), ("validation", trained), ("test", names)):
         values = {name: r.hashes.get(split) for name, r in runs.items()}
         checks.append(same(f"Rows to {'validate' if split == 'validation' else split} on", {split: values}))
+    if any("before" in r.hashes for r in names.values()):
+        checks.append(same("Rejected answers", {"taken from": rejected(names)}, shown=True))
+    for phase, runs in (("training", trained), ("scoring", names)):
+        types = {name: arithmetic(r.arithmetic.get(phase) or {}) for name, r in runs.items()}
+        checks.append(same(f"Arithmetic of the {phase}, as measured", {"types": types}, shown=True))
     environments = {name: flat(r.environment) for name, r in names.items()}
     for key in DECISIVE:
         values = {name: e.get(key) for name, e in environments.items()}
@@ -61,12 +70,54 @@ def same(what: str, properties: dict[str, dict], shown: bool = False) -> tuple[s
     return what, not differing, "; ".join(value + differing + missing)
 
 
-def batches(runs: dict[str, RunRecord]) -> dict[str, dict]:
+def planned(runs: dict[str, RunRecord]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for name, record in runs.items():
         hashes = record.hashes.get("batches")
         found.setdefault(f"seed {record.spec.seed}", {})[name] = digest(hashes) if hashes else None
     return found
+
+
+def steps(what: str, kind: str, runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
+    """Of what was `given` or `learned` in training: who differs from the first of a seed, by how much."""
+    seeds: dict[int, dict[tuple, list[str]]] = {}
+    for name, record in runs.items():
+        groups = seeds.setdefault(record.spec.seed, {})
+        groups.setdefault(tuple(record.hashes.get(kind) or ()), []).append(name)
+    unknown = [name for groups in seeds.values() for name in groups.pop((), [])]
+    differing = []
+    for seed, groups in seeds.items():
+        first, *others = groups or [()]
+        sides = [f"{amount(runs[groups[first][0]], kind)} for {listed(groups[first], 4)}"] if others else []
+        for other in others:
+            steps = max(len(first), len(other))
+            same = sum(a == b for a, b in zip(first, other, strict=False))
+            names = listed(groups[other], 4)
+            sides.append(f"{amount(runs[groups[other][0]], kind)} for {names}, "
+                         f"not the same in {steps - same} of {steps} steps")  # fmt: skip
+        differing += [f"seed {seed}: {' against '.join(sides)}"] if others else []
+    missing = [f"{UNKNOWN} for {listed(unknown, 4)}"] if unknown else []
+    if not any(seeds.values()):
+        return what, None, UNKNOWN
+    return what, not differing, "; ".join(differing + missing)
+
+
+def amount(record: RunRecord, kind: str) -> str:
+    tokens = record.tokens
+    if kind == "learned":
+        return f"{tokens.get('supervised', 0):,} tokens"
+    return f"{tokens.get('trained', 0):,} tokens of {tokens.get('rows', 0):,} training rows"
+
+
+def rejected(runs: dict[str, RunRecord]) -> dict[str, str | None]:
+    """Where the data lack pairs they are the untouched model's answers, if it had any."""
+    words = {name: r.hashes["before"] for name, r in runs.items() if "before" in r.hashes}
+    words = {name: f"answers {found}" if found else "no answers" for name, found in words.items()}
+    return {name: words.get(name) for name in runs}
+
+
+def arithmetic(types: dict[str, str | None]) -> str:
+    return ", ".join(f"{what} in {type_}" for what, type_ in types.items() if type_)
 
 
 def code(comparison: Comparison) -> tuple[str, bool | None, str]:
