@@ -52,12 +52,12 @@ class Decoder:
             for [ids] in self.continuations(model, rows, report=report)
         ]
 
-    def sample(self, model, rows: list[Row], copies: int = 1, temperature: float = 0.0):
-        """-> for each row `copies` lists of new token ids, as long as hp.max_length leaves room for; greedy
-        at temperature 0. A phase of its own."""
+    def sample(self, model, rows: list[Row], new_tokens: int, copies: int = 1, temperature: float = 0.0):
+        """-> for each row `copies` lists of at most so many new token ids, as long as hp.max_length leaves
+        room for; greedy at temperature 0. A phase of its own."""
         training = model.training
         with self.meter.phase("rollout") if self.meter else nullcontext():
-            found = self.continuations(model, rows, copies, temperature)
+            found = self.continuations(model, rows, copies, temperature, new_tokens)
         model.train(training)
         found = [[ids[: self.hp.max_length - len(row.prompt_ids)] for ids in group]
                  for row, group in zip(rows, found, strict=True)]  # fmt: skip
@@ -73,11 +73,14 @@ class Decoder:
         return self.scorer.reward(self.text_of(ids), row.reference)
 
     @torch.inference_mode()
-    def continuations(self, model, rows, copies=1, temperature=0.0, report=lambda **_: None):
+    def continuations(
+        self, model, rows, copies=1, temperature=0.0, new_tokens=None, report=lambda **_: None
+    ):
         """In the order of rows, `copies` of each: the new tokens, the stop token too if there was one."""
         model.eval()
         causal = causal_lm(model)
-        own, causal.generation_config = causal.generation_config, self.config(temperature)
+        config = self.config(temperature, new_tokens or self.hp.max_new_tokens)
+        own, causal.generation_config = causal.generation_config, config
         # passed as an argument, it would be filled up from the model's own, whose repetition penalty and
         # the like are not this decoder's
         by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
@@ -100,11 +103,11 @@ class Decoder:
         causal.generation_config = own  # what is saved is the model, without the bench's limits
         return [found[row.id] for row in rows]
 
-    def config(self, temperature: float) -> GenerationConfig:
+    def config(self, temperature: float, new_tokens: int) -> GenerationConfig:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
         return GenerationConfig(
             **{"do_sample": False, "num_beams": 1, **drawn},
-            max_new_tokens=self.hp.max_new_tokens,
+            max_new_tokens=new_tokens,
             eos_token_id=self.stops,
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=self.tokenizer.bos_token_id,

@@ -28,6 +28,7 @@ class GRPO(LoRA):
     clip: float = 0.2  # of the probability ratio, which is 1 unless `updates` is above 1
     kl: float = 0.04  # weight of the distance to the base model, the paper's; 0: no base model is read
     updates: int = 1  # optimizer steps on each draw, the paper's; the rows of the steps between are not read
+    answer_tokens: int = 128  # of a drawn answer, at most; hp.max_new_tokens' default, the paper has 1024
 
     axis = "objective"
     objective = "reward"
@@ -37,8 +38,10 @@ class GRPO(LoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.group < 2 or self.updates < 1 or self.clip <= 0 or self.kl < 0:
-            raise ValueError("group must be at least 2, updates at least 1, clip above 0, kl not negative")
+        if self.group < 2 or min(self.updates, self.answer_tokens) < 1 or self.clip <= 0 or self.kl < 0:
+            raise ValueError(
+                "group must be at least 2, updates and answer_tokens at least 1, clip above 0, kl not negative"
+            )
 
     def attach(self, model, batches):
         self.batches, self.steps, self.rewards, self.flat = batches, 0, [], []
@@ -56,7 +59,7 @@ class GRPO(LoRA):
 
         decoder = self.batches.decoder
         rows = [row for batch in micro_batches for row in batch["rows"]]
-        groups = decoder.sample(model, rows, copies=self.group, temperature=1.0)
+        groups = decoder.sample(model, rows, self.answer_tokens, copies=self.group, temperature=1.0)
         rewards = torch.tensor(
             [[decoder.reward(row, ids) for ids in group] for row, group in zip(rows, groups, strict=True)],
             dtype=torch.float32,

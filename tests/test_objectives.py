@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
 import pytest
@@ -33,6 +33,8 @@ def paired(rows, seed: int = 50):
 
 
 PAIRS = paired(ROWS)
+# Conversations: in each prompt that is long enough stand two earlier answers, which are learned as well.
+CHATS = [replace(row, learned=tiny.array([2, 4, 6, 9] if len(row.prompt_ids) > 10 else [])) for row in PAIRS]
 
 
 def untied():
@@ -150,13 +152,19 @@ def test_extreme_probabilities_keep_loss_and_gradient_finite():
     assert (rejected.grad >= 0).all()
 
 
+def spans_of(learned) -> list[tuple[int, int]]:
+    return list(zip(learned[::2], learned[1::2], strict=True))
+
+
 def expected_orpo(model, rows, weight: float, prompt: bool) -> float:
     """Of a whole step: the likelihood is a mean over its tokens, the odds ratio over its rows."""
     chosen = [by_hand(model, row.prompt_ids, row.response_ids) for row in rows]
     rejected = [by_hand(model, row.prompt_ids, row.rejected_ids) for row in rows]
-    learned = chosen
-    if prompt:
-        learned = [by_hand(model, r.prompt_ids[:1], [*r.prompt_ids[1:], *r.response_ids]) for r in rows]
+    whole = [by_hand(model, r.prompt_ids[:1], [*r.prompt_ids[1:], *r.response_ids]) for r in rows]
+    learned = whole if prompt else [*chosen]
+    if not prompt:
+        for row, logps in zip(rows, whole, strict=True):
+            learned += [logps[a - 1 : b - 1] for a, b in spans_of(row.learned)]
     odds = [[(p := math.exp(x.mean())) / (1 - p) for x in answers] for answers in (chosen, rejected)]
     ratios = [math.log1p(r / c) for c, r in zip(*odds, strict=True)]
     return -torch.cat(learned).mean().item() + weight * mean(ratios)
@@ -164,22 +172,23 @@ def expected_orpo(model, rows, weight: float, prompt: bool) -> float:
 
 @pytest.mark.parametrize("micro", [8, 3])
 @pytest.mark.parametrize("prompt", [False, True])
-def test_the_loss_of_a_step_is_the_formula_by_hand(prompt, micro):
+@pytest.mark.parametrize("rows", [PAIRS, CHATS], ids=["pairs", "conversations"])
+def test_the_loss_of_a_step_is_the_formula_by_hand(rows, prompt, micro):
     method = ORPO(weight=0.7, prompt_loss=prompt)
-    made, model = started(method, hp=replace(HP, micro_batch_size=micro))
+    made, model = started(method, rows, replace(HP, micro_batch_size=micro))
     for indices, step in zip(made.steps, made, strict=True):
         found, _ = gradients(method, model, method.prepare(model, step))
-        expected = expected_orpo(model, [PAIRS[i] for i in indices], 0.7, prompt)
+        expected = expected_orpo(model, [rows[i] for i in indices], 0.7, prompt)
         assert found == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
 def test_a_steps_gradient_depends_on_neither_micro_batches_nor_the_order_of_rows(prompt):
     method = ORPO(weight=0.7, prompt_loss=prompt)
-    made, model = started(method)
-    whole = gradients(method, model, method.prepare(model, [made.collate(PAIRS)]))
+    made, model = started(method, CHATS)
+    whole = gradients(method, model, method.prepare(model, [made.collate(CHATS)]))
     for size, order in ((16, 1), (5, 0), (5, 2), (1, 0)):
-        rows = random.Random(order).sample(PAIRS, len(PAIRS)) if order else PAIRS
+        rows = random.Random(order).sample(CHATS, len(CHATS)) if order else CHATS
         cut = [made.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
         value, found = gradients(method, model, method.prepare(model, cut))
         assert value == pytest.approx(whole[0], abs=1e-5)
@@ -187,10 +196,12 @@ def test_a_steps_gradient_depends_on_neither_micro_batches_nor_the_order_of_rows
 
 
 @pytest.mark.parametrize("micro", [8, 3])
-def test_without_the_odds_ratio_it_is_fine_tuning_on_the_chosen_answers(micro):
+@pytest.mark.parametrize("rows", [PAIRS, CHATS], ids=["pairs", "conversations"])
+def test_without_the_odds_ratio_it_is_fine_tuning_on_the_chosen_answers(rows, micro):
+    """On every answer of a conversation, as any other method learns them."""
     hp = replace(HP, micro_batch_size=micro)
-    plain, _, expected = fit(LoRA(), hp, PAIRS)
-    found, _, measured = fit(ORPO(weight=0.0), hp, PAIRS)
+    plain, _, expected = fit(LoRA(), hp, rows)
+    found, _, measured = fit(ORPO(weight=0.0), hp, rows)
     assert losses(measured) == pytest.approx(losses(expected), abs=1e-5)
     same(trained_weights(found), trained_weights(plain), 1e-5)
 
@@ -267,14 +278,14 @@ def test_orpo_equals_trls_trainer_step_by_step(micro, tmp_path):
 
 def test_without_pairs_the_rejected_answers_are_the_untouched_models_own():
     """From before the training: after it the model says other things."""
-    method, made = ORPO(), stopping(tiny.batches(ROWS, HP))
+    method, made = ORPO(answer_tokens=6), stopping(tiny.batches(ROWS, HP))
     method.attach(untied(), made)
     expected = {row.id: greedy(untied(), row, STOPS) for row in ROWS}
     assert {name: list(ids) for name, ids in method.answers.items()} == expected
     assert len({ids[-1] in STOPS for ids in expected.values()}) == 2  # some ended, some did not
 
     hp = replace(HP, learning_rate=3e-2, epochs=4.0)
-    method = ORPO()
+    method = ORPO(answer_tokens=6)
     trained, _, _ = fit(method, hp, ROWS, base=untied())
     expected = {row.id: greedy(untied(), row, [tiny.EOS, tiny.END]) for row in ROWS}
     assert {name: list(ids) for name, ids in method.answers.items()} == expected
@@ -282,9 +293,9 @@ def test_without_pairs_the_rejected_answers_are_the_untouched_models_own():
 
 
 def test_a_pass_reads_every_chosen_answer_and_every_rejected_one():
-    rows = PAIRS[:10] + ROWS[10:]
+    rows = CHATS[:10] + ROWS[10:]
     hp = replace(HP, micro_batch_size=3)
-    made, method = tiny.batches(rows, hp), ORPO()
+    made, method = tiny.batches(rows, hp), ORPO(answer_tokens=6)
     model = method.attach(tiny.model(), made)
     worse = {row.id: list(row.rejected_ids or method.answers[row.id]) for row in rows}
     for step in made:
@@ -294,18 +305,22 @@ def test_a_pass_reads_every_chosen_answer_and_every_rejected_one():
             expected = [[*row.prompt_ids, *row.response_ids] for row in before["rows"]]
             expected += [[*row.prompt_ids, *worse[row.id]] for row in before["rows"]]
             read = zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
-            for ids, (tokens, mask, labels), length in zip(
-                expected, read, batch["prompt_lengths"].tolist(), strict=True
+            earlier = [row.learned for row in before["rows"]] + [[]] * len(before["rows"])  # chosen alone
+            for ids, (tokens, mask, labels), length, spans in zip(
+                expected, read, batch["prompt_lengths"].tolist(), earlier, strict=True
             ):
                 assert tokens[mask.bool()].tolist() == ids
-                assert labels[mask.bool()].tolist() == [-100] * length + ids[length:]
+                learned = {*range(length, len(ids)), *(i for a, b in spans_of(spans) for i in range(a, b))}
+                assert labels[mask.bool()].tolist() == [
+                    token if i in learned else -100 for i, token in enumerate(ids)
+                ]
                 assert (labels[~mask.bool()] == -100).all()
     total = sum(row.length + len(row.prompt_ids) + len(worse[row.id]) for row in rows)
-    assert fit(ORPO(), hp, rows)[2]["tokens"]["trained"] == total
+    assert fit(ORPO(answer_tokens=6), hp, rows)[2]["tokens"]["trained"] == total
 
 
 def test_pairs_in_the_data_are_used_as_they_are_and_only_rows_that_are_read_are_answered():
-    method, made = ORPO(), tiny.batches(PAIRS, HP)
+    method, made = ORPO(answer_tokens=6), tiny.batches(PAIRS, HP)
     method.attach(tiny.model(), made)
     assert method.answers == {}
     assert made.decoder.sampled == 0
@@ -322,7 +337,7 @@ def test_pairs_in_the_data_are_used_as_they_are_and_only_rows_that_are_read_are_
 
 def test_own_answers_that_equal_the_chosen_ones_are_counted():
     says = [replace(r, response_ids=tiny.array(greedy(untied(), r, STOPS))) for r in ROWS[:3]]
-    method = ORPO()
+    method = ORPO(answer_tokens=6)
     method.attach(untied(), stopping(tiny.batches(says + ROWS[3:], HP)))
     assert method.notes["of these, equal to the chosen answer: nothing to prefer"] == 3
 
@@ -351,8 +366,11 @@ def test_equal_rewards_are_no_advantage_whatever_they_are():
         assert (advantages(equal) == 0).all()
 
 
+@dataclass
 class Judged(GRPO):
     """GRPO with a reward of our own; what it drew, and the ratios of each step, are kept."""
+
+    answer_tokens: int = HP.max_new_tokens
 
     def attach(self, model, batches):
         batches.decoder.reward = self.reward
@@ -517,7 +535,7 @@ def test_first_tokens_are_as_frequent_as_the_model_says(policy):
     hp = hyperparams(max_new_tokens=1, eval_batch_size=2 * count)
     rows = [by_length[0], by_length[-1]]
     torch.manual_seed(0)
-    drawn = tiny.decoder(hp).sample(policy, rows, copies=count, temperature=1.0)
+    drawn = tiny.decoder(hp).sample(policy, rows, 1, copies=count, temperature=1.0)
     policy.eval()
     for row, answers in zip(rows, drawn, strict=True):
         with torch.no_grad():
@@ -534,7 +552,7 @@ def test_first_tokens_are_as_frequent_as_the_model_says(policy):
 def test_drawn_answers_end_with_a_stop_or_at_the_limit_and_are_counted(policy):
     decoder = tiny.decoder(HP)
     decoder.stops = STOPS
-    groups = decoder.sample(policy, ROWS, copies=4, temperature=1.0)
+    groups = decoder.sample(policy, ROWS, HP.max_new_tokens, copies=4, temperature=1.0)
     assert [len(group) for group in groups] == [4] * len(ROWS)
     answers = [ids for group in groups for ids in group]
     for ids in answers:
@@ -550,7 +568,7 @@ def test_answers_are_drawn_without_dropout_and_training_mode_comes_back(policy):
     for training in (True, False):
         policy.train(training)
         torch.manual_seed(3)
-        found.append(tiny.decoder(HP).sample(policy, ROWS, copies=2, temperature=1.0))
+        found.append(tiny.decoder(HP).sample(policy, ROWS, 6, copies=2, temperature=1.0))
         assert all(module.training == training for module in policy.modules())
     assert found[0] == found[1]
     policy.train()
@@ -560,7 +578,7 @@ def test_answers_are_drawn_without_dropout_and_training_mode_comes_back(policy):
 def test_greedy_samples_are_the_answers_of_the_evaluation(size):
     decoder = tiny.decoder(replace(HP, eval_batch_size=size))
     decoder.stops = STOPS
-    found = [ids for [ids] in decoder.sample(untied(), ROWS)]
+    found = [ids for [ids] in decoder.sample(untied(), ROWS, HP.max_new_tokens)]
     assert found == [greedy(untied(), row, STOPS) for row in ROWS]
     for ids, answer in zip(found, decoder.answers(untied(), ROWS), strict=True):
         assert answer["new_tokens"] == len(ids)
@@ -568,14 +586,26 @@ def test_greedy_samples_are_the_answers_of_the_evaluation(size):
         assert answer["output"] == decoder.text_of(ids)
 
 
+@pytest.mark.parametrize("scored", [1, 50])
+def test_the_evaluations_limit_cuts_no_answer_to_train_on(scored):
+    hp = replace(HP, max_new_tokens=scored)
+    method = ORPO(answer_tokens=9)
+    method.attach(untied(), tiny.batches(ROWS, hp))
+    assert max(map(len, method.answers.values())) == 9
+    method = Judged(group=2, answer_tokens=9)
+    made = tiny.batches(ROWS, hp)
+    drawn = method.prepare(method.attach(untied(), made), next(iter(made)))
+    assert max(len(row.response_ids) for batch in drawn for row in batch["rows"]) == 9
+
+
 def test_copies_of_a_greedy_answer_are_equal():
-    alone = tiny.decoder(HP).sample(untied(), ROWS)
-    assert tiny.decoder(HP).sample(untied(), ROWS, copies=3) == [group * 3 for group in alone]
+    alone = tiny.decoder(HP).sample(untied(), ROWS, 6)
+    assert tiny.decoder(HP).sample(untied(), ROWS, 6, copies=3) == [group * 3 for group in alone]
 
 
 def test_a_sampled_answer_leaves_no_row_longer_than_max_length():
     hp = replace(HP, max_length=max(len(row.prompt_ids) for row in ROWS) + 2)
-    found = tiny.decoder(hp).sample(untied(), ROWS, copies=2, temperature=1.0)
+    found = tiny.decoder(hp).sample(untied(), ROWS, 6, copies=2, temperature=1.0)
     lengths = [
         len(row.prompt_ids) + len(ids) for row, group in zip(ROWS, found, strict=True) for ids in group
     ]
@@ -634,10 +664,10 @@ def test_what_is_rewarded_becomes_likelier():
             return float(ids[0] == token)
 
     hp = hyperparams(
-        batch_size=4, micro_batch_size=4, max_steps=12, max_new_tokens=2, learning_rate=1e-2,
+        batch_size=4, micro_batch_size=4, max_steps=12, learning_rate=1e-2,
         schedule="constant", warmup_ratio=0.0,
     )  # fmt: skip
-    method = Wants(group=8)
+    method = Wants(group=8, answer_tokens=2)
     trained, _, _ = fit(method, hp, rows, base=untied())
     assert first_token(trained.eval())[token] > 3 * before[token]
     first, last = (
@@ -664,9 +694,11 @@ def test_two_updates_on_a_draw_read_every_second_step_and_are_clipped():
     same(run(0.05, 1)[0], run(1e9, 1)[0], 1e-9)  # the first update is on policy: no ratio to clip
 
 
-@pytest.mark.parametrize("wrong", [{"group": 1}, {"updates": 0}, {"clip": 0.0}, {"kl": -0.1}, {"rank": 0}])
+@pytest.mark.parametrize("wrong", [{"group": 1}, {"updates": 0}, {"clip": 0.0}, {"kl": -0.1}, {"rank": 0},
+                                   {"answer_tokens": 0}])  # fmt: skip
 def test_options_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         GRPO(**wrong)
-    with pytest.raises(ValueError, match="weight"):
-        ORPO(weight=-0.1)
+    for wrong in ({"weight": -0.1}, {"answer_tokens": 0}):
+        with pytest.raises(ValueError, match="weight .* answer_tokens"):
+            ORPO(**wrong)
