@@ -100,7 +100,20 @@ class Method:
         """-> torch.optim.Optimizer over the trainable parameters (all of them in fp32)."""
         from torch.optim import AdamW
 
-        return AdamW(decay_groups(model, hp.weight_decay), fused=True, **adam(hp))
+        return AdamW(self.groups(model, hp), fused=True, **adam(hp))
+
+    def decays(self, name: str, parameter) -> bool:
+        """Whether weight decay reaches a trained parameter: the matrices, not their scales, norms, biases."""
+        return parameter.ndim >= 2
+
+    def groups(self, model, hp: Hyperparams) -> list[dict]:
+        """The trainable parameters as an optimizer takes them: those that decay, then those that do not."""
+        found = {True: [], False: []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                found[self.decays(name, parameter)].append(parameter)
+        groups = [{"params": found[decays], "weight_decay": hp.weight_decay * decays} for decays in found]
+        return [group for group in groups if group["params"]]
 
     def loss(self, model, batch):
         """-> scalar: the mean over the batch's target tokens (or rows, see `mean_over`), by which the
@@ -146,16 +159,6 @@ class Method:
 def adam(hp: Hyperparams) -> dict:
     """The keyword arguments that all Adam-like optimizers of torch share."""
     return {"lr": hp.learning_rate, "betas": (hp.beta1, hp.beta2), "eps": hp.epsilon}
-
-
-def decay_groups(model, weight_decay: float) -> list[dict]:
-    """Trainable parameters as two groups: matrices with weight decay, norms and biases without."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 # From names to methods

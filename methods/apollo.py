@@ -53,6 +53,7 @@ def apollo_adamw():
             super().__init__(params, lr, betas, eps)
             everything = (p for group in self.param_groups for p in group["params"])
             self.numbers = {p: number for number, p in enumerate(everything)}  # each has its own subspaces
+            self.seed = torch.initial_seed()  # the run's
 
         def update(self, p, group):
             if "rank" not in group:
@@ -60,7 +61,7 @@ def apollo_adamw():
             state, grad = self.state[p], p.grad
             t = state["step"] = state.get("step", torch.tensor(0.0)) + 1
             period = int((t.item() - 1) // group["gap"])
-            r = project(grad, random_basis(grad, group["rank"], hash((self.numbers[p], period))))
+            r = project(grad, random_basis(grad, group["rank"], hash((self.seed, self.numbers[p], period))))
             if "exp_avg" not in state:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(r), torch.zeros_like(r)
             beta1, beta2 = group["betas"]

@@ -10,7 +10,7 @@ a parameter in place of 16.
 Generalisation: as full fine-tuning's: fits the most and forgets the most.
 """
 
-from harness.method import Method, adam, decay_groups
+from harness.method import Method, adam
 
 
 class Full8bit(Method):
@@ -23,4 +23,4 @@ class Full8bit(Method):
     def optimizer(self, model, hp):
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(decay_groups(model, hp.weight_decay), **adam(hp))
+        return AdamW8bit(self.groups(model, hp), **adam(hp))

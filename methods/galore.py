@@ -13,7 +13,7 @@ Generalisation: between full fine-tuning and LoRA; the weak directions of a grad
 
 from dataclasses import dataclass
 
-from harness.method import Method, adam, decay_groups
+from harness.method import Method, adam
 
 
 @dataclass
@@ -35,7 +35,7 @@ class GaLore(Method):
         head = model.get_output_embeddings()
         linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
         groups = []
-        for group in decay_groups(model, hp.weight_decay):
+        for group in self.groups(model, hp):
             projected = [p for p in group["params"] if p in linear]
             whole = [p for p in group["params"] if p not in linear]
             groups += [

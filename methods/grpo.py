@@ -40,7 +40,7 @@ class GRPO(LoRA):
         super().__post_init__()
         if self.group < 2 or min(self.updates, self.answer_tokens) < 1 or self.clip <= 0 or self.kl < 0:
             raise ValueError(
-                "group must be at least 2, updates and answer_tokens at least 1, clip above 0, kl not negative"
+                "group must be at least 2, updates and answer_tokens 1, clip above 0, kl not negative"
             )
 
     def attach(self, model, batches):

@@ -11,7 +11,7 @@ Generalisation: LoRA's; B moves `ratio` times as fast, so the best learning rate
 
 from dataclasses import dataclass
 
-from harness.method import adam, decay_groups
+from harness.method import adam
 from methods.lora import LoRA
 
 
@@ -31,7 +31,7 @@ class LoRAPlus(LoRA):
         from torch.optim import AdamW
 
         fast = {p for name, p in model.named_parameters() if ".lora_B." in name}
-        groups = decay_groups(model, hp.weight_decay)
+        groups = self.groups(model, hp)
         slow = [{**g, "params": [p for p in g["params"] if p not in fast]} for g in groups]
         groups = slow + [
             {**g, "params": [p for p in g["params"] if p in fast], "lr": hp.learning_rate * self.ratio}

@@ -31,6 +31,14 @@ REFUSED = [  # option, the values that cannot be (None: any), and why
     ("init_lora_weights", ("loftq",), "fits the adapter without its scale alpha / r (peft#1982)"),
 ]
 DIVISORS = ("block_size", "vector_length", "group_size")  # options that must divide a layer's sizes
+SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
+VECTORS = (  # what a weight's change is made of, though held as a vector: it decays
+    "fourierft_spectrum", "frod_lambda_s", "S_low", "shira_weight", "supertuning_values", "tinylora_v",
+    "unilora_theta_d", "vera_lambda", "waveft_spectrum",
+)  # fmt: skip
+SPARED = (  # scales, biases, rotations and choices, though held as matrices: they do not
+    "beft_bias", "boft_", "hra_u", "ia3_l", "oft_R", "psoft_R", "vblora_logits",
+)  # fmt: skip
 MIXED = {"4-bit base": "its product with dequantised weights mixes types (PEFT 0.21)"}
 FACTS = {  # class attributes of some variants, found by running each (tests/test_peft.py)
     "beft": {"cannot": {"merging": "it adds a bias, and these layers have none to hold it"}},
@@ -50,7 +58,8 @@ FACTS = {  # class attributes of some variants, found by running each (tests/tes
 class Peft(Method):
     """A variant's options are the fields of PEFT's configuration; None is PEFT's own default, but for
     `defaults` and `schedule` below: every linear layer is adapted (IA3's paper: keys, values and
-    down-projections), as PEFT's defaults know some architectures only."""
+    down-projections), as PEFT's defaults know some architectures only. What a type draws by a seed
+    of its own (VeRA's projections, FourierFT's places) it draws by the run's."""
 
     axis = "parameterisation"
     kind = ""  # PEFT's own name of the type
@@ -110,7 +119,7 @@ class Peft(Method):
         from peft import get_peft_model
 
         try:
-            config = self.config(**self.defaults(model), **schedule(len(batches)))
+            config = self.config(**self.defaults(model), **schedule(len(batches)), **seeds())
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise Unsupported(f"PEFT's {self.kind} does not fit this model or training: {error}") from error
@@ -146,6 +155,11 @@ class Peft(Method):
                 found[option] = gcd(options[option], *sizes)
                 self.note(option, found[option])
         return found
+
+    def decays(self, name, parameter):
+        if any(part in name for part in VECTORS + SPARED):
+            return any(part in name for part in VECTORS)
+        return super().decays(name, parameter)
 
     def optimizer(self, model, hp):
         made = super().optimizer(model, hp)
@@ -208,6 +222,12 @@ def schedule(steps: int) -> dict:
     """AdaLoRA's phases: ranks are kept, pruned to the budget, then trained on. Its authors' scripts
     spend 8 to 15 % of the steps before the pruning and 31 to 58 % after; PEFT's default is none."""
     return {"total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
+
+
+def seeds() -> dict:
+    import torch
+
+    return dict.fromkeys(SEEDS, torch.initial_seed())
 
 
 def non_orthogonality(model):

@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
-from harness.method import Method, Unsupported, adam
+from harness.method import Method, Unsupported
 
 WEIGHTS, OPTIONS = "interventions.safetensors", "interventions.json"
 
@@ -79,17 +79,9 @@ class LoReFT(Method):
             raise ValueError(f"layers: {indices[-1]} is none of this model's, 0 to {len(blocks) - 1}")
         return {i: blocks[i] for i in indices}
 
-    def optimizer(self, model, hp):
-        from torch.optim import AdamW
-
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # Only W decays: R's coordinates hold ones on a diagonal, and any less of them makes R zero.
-        decayed = {name for name in trained if name.endswith("source.weight")}
-        groups = [
-            {"params": [trained[name] for name in sorted(decayed)], "weight_decay": hp.weight_decay},
-            {"params": [trained[name] for name in sorted(trained.keys() - decayed)], "weight_decay": 0.0},
-        ]
-        return AdamW(groups, fused=True, **adam(hp))
+    def decays(self, name, parameter):
+        """W alone: R's coordinates hold ones on a diagonal, and any less of them makes R zero."""
+        return name.endswith("source.weight")
 
     def save(self, model, folder):
         from safetensors.torch import save_file

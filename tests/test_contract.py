@@ -1,6 +1,7 @@
 """What holds for every method there is: each file of methods/, two PEFT variants, and a plugin."""
 
 import json
+import re
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +142,18 @@ def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, f
     still = [n for n, value in start.items() if torch.equal(after[n], value)]
     assert len(still) <= len(start) // 2, still  # LISA's layers take turns, all others move
     assert len(still) < len(start)
+
+
+def test_weight_decay_reaches_matrices_and_no_norm_length_scale_or_rotation(trained, folder):
+    chosen = make(trained)
+    model = chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP))
+    named = {p: n for n, p in model.named_parameters()}
+    groups = chosen.optimizer(model, hyperparams(weight_decay=0.1)).param_groups
+    found = {named[p]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert found
+    for n, decay in found.items():
+        spared = re.search(r"norm|lora_magnitude|ia3_l|reft.*(rotation|bias)", n)
+        assert decay == (0.0 if spared else 0.1), n
 
 
 def test_the_same_seed_gives_the_same_curve_and_the_loss_is_finite(trained, folder):

@@ -131,6 +131,18 @@ def test_each_weight_and_each_gap_has_a_subspace_of_its_own_and_no_global_random
     assert seeds[0:2] == seeds[2:4] and seeds[4:6] == seeds[6:8]
 
 
+def test_another_seed_has_other_subspaces_and_the_same_seed_the_same():
+    """What two seeds share is the gradient alone."""
+
+    def trained(seed):
+        torch.manual_seed(seed)
+        p = nn.Parameter(torch.ones(TALL))
+        return stepped(ours(p), p, gradients_of(TALL, 4))[-1]
+
+    assert torch.equal(trained(0), trained(0))
+    assert (trained(0) - trained(1)).abs().max() > 1e-3
+
+
 def test_apollos_epsilon_and_decay_act_as_torchs(monkeypatch):
     """Channels of one weight, an identity for a basis, no limiter: each update is AdamW's of its weight."""
     monkeypatch.setattr(apollo, "random_basis", lambda grad, rank, seed: torch.ones(1, 1))

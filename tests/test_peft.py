@@ -12,7 +12,7 @@ from torch import nn
 
 from harness import head
 from harness.method import Unsupported, available, build, card, code_hash, options, resolve
-from methods.peft import Peft, kinds
+from methods.peft import SEEDS, Peft, config_class, kinds, options_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern")  # PEFT's, of its own file
 ROWS = tiny.rows(22, seed=1)
@@ -111,6 +111,67 @@ def test_a_type_starts_at_its_base_as_it_says(name):
 def test_peft_itself_cannot_merge_what_is_said_to_be_unmergeable(name):
     with pytest.raises((ValueError, NotImplementedError)):
         attached(method(name)).merge_and_unload()
+
+
+# What decays: a part of each trained parameter's name -> whether weight decay reaches it
+
+DECAYS = {
+    # A weight's change, or the weight itself, as a product of factors or as its own values
+    "lora_A": True, "lora_B": True, "lora_E": True, "adamss_A": True, "adamss_B": True, "c3a_kernel": True,
+    "deft_P": True, "deft_R": True, "delora_A": True, "delora_B": True, "glora_A": True, "glora_B": True,
+    "gralora_A": True, "gralora_B": True, "hada_w": True, "hira_A": True, "hira_B": True, "lily_A": True,
+    "lily_B": True, "lily_router": True, "lokr_w": True, "miss_block": True, "U_low": True, "S_low": True,
+    "V_low": True, "peanut_A": True, "peanut_B": True, "randlora_lambda": True, "randlora_gamma": True,
+    "shira_weight": True, "supertuning_values": True, "trainable_tokens_delta": True,
+    "vblora_vector_bank": True,
+    # Coefficients of fixed directions
+    "fourierft_spectrum": True, "waveft_spectrum": True, "frod_lambda_s": True, "tinylora_v": True,
+    "unilora_theta_d": True, "vera_lambda_b": True, "vera_lambda_d": True,
+    # Scales, which stand at one or at a length; biases; norms
+    "ia3_l": False, "boft_s": False, "delora_lambda": False, "frod_lambda_l": False, "psoft_R": False,
+    "road_alpha": False, "beft_bias": False, "norm": False,
+    # Rotations; the choice among vectors
+    "boft_R": False, "oft_R": False, "hra_u": False, "road_theta": False, "vblora_logits": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", Peft.variants())
+def test_weight_decay_reaches_what_a_change_is_made_of_and_no_scale_or_rotation(name):
+    made = method(name)
+    model = attached(made)
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    groups = made.optimizer(model, hyperparams(weight_decay=0.1)).param_groups
+    found = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
+    for n in names.values():
+        (decays,) = {DECAYS[part] for part in DECAYS if part in n}
+        assert found.pop(n) == 0.1 * decays, n
+    assert not found
+
+
+# What is drawn
+
+
+SEEDED = [n for n in Peft.variants() if {*SEEDS} & {*options_of(config_class(kinds()[n]))}]
+
+
+@pytest.mark.parametrize("name", [n for n in SEEDED if n not in ("adamss", "psoft")])  # theirs is an SVD's
+def test_another_seed_draws_other_projections_and_places(name):
+    """With the same values trained: what a type draws is all that differs."""
+
+    def outputs(seed, **chosen):
+        base = tiny.model()
+        torch.manual_seed(seed)
+        model = method(name, **chosen).attach(base, tiny.batches(ROWS, hyperparams()))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
+        return logits(model)
+
+    assert torch.equal(outputs(0), outputs(0))
+    assert (outputs(0) - outputs(1)).abs().max() > 1e-3
+    (option,) = {*SEEDS} & {*options_of(config_class(kinds()[name]))}
+    assert torch.equal(outputs(0, **{option: 5}), outputs(1, **{option: 5}))  # unless it is asked for
 
 
 # Names and options
