@@ -27,7 +27,7 @@ from harness.store import EVENTS, Store, save
 
 LOG = "log.txt"
 LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
-LINE_BYTES = 2**16  # what is longer is taken in pieces
+PIECE_BYTES = 2**16  # read at once: as much as a pipe holds
 POLL_SECONDS = 0.2  # often enough for a progress bar, seldom enough not to disturb the run
 GRACE_SECONDS = 10  # to write a record when asked to end, before the child is killed
 IMPORT_SECONDS = 600  # for torch and its like from a cold network disk
@@ -280,23 +280,27 @@ def keep_log(output, log) -> None:
     """
     written = kept = dropped = 0
     last: deque[bytes] = deque()
+    rest = b""
 
     def write(text: bytes) -> None:
         with suppress(OSError):  # a full disk
             log.write(redacted(text.decode("utf-8", "replace")).encode())
 
     with output, log:
-        for line in iter(lambda: output.readline(LINE_BYTES), b""):
+        for piece in iter(lambda: output.read1(PIECE_BYTES), b""):
+            lines, end, rest = (rest + piece).rpartition(b"\n")  # whole lines: no secret is cut in two
+            if not end and len(rest) > PIECE_BYTES:
+                lines, rest = rest, b""
             if written < LOG_BYTES:
-                write(line)
-                written += len(line)
+                write(lines + end)
+                written += len(lines + end)
                 continue
-            last.append(line)
-            kept += len(line)
+            last.append(lines + end)
+            kept += len(lines + end)
             while kept > LOG_BYTES:
                 size = len(last.popleft())
                 kept, dropped = kept - size, dropped + size
-        write(b"[... %d bytes are left out ...]\n" % dropped * bool(dropped) + b"".join(last))
+        write(b"[... %d bytes are left out ...]\n" % dropped * bool(dropped) + b"".join(last) + rest)
 
 
 def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[str, str]:

@@ -51,13 +51,16 @@ def main(folder: Path) -> None:
         command=job["command"],
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    ended_by = None
     try:
         execute(spec, record, folder)
         record.status = "ok"
     except BaseException as error:  # whatever ends a run is its status, never its absence
         record.status, record.error = diagnose(error)
-        traceback.print_exc()
+        ended_by = error
     leave(record, folder)
+    if ended_by:
+        traceback.print_exception(ended_by)
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled
@@ -580,3 +583,4 @@ def commit() -> str | None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # the record is whole: no thread that a method has left holds up the bench

@@ -2,18 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fabricate
 import pytest
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
+from harness import bench as running
+from harness import doctor, progress
+from harness.record import RunRecord
+from harness.spec import Hyperparams, RunSpec
+from harness.store import Store
+
 FAULTS = {  # a method's own code, as it breaks -> the status that must stand in its record
     "no_memory": ("import torch; raise torch.OutOfMemoryError('CUDA out of memory')", "oom_gpu"),
-    "no_host_memory": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "oom_host"),
+    "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "interrupted"),
     "needs_more": (
         "from harness.method import Unsupported; raise Unsupported('needs a better card')",
         "unsupported",
@@ -46,40 +54,327 @@ def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty)
     assert name in (folder / "reports/report.md").read_text().replace("\\_", "_")
 
 
-def test_an_interrupt_stops_the_child_and_keeps_a_record(tmp_path):
-    (tmp_path / "slow.py").write_text(
-        BITFIT.replace("model.requires_grad_(False)", "import time; time.sleep(60)")
+# One child each, which breaks before it has imported anything heavy
+
+
+class Shown:
+    """A progress that is as broken as a terminal that is gone."""
+
+    def event(self, values):
+        raise OSError(5, "Input/output error")
+
+
+def child(folder: Path, code: str, limit: float | None = None):
+    """A run whose method does this when its child imports it. -> record, its folder."""
+    lines = ["import os, signal, subprocess, sys, time", "if 'TUNEOFF_BENCH' in os.environ:"]
+    lines += [f"    {line}" for line in [*code.splitlines(), "raise KeyError('the end')"]]
+    (folder / "plugin.py").write_text("\n".join([BITFIT, *lines, ""]))
+    spec = RunSpec("plugin", 0, "none", {}, Hyperparams(), locations={"plugins": [str(folder / "plugin.py")]})
+    store = Store(folder / "results")
+    record = running.run(spec, store, "", Shown(), limit)
+    assert RunRecord.from_json((store.path(spec) / "record.json").read_text()) == record
+    assert not {"spec.json", "result.json"} & {file.name for file in store.path(spec).iterdir()}
+    return record, store.path(spec)
+
+
+EPITAPHS = {  # how a child ends -> its status, and what its error says
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted", "killed from outside"),
+    "real-time signal": ("os.kill(os.getpid(), signal.SIGRTMIN + 1)", "failed", "ended with signal 35"),
+    "signal": ("os.kill(os.getpid(), signal.SIGSEGV)", "failed", "ended with signal SIGSEGV"),
+    "exit": ("print('bye'); os._exit(7)", "failed", "ended with exit status 7: bye"),
+    "C++": ("print(\"of 'std::bad_alloc'\"); os.abort()", "oom_host", "hp.micro_batch_size"),
+    "driver": ("raise RuntimeError('CUDA error: out of memory')", "oom_gpu", "hp.micro_batch_size"),
+    "cuBLAS": ("raise RuntimeError('CUBLAS_STATUS_ALLOC_FAILED when')", "oom_gpu", "CUBLAS"),
+    "runtime": ("raise RuntimeError('cudaErrorMemoryAllocation')", "oom_gpu", "hp.micro_batch_size"),
+    "fork": ("raise OSError(12, 'Cannot allocate memory')", "oom_host", "hp.micro_batch_size"),
+    "numpy": ("import numpy; numpy.ones(2**50)", "oom_host", "hp.micro_batch_size"),
+    "half a result": (
+        "open(sys.argv[1] + '/result.json', 'w').write('{\"schema\": 1, ')\nos._exit(0)",
+        "failed",
+        "ended with exit status 0: no output",
+    ),
+    "another's result": (
+        "open(sys.argv[1] + '/result.json', 'w').write('[]')\nos._exit(3)", "failed", "exit status 3"
+    ),
+    "no output": ("os.close(1); os.close(2); raise KeyError('silent')", "failed", "KeyError: 'silent'"),
+    "wrong events": (
+        "open(sys.argv[1] + '/events.jsonl', 'wb').write(b'{\"st\\n\\xff\\n[]\\n{\"step\": 1}\\n')\n"
+        "raise KeyError('after')",
+        "failed",
+        "KeyError: 'after'",
+    ),
+    "a thread stays": (
+        "import threading; threading.Thread(target=time.sleep, args=[99]).start(); raise KeyError('main')",
+        "failed",
+        "KeyError: 'main'",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EPITAPHS)
+def test_every_end_of_a_child_has_its_status(case, tmp_path):
+    code, status, error = EPITAPHS[case]
+    record, _ = child(tmp_path, code)
+    assert record.status == status and error in record.error, (record.status, record.error)
+
+
+def test_the_kernel_says_whether_memory_ran_out(tmp_path, monkeypatch):
+    counter = tmp_path / "memory.events"
+    counter.write_text("oom 3\noom_kill 2\n")
+    monkeypatch.setattr(running, "COUNTERS", (str(counter), str(tmp_path / "none")))
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    assert child(tmp_path, killed)[0].status == "interrupted"
+    grows = f"open({str(counter)!r}, 'w').write('oom 4\\noom_kill 3\\n')\n"
+    assert child(tmp_path, grows + killed)[0].status == "oom_host"
+
+
+def test_what_a_run_has_started_ends_with_it(tmp_path):
+    left = "\n".join(
+        f"subprocess.Popen(['sleep', '{seconds}'], start_new_session={apart})"
+        for seconds, apart in ((7771, False), (7772, True))
     )
-    arguments = ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
-    process = subprocess.Popen([sys.executable, str(ROOT / "run_bench.py"), *arguments], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    until(lambda: '"attach"' in "".join(p.read_text() for p in tmp_path.glob("results/.slow*/events.jsonl")))
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    started = time.monotonic()
+    child(tmp_path, left)
+    assert time.monotonic() - started < 30, "their hold on the log does not hold up the bench"
+    until(lambda: not running_commands() & {"sleep 7771", "sleep 7772"}, 5)
+
+
+def running_commands() -> set[str]:
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.add(path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip())
+        except OSError:
+            pass
+    return found
+
+
+STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
+
+
+@pytest.mark.parametrize("code", ["time.sleep(99)", STUBBORN, "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_run_beyond_its_time_limit_is_ended(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "GRACE_SECONDS", 30 if code != STUBBORN else 1)
+    started = time.monotonic()
+    record, _ = child(tmp_path, code, limit=3)
+    assert record.status == "timeout" and "--time-limit" in record.error and "raise it" in record.error
+    assert time.monotonic() - started < 20
+
+
+def test_a_log_is_bounded_and_keeps_both_ends(tmp_path):
+    _, folder = child(tmp_path, "print('first'); print('x' * 3_000_000)\n"
+                                "for i in range(50_000): print('y' * 80)\nprint('last')")  # fmt: skip
+    text = (folder / "log.txt").read_text()
+    assert text.startswith("first") and "last\n" in text and "bytes are left out" in text
+    assert len(text) < 2.2 * running.LOG_BYTES
+
+
+TOKEN = "hf_" + "Ab1" * 11
+
+
+def test_no_secret_reaches_the_record_or_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("OF_MINE_API_KEY", "0123456789-unmarked")
+    code = f"token = '{TOKEN}'; print(token, '0123456789-unmarked')\n"
+    code += "raise OSError(f'401 for Bearer {token}, ' + 'x' * 470 + token)"
+    record, folder = child(tmp_path, code)
+    assert "401 for Bearer" in record.error
+    for file in folder.iterdir():
+        assert not re.search(b"Ab1Ab1|unmarked", file.read_bytes()), file
+
+
+def test_a_child_is_told_what_the_user_has_set_and_nothing_of_the_working_directory(tmp_path, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert running.THREADS.items() <= running.environment().items()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert running.environment()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "GOMP_SPINCOUNT" not in running.environment()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "/elsewhere", str(tmp_path), "src"]))
+    assert running.environment()["PYTHONPATH"].split(os.pathsep) == [
+        str(ROOT), "/elsewhere", str(tmp_path / "src")
+    ]  # fmt: skip
+
+
+def test_a_screen_that_is_gone_costs_no_run():
+    read, write = os.pipe()
+    os.close(read)
+    shown = progress.make(os.fdopen(write, "w"))
+    ended = fabricate.record("lora", status="failed", scores={})
+    shown.start(ended.spec, 1, 1)
+    shown.end(ended, False)
+
+
+# Whole benches
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """Modules that are nothing, in place of the heavy ones. -> the environment that finds them."""
+    for name in doctor.IMPORTED:
+        path = tmp_path / "stubs" / (name.replace(".", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.touch()
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "stubs")}
+
+
+def slow(folder: Path, code: str = "time.sleep(99)") -> list[str]:
+    """A method that hangs in its child, and says so. -> the arguments of a bench of it alone."""
+    said = f"open({str(folder / 'pid')!r}, 'w').write(str(os.getpid()))"
+    (folder / "slow.py").write_text(
+        BITFIT.replace("axis =", 'baseline = "slow"\n    axis =')
+        + f"\nimport os, signal, time\nif 'TUNEOFF_BENCH' in os.environ:\n    {said}; {code}\n"
+    )
+    return ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
+
+
+@pytest.mark.parametrize(
+    ("number", "ignored", "status"),
+    [
+        (signal.SIGINT, (), 130),
+        (signal.SIGTERM, (signal.SIGINT,), 143),  # as a script's & starts it
+        (signal.SIGHUP, (), 129),
+    ],
+)
+def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tmp_path, stubs):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path)], cwd=tmp_path, env=stubs, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: [signal.signal(other, signal.SIG_IGN) for other in ignored],
+    )  # fmt: skip
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    for other in ignored:
+        process.send_signal(other)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
     assert "the same command continues" in errors and "Traceback" not in errors
     assert records(tmp_path)["slow-0"]["status"] == "interrupted"
-    assert records(tmp_path)["base-0"]["status"] == "ok"
+    assert ended(int((tmp_path / "pid").read_text()))
 
 
-def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path):
-    pid = 'open("pid", "w").write(str(__import__("os").getpid())); import time; time.sleep(60)'
-    (tmp_path / "slow.py").write_text(BITFIT.replace("model.requires_grad_(False)", pid))
-    arguments = ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
-    process = subprocess.Popen([sys.executable, str(ROOT / "run_bench.py"), *arguments], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+def test_a_second_ctrl_c_does_not_wait_for_a_stubborn_child(tmp_path, stubs):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path, STUBBORN)], cwd=tmp_path, env=stubs
+    )
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    second = bench(*arguments, cwd=tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    assert process.wait(60) == 130
+    assert time.monotonic() - started < running.GRACE_SECONDS / 2
+    assert records(tmp_path)["slow-0"]["status"] == "interrupted"
+
+
+def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path, stubs):
+    arguments = slow(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_bench.py"), *arguments], cwd=tmp_path, env=stubs
+    )
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    second = bench(*arguments, cwd=tmp_path, env=stubs)
     assert second.returncode == 2 and f"process {process.pid}" in second.stderr
     process.kill()
     process.wait()
-    child = int((tmp_path / "pid").read_text())
-    until(
-        lambda: not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text()
-    )
+    until(lambda: ended(int((tmp_path / "pid").read_text())))
 
 
-def until(condition, seconds: float = 60) -> None:
+def ended(process: int) -> bool:
+    try:
+        return "zombie" in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return True
+
+
+def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
+    (tmp_path / "stubs/rouge_score/rouge_scorer.py").write_text("import nltk_that_is_absent")
+    arguments = slow(tmp_path, "pass")
+    text = (tmp_path / "slow.py").read_text()
+    (tmp_path / "slow.py").write_text(text.replace("axis =", 'needs = ("no-such-package",)\n    axis ='))
+    run = bench(*arguments, cwd=tmp_path, env=stubs)
+    assert run.returncode == 2 and not records(tmp_path) and not (tmp_path / "pid").exists()
+    assert "every run: rouge_score.rouge_scorer" in run.stderr
+    assert "pip install nltk_that_is_absent" in run.stderr
+    assert "slow: no-such-package" in run.stderr and "or leave it out" in run.stderr
+    (tmp_path / "stubs/torch.py").write_text("import os; os.abort()")
+    run = bench(*arguments, cwd=tmp_path, env=stubs)
+    assert run.returncode == 2 and "signal SIGABRT on import" in run.stderr and "Traceback" not in run.stderr
+
+
+FULL_DISK = """
+import sys, time
+from pathlib import Path
+
+def fill():
+    with open(Path(sys.argv[1]) / "fill", "wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 512):
+                pass
+        except OSError:
+            pass
+
+class Full(Method):
+    baseline = "full_disk"
+
+    def attach(self, model, batches):
+        import sibling
+        fill()
+        self.steps = 0
+        return super().attach(model, batches)
+
+    def loss(self, model, batch):
+        self.steps += 1
+        if self.steps == 3:
+            (Path(sys.argv[1]) / "fill").unlink()
+        return super().loss(model, batch)
+
+    def save(self, model, folder):
+        fill()
+        super().save(model, folder)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_costs_the_model_alone_and_the_working_directory_is_not_imported_from(tmp_path):
+    disk = tmp_path / "results"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("no small disk can be mounted")
+    try:
+        (tmp_path / "full_disk.py").write_text("from harness.method import Method\n" + FULL_DISK)
+        (tmp_path / "sibling.py").write_text("")
+        (tmp_path / "harness").mkdir()
+        for name in ("random", "accelerate", "methods", "json", "harness/__init__"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working directory')")
+        run = bench("--methods", "full_disk", "--seeds", 0, "--plugins", "full_disk.py", *SMALL, cwd=tmp_path)
+        record = records(tmp_path)["full_disk-0"]
+        assert run.returncode == 0 and record["status"] == "ok", (record["error"], run.stderr)
+        assert record["scores"]["bleu4"] and len(record["training"]) == 12
+        assert [w for w in record["warnings"] if "was not saved: " in w and "pace" in w], record["warnings"]
+        assert record["environment"]["waiting"] and "saved_bytes" not in record["sizes"]
+        folder = next(disk.glob("full_disk*"))
+        assert len((folder / "outputs.jsonl").read_text().splitlines()) == 4
+        assert not (folder / "model").exists(), "half a model is none"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)])
+
+
+@pytest.mark.parametrize("way", [["-m", "harness.cli"], [str(ROOT / "run_bench.py")]])
+def test_a_plan_does_not_import_from_the_working_directory(way, tmp_path):
+    for name in ("random", "accelerate", "methods"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working directory')")
+    run = subprocess.run(
+        [sys.executable, *way, "plan", "--methods", "lora"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def until(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
