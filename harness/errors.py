@@ -29,7 +29,7 @@ def misfit(value, kind) -> str | None:
 HIDDEN = "[hidden]"
 SECRETS = (  # what a secret looks like; the group is kept, so that a reader knows what was hidden
     r"(hf_|gh[opsru]_|npm_|AKIA|ASIA|AIza)[A-Za-z0-9]{16,}",  # the mark that its maker gave it
-    r"\b(sk-|github_pat_|glpat-|xox[a-z]-|pypi-Ag|eyJ[\w-]+\.)[\w.-]{16,}",
+    r"\b(sk-|github_pat_|glpat-|xox[a-z]-|pypi-Ag|eyJ)[\w.-]{16,}",
     r"(?i)\b(bearer\s+|authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[\w.~+/=-]{8,}",
     r"(?i)((?:(?:api|access|private|secret)[_-]?key|(?:access|auth)[_-]?token|secret|passw(?:or)?d)"
     r"[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+",  # the name beside it

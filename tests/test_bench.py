@@ -11,11 +11,18 @@ from pathlib import Path
 
 import fabricate
 import pytest
+import torch
+from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
 from harness import bench as running
 from harness import doctor, progress
+from harness.errors import redacted
+from harness.meter import Meter
+from harness.method import Method
+from harness.plan import Request, plan
 from harness.record import RunRecord
+from harness.run import save_model
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
 
@@ -182,6 +189,34 @@ def test_no_secret_reaches_the_record_or_the_log(tmp_path, monkeypatch):
         assert not re.search(b"Ab1Ab1|unmarked", file.read_bytes()), file
 
 
+LETTERS = "aB3dE5gH7jK9mN1pQ2sT"  # what the secret part of each of these is
+SECRETS = (
+    f"hf_{LETTERS}", f"sk-{LETTERS}", f"sk-proj-{LETTERS}", f"ghp_{LETTERS}", f"github_pat_{LETTERS}",
+    f"AKIA{LETTERS.upper()}", f"Bearer {LETTERS}", f"{{'authorization': 'Basic {LETTERS}'}}",
+    f"key={LETTERS}", f"https://x.org/f?token={LETTERS}&page=1", f"api_key: '{LETTERS}'",
+    f"password={LETTERS}", f"https://user:{LETTERS}@x.org/f", f"https://{LETTERS}@x.org",
+    f"eyJ{LETTERS}.{LETTERS}.{LETTERS}",
+    f"-----BEGIN PRIVATE KEY----- {LETTERS} {LETTERS} -----END PRIVATE KEY-----",
+)  # fmt: skip
+HARMLESS = (
+    "tokenizer.pad_token = tokenizer.eos_token", "eos_token_id=128001, pad_token='<pad>'", "KeyError: 'key'",
+    "write it as hp.NAME=VALUE, data.NAME=VALUE or METHOD.OPTION=VALUE", "hf_hub_download_of_everything()",
+    "ask me@x.org about https://x.org/@me", "size mismatch for key: model.layers.0.self_attn.q_proj",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_what_looks_like_a_secret_is_hidden(text):
+    for around in ("{}", "401 for {}: see above", "url='{}'"):
+        assert LETTERS.upper() not in redacted(around.format(text)).upper()
+        assert "[hidden]" in redacted(around.format(text))
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_is_no_secret_stays(text):
+    assert redacted(text) == text
+
+
 def test_a_child_is_told_what_the_user_has_set_and_nothing_of_the_working_directory(tmp_path, monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -305,6 +340,24 @@ def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
     assert run.returncode == 2 and "signal SIGABRT on import" in run.stderr and "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize("error", [ValueError, MemoryError, SafetensorError, KeyboardInterrupt, SystemExit])
+def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
+    record = fabricate.record("lora", phases={}, scores={"bleu4": {"value": 1.0}})
+
+    class Breaks(Method):
+        def save(self, model, folder):
+            self.found = RunRecord.from_json((tmp_path / "result.json").read_text())
+            (folder / "half.safetensors").write_text("half")
+            raise error(f"for {TOKEN}")
+
+    breaks = Breaks()
+    save_model(breaks, None, None, record, tmp_path, Meter(torch.device("cpu")))
+    assert breaks.found.ok and breaks.found.scores == record.scores and "save" not in breaks.found.phases
+    assert "was not saved" in breaks.found.warnings[-1]
+    assert record.ok and record.warnings[-1].endswith(f"was not saved: {error.__name__}: for hf_[hidden]")
+    assert not (tmp_path / "model").exists(), "half a model is none"
+
+
 FULL_DISK = """
 import sys, time
 from pathlib import Path
@@ -332,14 +385,14 @@ class Full(Method):
             (Path(sys.argv[1]) / "fill").unlink()
         return super().loss(model, batch)
 
-    def save(self, model, folder):
-        fill()
-        super().save(model, folder)
 """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk_costs_the_model_alone_and_the_working_directory_is_not_imported_from(tmp_path):
+def test_a_full_disk_costs_the_model_alone_and_the_working_directory_is_not_imported_from(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     disk = tmp_path / "results"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode:
@@ -350,14 +403,15 @@ def test_a_full_disk_costs_the_model_alone_and_the_working_directory_is_not_impo
         (tmp_path / "harness").mkdir()
         for name in ("random", "accelerate", "methods", "json", "harness/__init__"):
             (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working directory')")
-        run = bench("--methods", "full_disk", "--seeds", 0, "--plugins", "full_disk.py", *SMALL, cwd=tmp_path)
-        record = records(tmp_path)["full_disk-0"]
-        assert run.returncode == 0 and record["status"] == "ok", (record["error"], run.stderr)
-        assert record["scores"]["bleu4"] and len(record["training"]) == 12
-        assert [w for w in record["warnings"] if "was not saved: " in w and "pace" in w], record["warnings"]
-        assert record["environment"]["waiting"] and "saved_bytes" not in record["sizes"]
+        asked = Request(["full_disk"], seeds=[0], settings=SMALL[1:], plugins=["full_disk.py"])
+        (spec,) = plan(asked)
+        record = running.run(spec, Store(disk), "", Shown())
+        assert record.ok, record.error
+        assert record.scores["bleu4"] and len(record.training) == 12
+        assert [w for w in record.warnings if "was not saved: " in w and "o space" in w], record.warnings
+        assert record.environment["waiting"] and "saved_bytes" not in record.sizes
         folder = next(disk.glob("full_disk*"))
-        assert len((folder / "outputs.jsonl").read_text().splitlines()) == 4
+        assert len((folder / "outputs.jsonl").read_text().splitlines()) == 12
         assert not (folder / "model").exists(), "half a model is none"
     finally:
         subprocess.run(["umount", "-l", str(disk)])
