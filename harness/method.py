@@ -47,7 +47,7 @@ LIMITS = {
     "packing": Limit(lambda hp, _: hp.packing, "--set hp.packing=false"),
     "plain text": Limit(
         lambda _, dataset: any(part["format"] == "text" for part in dataset["parts"]),
-        "--dataset with prompts and answers",
+        "train on rows with prompts",
     ),
     "4-bit base": Limit(),
     "merging": Limit(),

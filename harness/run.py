@@ -427,13 +427,16 @@ def one_residual(model, dtype) -> None:
 
 def check_finite(scores: list[dict], spec: RunSpec) -> None:
     """Raises where the loss on the test rows is no number, or one whose perplexity is none."""
-    from harness import generate
+    from harness.generate import mean_loss
+
+    if mean_loss(scores) < math.log(sys.float_info.max):
+        return
+    what = f"the loss on the test rows is {mean_loss(scores):.3g} nats a token"
+    if not spec.trains:
+        raise ValueError(f"{what} without any training")
     from harness.train import Diverged
 
-    loss = generate.mean_loss(scores)
-    if not loss < math.log(sys.float_info.max):
-        what = f"the loss on the test rows is {loss:.3g} nats a token"
-        raise Diverged(f"{what} after training") if spec.trains else ValueError(f"{what}, untrained")
+    raise Diverged(f"{what} after training")
 
 
 def untouched(folder: str | None) -> list[dict]:

@@ -34,7 +34,10 @@ class GRPO(LoRA):
     objective = "reward"
     aim = "reward"
     mean_over = "rows"
-    cannot = {"packing": "it trains on answers of its own, a row a sequence"}
+    cannot = {
+        "packing": "it trains on answers of its own, a row a sequence",
+        "plain text": "a text asks nothing and has no reference, so that no answer earns anything",
+    }
 
     def __post_init__(self):
         super().__post_init__()

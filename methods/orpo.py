@@ -32,7 +32,10 @@ class ORPO(LoRA):
     objective = "preference"
     aim = "preference_accuracy"
     mean_over = "rows"
-    cannot = {"packing": "it needs chosen and rejected answers side by side, a row a sequence"}
+    cannot = {
+        "packing": "it needs chosen and rejected answers side by side, a row a sequence",
+        "plain text": "a text asks nothing, and what a model begins by itself is no worse answer to it",
+    }
 
     def __post_init__(self):
         super().__post_init__()

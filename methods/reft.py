@@ -38,6 +38,7 @@ class LoReFT(Method):
     axis = "parameterisation"
     cannot = {
         "packing": "a packed sequence has no one prompt with a first and a last token",
+        "plain text": "it edits the ends of a prompt, and a text has none: nothing would be trained",
         "merging": "it edits some tokens only: no weights do that for a token by its place in the prompt",
     }
 

@@ -11,12 +11,12 @@ import tiny
 import torch
 from tiny import fit, hyperparams, losses, trained_weights
 
-from harness.generate import Decoder
+from harness.generate import Decoder, likelihoods
 from harness.meter import Meter
 from harness.method import LIMITS, available, build, card, code_hash, find, resolve
 from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
-from harness.train import train
+from harness.train import check, fingerprints, train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -81,9 +81,9 @@ def make(cls):
     return chosen
 
 
-def base_loader(folder):
+def base_loader(folder, dtype=torch.float32):
     spec = RunSpec("any", 0, folder.name, {}, HP, locations={"model": str(folder)})
-    return lambda **more: load_base(spec, torch.float32, torch.device("cpu"), **more)
+    return lambda **more: load_base(spec, dtype, torch.device("cpu"), **more)
 
 
 def run(cls, folder, rows=ROWS, hp=HP, seed=0):
@@ -130,7 +130,7 @@ def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, f
             return super().optimizer(model, hp)
 
     chosen.__class__ = Watched
-    model, _, _ = fit(chosen, chosen.own(HP), ROWS, base=base)
+    model, _, measured = fit(chosen, chosen.own(HP), ROWS, base=base)
     # A module may write what it trains into its own weight, as sparse tuning does: see that method's tests.
     own = {n for n, m in model.named_modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
     for name, (parameter, value) in seen.items():
@@ -142,6 +142,8 @@ def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, f
     still = [n for n, value in start.items() if torch.equal(after[n], value)]
     assert len(still) <= len(start) // 2, still  # LISA's layers take turns, all others move
     assert len(still) < len(start)
+    # None is taken for one that trained nothing.
+    check(fingerprints(list(start.values())), fingerprints([after[n] for n in start]), measured["training"])
 
 
 def test_weight_decay_reaches_matrices_and_no_norm_length_scale_or_rotation(trained, folder):
@@ -185,6 +187,23 @@ def test_what_is_saved_gives_the_same_outputs_again(trained, folder, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     restored = make(trained).restore(base_loader(folder), tmp_path)
     torch.testing.assert_close(log_probabilities(restored), expected, atol=1e-5, rtol=0)
+
+
+def test_in_bf16_the_model_that_is_scored_is_the_one_that_is_kept(trained, folder, tmp_path):
+    """To the bit, in likelihoods and greedy answers; and trained in the same arithmetic as all others."""
+    load, chosen = base_loader(folder, torch.bfloat16), make(trained)
+    with tiny.computing("bf16"):
+        model, _, measured = fit(chosen, chosen.own(HP), ROWS, base=chosen.load(load))
+        model = chosen.keep(load, model)
+        expected = scored(model)
+        chosen.save(model, tmp_path)
+        assert scored(make(trained).restore(load, tmp_path)) == expected
+    assert measured["arithmetic"] == {"training": {"residual stream": "bfloat16", "products": "bfloat16"}}
+
+
+def scored(model) -> list:
+    found = likelihoods(model, ROWS, tiny.PAD, HP, tiny.accelerator())
+    return [found, tiny.decoder(HP).answers(model, ROWS[:6])]
 
 
 def test_merging_keeps_the_outputs_or_is_refused_with_the_declared_reason(trained, folder):

@@ -1,10 +1,12 @@
 """A tokenizer, models and rows small enough for tests, made in memory: nothing is downloaded."""
 
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -130,6 +132,19 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
+@contextmanager
+def computing(precision: str):
+    """Within, accelerators compute in `no` (fp32) or `bf16`: there is one precision a process."""
+    try:
+        AcceleratorState._reset_state(True)
+        accelerator.cache_clear()
+        Accelerator(cpu=True, mixed_precision=precision)
+        yield
+    finally:
+        AcceleratorState._reset_state(True)
+        accelerator.cache_clear()
+
+
 def decoder(hp, reward: str = "rouge_l"):
     from harness.generate import Decoder
     from harness.metrics import TextScorer
@@ -143,17 +158,23 @@ def batches(rows, hp, seed: int = 0) -> Batches:
 
 def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambda **_: None):
     """Trains as a run does, from the same base and the same random state. -> model, optimizer, measured."""
+    from harness.run import loaded_types, master_weights, one_residual, put_back
     from harness.train import train
 
     made = batches(rows, hp, seed)
     base = model() if base is None else base
+    dtype = base.dtype
     torch.manual_seed(seed)
     trained = method.attach(base, made)
+    types = loaded_types(trained)
+    master_weights(trained, "")
+    one_residual(trained, dtype)
     measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     optimizer = train(
         method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
         validate and (lambda: validate(trained)),
     )  # fmt: skip
+    put_back(types)
     return trained, optimizer, vars(measured)
 
 
