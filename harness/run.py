@@ -219,8 +219,6 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     if spec.trains:
         from harness.train import check, fingerprints, train
 
-        if "plain text" in chosen.cannot and not all(row.prompt for row in rows["train"]):
-            raise method.Unsupported(f"no training on plain text: {chosen.cannot['plain text']}")
         batches = Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
         record.hashes["batches"] = batches.hashes
         with meter.phase("attach"):

@@ -7,15 +7,19 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
 from harness import generate
 from harness.method import Method
-from harness.train import Diverged, validation_points
+from harness.train import PIECE, Diverged, check, fingerprints, validation_points
 from methods.dora import DoRA
 from methods.full import Full
+from methods.grpo import GRPO
 from methods.lora import LoRA
+from methods.orpo import ORPO
 
 ROWS = tiny.rows(22, seed=1)  # three steps of 8 rows, one of them short
 EVEN = tiny.rows(56, seed=2)  # seven steps, none short: another trainer would have its short one at the end
@@ -247,6 +251,58 @@ def test_a_loss_that_is_not_finite_ends_the_training(at, value):
     assert told == list(range(1, at + 1))
 
 
+class Explodes(Method):
+    """Full fine-tuning with a loss of the same value whose gradient is not finite, at one step."""
+
+    def __init__(self, at: int, size: float):
+        self.at, self.size, self.calls = at, size, 0
+
+    def loss(self, model, batch):
+        self.calls += 1
+        moved = sum((p - p.detach()).sum() for p in model.parameters())
+        return super().loss(model, batch) + moved * (self.size if self.calls == self.at else 0.0)
+
+
+@pytest.mark.parametrize(("size", "norm"), [(1e30, "inf"), (math.nan, "nan")])
+def test_a_gradient_that_is_not_finite_ends_the_training(size, norm):
+    """Clipping would turn it to zeros in silence where its squares overflow."""
+    with pytest.raises(Diverged, match=r"the (loss|gradient norm) was .* at step 2 of 6") as caught:
+        fit(Explodes(2, size), hyperparams(max_steps=6), ROWS)
+    assert norm in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_the_last_step_broke_are_found(value):
+    large = torch.zeros(3 * PIECE + 1)
+    tensors = [torch.ones(3), large, torch.ones(2, 2)]
+    before = fingerprints(tensors)
+    large[-1] = value  # in the last piece of it
+    with pytest.raises(Diverged, match="1 of 3 trained tensors were not finite"):
+        check(before, fingerprints(tensors), [])
+
+
+@settings(max_examples=10)
+@given(drawn=st.data())
+def test_any_change_of_any_weight_is_seen(drawn):
+    tensors = [torch.randn(5), torch.randn(2 * PIECE + 3)]
+    before = fingerprints(tensors)
+    tensor = drawn.draw(st.sampled_from(tensors))
+    at = drawn.draw(st.integers(0, tensor.numel() - 1))
+    tensor[at] = torch.nextafter(tensor[at], torch.tensor(9.0))
+    check(before, fingerprints(tensors), [{"grad_norm": 1.0}])
+    with pytest.raises(ValueError, match="nothing was trained: no weight moved in 1 steps"):
+        check(before, before, [{"grad_norm": None}])
+
+
+def test_one_gradient_is_enough_to_have_trained():
+    """LISA's and LoRA's may be zero at some steps; one that is not clipped has no norm."""
+    moved = [[1, 0]], [[2, 0]]
+    check(*moved, [{"grad_norm": 0.0}, {"grad_norm": 1e-9}])
+    check(*moved, [{"grad_norm": None}])
+    with pytest.raises(ValueError, match="the gradient was zero in all 2 steps"):
+        check(*moved, [{"grad_norm": 0.0}, {"grad_norm": 0.0}])  # weight decay alone
+
+
 def test_a_learning_rate_far_too_high_diverges_for_real():
     with pytest.raises(Diverged):
         fit(Full(), hyperparams(max_steps=6, learning_rate=1e30), ROWS)
@@ -389,3 +445,89 @@ def test_a_step_hash_tells_where_the_response_begins():
     ids = [*row.prompt_ids, *row.response_ids]
     moved = replace(row, prompt_ids=tiny.array(ids[:-1]), response_ids=tiny.array(ids[-1:]))
     assert tiny.batches([row], hp).hashes != tiny.batches([moved], hp).hashes
+
+
+# What was read, as it was read
+
+
+def given_by_hand(step, learned=False) -> str:
+    """The hash of a step's rows, in whole numbers of Python: no tensors, no padding."""
+
+    def mixed(x):
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            signed = x - 2**64 if x >> 63 else x  # a signed number is shifted with its sign
+            x = (x ^ (signed >> shift) % 2**64) * factor % 2**64
+        signed = x - 2**64 if x >> 63 else x
+        return x ^ (signed >> 31) % 2**64
+
+    total = 0
+    for row in step:
+        tokens = list(enumerate([*row.prompt_ids, *row.response_ids], 1))
+        tokens = tokens[len(row.prompt_ids) :] if learned else tokens
+        total += mixed(sum(mixed((place << 32) + token + 1) for place, token in tokens) % 2**64)
+    return f"{total % 2**64:016x}"
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_size": 3}, {"packing": True, "max_length": 64}],
+                         ids=["whole", "accumulated", "packed"])  # fmt: skip
+@pytest.mark.parametrize("method", [Full(), LoRA()], ids=["full", "lora"])
+def test_what_a_step_was_given_is_hashed_however_it_is_cut(method, changes):
+    hp = hyperparams(epochs=2.0, **changes)
+    steps = [[ROWS[i] for i in step] for step in tiny.batches(ROWS, hp).steps]
+    hashes = fit(method, hp, ROWS)[2]["hashes"]
+    assert hashes["given"] == [given_by_hand(step) for step in steps]
+    assert hashes["learned"] == [given_by_hand(step, learned=True) for step in steps]
+
+
+def read_by(method, rows=ROWS, **changes):
+    measured = fit(method, hyperparams(**{"max_steps": 3, "max_new_tokens": 4, **changes}), rows)[2]
+    return measured["hashes"], measured["tokens"]
+
+
+def changed(rows, **changes):
+    """The same rows, but the first, whose tokens or labels are others."""
+    return [replace(rows[0], **{name: change(rows[0]) for name, change in changes.items()}), *rows[1:]]
+
+
+def test_one_token_more_or_less_that_is_given_or_learned_is_another_hash():
+    rows = tiny.rows(8, seed=4, prompt=(5, 9), response=(3, 6))
+    expected, _ = read_by(Full(), rows)
+    found, _ = read_by(Full(), changed(rows, prompt_ids=lambda r: r.prompt_ids[:2] + r.prompt_ids[:1:-1]))
+    assert found["given"] != expected["given"] and found["learned"] == expected["learned"]
+    found, _ = read_by(Full(), changed(rows, learned=lambda r: tiny.array([1, 3])))
+    assert found["given"] == expected["given"] and found["learned"] != expected["learned"]
+    # Two rows exchange their ends: the same tokens at the same places, in other rows.
+    a, b = rows[0], replace(rows[1], prompt_ids=rows[0].prompt_ids[:-1] + rows[1].prompt_ids[:1])
+    c, d = replace(a, response_ids=b.response_ids), replace(b, response_ids=a.response_ids)
+    ends, exchanged = (read_by(Full(), pair)[0] for pair in ([a, b], [c, d]))
+    assert ends["given"] != exchanged["given"] and ends["learned"] == exchanged["learned"]
+
+
+def test_what_a_method_adds_changes_or_leaves_out_is_in_its_hash():
+    """Rejected answers beside the chosen ones; the prompt's tokens learned too; rows never read, as their
+    steps train on the draw of the step before."""
+    plain, counts = read_by(LoRA())
+    orpo, pairs = read_by(ORPO())
+    assert all(a != b for a, b in zip(plain["given"], orpo["given"], strict=True))
+    assert pairs["trained"] > 1.5 * counts["trained"] and pairs["rows"] == counts["rows"]
+    prompts, more = read_by(ORPO(prompt_loss=True))
+    assert prompts["given"] == orpo["given"] and prompts["learned"] != orpo["learned"]
+    assert more["supervised"] == more["trained"] - 2 * len(ROWS)  # all but the first token of a row
+    _, half = read_by(GRPO(group=2, updates=2), tiny.rows(16), max_steps=2)
+    assert half["rows"] == 8
+
+
+def test_what_goes_past_the_one_head_is_counted_but_not_certified():
+    class Own(Method):
+        def loss(self, model, batch):
+            return model(**{k: v for k, v in batch.items() if k in ("input_ids", "labels")}).loss
+
+    class Twice(Method):
+        def loss(self, model, batch):
+            return (super().loss(model, batch) + super().loss(model, batch)) / 2
+
+    hashes, tokens = read_by(Own())
+    expected, counts = read_by(Full())
+    assert hashes == {} and tokens == counts
+    twice, double = read_by(Twice())
+    assert twice["given"] != expected["given"] and double["trained"] == 2 * counts["trained"]

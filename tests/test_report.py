@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
 from harness.report import brief_table, render
+from harness.report.certificate import certificate
 from harness.report.plots import place_labels
 from harness.report.rows import comparisons
 from harness.report.tables import choose
@@ -190,6 +191,77 @@ def test_notices_and_differences_stand_before_the_results(tmp_path):
     assert "cpu for QLoRA (seed 1)" in front and "1.0 for QLoRA (seed 1)" in front
     assert "QLoRA: stale" in front
     assert "could not be read: 1" in front and "broken" in text.split("Records that could not be read")[-1]
+
+
+# The certificate
+
+
+def certified(*records) -> dict[str, tuple]:
+    """What should be the same -> whether it is, and the details."""
+    [comparison] = comparisons(list(records))
+    return {what: (fine, details) for what, fine, details in certificate(comparison)}
+
+
+def reading(method, given, learned, trained, supervised, rows, **more):
+    """A record as a run leaves it that read so much."""
+    found = fabricate.record(method)
+    found.hashes |= {"given": given, "learned": learned, **more}
+    found.tokens |= {"trained": trained, "supervised": supervised, "rows": rows}
+    return found
+
+
+READ, LEARNED = "Tokens the model was given in each step", "Tokens that carried loss in each step"
+
+
+def test_the_certificate_is_of_what_was_read_not_of_what_was_planned():
+    """The same plan for all; one reads rejected answers too, one half of the prompts."""
+    same = [reading(m, ["a", "b"], ["c", "d"], 690, 117, 16) for m in ("qlora", "galore")]
+    found = certified(*same)
+    assert found[READ] == found[LEARNED] == (True, "")
+    pairs = reading("reft", ["a", "x"], ["y", "z"], 1337, 250, 16)
+    half = reading("full", ["a", "a"], ["c", "d"], 700, 117, 8)
+    found = certified(*same, pairs, half)
+    assert found["Rows planned for each step"] == (True, "")
+    fine, details = found[READ]
+    assert fine is False and details == (
+        "seed 0: 690 tokens of 16 training rows for QLoRA (seed 0) and GaLore (seed 0) "
+        "against 1,337 tokens of 16 training rows for ReFT (seed 0), not the same in 1 of 2 steps "
+        "against 700 tokens of 8 training rows for Full fine-tuning (seed 0), not the same in 1 of 2 steps"
+    )
+    fine, details = found[LEARNED]
+    assert fine is False and "250 tokens for ReFT (seed 0), not the same in 2 of 2 steps" in details
+    assert "117 tokens for QLoRA (seed 0), GaLore (seed 0) and Full fine-tuning (seed 0)" in details
+
+
+def test_a_record_of_before_is_not_certified():
+    old = [fabricate.record(method) for method in ("qlora", "galore")]
+    assert certified(*old)[READ] == certified(*old)[LEARNED] == (None, "not recorded")
+    new = reading("full", ["a"], ["b"], 1, 1, 1)
+    assert certified(*old, new)[READ] == (True, "not recorded for QLoRA (seed 0) and GaLore (seed 0)")
+    assert certified(*old)["Arithmetic of the training, as measured"] == (None, "not recorded")
+    assert "Rejected answers" not in certified(*old)
+
+
+def test_the_certificate_names_the_arithmetic_of_each_row():
+    records = [fabricate.record(method) for method in ("base", "qlora", "full")]
+    for record in records:
+        phases = ("training", "scoring") if record.spec.trains else ("scoring",)
+        record.arithmetic = {p: {"residual stream": "bfloat16", "products": "bfloat16"} for p in phases}
+    fine, details = certified(*records)["Arithmetic of the training, as measured"]
+    assert fine and details == "residual stream in bfloat16, products in bfloat16"
+    records[-1].arithmetic["training"]["residual stream"] = "float32"
+    fine, details = certified(*records)["Arithmetic of the training, as measured"]
+    assert fine is False
+    assert "residual stream in float32, products in bfloat16 for Full fine-tuning (seed 0)" in details
+    assert certified(*records)["Arithmetic of the scoring, as measured"][0] is True
+
+
+def test_rejected_answers_come_from_one_untouched_model():
+    a, b, c = (reading(m, ["a"], ["b"], 1, 1, 1, before=x)
+               for m, x in (("qlora", "aa"), ("galore", "aa"), ("full", None)))  # fmt: skip
+    assert certified(a, b)["Rejected answers"][0] is True
+    fine, details = certified(a, b, c)["Rejected answers"]
+    assert fine is False and "no answers for Full fine-tuning (seed 0)" in details
 
 
 def test_declared_deviations_are_footnotes(tmp_path):

@@ -18,8 +18,8 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     }
     trained = {name: r for name, r in names.items() if r.spec.trains}
     checks = [
-        same("Rows planned for each step of a seed", planned(trained)),
-        steps("Tokens read in each step, as the model was given them", "given", trained),
+        same("Rows planned for each step", planned(trained)),
+        steps("Tokens the model was given in each step", "given", trained),
         steps("Tokens that carried loss in each step", "learned", trained),
     ]
     for split, runs in (("train", trained), ("validation", trained), ("test", names)):
