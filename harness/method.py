@@ -72,6 +72,7 @@ class Method:
     mean_over = "tokens"  # what the loss is a mean over: tokens or rows
     title = ""  # in the report; the docstring's unless given
     baseline = "base"  # the row of the same model, untouched, that this method starts from
+    starts_at_base = True  # attached, it computes what its baseline does, up to rounding; else it is scored
     trains = True
     needs = ()  # packages beyond the harness's own
     overrides = {}  # hyperparameter -> (value, reason): each permitted difference, declared

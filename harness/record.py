@@ -118,13 +118,14 @@ class RunRecord:
     `given`, what the model truly read, and `learned`, what of it carried loss; `before`: the untouched
     outputs that rejected answers were taken from (null: none were there; absent: none were needed).
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
-    `tokens`: trained (read by the model), padded, supervised (carrying loss), rows (distinct ones read),
-    sampled (made by the model while training); left_out counts rows. `notes`: what the run found out
-    about its method.
+    `tokens`: trained (read by the model in steps), attach (read before the first), padded, supervised
+    (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out counts
+    rows. `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
     `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.
+    `start`: the scores of a method's own start, where it starts at no baseline.
     """
 
     spec: RunSpec
@@ -148,6 +149,7 @@ class RunRecord:
     training: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
     scores: dict[str, Score] = field(default_factory=dict)
+    start: dict[str, Score] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     folder: str = ""  # in which it is kept; not in the JSON, which says it by what was asked

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -216,12 +216,31 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             scores = generate.likelihoods(model, rows["validation"], pad, hp, accelerator)
             return generate.mean_loss(scores)
 
+    asked = [template.question(row, hp.max_new_tokens) for row in rows["test"]]
+
+    def test() -> list[dict]:
+        """An output of the model as it is for each test row, with its likelihood and scores."""
+        with meter.phase("evaluate"), head.arithmetic(model) as types:
+            likelihoods = generate.likelihoods(model, rows["test"], pad, hp, accelerator)
+        record.arithmetic["scoring"] = types
+        check_finite(likelihoods, spec)
+        with meter.phase("generate"):
+            answers = decoder.answers(model, asked, report)
+        return [
+            {"id": row.id, "part": row.part, "prompt": row.prompt, "reference": row.reference}
+            | answer | likelihood | scorer.score(answer["output"], row.reference)
+            for row, answer, likelihood in zip(asked, answers, likelihoods, strict=True)
+        ]  # fmt: skip
+
+    def summary(outputs: list[dict]) -> dict:
+        return metrics.summarise(outputs, scorer.signature(), spec.dataset["reward"])
+
     if spec.trains:
         from harness.train import check, fingerprints, train
 
         batches = Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
         record.hashes["batches"] = batches.hashes
-        with meter.phase("attach"):
+        with meter.phase("attach"), read_in(meter, "attach", model) as read:
             model = chosen.attach(model, batches)
             trained = loaded_types(model)
             record.weights = master_weights(model, precision)
@@ -231,6 +250,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         record.sizes = sizes(model)
         if not trained:
             raise ValueError(f"{spec.method} attached nothing to train")
+        record.tokens["attach"] = int(sum(read))
+        if not chosen.starts_at_base:
+            record.start = summary(test())
         record.validation = [{"step": 0, "loss": validate()}]
         told, start = step_report(report, batches), fingerprints(list(trained))
         optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
@@ -244,15 +266,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         model = chosen.keep(load, model)  # what is kept is what is scored
     else:
         record.sizes = sizes(model.requires_grad_(False))
-    with meter.phase("evaluate"), head.arithmetic(model) as record.arithmetic["scoring"]:
-        likelihoods = generate.likelihoods(model, rows["test"], pad, hp, accelerator)
-    check_finite(likelihoods, spec)
-    with meter.phase("generate"):
-        asked = [template.question(row, hp.max_new_tokens) for row in rows["test"]]
-        answers = decoder.answers(model, asked, report)
+    outputs = test()
     if any(row.prompt and not row.rejected_ids for row in rows["test"]):
-        own = [{"id": row.id} | answer for row, answer in zip(asked, answers, strict=True)]
-        before = own if spec.method == "base" else untouched(spec.locations.get("before"))
+        before = outputs if spec.method == "base" else untouched(spec.locations.get("before"))
         record.hashes["before"] = answers_hash(before)
     else:
         before = []
@@ -260,17 +276,31 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         worse = rejected(rows["test"], before, template, stops, hp)
         found = generate.likelihoods(model, worse, pad, hp, accelerator) if worse else []
         found = {row.id: generate.mean_loss([score]) for row, score in zip(worse, found, strict=True)}
-    outputs = [
-        {"id": row.id, "part": row.part, "prompt": row.prompt, "reference": row.reference}
-        | answer | likelihood | scorer.score(answer["output"], row.reference)
-        | ({"margin": found[row.id] - generate.mean_loss([likelihood])} if row.id in found else {})
-        for row, answer, likelihood in zip(asked, answers, likelihoods, strict=True)
-    ]  # fmt: skip
     for output in outputs:
+        if output["id"] in found:
+            output["margin"] = found[output["id"]] - generate.mean_loss([output])
         append(folder / OUTPUTS, output)
-    record.scores = metrics.summarise(outputs, scorer.signature(), spec.dataset["reward"])
+    record.scores = summary(outputs)
     if spec.trains:
         save_model(chosen, model, tokenizer, record, folder, meter)
+
+
+@contextmanager
+def read_in(meter, phase: str, model):
+    """-> a list that takes the tokens of each forward in a phase: in the attach phase, those of a method's
+    warm-up. What the decoder reads has a phase of its own. Without a mask, packed padding counts too."""
+    read = []
+
+    def count(decoder, args, kwargs):
+        if meter.stack[-1] == phase:
+            mask = kwargs.get("attention_mask")
+            read.append(kwargs["input_ids"].numel() if mask is None else mask.sum())
+
+    hook = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield read
+    finally:
+        hook.remove()
 
 
 def check_packing(model, rows: list[Row], width: int, pad: int) -> None:

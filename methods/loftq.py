@@ -28,19 +28,22 @@ class LoftQ(QLoRA):
 
     iterations: int = 5  # of quantising and truncating; the paper's
 
+    starts_at_base = False  # but nearer to the model than the 4-bit one is
+
     def __post_init__(self):
         super().__post_init__()
         if self.iterations < 1:
             raise ValueError("iterations must be at least 1; 0 would be qlora")
 
     def load(self, load_base):
-        self.load_originals = load_base
+        """Both models: reading the second is no part of the training, but it is there as that begins."""
+        self.originals = load_base()
         return super().load(load_base)
 
     def attach(self, model, batches):
         import torch
 
-        originals = self.load_originals()
+        originals, self.originals = self.originals, None  # freed with this hook
         model = super().attach(model, batches)
         check_rank(model, self.rank)
         squares = 0

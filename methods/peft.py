@@ -63,7 +63,6 @@ class Peft(Method):
 
     axis = "parameterisation"
     kind = ""  # PEFT's own name of the type
-    starts_at_base = True  # by PEFT's initialisation, but for rounding
 
     @classmethod
     def variants(cls) -> list[str]:
@@ -89,6 +88,8 @@ class Peft(Method):
     def __post_init__(self):
         if not self.kind:
             raise ValueError(f"name a type, as in peft.vera. Available: {', '.join(self.variants())}")
+        if False in (value for option, value in self.chosen().items() if option.startswith("init_")):
+            self.starts_at_base = False
         for option, values, reason in REFUSED:
             value = self.chosen().get(option)
             if value is not None and (values is None or str(value).startswith(values)):

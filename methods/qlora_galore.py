@@ -37,6 +37,7 @@ class QLoRAGaLore(Method):
     scale: float = 0.25  # of the attention's update; galore's default
 
     axis = "parameterisation"
+    starts_at_base = False  # its attention is not rounded, as that of base_nf4 is
     needs = ("bitsandbytes",)
     hybrid = ("qlora", "galore")
     cannot, merge = QLoRA.cannot, QLoRA.merge

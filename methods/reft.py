@@ -36,6 +36,7 @@ class LoReFT(Method):
     dropout: float = 0.0  # share of an edited state's values left out while training
 
     axis = "parameterisation"
+    starts_at_base = False
     cannot = {
         "packing": "a packed sequence has no one prompt with a first and a last token",
         "plain text": "it edits the ends of a prompt, and a text has none: nothing would be trained",

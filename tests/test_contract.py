@@ -146,6 +146,15 @@ def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, f
     check(fingerprints(list(start.values())), fingerprints([after[n] for n in start]), measured["training"])
 
 
+def test_it_starts_at_its_baseline_or_says_that_it_does_not(trained, folder):
+    """Else its gain would be taken from another model than the one that it started from."""
+    chosen, baseline = make(trained), resolve(trained.baseline, available()[trained.baseline])()
+    untouched = log_probabilities(baseline.load(base_loader(folder)))
+    model = chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP))
+    difference = (log_probabilities(model) - untouched).abs().max().item()
+    assert (difference < 1e-4) == chosen.starts_at_base, difference
+
+
 def test_weight_decay_reaches_matrices_and_no_norm_length_scale_or_rotation(trained, folder):
     chosen = make(trained)
     model = chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP))

@@ -164,9 +164,12 @@ def results(comparison: Comparison) -> list[b.Block]:
         quality = tables.quality(comparison)
         if "BLEU-4 (own base)" in quality.columns:
             own = {comparison.own_base(row).label for row in comparison.rows if comparison.own_base(row)}
+            if started := [row.label for row in comparison.rows if any(r.start for r in row.done)]:
+                own.add(f"of {listed(started)} its own start, scored before the first step")
             quality.notes = [
                 f"Own base: the model that a method starts from where that is not the untouched one "
-                f"({listed(sorted(own))}), so that what rounding costs is seen apart from the training."
+                f"({'; '.join(sorted(own))}), so that what rounding or a start of its own costs or gains is "
+                "seen apart from the training."
             ]
         found += [b.Heading("More on quality"), quality]
         if by_part := tables.by_part(comparison):

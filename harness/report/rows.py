@@ -180,9 +180,18 @@ class Comparison:
         return self.base(UNTOUCHED) if row.spec.trains else row
 
     def own_base(self, row: Row) -> Row | None:
-        """The model a method starts from, where that is not the untouched one: a 4-bit one."""
+        """The model a method starts from, where that is not the untouched one: a 4-bit one. A method that
+        starts at neither scored its own start, see `own_scores`."""
         name = row.card.get("baseline")
-        return self.base(name) if row.spec.trains and name and name != UNTOUCHED else None
+        if not row.spec.trains or not name or name == UNTOUCHED or any(r.start for r in row.records):
+            return None
+        return self.base(name)
+
+    def own_scores(self, row: Row, metric: str) -> list[float]:
+        """One a seed of what a method starts from, where that is not the untouched model."""
+        if own := self.own_base(row):
+            return own.values(lambda r: score(r, metric))
+        return row.values(lambda r: (r.start.get(metric) or {}).get("value"))
 
     def peak_memory(self, record: RunRecord) -> float | None:
         """GiB over attach and train; null for a model that was not trained."""
@@ -267,7 +276,7 @@ def step_seconds(record: RunRecord) -> float | None:
 
 def tokens_per_second(record: RunRecord) -> float | None:
     tokens, time = record.tokens.get("trained"), seconds(record)
-    return tokens / time if tokens and time else None
+    return (tokens + record.tokens.get("attach", 0)) / time if tokens and time else None
 
 
 def watt_hours(record: RunRecord) -> float | None:

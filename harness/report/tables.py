@@ -71,18 +71,14 @@ def quality(comparison: Comparison) -> Table:
     if comparison.spec.dataset.get("reward") != "rouge_l":  # else it is the ROUGE-L of the first table
         metrics.append("reward")
     columns = ["Technique", *(f"{NAMES[m]} ({when})" for m in metrics for when in ("before", "after"))]
-    with_own = any(comparison.own_base(row) for row in comparison.rows)
+    with_own = any(comparison.own_scores(row, "bleu4") for row in comparison.rows)
     if with_own:
         columns += ["BLEU-4 (own base)", "ROUGE-L (own base)"]
     rows = []
     for row in comparison.rows:
         cells = [row.label, *(c for m in metrics for c in before_and_after(comparison, row, m))]
         if with_own:
-            own = comparison.own_base(row)
-            cells += [
-                spread(own.values(lambda r, m=m: comparison.score(r, m)) if own else [], DECIMALS[m])
-                for m in ("bleu4", "rouge_l")
-            ]
+            cells += [spread(comparison.own_scores(row, m), DECIMALS[m]) for m in ("bleu4", "rouge_l")]
         rows.append(cells)
     return without_unknown(Table(columns, rows))
 
