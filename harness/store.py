@@ -75,6 +75,7 @@ class Store:
             said, found = (scores.get(metric, {}).get("value") for scores in (record.scores, derived))
             if not agree(said, found):
                 raise ValueError(f"{metric} is {said} by {RECORD}, but {found} by {OUTPUTS}")
+        record.scores = derived | record.scores  # a record that is older than a metric has it, too
         return record
 
     def outputs(self, record: RunRecord) -> list[dict]:

@@ -156,8 +156,8 @@ def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     test[0]["nll"] = None
     fabricate.keep(results, found, test)
     text, _ = rendered(tmp_path, results)
-    row = next(line for line in text.splitlines() if line.startswith("| QLoRA |"))
-    assert [cell.strip() for cell in row.split("|")[3:7:2]] == ["–", "–"]
+    brief, quality = [line.split(" | ") for line in text.splitlines() if line.startswith("| QLoRA |")][:2]
+    assert brief[5] == quality[2] == "–", "peak memory, perplexity after"
     assert "nan" not in text.lower().replace("nanogpt", "")
 
 
@@ -262,6 +262,89 @@ def test_rejected_answers_come_from_one_untouched_model():
     assert certified(a, b)["Rejected answers"][0] is True
     fine, details = certified(a, b, c)["Rejected answers"]
     assert fine is False and "no answers for Full fine-tuning (seed 0)" in details
+
+
+def test_runs_that_are_no_runs_are_named_and_the_rest_is_reported(tmp_path):
+    results = fabricate.results(tmp_path / "r", seeds=(0, 1))
+    faults = {
+        "qlora-s1": ("outputs.jsonl", lambda text: text[:5000]),
+        "galore-s1": ("record.json", lambda text: text.replace('"axis"', '"aim"')),
+    }
+    for name, (file, change) in faults.items():
+        (path,) = results.glob(f"{name}-*/{file}")
+        path.write_text(change(path.read_text()))
+    text, _ = rendered(tmp_path, results)
+    assert "| QLoRA | ok | 1 of 1 |" in text and "| GaLore | ok | 1 of 1 |" in text
+    end = text.split("## Records that could not be read")[1]
+    assert all(name in end for name in faults) and "nothing was deleted" in end
+
+
+def spoiled(method: str, seed: int = 0, **changes) -> list[dict]:
+    """Outputs as a ruined model gives them: nothing is right, and all of it is unlikely."""
+    test = fabricate.outputs(method, seed)
+    for output in test:
+        output["nll"] = 24.0 * output["tokens"]
+        output["bleu"][2:6] = [0, 0, 0, 0]
+        output["rouge_l"] = output["reward"] = 0.0
+    return [{**output, **changes} for output in test]
+
+
+def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
+    results = fabricate.results(tmp_path / "r", methods=("qlora", "galore"), seeds=(0, 1, 2))
+    fabricate.keep(results, fabricate.record("lora"), spoiled("lora"))
+    fabricate.keep(results, fabricate.record("dora"), spoiled("dora", nll=1e6))
+    lead = rendered(tmp_path, results)[0].split("## Results")[0]
+    base = next(r for r in Store(results).load()[0] if r.spec.method == "base").scores
+    said = (
+        f"scored on the same 90 test rows. Worse than the untouched model by far: LoRA (perplexity "
+        f"26,489,122,130 against {base['perplexity']['value']:.2f}, BLEU-4 0.00 against "
+        f"{base['bleu4']['value']:.2f} and ROUGE-L 0.000 against {base['rouge_l']['value']:.3f}) and "
+        "DoRA (perplexity too large to write against"
+    )
+    assert said in lead.replace("\\", "")
+    assert "QLoRA (perplexity" not in lead and "GaLore (perplexity" not in lead
+    usual = fabricate.results(tmp_path / "usual")
+    assert "by far" not in rendered(tmp_path, usual)[0]
+
+
+@pytest.mark.parametrize("beyond", [0, 3, 30])
+def test_references_that_no_answer_can_reach_are_counted_beside_the_score(beyond, tmp_path):
+    for method in ("base", "qlora"):
+        test = fabricate.outputs(method)
+        for i, output in enumerate(test):
+            output["tokens"] = 130 if i < beyond else 129  # 128 and the end mark are what an answer may have
+        fabricate.keep(tmp_path / "r", fabricate.record(method), test)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    lead, results = text.replace("\\", "").split("## Results")
+    said = f"{beyond} of 90 references are longer than an answer may be (hp.max_new_tokens, 128 tokens)"
+    assert (said in results.split("##")[0]) == (beyond > 0)
+    assert (said in lead) == (beyond > 9), "a tenth of them concerns who reads nothing but the lead"
+
+
+def test_preferences_are_compared_over_the_same_answers_alone(tmp_path):
+    answers = {"base": "a", "qlora": "a", "galore": "a"}
+
+    def report(folder: str) -> tuple[str, str]:
+        for method, digest in answers.items():
+            found = fabricate.record(method)
+            found.hashes["before"] = digest
+            test = fabricate.outputs(method)
+            if digest is None:
+                test = [{k: v for k, v in output.items() if k != "margin"} for output in test]
+            fabricate.keep(tmp_path / folder, found, test)
+        text = rendered(tmp_path, tmp_path / folder)[0].replace("\\", "")
+        return text.split("## Results")[0], text.split("## More on quality")[1].split("##")[0]
+
+    lead, quality = report("same")
+    assert "Preference accuracy (after)" in quality and "untouched model had other" not in lead
+    answers["galore"] = None
+    lead, quality = report("none")
+    assert "Preference accuracy (after)" in quality
+    assert "GaLore (seed 0) had no answers of the untouched model to prefer references to" in lead
+    answers["galore"] = "b"
+    lead, quality = report("others")
+    assert "Preference accuracy" not in quality
+    assert "other answers for Base (seed 0) and QLoRA (seed 0) against GaLore (seed 0)" in lead
 
 
 def test_declared_deviations_are_footnotes(tmp_path):

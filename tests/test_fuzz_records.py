@@ -1,0 +1,225 @@
+"""Damaged records, outputs and events: whatever stands in them, a report is made of the runs that are whole.
+
+The real runs of results/reference, shortened, are each damaged in a way drawn from a seeded generator.
+TUNEOFF_FUZZ=10000 draws as many.
+"""
+
+import copy
+import json
+import os
+import random
+import re
+import signal
+from collections import Counter
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from harness import report
+from harness.bench import follow
+from harness.metrics import summarise
+from harness.progress import Lines, outcome
+from harness.record import RunRecord
+from harness.report import brief_table, comparisons, document
+from harness.spec import folder_name
+from harness.store import OUTPUTS, RECORD, Store
+
+REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+EXAMPLES = int(os.environ.get("TUNEOFF_FUZZ", "250"))
+DRAWN = 100  # of these, one is drawn with its plots, which take longer than all the rest
+SECONDS = 30  # a report of five short runs takes one
+STRANGE = [
+    None, True, False, 0, -1, 1, -7.0, 0.5, 1e-9, 99.0, 1e300, -1e300, 10**30, 2**63, "", "x", "NaN", "1",
+    "../../outside/x", "\x1b]0;owned\x07", "\ud800", "\u202e", "<script>", "a" * 5000, [], {}, [[]], [None],
+    {"value": -7}, {"seconds": -50}, ["a", 1, None], {"": {"": {"": [1]}}}, float("nan"), float("inf"),
+]  # fmt: skip
+# What no line of the text says, or not alone: curves are drawn, a step's time is one of many, and some things
+# are said once for all runs, or kept for other tools.
+UNSAID = re.compile(
+    r"\.(training|validation|step_seconds|warmup_steps|started|notes|study|command|error|weights)\b"
+    r"|\.scores\.\w+\.(unit|better)|\.tokens\.(refused|revisions|sampled|supervised)|\.trainable_bytes"
+)
+
+
+def shortened(folder: Path) -> Path:
+    """Five of the runs, with few test rows and steps."""
+    for path in sorted(REFERENCE.iterdir()):
+        if path.name.startswith(("base", "qlora-s0", "qlora-s1", "galore-s0")):
+            outputs = [json.loads(line) for line in (path / OUTPUTS).read_text("utf-8").splitlines()][::15]
+            value = json.loads((path / RECORD).read_text("utf-8"))
+            value |= {name: value[name][:6] for name in ("training", "step_seconds")}
+            value["hashes"] |= {"batches": value["hashes"].get("batches", [])[:6]}
+            value["scores"] = summarise(outputs, value["scores"]["bleu4"]["signature"])
+            write(folder / path.name, value, outputs)
+    return folder
+
+
+def write(folder: Path, value, outputs) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(json.dumps(value))
+    (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in outputs))
+
+
+def places(value, path=()):
+    """Every place in a JSON value: the keys that lead to it."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+def damage(value, draw: random.Random) -> tuple[object, str]:
+    """Another JSON value, and what was done to it where."""
+    value = copy.deepcopy(value)
+    groups = {}
+    for path in places(value):
+        if path:
+            groups.setdefault(path[0] if isinstance(path[0], str) else "", []).append(path)
+    *parents, key = draw.choice(groups[draw.choice(sorted(groups))])
+    inside = value
+    for parent in parents:
+        inside = inside[parent]
+    where = "".join(f".{part}" for part in (*parents, key))
+    way = draw.choice(("replace", "replace", "replace", "remove", "shift", "swap", "add"))
+    old = inside[key]
+    if way == "remove":
+        del inside[key]
+    elif way == "shift" and isinstance(old, int | float):
+        inside[key] = draw.choice([-old, old + 1, old * 2, old * 1e6, float(old), old + 0.01])
+    elif way == "swap" and isinstance(inside, dict):
+        other = draw.choice(sorted(inside))
+        inside[key], inside[other] = inside[other], inside[key]
+    elif way == "add" and isinstance(old, dict | list):
+        new = draw.choice(STRANGE)
+        old.append(new) if isinstance(old, list) else old.update({draw.choice(["x", "", "\x1b[2J"]): new})
+    else:
+        inside[key] = draw.choice(STRANGE)
+    return value, f"{way} {where}"
+
+
+def torn(data: bytes, draw: random.Random) -> bytes:
+    """As a full disk, a lost block or an editor leaves a file."""
+    i, j = sorted(draw.randrange(len(data)) for _ in range(2))
+    return draw.choice([
+        data[:i], data[i:], data[:i] + data[j:], data[:i] + b"\0" * (j - i) + data[j:], b"", b"null",
+        b"[" * 10**5, data[:i] + bytes([draw.randrange(256)]) + data[i + 1 :], data + data, b"\xff" + data,
+    ])  # fmt: skip
+
+
+@contextmanager
+def limited():
+    def late(*_):
+        raise AssertionError(f"no end after {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def written(store: Store, corrupt_of: str = "") -> str:
+    """The report's text without its plots."""
+    records, corrupt = store.load()
+    blocks = document(comparisons(records), store, corrupt)
+    for record in records:
+        outcome(record, True)
+    brief_table(records)
+    page = report.write_html(blocks, "now")
+    text = report.write_markdown(blocks, "now")
+    assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text}
+    page.encode(), text.encode()
+    return text
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    figures = document.__globals__["figures"]
+    monkeypatch.setitem(document.__globals__, "figures", lambda *_: [])
+    return shortened(tmp_path / "results"), figures
+
+
+def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, monkeypatch):
+    folder, figures = runs
+    store = Store(folder)
+    (tmp_path / "outside" / "x").mkdir(parents=True)
+    whole = {p.name: ((p / RECORD).read_bytes(), (p / OUTPUTS).read_bytes()) for p in folder.iterdir()}
+    specs = {name: RunRecord.from_json(record.decode()).spec for name, (record, _) in whole.items()}
+    untouched = written(store)
+    draw, counts, unsaid = random.Random(0), Counter(), Counter()
+    for example in range(EXAMPLES):
+        name = draw.choice(sorted(whole))
+        record, outputs = whole[name]
+        place, what, forged = folder / name, "", False
+        kind = draw.choice(("record", "record", "record", "outputs", "bytes"))
+        if kind == "record":
+            value, what = damage(json.loads(record), draw)
+            place.joinpath(RECORD).write_text(json.dumps(value))
+            forged = draw.random() < 0.5  # whoever changes a spec can rename the folder, too
+            if forged and isinstance(value, dict) and isinstance(value.get("spec"), dict):
+                try:
+                    renamed = folder / folder_name(value["spec"])
+                    if "/" not in renamed.name and "\ud800" not in renamed.name and len(renamed.name) < 200:
+                        place = place.rename(renamed) if renamed.parent == folder else place
+                except (KeyError, ValueError):
+                    pass
+        elif kind == "outputs":
+            lines = [json.loads(line) for line in outputs.splitlines()]
+            value, what = damage(lines, draw)
+            place.joinpath(OUTPUTS).write_text("".join(json.dumps(line) + "\n" for line in value))
+        else:
+            file = draw.choice((RECORD, OUTPUTS))
+            place.joinpath(file).write_bytes(torn((place / file).read_bytes(), draw))
+            what = f"torn {file}"
+        with limited():
+            records, corrupt = store.load()
+            counts["refused" if corrupt else "read"] += 1
+            assert {r.folder for r in records} >= set(whole) - {name}, what
+            assert len(records) + len(corrupt) == len(whole), what
+            assert not corrupt or place.name in corrupt[0], what
+            assert place.exists(), "nothing is deleted"
+            text = written(store)
+            if not corrupt:
+                if example % DRAWN == 0:
+                    with monkeypatch.context() as patch:
+                        patch.setitem(document.__globals__, "figures", figures)
+                        report.render(store, tmp_path / "reports")
+                if text == untouched and kind != "bytes":
+                    counts["unsaid"] += 1
+                    unsaid[what] += 1
+                    assert kind == "outputs" or UNSAID.search(what), what
+            if kind == "record" and (" .spec" in what or " .scores" in what) and store.find(specs[name]):
+                assert text == untouched, what  # as 2 and 2.0 are one number
+        if place.name != name:
+            place.rename(folder / name)
+        (folder / name / RECORD).write_bytes(record)
+        (folder / name / OUTPUTS).write_bytes(outputs)
+    assert written(store) == untouched
+    print(counts, unsaid.most_common(400))
+
+
+class Ended:
+    def poll(self):
+        return 0
+
+
+def test_damaged_events_end_no_bench(tmp_path):
+    real = [
+        {"phase": "train"}, {"step": 3, "steps": 10, "loss": 1.5, "tokens": 99, "seconds": 2.5, "peak": 9},
+        {"step": 4, "steps": 10, "loss": None}, {"answered": 5, "rows": 40},
+    ]  # fmt: skip
+    draw, progress = random.Random(0), Lines(StringIO())
+    progress.name, progress.shown = "x", 0
+    events = tmp_path / "events.jsonl"
+    for _ in range(EXAMPLES):
+        value, _ = damage(real, draw)
+        lines = "".join(json.dumps(event) + "\n" for event in value).encode()
+        events.write_bytes(draw.choice((lines, torn(lines, draw), lines + b"{}\n[]\n5\n")))
+        with limited():
+            follow(Ended(), events, progress)

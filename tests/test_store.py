@@ -1,0 +1,253 @@
+"""What counts as a run, and what is kept of one wherever a kill falls."""
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import fabricate
+import pytest
+
+from harness import bench
+from harness.record import RunRecord
+from harness.store import MODEL, OUTPUTS, RECORD, Store, append, save
+
+SAVED = 4096  # bytes
+ROWS = 9
+
+
+def kept(folder: Path, method: str = "lora", seed: int = 0, **changes) -> RunRecord:
+    """A whole run with its model."""
+    found = fabricate.record(method, seed, **changes)
+    found.sizes["saved_bytes"] = SAVED
+    fabricate.keep(folder, found, fabricate.outputs(method, seed, ROWS))
+    (folder / found.spec.folder / MODEL).mkdir()
+    (folder / found.spec.folder / MODEL / "adapter_model.safetensors").write_bytes(bytes(SAVED))
+    return found
+
+
+def edit(path: Path, change) -> None:
+    value = json.loads(path.read_text("utf-8"))
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def out_of_the_store(path: Path) -> None:
+    """Moves a file or folder beside the store, and leaves a link to it."""
+    moved = next(parent for parent in path.parents if parent.name == RESULTS).with_name("outside")
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def with_(change):
+    """A record, changed."""
+    return lambda run: edit(run / RECORD, change)
+
+
+def with_outputs(change):
+    return lambda run: (run / OUTPUTS).write_text(change((run / OUTPUTS).read_text()))
+
+
+RESULTS = "results"
+FAULTS = {  # what is done to a run -> what is said of it
+    "another rate": (
+        with_(lambda r: r["spec"]["hp"].update(learning_rate=9.0)),
+        "its spec or the folder's name",
+    ),
+    "another seed": (with_(lambda r: r["spec"].update(seed=7)), "its spec or the folder's name"),
+    "another name": (
+        lambda run: run.rename(run.with_name(run.name[:-1] + "x")),
+        "its spec or the folder's name",
+    ),
+    "a path for a name": (with_(lambda r: r["spec"].update(method="../../outside/x")), "is no method's name"),
+    "a typed BLEU": (with_(lambda r: r["scores"]["bleu4"].update(value=99.0)), "bleu4 is 99.0"),
+    "BLEU below 0": (with_(lambda r: r["scores"]["bleu4"].update(value=-7.0)), "bleu4 is -7.0"),
+    "seconds below 0": (
+        with_(lambda r: r["phases"]["train"].update(seconds=-50)),
+        "seconds must be from 0 to",
+    ),
+    "NaN": (with_(lambda r: r["step_seconds"].append(float("nan"))), "NaN is not a number"),
+    "infinity": (with_outputs(lambda text: text.replace('"nll": ', '"nll": 1e999', 1)), "is not a number"),
+    "no aim": (with_(lambda r: r["card"].update(aim="bleu")), "record.card.aim must be one of"),
+    "no status": (with_(lambda r: r.update(status="fine")), "record.status must be one of"),
+    "no phase": (with_(lambda r: r["phases"].update(nap={})), "a name in record.phases must be one of"),
+    "a newer schema": (with_(lambda r: r.update(schema=2)), "upgrade tuneoff"),
+    "half a record": (lambda run: os.truncate(run / RECORD, 500), "column"),
+    "lists in lists": (lambda run: (run / RECORD).write_text("[" * 10**5), "without end"),
+    "not UTF-8": (lambda run: (run / RECORD).write_bytes(b"\xff\xfe{}"), "utf-8"),
+    "no record": (lambda run: (run / RECORD).unlink(), "record.json is missing"),
+    "a pipe": (lambda run: pipe(run / RECORD), "record.json is not a file"),
+    "outputs are a pipe": (lambda run: pipe(run / OUTPUTS), "outputs.jsonl is not a file"),
+    "a link out": (lambda run: out_of_the_store(run / RECORD), "record.json is a link out of"),
+    "outputs link out": (lambda run: out_of_the_store(run / OUTPUTS), "outputs.jsonl is a link out of"),
+    "all of it links out": (out_of_the_store, "record.json is a link out of"),
+    "no outputs": (lambda run: (run / OUTPUTS).unlink(), "outputs.jsonl is missing"),
+    "empty outputs": (with_outputs(lambda text: ""), "no test outputs"),
+    "half an output": (lambda run: os.truncate(run / OUTPUTS, 500), "outputs.jsonl, line"),
+    "an output less": (with_outputs(lambda text: text.partition("\n")[2]), "by outputs.jsonl"),
+    "another count": (
+        with_outputs(lambda text: text.replace('"correct": ', '"correct": 99', 1)),
+        "more is right",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_is_no_whole_run_is_named_and_not_cached_and_stays(name, tmp_path):
+    damage, said = FAULTS[name]
+    store = Store(tmp_path / RESULTS)
+    spec, other = kept(store.folder).spec, kept(store.folder, seed=1).spec
+    assert store.find(spec).spec == spec and store.load()[1] == []
+    damage(store.folder / spec.folder)
+    before = sorted(tmp_path.rglob("*"))
+    assert store.find(spec) is None
+    records, (line,) = store.load()
+    assert [record.spec for record in records] == [other]
+    assert spec.folder[:-1] in line and said in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_its_model_is_reported_and_run_again(tmp_path):
+    store = Store(tmp_path)
+    spec = kept(tmp_path).spec
+    (model,) = tmp_path.rglob("*.safetensors")
+    os.truncate(model, SAVED - 1)
+    assert store.find(spec) is None and len(store.load()[0]) == 1
+    model.unlink()
+    assert store.find(spec) is None and store.load()[1] == []
+
+
+def test_a_record_of_a_version_that_asked_for_less_is_still_found(tmp_path):
+    """A hyperparameter that has come since has its default; the folder is named after what was asked then."""
+    kept(tmp_path)
+    (path,) = tmp_path.glob(f"*/{RECORD}")
+    edit(path, lambda record: record["spec"]["hp"].pop("packing"))
+    wrong = RunRecord.from_json(path.read_text())
+    path.parent.rename(tmp_path / wrong.folder)
+    (record,), corrupt = Store(tmp_path).load()
+    assert not corrupt and record.spec.hp.packing is False
+    assert len(Store(tmp_path).outputs(record)) == ROWS
+
+
+def attempted(store: Store, spec, command: str) -> RunRecord:
+    """A second attempt that has ended ok, ready to be kept."""
+    folder = store.attempt(spec)
+    found = fabricate.record(spec.method, spec.seed, command=command)
+    test = fabricate.outputs(spec.method, spec.seed, ROWS)
+    found.scores = fabricate.summarise(test, "nrefs:1")
+    (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
+    found.sizes.pop("saved_bytes", None)
+    return found
+
+
+@pytest.mark.parametrize("fault", ["a newer schema", "half an output", "a link out", "no record"])
+def test_what_cannot_be_read_is_set_aside_and_never_overwritten(fault, tmp_path):
+    store = Store(tmp_path / RESULTS)
+    spec = kept(store.folder).spec
+    for number in (1, 2):
+        FAULTS[fault][0](store.folder / spec.folder)
+        damaged = {p.name: p.read_bytes() for p in (store.folder / spec.folder).iterdir() if p.is_file()}
+        store.keep(spec, attempted(store, spec, "again"))
+        aside = store.folder / f"{spec.folder}.aside-{number}"
+        assert damaged == {p.name: p.read_bytes() for p in aside.iterdir() if p.is_file()}
+        found = store.find(spec)
+        assert found.command == "again" and f"moved to {aside.name}" in found.warnings[-1]
+        assert store.load()[1] == [], "what was set aside is no fault of the results"
+        (tmp_path / "outside").unlink(missing_ok=True)
+
+
+CALLS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open")  # all that change a disk, as Python tells
+
+
+def killed_at(number: int, action) -> bool:
+    """Runs it in a process that is killed before one of its calls. -> whether it was."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+    try:
+        calls = count(1)
+        sys.addaudithook(lambda event, _: event in CALLS and next(calls) == number and os._exit(9))
+        action()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_kill_at_any_call_loses_neither_the_earlier_run_nor_the_new_one(damaged, tmp_path):
+    for number in count(1):
+        store = Store(tmp_path / str(number))
+        spec = kept(store.folder, command="old").spec
+        if damaged:
+            FAULTS["half an output"][0](store.folder / spec.folder)
+        found = attempted(store, spec, "new")
+        killed = killed_at(number, partial(store.keep, spec, found))
+        commands = [json.loads(path.read_text())["command"] for path in store.folder.rglob(RECORD)]
+        ended = "new" in commands
+        assert "old" in commands or (ended and not damaged)
+        store.recover()
+        standing = store.find(spec)
+        if damaged and not ended:
+            assert standing is None
+        else:
+            assert standing.command == ("new" if ended else "old")
+        assert len(list(store.folder.glob("*.aside-*"))) == (damaged and ended)
+        assert not list(store.folder.glob(".*.earlier"))
+        if not killed:
+            break
+    assert ended and number > 8
+
+
+def test_one_that_is_not_ok_never_takes_the_place_of_one_that_is(tmp_path):
+    store = Store(tmp_path)
+    spec = kept(tmp_path, command="old").spec
+    store.attempt(spec)
+    store.keep(spec, fabricate.record("lora", status="failed", error="no"))
+    assert store.find(spec).command == "old" and not list(tmp_path.glob(".*"))
+
+
+def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_there(tmp_path, monkeypatch):
+    store, asked = Store(tmp_path), []
+    base = kept(tmp_path, "base", status="failed", error="killed")
+    for seed, hashes in enumerate(({"before": None}, {"before": "5e1f"}, {})):  # {}: before it was recorded
+        kept(tmp_path, seed=seed, hashes=hashes)
+    specs = [base.spec, *(fabricate.record("lora", seed).spec for seed in range(3))]
+
+    class Silent:
+        start = end = event = lambda *_: None
+
+    def run(spec, *_):  # no child: only who is asked to run matters here
+        asked.append((spec.method, spec.seed))
+        return base if spec.method == "base" else fabricate.record("lora", spec.seed)
+
+    monkeypatch.setattr(bench, "run", run)
+    list(bench.bench(specs, store, "", Silent()))
+    assert asked == [("base", 0)], "the untouched model has failed again"
+    fabricate.keep(tmp_path, replace(base, status="ok", error=None))
+    asked.clear()
+    list(bench.bench(specs, store, "", Silent()))
+    assert asked == [("lora", 0)]
+
+
+def test_many_may_write_one_file_at_once(tmp_path):
+    texts = [str(i) * 10_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: [save(tmp_path / "report.md", text) for _ in range(20)], texts))
+    assert (tmp_path / "report.md").read_text() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_lone_surrogate_costs_no_record(tmp_path):
+    """As in the error of a file whose name is not UTF-8."""
+    found = fabricate.record("lora", status="failed", error="no file \udce9")
+    save(tmp_path / RECORD, found.to_json())
+    assert RunRecord.from_json((tmp_path / RECORD).read_text("utf-8")).error == found.error
+    append(tmp_path / "events.jsonl", {"error": "\udce9"})
+    assert json.loads((tmp_path / "events.jsonl").read_text("utf-8")) == {"error": "\udce9"}
