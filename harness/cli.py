@@ -4,6 +4,7 @@ Nothing heavy is imported before it is needed, so that help and mistakes answer 
 """
 
 import argparse
+import io
 import json
 import logging
 import shlex
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
     rest = arguments[1:] if arguments and arguments[0] in COMMANDS else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks is written as its number
+            stream.reconfigure(errors="backslashreplace")
     options = parser(command).parse_args(rest)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
     print_anything()
