@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -55,6 +56,30 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return OK
+    except OSError as error:  # the folder that this was started in is gone, a disk is full
+        complain(str(error) if error.filename else f"{error}: is the current folder still there?")
+        return BAD_REQUEST
+
+
+class Once(argparse.Action):
+    """Of two values the last would hold in silence."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, value)
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is empty")
+    return Path(os.path.expanduser(text))
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 on, not {text!r}")
+    return int(text)
 
 
 def interrupt(number: int, frame) -> None:
@@ -79,18 +104,31 @@ def parser(command: str) -> argparse.ArgumentParser:
     )
     add = made.add_argument
     if command in ("run", "plan"):
-        add("--methods", nargs="+", metavar="NAME", help="methods to compare (see: list methods)")
+        add(
+            "--methods",
+            nargs="+",
+            action="extend",
+            metavar="NAME",
+            help="methods to compare (see: list methods)",
+        )
         add(
             "--preset",
+            action=Once,
             metavar="NAME|FILE",
             help="a whole comparison (see: list presets); demo if no model or dataset is named",
         )
         add(
             "--model",
+            action=Once,
             metavar="ID|DIR",
             help="hub id or folder; random:DIR draws the weights, to measure cost alone",
         )
-        add("--dataset", metavar="NAME|FILE", help="a spec (see: list datasets), or a file of rows")
+        add(
+            "--dataset",
+            action=Once,
+            metavar="NAME|FILE",
+            help="a spec (see: list datasets), or a file of rows",
+        )
         add(
             "--source",
             metavar="NAME=PATH",
@@ -102,6 +140,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         add(
             "--seeds",
             nargs="+",
+            action="extend",
             type=int,
             metavar="N",
             help="one run of each method for each; three or more allow a ranking",
@@ -139,15 +178,17 @@ def parser(command: str) -> argparse.ArgumentParser:
     if command == "data":
         add("name", metavar="NAME|FILE", nargs="?",
             help="a spec (see: list datasets) or a file of rows; none: the fields of all specs")  # fmt: skip
-        add("--model", metavar="ID|DIR", default="demo/model", help="whose tokenizer; the demo's by default")
+        add("--model", action=Once, metavar="ID|DIR", default="demo/model",
+            help="whose tokenizer; the demo's by default")  # fmt: skip
         add("--source", metavar="NAME=PATH", nargs="+", action="extend", default=[],
             help="a local copy in place of the hub, for a part of the dataset")  # fmt: skip
         add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="data.NAME or hp.NAME")
-        add("--rows", type=int, default=3, metavar="N", help="rows to show (default: 3)")
+        add("--rows", action=Once, type=count, default=3, metavar="N", help="rows to show (default: 3)")
     if command not in ("doctor", "data"):
         add(
             "--results",
-            type=Path,
+            action=Once,
+            type=folder,
             default=Path("results"),
             metavar="DIR",
             help="where records are kept (default: results)",
@@ -155,13 +196,15 @@ def parser(command: str) -> argparse.ArgumentParser:
     if command in ("run", "plan", "report"):
         add(
             "--reports",
-            type=Path,
+            action=Once,
+            type=folder,
             default=Path("reports"),
             metavar="DIR",
             help="where reports are written (default: reports)",
         )
     if command == "report":
-        add("--format", nargs="+", choices=("md", "html"), default=["md", "html"], help="default: both")
+        add("--format", action=Once, nargs="+", choices=("md", "html"), default=["md", "html"],
+            help="default: both")  # fmt: skip
     add(
         "--json",
         action="store_true",
@@ -320,17 +363,24 @@ def show(options, arguments: list[str]) -> int:
     from harness import plan as planning
     from harness.store import Store
 
+    errors: list[str] = []
+    plugins = planning.find_plugins(options.plugins, errors)
+    if reason := planning.unreadable(options.results):
+        errors.append(f"--results: {reason}")
     found = {}
     if options.what in (None, "methods"):
         try:
-            found["methods"] = {n: method.summary(s) for n, s in method.available(options.plugins).items()}
-        except (ValueError, OSError, SyntaxError) as error:
-            complain(str(error))
-            return BAD_REQUEST
+            found["methods"] = {n: method.summary(s) for n, s in method.available(plugins).items()}
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        for error in errors:
+            complain(error)
+        return BAD_REQUEST
     if options.what in (None, "datasets"):
-        found["datasets"] = {n: data.load_spec(n, {})["title"] for n in data.available()}
+        found["datasets"] = {n: title(planning.find_dataset, n, {}) for n in data.available()}
     if options.what in (None, "presets"):
-        found["presets"] = {n: planning.load_preset(n, [])["title"] for n in planning.available()}
+        found["presets"] = {n: title(planning.load_preset, n) for n in planning.available()}
     if options.what in (None, "results"):
         records, corrupt = Store(options.results).load()
         found["results"] = {r.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
@@ -339,13 +389,20 @@ def show(options, arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
         return OK
-    for title, items in found.items():
-        print(f"{title}:")
+    for what, items in found.items():
+        print(f"{what}:")
         for name, text in items.items():
             print(plain(f"  {name:24} {text}"))
         if not items:
             print("  none")
     return OK
+
+
+def title(find, *arguments) -> str:
+    """Of a preset or a dataset; what is wrong with its file, where something is."""
+    errors: list[str] = []
+    found = find(*arguments, errors)
+    return f"cannot be read: {'; '.join(errors)}" if errors else found["title"]
 
 
 def look(options, arguments: list[str]) -> int:
@@ -355,10 +412,10 @@ def look(options, arguments: list[str]) -> int:
     from harness.plan import BadRequest
     from harness.rows import DataError
 
-    if not options.name:
-        print(json.dumps(preview.mappings()) if options.json else preview.mappings())
-        return OK
     try:
+        if options.name is None:
+            print(json.dumps(preview.mappings()) if options.json else preview.mappings())
+            return OK
         found = preview.look(options.name, options.model, options.source, options.set, options.rows)
     except (BadRequest, DataError) as error:
         for line in str(error).splitlines():
@@ -375,9 +432,13 @@ def report(options, arguments: list[str]) -> int:
     from harness import plan as planning
     from harness.store import Store
 
-    if reason := planning.unwritable(options.reports):
-        complain(f"--reports: {reason}")
-        return BAD_REQUEST
+    for name, reason in (
+        ("results", planning.unreadable(options.results)),
+        ("reports", planning.unwritable(options.reports)),
+    ):
+        if reason:
+            complain(f"--{name}: {reason}")
+            return BAD_REQUEST
     try:
         files = render(Store(options.results), options.reports, tuple(options.format))
     except (OSError, ValueError) as error:
@@ -433,7 +494,7 @@ def doctor(options, arguments: list[str]) -> int:
 def command_line(arguments: list[str]) -> str:
     """As it was typed, the home folder written as ~."""
     text = shlex.join(["run_bench.py", *arguments])
-    return redacted(text.replace(str(Path.home()) + "/", "~/"))
+    return redacted(text.replace(os.path.expanduser("~/"), "~/"))
 
 
 def complain(text: str) -> None:

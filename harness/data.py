@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+import os
 import re
-import tomllib
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from harness import ROOT
 from harness.duplicates import Seen
-from harness.errors import unknown
+from harness.errors import absent, misfit, misfits, read_toml, shown, unknown
 from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, said
 from harness.metrics import REWARDS
 from harness.rows import SUFFIXES, DataError, holds, rows_of_dataset, rows_of_file
@@ -27,6 +27,8 @@ DATASET = {
     "reward": "rouge_l", "loss": "all",
     "train": 1000, "validation": 64, "test": 200,
 }  # fmt: skip
+SPEC = {**DATASET, "part": {}, "parts": [], "mixture": []}  # what a file may hold
+KINDS = {"parts": list[dict], "mixture": list[str], "fields": dict[str, str]}  # the rest as their defaults
 
 SHOWN = 10  # refused rows that are named
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
@@ -43,42 +45,69 @@ def load_spec(name: str, overrides: dict) -> dict:
 
     `overrides` replaces top-level values. Raises DataError with everything that is wrong.
     """
-    path = Path(name)
+    return load(name, overrides, ())
+
+
+def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
+    """`within`: the mixtures on the way here."""
+    path = Path(os.path.expanduser(name))
     if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise DataError(f"there is no dataset file {path}")
+        if reason := absent(path, "file"):
+            raise DataError(f"dataset: {reason}")
         part = {"name": path.stem, "title": path.stem, "path": path.name, "format": format_of(path)}
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
-        spec = read_toml(path if path.suffix == ".toml" else FOLDER / f"{name}.toml", name)
-    parts = spec.pop("parts", None) or [spec.pop("part", {})]
-    for mixed in spec.pop("mixture", []):
-        parts = [p for p in parts if p] + load_spec(mixed, {})["parts"]
-    errors = [unknown(f"key in dataset {name}", key, DATASET) for key in set(spec) - set(DATASET)]
-    settable = set(DATASET) - {"name", "title", "notice"}
-    errors += [unknown("data option", key, settable) for key in set(overrides) - settable]
-    for part in parts:
-        errors += [unknown(f"key in a part of dataset {name}", key, PART) for key in set(part) - set(PART)]
-        if part.get("format", "instruction") not in FORMATS:
-            errors.append(unknown("format", part["format"], FORMATS))
+        spec = read_spec(name, path)
+    what = f"dataset {shown(name)}"
+    errors = misfits(what, spec, SPEC, KINDS)
+    settable = {key: DATASET[key] for key in set(DATASET) - {"name", "title", "notice"}}
+    for key, value in overrides.items():
+        if key not in settable:
+            errors.append(unknown("data option", key, settable))
+        elif reason := misfit(value, type(settable[key])):
+            errors.append(f"data.{key}: {reason}")
     if errors:
         raise DataError("\n".join(errors))
+    parts, mixture = spec.pop("parts", []), spec.pop("mixture", [])
+    parts = [*parts, spec.pop("part")] if "part" in spec else parts
+    for number, part in enumerate(parts, 1):
+        errors += part_errors(part, f"part {number} of {what}")
+    for mixed in mixture:
+        if mixed in (name, *within):
+            errors.append(f"{what}: it is in its own mixture")
+        else:
+            parts = parts + load(mixed, {}, (name, *within))["parts"]
+    names = [part.get("name") for part in parts]
+    twice = {name for name in names if names.count(name) > 1}
+    errors += [f"{what}: two parts are named {shown(name)}" for name in sorted(twice)]
+    if not parts and not errors:
+        errors.append(f"{what}: it has no part: write [part] or mixture = [...]")
     spec = {**DATASET, "name": name, **spec, **overrides}
-    for key, default in DATASET.items():
-        if type(spec[key]) is not type(default):
-            errors.append(f"data.{key}: must be like {default!r}, not {spec[key]!r}")
     errors += [f"data.{s}: must be at least {int(s != 'validation')}, not {spec[s]}"
-               for s in SPLITS if isinstance(spec[s], int) and spec[s] < (s != "validation")]  # fmt: skip
+               for s in SPLITS if spec[s] < (s != "validation")]  # fmt: skip
     for key, choices in (
         ("template", ("auto", "chat", "instruction")),
         ("loss", ("all", "last")),
         ("reward", REWARDS),
     ):
         if spec[key] not in choices:
-            errors.append(unknown(key, str(spec[key]), choices))
+            errors.append(unknown(key, spec[key], choices))
     if errors:
         raise DataError("\n".join(errors))
     return {**spec, "parts": [{**PART, **part} for part in parts]}
+
+
+def part_errors(part: dict, what: str) -> list[str]:
+    errors = misfits(what, part, PART, KINDS)
+    if errors:
+        return errors
+    if not part.get("name"):
+        errors.append(f"{what}: it has no name")
+    if (format := part.get("format", PART["format"])) not in FORMATS:
+        return [*errors, unknown("format", format, FORMATS)]
+    mapped = part.get("fields", {})
+    return errors + [unknown(f"field of format {format}", f, FORMATS[format])
+                     for f in mapped if f not in FORMATS[format]]  # fmt: skip
 
 
 def format_of(path: Path) -> str:
@@ -98,13 +127,20 @@ def format_of(path: Path) -> str:
     )
 
 
-def read_toml(path: Path, name: str) -> dict:
-    if not path.is_file():
-        raise DataError(unknown("dataset", name, available()) + f", or a .toml or {', '.join(SUFFIXES)} file")
+def read_spec(name: str, path: Path) -> dict:
+    if name in available():
+        path = FOLDER / f"{name}.toml"
+    elif path.suffix != ".toml":
+        if os.path.isdir(path):
+            raise DataError(f"dataset {shown(name)} is a folder: name a spec, and --source PART=FOLDER")
+        known = unknown("dataset", name, available())
+        raise DataError(f"{known}, or a .toml or {', '.join(SUFFIXES)} file")
+    if reason := absent(path, "file"):
+        raise DataError(f"dataset: {reason}")
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not TOML: {error}") from error
+        return read_toml(path)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 # Rows

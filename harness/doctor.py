@@ -4,25 +4,30 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from pathlib import Path
 
 FLOORS = {  # the oldest that the code is known to run on
     "torch": "2.11",
     "transformers": "5.17",
-    "peft": "0.21.0",
+    "peft": "0.21",
     "accelerate": "1.10",
     "bitsandbytes": "0.50",
+    "datasets": "4.7",
+    "huggingface_hub": "1.30",
+    "safetensors": "0.5",
     "sacrebleu": "2.4",
     "rouge-score": "0.1.2",
+    "numpy": "2",
     "pyarrow": "16",
     "matplotlib": "3.8",
     "pandas": "2.2",
-    "jinja2": "3.1",
+    "jinja2": "3.1.6",
     "tabulate": "0.9",
     "filelock": "3.13",
+    "packaging": "23",
     "rich": "13",
     "nvidia-ml-py": "12",
 }
@@ -35,7 +40,14 @@ BUSY_BYTES = 500 * 2**20  # more than a desktop shows; another program would dis
 
 def examine() -> list[dict]:
     """-> findings: what, state (ok, note, wrong) and the remedy, if any is needed."""
-    return [*packages(), *device(), *disk(), *token()]
+    findings = []
+    for probe in (packages, device, disk, token):
+        try:
+            findings.extend(probe())
+        except Exception as error:  # what is broken here is a finding too, and the others are still wanted
+            what = f"{probe.__name__}: {type(error).__name__}: {error}"
+            findings.append(finding("wrong", what, "pip install -r requirements.txt"))
+    return findings
 
 
 def finding(state: str, what: str, remedy: str = "") -> dict:
@@ -43,8 +55,6 @@ def finding(state: str, what: str, remedy: str = "") -> dict:
 
 
 def packages():
-    from packaging.version import Version
-
     good = sys.version_info >= (3, 11)
     yield finding(
         "ok" if good else "wrong",
@@ -55,9 +65,10 @@ def packages():
         try:
             found = version(name)
         except PackageNotFoundError:
+            found = None
+        if not found:  # or what an installation that was broken off has left
             yield finding("wrong", f"{name} is missing", "pip install -r requirements.txt")
-            continue
-        if Version(found) < Version(floor):
+        elif older(found, floor):
             yield finding("wrong", f"{name} {found} is older than {floor}", "pip install -r requirements.txt")
         else:
             yield finding("ok", f"{name} {found}")
@@ -70,10 +81,19 @@ def packages():
         pass
 
 
+def older(found: str, floor: str) -> bool:
+    """By the leading numbers of each part: where packages are missing, packaging may be one of them."""
+    first, second = (
+        [int(number) for number in re.findall(r"(?:^|\.)(\d+)", text.partition("+")[0])]
+        for text in (found, floor)
+    )
+    return first < second
+
+
 def device():
     try:
         import torch
-    except ImportError as error:
+    except Exception as error:  # a broken build raises OSError and others
         yield finding("wrong", f"torch cannot be imported: {error}", "pip install -r requirements.txt")
         return
     if not torch.cuda.is_available():
@@ -108,7 +128,7 @@ def device():
 
 
 def disk():
-    free = shutil.disk_usage(Path.cwd()).free
+    free = shutil.disk_usage(".").free
     yield finding(
         "ok" if free > DISK_BYTES else "note",
         f"{free / 2**30:.0f} GiB of disk free here",

@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 from harness import ROOT
-from harness.errors import misfit, unknown
+from harness.errors import brief, misfit, unknown
 from harness.spec import Hyperparams
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+TAKEN = ("hp", "data")  # the other groups of --set
+AXES = ("none", "parameterisation", "optimizer", "objective", "perturbation")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Method:
     Options that cannot be are refused by raising ValueError in `__post_init__`.
     """
 
-    axis = "none"  # what is varied: parameterisation, optimizer, objective, perturbation or none
+    axis = "none"  # what is varied: one of AXES
     objective = "sft"  # methods with different objectives are never ranked by their loss
     aim = "bleu4"  # the metric that the objective aims at
     mean_over = "tokens"  # what the loss is a mean over: tokens or rows
@@ -174,8 +177,11 @@ def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
     for name, source in found:
         if name == "__init__":
             continue
-        if not NAME.fullmatch(name):
-            raise ValueError(f"a method's name is lower-case letters, digits and _, not {name!r}")
+        if not NAME.fullmatch(name) or name in TAKEN:
+            raise ValueError(
+                f"a method's name is up to 64 lower-case letters, digits and _, but not "
+                f"{' or '.join(TAKEN)}; {source} has {brief(name)}"
+            )
         if name in sources:
             raise ValueError(f"method {name} is defined twice: in {sources[name]} and in {source}")
         sources[name] = source
@@ -190,14 +196,21 @@ def find(name: str, sources: dict) -> Path | EntryPoint | None:
 def resolve(name: str, source: Path | EntryPoint) -> type[Method]:
     """Imports one method. Raises ValueError unless its file defines exactly one subclass of Method.
 
-    `family.variant` is what the family's class makes of it: `variant(name)`.
+    `family.variant` is what the family's class makes of it: `variant(name)`, whose `spelling` is its name
+    where several would do. What an import prints goes to standard error: a plan may be JSON.
     """
+    with redirect_stdout(sys.stderr):
+        return imported(name, source)
+
+
+def imported(name: str, source: Path | EntryPoint) -> type[Method]:
     family, dot, variant = name.partition(".")
     if dot:
-        cls = resolve(family, source)
+        cls = imported(family, source)
         if not hasattr(cls, "variant"):
             raise ValueError(f"{family} has no variants: write {family} alone")
-        return named(cls.variant(variant), name)
+        made = cls.variant(variant)
+        return named(made, f"{family}.{getattr(made, 'spelling', variant)}")
     if isinstance(source, EntryPoint):
         loaded = source.load()
         if inspect.isclass(loaded) and issubclass(loaded, Method):
@@ -241,11 +254,14 @@ def build(cls: type[Method], options: dict) -> tuple[Method | None, list[str]]:
             errors.append(f"{cls.name}.{option}: {reason}")
     if errors:
         return None, errors
-    options = {name: float(v) if kinds[name] is float else v for name, v in options.items()}
+    values = {name: float(v) if kinds[name] is float else v for name, v in options.items()}
     try:
-        return cls(**options), []
+        made = cls(**values)
     except ValueError as error:
         return None, [f"{cls.name}: {error}"]
+    if reason := misfit(asdict(made), dict):
+        return None, [f"{cls.name}: its options {reason}"]
+    return made, []
 
 
 def options(method: Method) -> dict:
@@ -287,7 +303,11 @@ def summary(source: Path | EntryPoint) -> str:
     """The first line of a method's docstring, importing nothing."""
     if isinstance(source, EntryPoint):
         return f"plugin: {source.value}"
-    return (ast.get_docstring(ast.parse(source.read_text("utf-8"))) or "").partition("\n")[0]
+    try:
+        tree = ast.parse(source.read_bytes(), filename=source)
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        return f"cannot be read: {error}"
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
 def code_hash(cls: type[Method]) -> str:

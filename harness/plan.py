@@ -4,14 +4,14 @@ Nothing is created and no model is loaded here, so that a wrong request costs a 
 """
 
 import os
-import re
+import threading
 import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from harness import ROOT, cache, data, method
-from harness.errors import misfit, unknown
-from harness.spec import PRECISIONS, SCHEDULES, Hyperparams, RunSpec, fingerprint
+from harness import ROOT, cache, data, method, trial
+from harness.errors import absent, brief, misfit, misfits, neighbour, read_toml, shown, unknown
+from harness.spec import Hyperparams, RunSpec, fingerprint, out_of_range
 
 FOLDER = ROOT / "presets"
 PRESET = {
@@ -24,7 +24,9 @@ PRESET = {
     "data": {},
     "options": {},
 }
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+KINDS = {"methods": list[str], "seeds": list[int], "options": dict[str, dict]}  # the rest as their defaults
+LARGEST_SEED = 2**32 - 1  # NumPy's, which seeds the order of the batches, takes no more
+HUB_SECONDS = 30  # for one answer: the hub gives it in one or two, and its client alone would try for minutes
 
 
 class BadRequest(ValueError):
@@ -37,7 +39,7 @@ class BadRequest(ValueError):
 
 @dataclass
 class Request:
-    """What was typed. None or empty: as the preset says."""
+    """What was typed. None: as the preset says."""
 
     methods: list[str] | None = None
     preset: str | None = None
@@ -57,39 +59,36 @@ def plan(request: Request) -> list[RunSpec]:
     """The runs of a request, base rows first, then seed by seed, so that drift of the machine hits
     every method alike. Raises BadRequest."""
     errors: list[str] = []
-    own = bool(request.model or request.dataset)  # a model or data of one's own: not the demo's values
-    name = request.preset or (None if own else "demo")
-    preset = load_preset(name, errors) if name else dict(PRESET)
+    own = request.model is not None or request.dataset is not None  # not the demo's values
+    name = "demo" if request.preset is None and not own else request.preset
+    preset = dict(PRESET) if name is None else load_preset(name, errors)
     values = settings(request.settings, errors)
-    model, locations = find_model(request.model or preset["model"], errors)
+    model, locations = find_model(preset["model"] if request.model is None else request.model, errors)
     hp = hyperparams({**preset["hp"], **values.pop("hp", {})}, errors)
-    dataset = find_dataset(
-        request.dataset or preset["dataset"], {**preset["data"], **values.pop("data", {})}, errors
-    )
-    rows_file = Path(request.dataset or preset["dataset"])
-    own_rows = [f"{rows_file.stem}={rows_file}"] if rows_file.suffix in data.SUFFIXES else []
-    locations["sources"] = find_sources([*own_rows, *request.sources], dataset, errors)
+    chosen = preset["dataset"] if request.dataset is None else request.dataset
+    dataset = find_dataset(chosen, {**preset["data"], **values.pop("data", {})}, errors)
+    locations["sources"] = find_sources(request.sources, dataset, errors, own_rows(chosen))
+    seeds = find_seeds(preset["seeds"] if request.seeds is None else request.seeds, errors)
+    names = preset["methods"] if request.methods is None else request.methods
+    plugins = find_plugins(request.plugins, errors)
+    locations["plugins"] = [str(Path(plugin).resolve()) for plugin in plugins]
+    methods = find_methods(names, plugins, preset["options"], values, hp, dataset, errors)
     if dataset and not errors and (reason := endless(hp, dataset["train"])):
         errors.append(reason)
-    locations["plugins"] = [str(Path(plugin).resolve()) for plugin in request.plugins]
-    seeds = request.seeds if request.seeds is not None else preset["seeds"]
-    if not seeds or any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        errors.append(
-            f"--seeds: different whole numbers from 0 on, not {' '.join(map(str, seeds)) or 'none'}"
-        )
-    methods = find_methods(
-        request.methods or preset["methods"], request.plugins, preset["options"], values, hp, dataset, errors
-    )
-    if dataset and not errors and len(locations["sources"]) == len(dataset["parts"]):
+    prints = {}
+    if not errors:
         try:  # what is on the hub is not downloaded for a plan
-            cache.splits(dataset, locations["sources"])
+            if len(locations["sources"]) == len(dataset["parts"]):
+                cache.splits(dataset, locations["sources"])
+            prints = {"model": fingerprint(locations["model"])} if locations.get("model") else {}
+            prints |= {name: fingerprint(path) for name, path in locations["sources"].items()}
         except data.DataError as error:
             errors.append(str(error))
+        except OSError as error:  # a file in a folder of rows or weights that may not be read
+            errors.append(f"{error.filename}: {error.strerror}")
     if errors:
         raise BadRequest(errors)
 
-    prints = {"model": fingerprint(locations["model"])} if locations.get("model") else {}
-    prints |= {name: fingerprint(path) for name, path in locations["sources"].items()}
     specs = []
     for seed in seeds:
         for cls, options in methods:
@@ -105,21 +104,24 @@ def plan(request: Request) -> list[RunSpec]:
 
 
 def load_preset(name: str, errors: list[str]) -> dict:
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.is_file():
+    path = Path(os.path.expanduser(name)) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not name.endswith(".toml") and name not in available():
         errors.append(unknown("preset", name, available()) + ", or a .toml file")
         return dict(PRESET)
     try:
-        preset = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        errors.append(f"preset {path} is not TOML: {error}")
+        if reason := absent(path, "file"):
+            raise ValueError(reason)
+        preset = read_toml(path)
+    except ValueError as error:
+        errors.append(f"preset {shown(name)}: {error}")
         return dict(PRESET)
+    good = dict(PRESET)
     for key, value in preset.items():
-        if key not in PRESET:
-            errors.append(unknown(f"key in preset {name}", key, PRESET))
-        elif type(value) is not type(PRESET[key]):
-            errors.append(f"preset {name}: {key} must be like {PRESET[key]!r}, not {value!r}")
-    return {**PRESET, **{k: v for k, v in preset.items() if type(v) is type(PRESET.get(k))}}
+        if wrong := misfits(f"preset {shown(name)}", {key: value}, PRESET, KINDS):
+            errors += wrong
+        else:
+            good[key] = value
+    return good
 
 
 def settings(texts: list[str], errors: list[str]) -> dict[str, dict]:
@@ -129,13 +131,24 @@ def settings(texts: list[str], errors: list[str]) -> dict[str, dict]:
         key, equals, value = text.partition("=")
         group, dot, name = key.strip().rpartition(".")  # a method's name may have a dot: peft.vera
         if not (equals and dot and group and name):
-            errors.append(f"--set {text}: write it as hp.NAME=VALUE, data.NAME=VALUE or METHOD.OPTION=VALUE")
+            errors.append(
+                f"--set {shown(text)}: write it as hp.NAME=VALUE, data.NAME=VALUE or METHOD.OPTION=VALUE"
+            )
             continue
-        try:
-            found.setdefault(group, {})[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found.setdefault(group, {})[name] = value
+        read = value_of(value)
+        earlier = found.setdefault(group, {}).setdefault(name, read)
+        if (earlier, type(earlier)) != (read, type(read)):
+            errors.append(f"--set {group}.{name}: has two values, {brief(earlier)} and {brief(read)}")
     return found
+
+
+def value_of(text: str):
+    """As TOML has it, else the text itself."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return found["value"] if len(found) == 1 else text  # a line end could hide further keys
 
 
 def hyperparams(values: dict, errors: list[str]) -> Hyperparams:
@@ -166,25 +179,6 @@ def endless(hp: Hyperparams, rows: int) -> str | None:
     return f"{what}: {steps:.3g} steps would never end; at most {MOST_STEPS:,} are run"
 
 
-def out_of_range(name: str, value) -> str | None:
-    if name in ("precision", "schedule"):
-        choices = PRECISIONS if name == "precision" else SCHEDULES
-        return None if value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
-    if isinstance(value, bool):
-        return None
-    positive = ("learning_rate", "epochs", "batch_size", "micro_batch_size", "epsilon",
-                "max_length", "max_new_tokens", "eval_batch_size")  # fmt: skip
-    if not value < float("inf"):
-        return f"must be a finite number, not {value}"
-    if name in positive and value <= 0:
-        return f"must be above 0, not {value}"
-    if value < 0:
-        return f"must not be negative, not {value}"
-    if name in ("beta1", "beta2", "warmup_ratio") and value >= 1:
-        return f"must be below 1, not {value}"
-    return None
-
-
 def find_model(name: str, errors: list[str]) -> tuple[str, dict]:
     """-> the model's name for the spec, and where it lies if it is a local folder."""
     if not name:
@@ -192,17 +186,15 @@ def find_model(name: str, errors: list[str]) -> tuple[str, dict]:
         return "", {}
     drawn = "random:" * name.startswith("random:")
     text = name.removeprefix("random:")
-    folder = next((p for p in (Path(text), ROOT / text) if p.is_dir()), None)
+    folder, reason = local_model(text)
+    if reason := reason or (unreachable_model(text) if folder is None else None):
+        errors.append(f"model {shown(name)}: {reason}")
     if folder is None:
-        if Path(text).exists() or not HUB_ID.fullmatch(text):
-            errors.append(f"model {name}: neither a folder nor a hub id such as google/gemma-3-1b-it")
-        elif reason := unreachable_model(text):
-            errors.append(f"model {name}: {reason}")
         return name, {}
-    missing = [file for file in ("config.json", "tokenizer_config.json") if not (folder / file).is_file()]
-    if missing:
+    missing = [file for file in ("config.json", "tokenizer_config.json") if absent(folder / file, "file")]
+    if missing and not reason:
         errors.append(f"model {name}: the folder has no {' and no '.join(missing)}")
-    elif not drawn and not any(folder.glob("*.safetensors")):
+    elif not reason and not drawn and not any(folder.glob("*.safetensors")):
         errors.append(
             f"model {name}: the folder has no .safetensors weights. Convert them with save_pretrained, or "
             f"write random:{text} to measure cost alone, with weights drawn at random"
@@ -212,25 +204,85 @@ def find_model(name: str, errors: list[str]) -> tuple[str, dict]:
     return drawn + (str(folder.relative_to(ROOT)) if own else folder.name), {"model": str(folder)}
 
 
+def local_model(text: str) -> tuple[Path | None, str | None]:
+    """-> the folder that a text names, from here or from the project's, if it does, and why it cannot be
+    read; or None, and why it cannot be on the hub either."""
+    path = Path(os.path.expanduser(text))
+    if folder := next((p for p in (path, ROOT / path) if text and os.path.isdir(p)), None):
+        return folder, absent(folder, "folder")
+    if os.path.lexists(path) or not_an_id(text):
+        return None, f"neither a folder nor a hub id such as google/gemma-3-1b-it: {absent(path, 'folder')}"
+    return None, None
+
+
+def not_an_id(name: str) -> bool:
+    """What the hub's client would refuse to ask for, and a name without its owner."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return "/" not in name
+
+
 def unreachable_model(name: str) -> str | None:
     """Why a hub model cannot be had, with the remedy; None if it can."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub import errors as hub
 
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
-    try:
+    def ask():
         HfApi().model_info(name, timeout=10)  # offline it says so at once, where a download would retry
         hf_hub_download(name, "config.json")
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    near = next(filter(None, map(neighbour, (Path(name), ROOT / name))), None)
+    meant = f" (or did you mean the folder {near}?)" if near else ""
+    try:
+        within(HUB_SECONDS, ask)
     except hub.GatedRepoError:
         return f"is gated: accept its licence at https://huggingface.co/{name}, then `hf auth login`"
     except hub.RepositoryNotFoundError:
-        return "is not on the hub, or is private: check the name, or `hf auth login`"
+        return f"is not on the hub, or is private: check the name, or `hf auth login`{meant}"
     except hub.EntryNotFoundError:
         return "has no config.json: not a transformers model"
-    except Exception:  # the hub's client raises what its transport does
-        return "the hub cannot be reached and it is not in the local cache: pass a folder with --model DIR"
+    except Exception as error:  # the hub's client raises what its transport does
+        return (
+            f"the hub cannot be reached: {silence(error)}; and it is not in the local cache: pass a folder "
+            f"with --model DIR{meant}"
+        )
     return None
+
+
+def within(seconds: float, ask):
+    """Waits for a call no longer than this, and raises TimeoutError: a hub that takes a connection and says
+    nothing would hold a plan for as long as its client cares to retry."""
+    ended = []
+
+    def call():
+        try:
+            ask()
+        except BaseException as error:  # raised again where it was asked for
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    asking = threading.Thread(target=call, daemon=True)  # one that never ends does not hold the process
+    asking.start()
+    asking.join(seconds)
+    if not ended:
+        raise TimeoutError(f"it was silent for {seconds:g} s")
+    if ended[0]:
+        raise ended[0]
+
+
+def silence(error: Exception) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return str(error) if type(error) is TimeoutError else f"no answer ({type(error).__name__})"
 
 
 def find_dataset(name: str, overrides: dict, errors: list[str]) -> dict | None:
@@ -244,26 +296,38 @@ def find_dataset(name: str, overrides: dict, errors: list[str]) -> dict | None:
         return None
 
 
-def find_sources(texts: list[str], dataset: dict | None, errors: list[str]) -> dict[str, str]:
-    """Part of the dataset -> where its rows lie: as `NAME=PATH` says, or as its spec does (from here
-    or from the project's folder); the rest come from the hub."""
+def own_rows(name: str) -> Path | None:
+    """The file of rows that a dataset's name is."""
+    path = Path(os.path.expanduser(name))
+    return path if path.suffix in data.SUFFIXES else None
+
+
+def find_sources(
+    texts: list[str], dataset: dict | None, errors: list[str], own: Path | None = None
+) -> dict[str, str]:
+    """Part of the dataset -> where its rows lie: in a file of one's own, as `NAME=PATH` says, or as its spec
+    does (from here or from the project's folder); the rest come from the hub."""
     parts = {part["name"]: part for part in dataset["parts"]} if dataset else {}
-    found = {}
+    found, missing = {}, set()
+    if own and dataset:
+        found[own.stem] = str(own.resolve())
     for text in texts:
         name, equals, path = text.partition("=")
-        if not (equals and name and path):
-            errors.append(f"--source {text}: write it as NAME=PATH")
+        path = Path(os.path.expanduser(path))
+        if not (equals and name and text.partition("=")[2]):
+            errors.append(f"--source {shown(text)}: write it as NAME=PATH")
         elif dataset and name not in parts:
             errors.append(unknown(f"part of dataset {dataset['name']}", name, parts))
-        elif not Path(path).exists():
-            errors.append(f"--source {name}: there is no file or folder {path}")
-        else:
-            found[name] = str(Path(path).resolve())
+        elif reason := absent(path):
+            errors.append(f"--source {shown(name)}: {reason}")
+            missing.add(name)
+        elif found.setdefault(name, str(path.resolve())) != str(path.resolve()):
+            errors.append(f"--source {name}: has two places, {found[name]} and {shown(path)}")
     for name, part in parts.items():
-        if name in found:
+        if name in found or name in missing:
             continue
         places = [Path(part["path"]), ROOT / part["path"]] if part["path"] else []
-        if local := next((place for place in places if place.exists()), None):
+        if local := next((place for place in places if not absent(place)), None):
             found[name] = str(local.resolve())
         elif not part["hub"]:
             errors.append(
@@ -279,8 +343,10 @@ def unreachable_dataset(name: str) -> str | None:
     from huggingface_hub import HfApi, constants
     from huggingface_hub import errors as hub
 
-    try:
-        HfApi().auth_check(name, repo_type="dataset")  # dataset_info answers for a gated one as well
+    if not_an_id(name):
+        return "is no hub id such as tatsu-lab/alpaca: check the spec, or read a copy"
+    try:  # dataset_info answers for a gated one as well
+        within(HUB_SECONDS, lambda: HfApi().auth_check(name, repo_type="dataset"))
     except hub.GatedRepoError:
         return (
             f"is gated: accept its terms at https://huggingface.co/datasets/{name} "
@@ -292,20 +358,34 @@ def unreachable_dataset(name: str) -> str | None:
         folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
         if (folder / name.replace("/", "___")).is_dir():
             return None
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no answer ({type(error).__name__})"
-        return f"the hub cannot be reached: {why}; and it is not in the local cache: read a copy"
+        return f"the hub cannot be reached: {silence(error)}; and it is not in the local cache: read a copy"
     return None
+
+
+def find_seeds(seeds: list[int], errors: list[str]) -> list[int]:
+    if not seeds or len(set(seeds)) < len(seeds) or not all(0 <= seed <= LARGEST_SEED for seed in seeds):
+        said = ", ".join(map(brief, seeds)) or "none"
+        errors.append(f"--seeds: different whole numbers from 0 to {LARGEST_SEED}, NumPy's limit, not {said}")
+    return seeds
+
+
+def find_plugins(texts: list[str], errors: list[str]) -> list[str]:
+    found = []
+    for text in texts:
+        path = Path(os.path.expanduser(text))
+        if reason := absent(path, "file") or (path.suffix != ".py" and f"{shown(path)} is no .py file"):
+            errors.append(f"--plugins: {reason}")
+        else:
+            found.append(str(path))
+    return found
 
 
 def find_methods(
     names, plugins, preset_options, values, hp, dataset, errors
 ) -> list[tuple[type[method.Method], dict]]:
     """The methods asked for, each after the base row that it starts from, with all its options."""
-    for plugin in plugins:
-        if not Path(plugin).is_file():
-            errors.append(f"--plugins: there is no file {plugin}")
     try:
-        sources = method.available([p for p in plugins if Path(p).is_file()])
+        sources = method.available(plugins)
     except ValueError as error:
         errors.append(str(error))
         return []
@@ -318,33 +398,33 @@ def find_methods(
         if source is None:
             errors.append(unknown("method", name, sources))
             return
-        try:
-            cls = method.resolve(name, source)
-        except ValueError as error:  # says itself what is wrong
-            errors.append(str(error))
-            return
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a plugin is a stranger's code: whatever it raises is its fault, named
-            errors.append(f"method {name} cannot be imported: {type(error).__name__}: {error}")
+        found[name] = None
+        cls = trial.find(name, plugins, errors)
+        if cls is None:
             return
         if cls.baseline != name and cls.trains:
             add("base")
             add(cls.baseline)
-        chosen, wrong = method.build(cls, {**preset_options.get(name, {}), **values.get(name, {})})
-        errors.extend(wrong)
-        errors.extend(beyond(chosen, hp, dataset or {"parts": []}) if chosen else [])
+        chosen = None
+        with trial.blamed(name, source, errors):
+            chosen, wrong = method.build(cls, {**preset_options.get(name, {}), **values.get(name, {})})
+            errors.extend(wrong)
+            errors.extend(beyond(chosen, hp, dataset or {"parts": []}) if chosen else [])
         found[name] = (cls, method.options(chosen) if chosen else {})
 
     if not names:
         errors.append(f"no methods: name some with --methods. Available: {', '.join(sorted(sources))}")
     for name in names:
         add(name)
-    for name in set(values) - set(found):
+    spelt = [found[name][0].name for name in names if found.get(name)]  # peft.VERA is peft.vera
+    errors += [f"--methods: {name} is named twice" for name in sorted(set(spelt)) if spelt.count(name) > 1]
+    for name in sorted(set(values) - set(found)):
         groups = sorted({"hp", "data", *found})
         errors.append(unknown("group in --set", name, groups) if not method.find(name, sources)
                       else f"--set {name}.…: {name} is not among --methods {' '.join(names)}")  # fmt: skip
+    for name in sorted(preset_options):
+        if not method.find(name, sources):
+            errors.append(unknown("method in the preset's options", name, sources))
     return list(found.values())
 
 
@@ -361,9 +441,14 @@ def beyond(chosen: method.Method, hp: Hyperparams, dataset: dict) -> list[str]:
 
 def unwritable(folder: Path) -> str | None:
     """Why files cannot be written in a folder that need not exist yet."""
-    existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())
-    if not existing.is_dir():
-        return f"{existing} is a file, not a folder"
+    existing = next(p for p in [folder, *folder.absolute().parents] if os.path.lexists(p))
+    if reason := absent(existing, "folder"):
+        return reason
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"cannot write in {existing}: choose another folder"
     return None
+
+
+def unreadable(folder: Path) -> str | None:
+    """Why records cannot be read from a folder that need not exist yet."""
+    return absent(folder, "folder") if os.path.lexists(folder) else None

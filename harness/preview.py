@@ -6,7 +6,6 @@ what was cut or left out.
 
 from itertools import zip_longest
 from math import ceil
-from pathlib import Path
 from statistics import fmean, median
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from harness import cache, data, plan
 from harness.batches import height, order, pack
+from harness.errors import brief
 from harness.formats import FORMATS
 from harness.report.text import plain, shorten
 from harness.spec import Hyperparams
@@ -48,8 +48,7 @@ def look(name: str, model: str, sources: list[str], settings: list[str], rows: i
     hp = plan.hyperparams(values.pop("hp", {}), errors)
     dataset = plan.find_dataset(name, values.pop("data", {}), errors)
     errors += [f"--set {group}.…: only hp and data have values here" for group in values]
-    own = [f"{Path(name).stem}={name}"] if Path(name).suffix in data.SUFFIXES else []
-    locations = plan.find_sources([*own, *sources], dataset, errors) if dataset else {}
+    locations = plan.find_sources(sources, dataset, errors, plan.own_rows(name)) if dataset else {}
     tokenizer = find_tokenizer(model, errors)
     if errors:
         raise plan.BadRequest(errors)
@@ -104,9 +103,12 @@ def mappings() -> str:
 def find_tokenizer(model: str, errors: list[str]):
     from transformers import AutoTokenizer
 
-    folder = next((p for p in (Path(model), plan.ROOT / model) if p.is_dir()), model)
+    folder, reason = plan.local_model(model)
+    if reason := reason or (plan.unreachable_model(model) if folder is None else None):
+        errors.append(f"model {brief(model)}: {reason}")
+        return None
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder or model, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for what is no tokenizer
         errors.append(f"model {model}: no tokenizer to be had ({' '.join(str(error).split())[:200]})")
 

@@ -43,6 +43,24 @@ class Hyperparams:
         return replace(Hyperparams(epochs=0.0), **{name: getattr(self, name) for name in EVALUATION})
 
 
+def out_of_range(name: str, value) -> str | None:
+    """Why a value of a hyperparameter's kind cannot be meant, or None."""
+    if name in ("precision", "schedule"):
+        choices = PRECISIONS if name == "precision" else SCHEDULES
+        return None if value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
+    if isinstance(value, bool):
+        return None
+    positive = ("learning_rate", "epochs", "batch_size", "micro_batch_size", "epsilon",
+                "max_length", "max_new_tokens", "eval_batch_size")  # fmt: skip
+    if name in positive and value <= 0:
+        return f"must be above 0, not {value}"
+    if value < 0:
+        return f"must not be negative, not {value}"
+    if name in ("beta1", "beta2", "warmup_ratio") and value >= 1:
+        return f"must be below 1, not {value}"
+    return None
+
+
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
 
 

@@ -81,7 +81,8 @@ class Peft(Method):
         config = config_class(kind)
         title = config.__name__.removesuffix("Config")
         title = re.sub("(?i)(lo|ve|hi)ra$", lambda match: match[1].title() + "RA", title)
-        facts = {"kind": kind, "title": f"{title} (PEFT)", "__module__": __name__, **FACTS.get(name, {})}
+        facts = {"kind": kind, "spelling": name, "title": f"{title} (PEFT)", "__module__": __name__}
+        facts |= FACTS.get(name, {})
         options = [(option, Any, field(default=None)) for option in options_of(config)]
         return make_dataclass(title, options, bases=(cls,), namespace=facts)
 

@@ -14,7 +14,7 @@ FLOORS = [
     ["record"],
     ["store", "rows", "duplicates", "head", "meter", "progress", "doctor"],
     ["method", "formats", "stats"],
-    ["data", "template"],
+    ["data", "template", "trial"],
     ["batches", "cache"],
     ["train", "generate", "study"],
     ["plan", "run"],
