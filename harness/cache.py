@@ -18,12 +18,13 @@ import numpy as np
 
 from harness import data
 from harness.formats import Conversation
+from harness.leaks import unanswered
 from harness.spec import digest, fingerprint
 from harness.template import Row, Template, tokenize
 
 LIMIT = 2**31  # bytes of the folder; what was not used for longest goes first
 SAMPLE = 100  # test conversations kept beside the token ids, to be shown
-READING = ("rows", "formats", "duplicates", "data", "cache")  # the code on the way to the splits
+READING = ("rows", "formats", "duplicates", "leaks", "data", "cache")  # the code on the way to the splits
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Tokens:
     left_out: dict[str, int]  # by why, of the whole dataset, then of each split in tokenising
     refused: list[dict]
     revisions: dict[str, str]
+    origins: dict[str, dict[str, str]]  # part -> our split -> the split of its source that it is drawn from
     sample: list[Conversation]  # the first of the test split
 
 
@@ -50,7 +52,12 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
     for split in data.SPLITS:
         made[split], counts = tokenize(drawn.rows[split], template, max_length)
         left_out |= {f"{split}_{name}": count for name, count in counts.items()}
-    tokens = Tokens(made, left_out, drawn.refused, drawn.revisions, drawn.rows["test"][:SAMPLE])
+    for split in data.SPLITS[:-1]:
+        scored = unanswered(made[split], made["train"])
+        left_out[f"{split}_answered"] = len(made[split]) - len(scored)
+        made[split] = scored
+    sample = drawn.rows["test"][:SAMPLE]
+    tokens = Tokens(made, left_out, drawn.refused, drawn.revisions, drawn.origins, sample)
     if key:
         keep(key, *packed(tokens))
     return tokens

@@ -4,16 +4,18 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 
 from harness import ROOT
-from harness.duplicates import Seen
 from harness.errors import absent, misfit, misfits, read_toml, shown, unknown
 from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, said
+from harness.leaks import Held, digest, normalised, prompt
 from harness.metrics import REWARDS
-from harness.rows import SUFFIXES, DataError, holds, rows_of_dataset, rows_of_file
+from harness.rows import SUFFIXES, USUAL, DataError, holds, rows_of_dataset, rows_of_file
 
 FOLDER = ROOT / "datasets_spec"
 SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
@@ -25,11 +27,13 @@ PART = {  # what a part of a dataset says, and what holds where it is silent
 DATASET = {
     "name": "", "title": "", "notice": "", "template": "auto", "seed": 0, "language": "en",
     "reward": "rouge_l", "loss": "all",
+    "near_duplicates": 0.8,  # share of their words in which two prompts are near (Jaccard); 0 or off: none is
     "train": 1000, "validation": 64, "test": 200,
 }  # fmt: skip
 SPEC = {**DATASET, "part": {}, "parts": [], "mixture": []}  # what a file may hold
 KINDS = {"parts": list[dict], "mixture": list[str], "fields": dict[str, str]}  # the rest as their defaults
 
+LEAST = 0.7  # of near_duplicates: below, too many are missed
 SHOWN = 10  # refused rows that are named
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 
@@ -58,6 +62,9 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
         spec = read_spec(name, path)
+    for values in (spec, overrides := dict(overrides)):
+        if values.get("near_duplicates") == "off":
+            values["near_duplicates"] = 0.0
     what = f"dataset {shown(name)}"
     errors = misfits(what, spec, SPEC, KINDS)
     settable = {key: DATASET[key] for key in set(DATASET) - {"name", "title", "notice"}}
@@ -85,6 +92,9 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
     spec = {**DATASET, "name": name, **spec, **overrides}
     errors += [f"data.{s}: must be at least {int(s != 'validation')}, not {spec[s]}"
                for s in SPLITS if spec[s] < (s != "validation")]  # fmt: skip
+    near = spec["near_duplicates"] = float(spec["near_duplicates"])
+    if near != 0 and not LEAST <= near <= 1:
+        errors.append(f"data.near_duplicates: must be off, or from {LEAST} to 1, not {near}")
     for key, choices in (
         ("template", ("auto", "chat", "instruction")),
         ("loss", ("all", "last")),
@@ -151,9 +161,10 @@ class Splits:
     """A dataset's rows, drawn, and what was not used of it."""
 
     rows: dict[str, list[Conversation]]
-    left_out: dict[str, int]  # rows, by why: duplicates, near_duplicates, and each reason of a refusal
+    left_out: dict[str, int]  # rows, by why: duplicates, each of leaks.LEAKS, and each reason of a refusal
     refused: list[dict]  # the first few of the refused: part, row (from 1), reason
     revisions: dict[str, str]  # part -> the commit that was read, of those from the hub
+    origins: dict[str, dict[str, str]]  # part -> our split -> the split of its source that it is drawn from
 
 
 @dataclass
@@ -166,51 +177,60 @@ class Pool:
     rows: list[Conversation] = field(default_factory=list)
     usable: int = 0  # distinct rows in all; `rows` may be the first of them only
     whole: bool = True
+    left_out: Counter = field(default_factory=Counter)
 
 
 def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
-    """The splits, disjoint, the rows of all parts mixed.
+    """The splits, disjoint as harness.leaks says, the rows of all parts mixed.
 
     A row's place is decided by a hash of the seed and its text: the order of the source does not
-    matter. Of rows with the same prompt one is kept. A row of a later split that nearly repeats one
-    of an earlier split, or leads through its prompt, is passed over for the next. `room` times the
-    rows asked for are held in memory. Raises DataError if there are too few.
+    matter. Of rows with the same prompt one is kept; of preference pairs all that differ, in one split. A
+    row that leaks what is held out is passed over for the next. `room` times the rows asked for are held
+    in memory. Raises DataError if there are too few.
     """
-    found = Splits({}, {"duplicates": 0, "near_duplicates": 0}, [], {})
-    pools = [
-        Pool(part, source, draws)
-        for part in dataset["parts"]
-        for source, draws in sources(part, locations.get(part["name"])).items()
-    ]
+    found = Splits({}, Counter(), [], {}, {})
+    pools = []
+    for part in dataset["parts"]:
+        own = [Pool(part, *source) for source in sources(part, locations.get(part["name"])).items()]
+        found.origins[part["name"]] = {split: pool.source for pool in own for split in pool.draws}
+        pools += own
     seen: set[bytes] = set()
     for pool in sorted(pools, key=lambda pool: SPLITS.index(pool.draws[0])):  # a test's own source first
         fill(pool, dataset, locations.get(pool.part["name"]), room, seen, found)
-    near, prompts = Seen(), set()
+    earlier: list[Conversation] = []
     for split in SPLITS:
+        count, from_pools = dataset[split], [pool for pool in pools if split in pool.draws]
+        among = [row for pool in from_pools for row in pool.rows[:count]]
+        held = Held(earlier, among, dataset["near_duplicates"]) if earlier else None
         drawn = []
-        for pool in pools:
-            if split in pool.draws:
-                rows = draw(pool, dataset[split], near, prompts, found.left_out)
-                if len(rows) < dataset[split] and not pool.whole:
-                    return splits(dataset, locations, 2 * room)
-                if len(rows) < dataset[split]:
-                    raise DataError(too_few(pool, dataset, found))
-                drawn += rows
+        for pool in from_pools:
+            rows = draw(pool, count, held)
+            if len(rows) < count and not pool.whole:
+                return splits(dataset, locations, 2 * room)
+            if len(rows) < count:
+                raise DataError(too_few(pool, split, len(rows), dataset, found))
+            drawn += rows
         found.rows[split] = sorted(drawn, key=lambda c: c.id.rpartition(":")[2])  # mix the parts
-        if split != SPLITS[-1]:
-            near.add([words(c.messages) for c in drawn])
-            prompts |= {prompt(c.messages) for c in drawn}
+        earlier += drawn
+    for pool in pools:
+        found.left_out.update(pool.left_out)
     return found
 
 
 def sources(part: dict, location: str | None) -> dict[str, list[str]]:
     """Split of a part's source -> which of our splits come from it.
 
-    A local copy that lacks one of the splits that a spec names is one source for all.
+    What the source has of its own, under the name that the spec gives or a usual one, is taken from there;
+    what it lacks is cut from the training rows.
     """
-    names = {split: part.get(f"{split}_split") or part["split"] for split in SPLITS}
-    if location and not all(holds(Path(location), name) for name in names.values()):
-        names = dict.fromkeys(SPLITS, part["split"])
+    said = {split: part["split" if split == "train" else f"{split}_split"] for split in SPLITS}
+    if location:
+        path, own = Path(location), {}
+        for split, name in said.items():
+            own[split] = next((n for n in (name, *USUAL[split]) if n and holds(path, n)), "")
+        said = own if own["train"] or holds(path) else {}
+    train = said.get("train") or part["split"]
+    names = {split: said.get(split) or train for split in SPLITS}
     return {name: [s for s in SPLITS if names[s] == name] for name in dict.fromkeys(names.values())}
 
 
@@ -219,28 +239,29 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
     part = pool.part
     name = part["name"]
     wanted = room * sum(dataset[split] for split in pool.draws)
-    best = {}  # prompt -> the least hash of its rows
-    held = {}  # prompt -> that row, if its hash is below the limit
-    limit = "~"  # above every hash
+    best = {}  # prompt -> the least place of its rows
+    held = {}  # prompt -> that row, if its place is below the limit
+    limit = "~"  # above every place
     for number, row in enumerate(rows_of_part(part, location, pool.source, found.revisions), 1):
         try:
             messages, rejected = read(row, part)
         except Refused as refusal:
-            found.left_out[refusal.reason] = found.left_out.get(refusal.reason, 0) + 1
+            pool.left_out[refusal.reason] += 1
             if len(found.refused) < SHOWN:
                 found.refused.append({"part": name, "row": number, "reason": str(refusal)})
             continue
-        asked = prompt(messages)
-        if asked in seen or asked in best:
-            found.left_out["duplicates"] += 1
         told = [{"role": m["role"], "content": said(m)} for m in messages]
-        text = [dataset["seed"], told] + [rejected] * bool(rejected)
-        text = json.dumps(text, ensure_ascii=False, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()
-        if asked in seen or key >= best.get(asked, "~"):
+        key = place = hashed([dataset["seed"], told] + [rejected] * bool(rejected))
+        asked = prompt(messages)
+        if rejected is not None:  # all pairs of a prompt stand together, to be drawn into one split
+            asked += b"".join(digest(normalised(text)) for text in (messages[-1]["content"], rejected))
+            place = hashed([dataset["seed"], told[:-1]]) + key
+        if asked in seen or asked in best:
+            pool.left_out["duplicates"] += 1
+        if asked in seen or place >= best.get(asked, "~"):
             continue
-        best[asked] = key
-        if key < limit:
+        best[asked] = place
+        if place < limit:
             held[asked] = Conversation(f"{name}:{key[:12]}", name, messages, rejected)
         if len(held) > 2 * wanted:
             limit = sorted(best.values())[wanted]
@@ -250,14 +271,18 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
     pool.usable, pool.whole = len(best), len(held) == len(best)
 
 
-def draw(pool: Pool, count: int, near: Seen, prompts: set, left_out: dict) -> list[Conversation]:
-    """The next rows of a pool that repeat nothing in `near` and `prompts`."""
+def hashed(value) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def draw(pool: Pool, count: int, held: Held | None) -> list[Conversation]:
+    """The next rows of a pool that leak nothing of what is held out."""
     drawn = []
     while len(drawn) < count and pool.rows:
         rows, pool.rows = pool.rows[: count - len(drawn)], pool.rows[count - len(drawn) :]
-        for row, alike in zip(rows, near.like([words(row.messages) for row in rows]), strict=True):
-            if alike or not prompts.isdisjoint(earlier(row.messages)):
-                left_out["near_duplicates"] += 1
+        for row, leak in zip(rows, held.leaks(rows) if held else repeat(None), strict=False):
+            if leak:
+                pool.left_out[leak] += 1
             else:
                 drawn.append(row)
     return drawn
@@ -303,45 +328,27 @@ def revision_of(dataset) -> str | None:
     return None
 
 
-def too_few(pool: Pool, dataset: dict, found: Splits) -> str:
+def too_few(pool: Pool, split: str, drawn: int, dataset: dict, found: Splits) -> str:
     name, wanted = pool.part["name"], sum(dataset[split] for split in pool.draws)
-    left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in found.left_out.items() if n)
+    own = f"its split {pool.source!r}" if set(found.origins[name].values()) != {pool.source} else "it"
+    left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in pool.left_out.items())
     first = {r["reason"]: r["row"] for r in reversed(found.refused) if r["part"] == name}
     refused = "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[-3:][::-1])
-    near = found.left_out.get("near_duplicates")
+    least = int(split != "validation")
+    remedies = [f"ask for fewer with --set data.{split}={drawn}"] if drawn >= least else []
+    if not remedies and pool.draws[0] != split:
+        remedies.append(f"hold fewer out with --set data.{pool.draws[0]}=...")
+    if dataset[split] - drawn <= pool.left_out["near_duplicates"]:
+        remedies.append("take near ones too with --set data.near_duplicates=off")
     return (
-        f"part {name}: {wanted} rows are asked for ({describe(dataset, pool.draws)}), but it has "
+        f"part {name}: {wanted} rows are asked for ({describe(dataset, pool.draws)}), but {own} has "
         f"{pool.usable} distinct usable ones"
-        + (f", {near} of them too near to held-out ones to train on. " if near else ". ")
+        + (f", {drawn} of which can be {split} rows. " if pool.usable >= wanted else ". ")
         + (f"Left out: {left_out}. " if left_out else "")
         + (f"Refused: {refused}. " if refused else "")
-        + ("Ask for fewer with --set data.train=..." if pool.usable else "")
+        + (", or ".join(remedies).capitalize() if pool.usable else "")
     ).strip()
 
 
 def describe(dataset: dict, draws: list[str] = SPLITS) -> str:
     return ", ".join(f"{dataset[split]} {split}" for split in reversed(draws))
-
-
-# What makes two rows one
-
-
-def normalised(messages: list[dict]) -> str:
-    """Equal for prompts that differ in case, spacing and the punctuation around them alone."""
-    return " ".join(" ".join(map(said, messages)).casefold().split()).strip(" .,!?")
-
-
-def prompt(messages: list[dict]) -> bytes:
-    """A digest of the normalised prompt; of a plain text, of the text."""
-    return hashlib.sha256(normalised(messages[:-1] or messages).encode()).digest()
-
-
-def earlier(messages: list[dict]) -> list[bytes]:
-    """The prompts that a longer conversation leads through, which it answers on its way."""
-    answers = [i for i, m in enumerate(messages[:-1]) if m["role"] == "assistant" and i]
-    return [prompt(messages[: i + 1]) for i in answers]
-
-
-def words(messages: list[dict]) -> str:
-    """What nearness is told by: a system turn, often the same and long, would make all rows near."""
-    return " ".join(said(m) for m in messages[:-1] or messages if m["role"] != "system")

@@ -73,6 +73,11 @@ def said(message: dict) -> str:
     return "\n\n".join(filter(None, [message["content"], message.get("input")]))
 
 
+def is_text(messages: list[dict]) -> bool:
+    """Plain text to model, as a conversation has it: one message of the assistant, to no question."""
+    return len(messages) == 1 and messages[0]["role"] == "assistant"
+
+
 def detect(row: dict) -> str | None:
     """The first format all of whose fields a row has."""
     return next((name for name in FORMATS if not missing(row, name, {})), None)

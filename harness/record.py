@@ -59,7 +59,10 @@ class Tokens(TypedDict, total=False):
     padded: Count
     supervised: Count
     sampled: Count
+    rows: Count
     left_out: dict[str, Count]
+    splits: dict[str, Count]
+    answered: dict[str, Count]
     template: str
     loss: Literal["all", "last"]
     plain_text: bool
@@ -119,8 +122,9 @@ class RunRecord:
     outputs that rejected answers were taken from (null: none were there; absent: none were needed).
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
     `tokens`: trained (read by the model in steps), attach (read before the first), padded, supervised
-    (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out counts
-    rows. `notes`: what the run found out about its method.
+    (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out and
+    splits count rows; answered, the held-out rows whose prompt a training row answers. `notes`: what the
+    run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.

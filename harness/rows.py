@@ -2,10 +2,17 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 CELL_CHARACTERS = 2**24  # of a .csv; Python's own limit, 131,072, is less than some real answers
+USUAL = {  # our split -> what files of it are called: the names that the datasets library reads
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+NAMED = {name for names in USUAL.values() for name in names}
 BATCH = 1000  # rows that are made Python values together
 
 
@@ -35,10 +42,9 @@ def read(path: Path, split: str):
     if saved(path):
         yield from saved_to_disk(path, split)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not files:
+        if not any(labelled(path)):
             raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file, and is not from save_to_disk")
-        for file in [file for file in files if of_split(file, split)] or files:
+        for file in chosen(path, split):
             yield from rows_of_file(file)
     elif path.suffix not in READERS:
         raise DataError(f"{path}: cannot read a {path.suffix or 'nameless'} file, only {', '.join(SUFFIXES)}")
@@ -46,16 +52,28 @@ def read(path: Path, split: str):
         yield from READERS[path.suffix](path)
 
 
-def holds(path: Path, split: str) -> bool:
-    """Whether a folder has rows of its own for a split."""
-    if saved(path):
-        return (path / split / "state.json").is_file()
-    return any(of_split(file, split) for file in path.rglob("*") if file.suffix in SUFFIXES)
+def chosen(folder: Path, split: str) -> list[Path]:
+    """What bears the name of a split; else what bears no split's; else all."""
+    found = labelled(folder)
+    own = [path for path, labels in found.items() if split.casefold() in labels]
+    return own or [path for path, labels in found.items() if not labels & NAMED] or list(found)
 
 
-def of_split(file: Path, split: str) -> bool:
-    """By its name, as the hub writes it: test.parquet, or test-00000-of-00001.parquet."""
-    return bool(split) and file.stem.partition("-")[0] == split
+def holds(folder: Path, split: str = "") -> bool:
+    """Whether a folder has rows of its own for a split; without one, rows that bear no split's name."""
+    found = labelled(folder).values()
+    return any(split.casefold() in labels if split else not labels & NAMED for labels in found)
+
+
+def labelled(folder: Path) -> dict[Path, set[str]]:
+    """Its files of rows, or the datasets that save_to_disk made in it -> the names that each may have of its
+    split: of test/rows.parquet and, as the hub writes it, of test-00000-of-00001.parquet."""
+    files = [folder / name for name in saved(folder)]
+    files = files or sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES)
+    return {
+        file: {re.split("[-.]", part)[0].casefold() for part in file.relative_to(folder).parts}
+        for file in files
+    }
 
 
 def jsonl(path: Path):
@@ -99,17 +117,19 @@ def table(path: Path):
 READERS = {".jsonl": jsonl, ".json": json_list, ".parquet": parquet, ".csv": table}
 
 
-def saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+def saved(path: Path) -> list[str]:
+    """The folders in this one that save_to_disk made: it itself, or one a split."""
+    if (path / "state.json").is_file():
+        return ["."]
+    whole = (path / "dataset_dict.json").is_file()
+    return sorted(state.parent.name for state in path.glob("*/state.json")) if whole else []
 
 
 def saved_to_disk(path: Path, split: str):
     from datasets import load_from_disk
 
-    whole = load_from_disk(str(path))
-    parts = whole if isinstance(whole, dict) else {"": whole}  # a DatasetDict is a dict
-    for name in [split] if split in parts else parts:
-        yield from rows_of_dataset(parts[name])
+    for part in chosen(path, split):
+        yield from rows_of_dataset(load_from_disk(str(part)))
 
 
 def rows_of_dataset(dataset):

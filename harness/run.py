@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 
-from harness import ROOT, cache, data, method
+from harness import ROOT, cache, data, leaks, method
 from harness.batches import Batches, collate, pack
 from harness.errors import redacted
 from harness.record import RunRecord, answers_hash
@@ -191,6 +191,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             "left_out": {what: count for what, count in read.left_out.items() if count},
             "refused": read.refused,
             "revisions": read.revisions,
+            "origins": read.origins,
+            "splits": {split: len(rows[split]) for split in data.SPLITS},
+            "answered": {split: leaks.answered(rows[split], rows["train"]) for split in data.SPLITS[:-1]},
             "template": template.kind,
             "loss": template.loss,
             "plain_text": all(not row.prompt for row in rows["train"]),

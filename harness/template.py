@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from harness.formats import Conversation, said
+from harness.formats import Conversation, is_text, said
 from harness.rows import DataError
 
 COUNTED = {  # what happened to the rows of a split on their way to tokens
@@ -19,6 +19,7 @@ COUNTED = {  # what happened to the rows of a split on their way to tokens
     "too_long": "left out: the prompt fills max_length",
     "windows": "made of plain texts longer than max_length, beyond the first of each",
     "refused": "left out: the chat template cannot write them",
+    "answered": "left out: their prompt, as it is scored, is answered in training",
     "last_only": "learn their last answer alone: where the earlier ones begin cannot be told",
 }
 BATCH = 1024  # conversations tokenised at a time: enough for all threads, little memory
@@ -284,11 +285,6 @@ class Template:
 
 
 HEADINGS = {"user": "Instruction", "system": "System", "tool": "Tool"}  # of the instruction form
-
-
-def is_text(messages: list[dict]) -> bool:
-    """Plain text to model, as a conversation has it: one message of the assistant, to no question."""
-    return len(messages) == 1 and messages[0]["role"] == "assistant"
 
 
 def folded(messages: list[dict]) -> list[dict]:

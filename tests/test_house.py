@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["spec", "errors", "plain", "shape", "metrics"],
     ["record"],
-    ["store", "rows", "duplicates", "head", "meter", "progress", "doctor"],
-    ["method", "formats", "stats"],
+    ["store", "rows", "formats", "duplicates", "head", "meter", "progress", "doctor"],
+    ["method", "leaks", "stats"],
     ["data", "template", "trial"],
     ["batches", "cache"],
     ["train", "generate", "study"],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from harness import data, plan
 from harness.data import DATASET, PART, splits
-from harness.duplicates import Seen
+from harness.duplicates import Asked, Seen
 from harness.formats import said
 
 THRESHOLD = 0.8
@@ -127,7 +127,7 @@ def test_a_test_row_is_the_same_with_and_without_its_leaks(tmp_path):
 def test_another_number_is_another_question(tmp_path):
     text = "how many apples are left of {} apples if seven of them were eaten by the tall man"
     found = splits(asked(), {"tiny": written(tmp_path, [row(text.format(i)) for i in range(65)])})
-    assert found.left_out == {"duplicates": 0, "near_duplicates": 0}
+    assert found.left_out == {}
 
 
 def test_a_conversation_that_leads_through_a_held_out_prompt_is_a_leak(tmp_path):
@@ -147,7 +147,7 @@ def test_a_conversation_that_leads_through_a_held_out_prompt_is_a_leak(tmp_path)
     tested = {c.messages[0]["content"] for c in found.rows["test"] if len(c.messages) == 2}
     trained = {c.messages[0]["content"] for c in found.rows["train"] if len(c.messages) == 4}
     assert tested and trained and not tested & trained
-    assert found.left_out["near_duplicates"] > 0
+    assert found.left_out["shared_turns"] > 0
 
 
 def test_a_long_system_turn_does_not_make_rows_alike(tmp_path):
@@ -170,9 +170,8 @@ def test_minhash_finds_what_counting_finds(seed, length, changed):
             words[draw.randrange(length)] = draw.choice(WORDS)
         draw.shuffle(words)
         others.append(" ".join(words))
-    seen = Seen()
-    seen.add(held)
-    assert seen.like(others) == [any(jaccard(a, b) >= THRESHOLD for b in held) for a in others]
+    seen = Seen(list(map(Asked, held)))
+    assert seen.like(list(map(Asked, others))) == [any(jaccard(a, b) >= THRESHOLD for b in held) for a in others]
 
 
 @settings(max_examples=25)
@@ -204,7 +203,7 @@ def test_memory_is_bounded_and_nothing_else_changes(tmp_path):
 
 def test_a_bound_that_near_duplicates_use_up_is_raised(tmp_path):
     one = sentences(1, length=20)[0]
-    rows = [row(f"{a} {one} {b}") for a, b in product(WORDS[:40], WORDS[:40])]  # all near each other
+    rows = [row(reordered(one, seed)) for seed in range(1600)]  # all near each other
     rows += [row(text) for text in sentences(40, seed=3)]
     found = splits(asked(train=15, validation=0, test=1), {"tiny": written(tmp_path, rows)})
     assert len(found.rows["train"]) == 15

@@ -25,6 +25,7 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     for split, runs in (("train", trained), ("validation", trained), ("test", names)):
         values = {name: r.hashes.get(split) for name, r in runs.items()}
         checks.append(same(f"Rows to {'validate' if split == 'validation' else split} on", {split: values}))
+    checks.append(unanswered(names))
     if any("before" in r.hashes for r in names.values()):
         checks.append(same("Rejected answers", {"taken from": rejected(names)}, shown=True))
     for phase, runs in (("training", trained), ("scoring", names)):
@@ -68,6 +69,20 @@ def same(what: str, properties: dict[str, dict], shown: bool = False) -> tuple[s
         return what, None, UNKNOWN
     value = agreed if shown and len(properties) == 1 else []
     return what, not differing, "; ".join(value + differing + missing)
+
+
+def unanswered(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
+    """Whether a prompt that is scored was also learned with its answer, token by token."""
+    what = "No test prompt was answered in training"
+    known = {name: found for name, r in runs.items() if (found := r.tokens.get("answered"))}
+    if not known:
+        return what, None, UNKNOWN
+    leaks = [f"{found[split]} {split} prompts were, in {name}"
+             for name, found in known.items() for split in found if found[split]]  # fmt: skip
+    rows = {count for name in known if (count := runs[name].tokens.get("splits", {}).get("test"))}
+    missing = [f"not recorded for {listed(others, 4)}"] if (others := sorted(set(runs) - set(known))) else []
+    none = [f"0 of {listed(sorted(map(str, rows)))}"] if rows and not leaks else []
+    return what, not leaks, "; ".join(none + leaks + missing)
 
 
 def planned(runs: dict[str, RunRecord]) -> dict[str, dict]:

@@ -1,0 +1,145 @@
+"""What a row of a later split must not share with a held-out one, whatever either is shortened to.
+
+A held-out row is scored at its last answer or, shortened, at an earlier one; training learns every answer.
+So a later row is passed over where
+
+- it answers what a held-out row is asked: an answer of each follows the same turns (`shared_turns`);
+- it asks a held-out question in another place: the one that opens a held-out conversation or, of at least
+  LONG words, a later one; or answers any of its questions by the same LONG words (`shared_questions`);
+- it is plain text with a line of a held-out text, of at least PASSAGE words (`shared_passages`);
+- its prompt says nearly what a held-out one says, see harness.duplicates (`near_duplicates`).
+
+System turns stand apart: another one does not make another question. What the user says in less than
+OPENING words is a greeting, and what more than MANY rows have in common is a form ("translate the text
+above"): no leak by itself, unless it is answered alike. Once all is tokens, a held-out row that one of
+these leaves to be scored at a prompt that training goes through is itself left out (`unanswered`), and what
+was then learned and scored is compared once more (`answered`).
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator
+
+from harness.duplicates import MANY, Asked, Seen, words_of
+from harness.formats import Conversation, is_text, said
+
+OPENING = 4  # words: "how are you" is none of a conversation's own questions
+LONG = 10  # words: "yes, that works for me, thank you" means something only after its turns
+PASSAGE = 20  # words: a line of prose, more than one of code or of a licence
+KINDS = {"turns": "shared_turns", "question": "shared_questions", "answer": "shared_questions",
+         "passage": "shared_passages"}  # of a key -> as its leaks are counted  # fmt: skip
+LEAKS = (*dict.fromkeys(KINDS.values()), "near_duplicates")
+
+
+class Held:
+    """The rows of earlier splits. `among`: rows of the later one, to tell what many ask."""
+
+    def __init__(self, rows: list[Conversation], among: list[Conversation], threshold: float):
+        self.prompts = {prompt(row.messages) for row in rows}
+        self.keys = {key for row in rows for key in keys(row.messages, held=True)}
+        self.found: dict[str, set] = {}  # of each row, its keys that are held
+        asked = Counter(key for row in [*rows, *among] for key in self.held(row))
+        self.keys -= {key for key, count in asked.items() if count > MANY and key[0] != "answer"}
+        self.near = Seen(list(map(question, rows)), map(question, among), threshold) if threshold else None
+
+    def leaks(self, rows: list[Conversation]) -> list[str | None]:
+        """Which of LEAKS each row is, if any."""
+        near = self.near.like(list(map(question, rows))) if self.near else [False] * len(rows)
+        return [self.leak(row) or ("near_duplicates" if close else None)
+                for row, close in zip(rows, near, strict=True)]  # fmt: skip
+
+    def leak(self, row: Conversation) -> str | None:
+        if prompt(row.messages) in self.prompts:
+            return "shared_turns"
+        found = {KINDS[kind] for kind, key in self.keys & self.held(row)}
+        return next((leak for leak in LEAKS if leak in found), None)
+
+    def held(self, row: Conversation) -> set[tuple[str, bytes]]:
+        if row.id not in self.found:
+            self.found[row.id] = self.keys.intersection(keys(row.messages))
+        return self.found[row.id]
+
+
+def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[str, bytes]]:
+    """What a row asks and answers, wherever it may be cut: one of KINDS, and a digest."""
+    if is_text(messages):
+        for line in said(messages[0]).splitlines():
+            if size(text := normalised(line), PASSAGE) >= PASSAGE:
+                yield "passage", digest(text)
+    turns, asked, told = hashlib.sha256(), "", 0
+    for message in messages:
+        text, role = normalised(said(message)), message["role"]
+        if role == "assistant" and asked:
+            if told >= OPENING:
+                yield "turns", turns.digest()
+            if size(text) >= LONG:
+                yield "answer", digest(f"{asked}\n{text}")
+        elif role == "user":
+            if size(text) >= (LONG if held and asked else OPENING):
+                yield "question", digest(text)
+            asked, told = text, told + size(text)
+        if role != "system":
+            turns.update(f"{role}\n{text}\n".encode())
+
+
+def size(text: str, most: int = LONG) -> int:
+    """Words of a normalised text, counted as far as `most`."""
+    return len(text.split(" ", most)[:most] if text.isascii() else words_of(text[: 10 * most])[:most])
+
+
+def question(row: Conversation) -> Asked:
+    """What nearness is told by: a system turn, often the same and long, would make all rows near."""
+    *before, answer = row.messages
+    if not before:
+        return Asked(said(answer))
+    return Asked(" ".join(said(m) for m in before if m["role"] != "system"), said(answer))
+
+
+def prompt(messages: list[dict]) -> bytes:
+    """A digest of the normalised prompt; of a plain text, of the text."""
+    return digest(normalised(" ".join(map(said, messages[:-1] or messages))))
+
+
+def normalised(text: str) -> str:
+    """Equal for texts that differ in case, spacing and the punctuation around them alone."""
+    return " ".join(text.casefold().split()).strip(" .,!?")
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+# Rows of tokens
+
+
+def unanswered(held: list, train: list) -> list:
+    """The held-out rows without those whose prompt, as it is scored, begins a training row's."""
+    prompts = sorted({row.prompt for row in held if row.prompt})
+    shorter, within = [], []  # the place of the longest other prompt that each begins with; of those so far
+    for i, text in enumerate(prompts):
+        while within and not text.startswith(prompts[within[-1]]):
+            within.pop()
+        shorter.append(within[-1] if within else -1)
+        within.append(i)
+    begun = set()
+    for row in train:
+        i = bisect_right(prompts, row.prompt) - 1
+        while i >= 0:  # what the row begins with, the prompt that sorts just before it begins with as well
+            if row.prompt.startswith(prompts[i]):
+                begun.add(prompts[i])
+            i = shorter[i]
+    learned = {scored(row) for row in train if not row.prompt}
+    return [row for row in held if (row.prompt not in begun if row.prompt else scored(row) not in learned)]
+
+
+def answered(held: list, train: list) -> int:
+    """How many held-out rows are asked, token by token, what a training row learns to answer."""
+    learned = {scored(row) for row in train}
+    learned |= {row.prompt_ids[:start].tobytes() for row in train for start in row.learned[::2]}
+    return sum(scored(row) in learned for row in held)
+
+
+def scored(row) -> bytes:
+    """The tokens of its prompt; of a plain text, of its window."""
+    return (row.prompt_ids if row.prompt else row.prompt_ids + row.response_ids).tobytes()
