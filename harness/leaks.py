@@ -4,16 +4,15 @@ A held-out row is scored at its last answer or, shortened, at an earlier one; tr
 So a later row is passed over where
 
 - it answers what a held-out row is asked: an answer of each follows the same turns (`shared_turns`);
-- it asks a held-out question in another place: the one that opens a held-out conversation or, of at least
-  LONG words, a later one; or answers any of its questions by the same LONG words (`shared_questions`);
+- it asks a held-out question in another place, or answers one by the same LONG words (`shared_questions`);
 - it is plain text with a line of a held-out text, of at least PASSAGE words (`shared_passages`);
 - its prompt says nearly what a held-out one says, see harness.duplicates (`near_duplicates`).
 
-System turns stand apart: another one does not make another question. What the user says in less than
-OPENING words is a greeting, and what more than MANY rows have in common is a form ("translate the text
-above"): no leak by itself, unless it is answered alike. Once all is tokens, a held-out row that one of
-these leaves to be scored at a prompt that training goes through is itself left out (`unanswered`), and what
-was then learned and scored is compared once more (`answered`).
+System turns stand apart: another one does not make another question. No leak by itself is what the user says
+in less than OPENING words, a greeting; in less than LONG words, if it is but a turn of a held-out row ("yes,
+that works for me"); or in more than MANY rows, a form ("translate the text above"). A held-out row that is
+shortened to such a prompt, and training goes through it, is itself left out, once all is tokens
+(`unanswered`). What is then learned and scored is compared once more, token by token (`answered`).
 """
 
 import hashlib
@@ -24,8 +23,8 @@ from collections.abc import Iterator
 from harness.duplicates import MANY, Asked, Seen, words_of
 from harness.formats import Conversation, is_text, said
 
-OPENING = 4  # words: "how are you" is none of a conversation's own questions
-LONG = 10  # words: "yes, that works for me, thank you" means something only after its turns
+OPENING = 4  # words: "how are you" is nobody's own question
+LONG = 10  # words: "yes, that works for me, thank you" or "i need to find a doctor" may be said by chance
 PASSAGE = 20  # words: a line of prose, more than one of code or of a licence
 KINDS = {"turns": "shared_turns", "question": "shared_questions", "answer": "shared_questions",
          "passage": "shared_passages"}  # of a key -> as its leaks are counted  # fmt: skip
@@ -68,15 +67,16 @@ def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[str, bytes]
             if size(text := normalised(line), PASSAGE) >= PASSAGE:
                 yield "passage", digest(text)
     turns, asked, told = hashlib.sha256(), "", 0
+    alone = sum(message["role"] == "user" for message in messages) == 1
     for message in messages:
         text, role = normalised(said(message)), message["role"]
         if role == "assistant" and asked:
-            if told >= OPENING:
+            if told >= (LONG if held and message is not messages[-1] else OPENING):
                 yield "turns", turns.digest()
             if size(text) >= LONG:
                 yield "answer", digest(f"{asked}\n{text}")
         elif role == "user":
-            if size(text) >= (LONG if held and asked else OPENING):
+            if size(text) >= (LONG if held and not alone else OPENING):
                 yield "question", digest(text)
             asked, told = text, told + size(text)
         if role != "system":
