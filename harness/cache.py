@@ -37,6 +37,7 @@ class Tokens:
     revisions: dict[str, str]
     origins: dict[str, dict[str, str]]  # part -> our split -> the split of its source that it is drawn from
     sample: list[Conversation]  # the first of the test split
+    unused: dict[str, list[str]]  # part -> its columns that no row was made of
 
 
 def token_rows(dataset: dict, locations: dict, template: Template, max_length: int) -> Tokens:
@@ -57,7 +58,7 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
         left_out[f"{split}_answered"] = len(made[split]) - len(scored)
         made[split] = scored
     sample = drawn.rows["test"][:SAMPLE]
-    tokens = Tokens(made, left_out, drawn.refused, drawn.revisions, drawn.origins, sample)
+    tokens = Tokens(made, left_out, drawn.refused, drawn.revisions, drawn.origins, drawn.unused, sample)
     if key:
         keep(key, *packed(tokens))
     return tokens

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.errors import absent, misfit, misfits, read_toml, shown, unknown
-from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, said
+from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
 from harness.leaks import Held, digest, normalised, prompt
 from harness.metrics import REWARDS
-from harness.rows import SUFFIXES, USUAL, DataError, holds, rows_of_dataset, rows_of_file
+from harness.rows import KINDS, USUAL, DataError, holds, is_rows, rows_of_dataset, rows_of_file
 
 FOLDER = ROOT / "datasets_spec"
 SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
@@ -31,7 +31,7 @@ DATASET = {
     "train": 1000, "validation": 64, "test": 200,
 }  # fmt: skip
 SPEC = {**DATASET, "part": {}, "parts": [], "mixture": []}  # what a file may hold
-KINDS = {"parts": list[dict], "mixture": list[str], "fields": dict[str, str]}  # the rest as their defaults
+TYPES = {"parts": list[dict], "mixture": list[str], "fields": dict[str, str]}  # the rest as their defaults
 
 LEAST = 0.7  # of near_duplicates: below, too many are missed
 SHOWN = 10  # refused rows that are named
@@ -55,7 +55,7 @@ def load_spec(name: str, overrides: dict) -> dict:
 def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
     """`within`: the mixtures on the way here."""
     path = Path(os.path.expanduser(name))
-    if path.suffix in SUFFIXES:
+    if is_rows(path):
         if reason := absent(path, "file"):
             raise DataError(f"dataset: {reason}")
         part = {"name": path.stem, "title": path.stem, "path": path.name, "format": format_of(path)}
@@ -66,7 +66,7 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
         if values.get("near_duplicates") == "off":
             values["near_duplicates"] = 0.0
     what = f"dataset {shown(name)}"
-    errors = misfits(what, spec, SPEC, KINDS)
+    errors = misfits(what, spec, SPEC, TYPES)
     settable = {key: DATASET[key] for key in set(DATASET) - {"name", "title", "notice"}}
     for key, value in overrides.items():
         if key not in settable:
@@ -108,7 +108,7 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
 
 
 def part_errors(part: dict, what: str) -> list[str]:
-    errors = misfits(what, part, PART, KINDS)
+    errors = misfits(what, part, PART, TYPES)
     if errors:
         return errors
     if not part.get("name"):
@@ -128,9 +128,10 @@ def format_of(path: Path) -> str:
     if found := detect(row):
         return found
     near, lacks = nearest(row)
-    fields = ", ".join(f'{field} = "..."' for field in lacks)
+    fields = ", ".join(f"{field} = {json.dumps(column)}" for field, column in lacks.items())
+    formats = "; ".join(f"{name}: {', '.join(required(name))}" for name in FORMATS)
     raise DataError(
-        f"{path}: its columns {', '.join(map(repr, row)) or 'none'} fit no format ({', '.join(FORMATS)}). "
+        f"{path}: its columns {', '.join(map(repr, row)) or 'none'} fit no format ({formats}). "
         f"The nearest is {near}, without {' and '.join(lacks)}. Rename columns, or say which are which in a "
         f'FILE.toml with [part] name = "{path.stem}", path = "{path.name}", format = "{near}", '
         f"fields = {{{fields}}} and pass --dataset FILE.toml"
@@ -144,7 +145,7 @@ def read_spec(name: str, path: Path) -> dict:
         if os.path.isdir(path):
             raise DataError(f"dataset {shown(name)} is a folder: name a spec, and --source PART=FOLDER")
         known = unknown("dataset", name, available())
-        raise DataError(f"{known}, or a .toml or {', '.join(SUFFIXES)} file")
+        raise DataError(f"{known}, or a .toml or {KINDS} file")
     if reason := absent(path, "file"):
         raise DataError(f"dataset: {reason}")
     try:
@@ -165,6 +166,7 @@ class Splits:
     refused: list[dict]  # the first few of the refused: part, row (from 1), reason
     revisions: dict[str, str]  # part -> the commit that was read, of those from the hub
     origins: dict[str, dict[str, str]]  # part -> our split -> the split of its source that it is drawn from
+    unused: dict[str, list[str]] = field(default_factory=dict)  # part -> its columns that no row was made of
 
 
 @dataclass
@@ -242,6 +244,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
     best = {}  # prompt -> the least place of its rows
     held = {}  # prompt -> that row, if its place is below the limit
     limit = "~"  # above every place
+    columns = set(found.unused.get(name, []))
     for number, row in enumerate(rows_of_part(part, location, pool.source, found.revisions), 1):
         try:
             messages, rejected = read(row, part)
@@ -250,6 +253,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
             if len(found.refused) < SHOWN:
                 found.refused.append({"part": name, "row": number, "reason": str(refusal)})
             continue
+        columns |= unused(row, part)
         told = [{"role": m["role"], "content": said(m)} for m in messages]
         key = place = hashed([dataset["seed"], told] + [rejected] * bool(rejected))
         asked = prompt(messages)
@@ -266,6 +270,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
         if len(held) > 2 * wanted:
             limit = sorted(best.values())[wanted]
             held = {asked: row for asked, row in held.items() if best[asked] < limit}
+    found.unused[name] = sorted(columns)
     seen.update(best)
     pool.rows = [held[asked] for asked in sorted(held, key=best.get)]
     pool.usable, pool.whole = len(best), len(held) == len(best)

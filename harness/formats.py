@@ -1,38 +1,58 @@
 """A raw row becomes a conversation, by the format of its dataset's spec, or is refused with a reason."""
 
 import json
+import re
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from math import isfinite
+from string import ascii_uppercase as LETTERS
+from typing import NamedTuple
 
-FORMATS = {  # format -> field -> the columns it may be in, unless the spec says; the first there is holds
+SYSTEM = ("system", "system_prompt")
+CONTEXT = ("context", "passage", "article")
+LABEL = ("label", "kto_tag")
+FORMATS = {  # format -> field -> the columns it may be in, unless the spec says; the first that is not empty
     "pairs": {
         "prompt": ("prompt", "conversations", "instruction", "question"),
         "input": ("input",),
+        "context": CONTEXT,
         "chosen": ("chosen",),
         "rejected": ("rejected",),
+        "system": SYSTEM,
     },
     "messages": {
         "messages": ("messages", "conversations", "conversation"),
+        "system": SYSTEM,
         "tools": ("tools",),
-        "label": ("label",),
+        "label": LABEL,
         "ground_truth": ("ground_truth",),
     },
     "instruction": {
         "instruction": ("instruction",),
         "input": ("input",),
-        "output": ("output",),
-        "system": ("system",),
+        "context": CONTEXT,
+        "output": ("output", "response"),
+        "system": SYSTEM,
         "history": ("history",),
+        "label": ("kto_tag",),
     },
     "prompt": {
         "prompt": ("prompt",),
+        "context": CONTEXT,
         "completion": ("completion", "response"),
-        "system": ("system",),
-        "label": ("label",),
+        "system": SYSTEM,
+        "label": LABEL,
     },
-    "question": {"question": ("question",), "answer": ("answer",)},
+    "question": {
+        "question": ("question",),
+        "context": CONTEXT,
+        "choices": ("choices", "options"),
+        "answer": ("answer", "answers", "answerKey", "response"),
+        "system": SYSTEM,
+    },
     "text": {"text": ("text", "content")},
 }
-OPTIONAL = {"input", "system", "history", "tools", "label", "ground_truth"}
+OPTIONAL = {"input", "context", "choices", "system", "history", "tools", "label", "ground_truth"}
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
@@ -40,6 +60,15 @@ ROLES = {
     "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # of the roles above: what is said is a call, in JSON
+WEIGHTS = ("weight", "train")  # of a message, OpenAI's name and Axolotl's: 0 or false is not learned
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns and keys of what is no text
+IMAGE = "<image>"  # stands in a question for an image, as LLaVA's rows have it
+MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS}  # that are read
+ANSWER_KEYS = {"text", "label"}
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+ALIKE = 0.8  # likeness of two columns' names, 0 to 1, from which on they may be one: promt and prompt
+EMPTY_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 FOLLOWS = {  # role -> the roles that may come before it
     "system": {None},
     "user": {None, "system", "assistant"},
@@ -59,8 +88,8 @@ class Refused(Exception):
 @dataclass
 class Conversation:
     """`messages`: an optional system turn, then user, assistant, (user or tool), assistant, and so on; the
-    last is the assistant's. Of a user's turn the `input` may stand apart. A plain text is one assistant
-    turn alone."""
+    last is the assistant's. Of a user's turn the `input` may stand apart; an earlier answer whose `learned`
+    is False is read, not learned. A plain text is one assistant turn alone."""
 
     id: str  # part:digest, the same wherever the row stands in its source
     part: str
@@ -76,6 +105,12 @@ def said(message: dict) -> str:
 def is_text(messages: list[dict]) -> bool:
     """Plain text to model, as a conversation has it: one message of the assistant, to no question."""
     return len(messages) == 1 and messages[0]["role"] == "assistant"
+def learned(message: dict) -> bool:
+    """Of an answer: its row may say that it is only to be read."""
+    return message.get("learned", True)
+
+
+# Columns
 
 
 def detect(row: dict) -> str | None:
@@ -83,12 +118,32 @@ def detect(row: dict) -> str | None:
     return next((name for name in FORMATS if not missing(row, name, {})), None)
 
 
-def nearest(row: dict) -> tuple[str, list[str]]:
-    """-> the format that a row comes closest to, and the fields that it lacks."""
+def nearest(row: dict) -> tuple[str, dict[str, str]]:
+    """-> the format that a row comes closest to, and of the fields that it lacks the columns that they may
+    be in: of a like name, else in their order; "..." where there are not enough."""
     lacks = {name: missing(row, name, {}) for name in FORMATS}
-    has = {name: len(required(name)) - len(fields) for name, fields in lacks.items()}
+    like = {name: {f: c for f in fields if (c := alike(row, name, f))} for name, fields in lacks.items()}
+    has = {name: len(required(name)) - len(lacks[name]) + len(like[name]) for name in FORMATS}
     name = min(FORMATS, key=lambda name: (-has[name], len(lacks[name])))
-    return name, lacks[name]
+    if not has[name]:  # no name is like ours, as in another language
+        name = "text" if len(row) == 1 else "question"
+    used = {*like[name].values(), *taken(row, name, {}).values()}
+    rest = [column for column in row if column not in used]
+    others = [field for field in lacks[name] if field not in like[name]]
+    rest = rest if len(others) <= len(rest) else ["..."] * len(others)
+    guess = like[name] | dict(zip(others, rest, strict=False))
+    return name, {field: str(guess[field]) for field in lacks[name]}
+
+
+def alike(row: dict, format: str, field: str) -> str | None:
+    """The column whose name is most like those of a field, as Question or promt."""
+
+    def likeness(column) -> float:
+        names = FORMATS[format][field]
+        return max(SequenceMatcher(None, str(column).casefold(), name.casefold()).ratio() for name in names)
+
+    best = max(row, key=likeness, default="")
+    return best if row and likeness(best) > ALIKE else None
 
 
 def required(format: str) -> list[str]:
@@ -103,82 +158,162 @@ def columns(format: str, field: str, mapped: dict) -> tuple[str, ...]:
     return (mapped[field],) if field in mapped else FORMATS[format][field]
 
 
+def taken(row: dict, format: str, mapped: dict) -> dict[str, str]:
+    """Field -> the column that it is read from. A column that would say nothing is not taken."""
+    held = {}
+    for field in FORMATS[format]:
+        there = [column for column in columns(format, field, mapped) if column in row]
+        if there:
+            held[field] = next((column for column in there if not empty(row[column])), there[0])
+    value = {field: row[column] for field, column in held.items()}
+    idle = []
+    if judged(value.get("label")) is None:  # a kind or a score, no verdict
+        idle = ["label"]
+    if format == "messages" and role_of_end(value.get("messages"), -1) != "user":  # it has its answer
+        idle += ["ground_truth"]
+    if format == "pairs" and all(
+        role_of_end(value.get(side), 0) not in (None, "assistant") for side in ("chosen", "rejected")
+    ):
+        idle += ["prompt", "input", "context"]  # each is a whole conversation
+    return {field: column for field, column in held.items() if field not in idle}
+
+
+def unused(row: dict, part: dict) -> set[str]:
+    """What a row holds and its conversation does not: columns, and `column.key` of what stands in one."""
+    format = part["format"]
+    row = gathered(row, format)
+    held = taken(row, format, part["fields"])
+    names = {column for column, value in row.items() if column not in held.values() and not empty(value)}
+    for field, column in held.items():
+        if field == "tools":  # they are written whole
+            continue
+        inner, known = row[column], ANSWER_KEYS if field in ("answer", "choices") else MESSAGE_KEYS
+        for item in inner if isinstance(inner, list) else [inner]:
+            if isinstance(item, dict):
+                names |= {f"{column}.{key}" for key in item if key not in known and not empty(item[key])}
+        if field == "answer" and isinstance(inner, dict) and len(several(inner)) > 1:
+            names.add(f"{column}.text after the first")
+    return {str(name).encode("utf-8", "backslashreplace").decode() for name in names}
+
+
+def gathered(row: dict, format: str) -> dict:
+    """Choices that stand in the columns A, B, C... as one column."""
+    letters = [letter for letter in LETTERS if letter in row]
+    if format != "question" or letters[:2] != ["A", "B"] or "choices" in row:
+        return row
+    return {column: row[column] for column in row if column not in letters} | {
+        "choices": {"label": letters, "text": [row[letter] for letter in letters]}
+    }
+
+
+def empty(value) -> bool:
+    """Null, NaN, no text and nothing in it."""
+    return value is None or value != value or value in ([], {}) or (type(value) is str and not value.strip())
+
+
+def judged(label) -> bool | None:
+    """Whether an answer is good, as KTO's rows say it; None for a label that is no verdict."""
+    return VERDICTS.get(str(label).strip().casefold())
+
+
+def role_of(message) -> str | None:
+    name = message.get("role") or message.get("from") if isinstance(message, dict) else None
+    return ROLES.get(str(name).strip().casefold())
+
+
+def role_of_end(found, end: int) -> str | None:
+    """Of the first message or the last; None for what is no list of messages."""
+    return role_of(found[end]) if isinstance(found, list) and found else None
+
+
+# A row
+
+
 def read(row, part: dict) -> tuple[list[dict], str | None]:
     """-> the messages of a row, and the worse last answer if it is a preference pair. Raises Refused."""
     if not isinstance(row, dict):
         raise Refused("not an object", f"a row is {type(row).__name__}")
+    if None in row:  # where Python's csv puts them
+        raise Refused("more cells than columns")
     format, mapped = part["format"], part["fields"]
+    row = gathered(row, format)
     whole = format == "pairs" and not isinstance(row.get(mapped.get("chosen", "chosen")), str)
     if lacks := [field for field in missing(row, format, mapped) if not (whole and field == "prompt")]:
+        other = detect(row)
+        remedy = "Map it with fields = {...} in the spec"
+        if other not in (None, format):
+            remedy = f"These are columns of format {other!r}: is this the file that was meant?"
         raise Refused(
             "missing field",
             f"no field {mapped.get(lacks[0], lacks[0])!r} for format {format!r}; "
-            f"a row has {', '.join(map(repr, row)) or 'none'}. Map it with fields = {{...}} in the spec",
+            f"a row has {', '.join(map(repr, row)) or 'none'}. {remedy}",
         )
-    value = {}
-    for field in FORMATS[format]:
-        found = [column for column in columns(format, field, mapped) if column in row]
-        value[field] = row[found[0]] if found else None
-    if str(value.get("label")).casefold() in ("false", "0"):
-        raise Refused("labelled as bad")
     try:
-        if format == "pairs":
-            return pair(value)
-        if format == "instruction":
-            return instruction(value), None
-        if format == "text":
-            return [{"role": "assistant", "content": plain(value["text"])}], None
-        return conversation(TURNS[format](value)), None
+        held = taken(row, format, mapped)
+        text_alone({column: row[column] for column in row if column not in held.values()})
+        value = {field: row[held[field]] if field in held else None for field in FORMATS[format]}
+        if judged(value.get("label")) is False:
+            raise Refused("labelled as bad")
+        return READERS[format](value)
     except RecursionError as error:
         raise Refused("nested too deep") from error
 
 
-# Each format's fields become turns: (role, text)
+# Each format's fields become messages, and a worse answer
 
 
-def instruction(value: dict) -> list[dict]:
-    """Its messages: a template may write the input of the last question apart."""
-    turns = [("system", system)] if (system := text_of(value["system"])) else []
+def instruction(value: dict) -> tuple[list[dict], None]:
+    """A template may write the input of the last question apart."""
+    turns = []
     history = value["history"] or []
     for earlier in history if isinstance(history, list) else [history]:
         if not isinstance(earlier, list) or len(earlier) != 2:
             raise Refused("unreadable history", "it is a list of [question, answer]")
-        turns += [("user", text_of(earlier[0])), ("assistant", text_of(earlier[1]))]
-    text, more = text_of(value["instruction"]), text_of(value["input"])
-    made = conversation([*turns, ("user", text or more), answer(value["output"])])
+        turns += [Turn("user", asked(earlier[0])), answer(earlier[1])]
+    text, more = asked(value["instruction"]), asked(value["input"], context=value["context"])
+    turns += [Turn("user", text or more), answer(value["output"])]
+    made = conversation(opened(turns, value["system"]))
     if text and more:
         made[-2]["input"] = more
-    return made
+    return made, None
 
 
-def prompt(value: dict) -> list[tuple[str, str]]:
-    turns = [("system", system)] if (system := text_of(value["system"])) else []
-    return turns + followed(prompted(value["prompt"]), value["completion"])
+def prompt(value: dict) -> tuple[list[dict], None]:
+    turns = followed(prompted(value["prompt"], context=value["context"]), value["completion"])
+    return conversation(opened(turns, value["system"])), None
 
 
-def question(value: dict) -> list[tuple[str, str]]:
-    return [("user", asked(value["question"])), answer(value["answer"])]
+def question(value: dict) -> tuple[list[dict], None]:
+    lines, right = None, value["answer"]
+    if not empty(value["choices"]):
+        lines, right = chosen(value["choices"], right)
+    elif isinstance(right, dict):
+        right = next(iter(several(right)), None)
+    turns = [Turn("user", asked(value["question"], lines, context=value["context"])), answer(right)]
+    return conversation(opened(turns, value["system"])), None
 
 
-def messages(value: dict) -> list[tuple[str, str]]:
-    turns = turns_of(value["messages"])
+def messages(value: dict) -> tuple[list[dict], None]:
+    turns = opened(turns_of(value["messages"]), value["system"])
     if tools := listed(value["tools"]):
-        system = [turns.pop(0)[1]] if turns and turns[0][0] == "system" else []
-        turns.insert(0, ("system", "\n\n".join([*system, tools])))
-    truth = text_of(value["ground_truth"])
-    if truth and turns and turns[-1][0] == "user":
+        system = [turns.pop(0).text] if turns and turns[0].role == "system" else []
+        turns.insert(0, Turn("system", "\n\n".join([*system, tools])))
+    if truth := text_of(value["ground_truth"]):
         if isinstance(json_value(truth), dict):  # the arguments of a check, as for instruction following
             raise Refused("no assistant turn", "its ground truth is a check, not an answer")
-        turns.append(("assistant", truth))
-    return turns
+        turns.append(Turn("assistant", truth))
+    return conversation(turns), None
 
 
-TURNS = {"prompt": prompt, "question": question, "messages": messages}
+def text(value: dict) -> tuple[list[dict], None]:
+    return [{"role": "assistant", "content": plain(value["text"])}], None
 
 
-def pair(value: dict) -> tuple[list[dict], str]:
-    turns = prompted(value["prompt"], value["input"])
-    better, worse = (conversation(followed(turns, value[side])) for side in ("chosen", "rejected"))
+def pairs(value: dict) -> tuple[list[dict], str]:
+    turns = prompted(value["prompt"], value["input"], context=value["context"])
+    better, worse = (
+        conversation(opened(followed(turns, value[side]), value["system"])) for side in ("chosen", "rejected")
+    )
     if better[:-1] != worse[:-1]:
         raise Refused("two prompts", "chosen and rejected differ before their last answers")
     if better == worse:
@@ -186,97 +321,199 @@ def pair(value: dict) -> tuple[list[dict], str]:
     return better, worse[-1]["content"]
 
 
-def followed(turns: list[tuple[str, str]], said) -> list[tuple[str, str]]:
+READERS = {made.__name__: made for made in (pairs, messages, instruction, prompt, question, text)}
+
+
+# Turns
+
+
+class Turn(NamedTuple):
+    role: str
+    text: str
+    learned: bool = True
+
+
+def opened(turns: list[Turn], system) -> list[Turn]:
+    """With the system turn that stands in a column of its own."""
+    if not (said := text_of(system)):
+        return turns
+    if not turns or turns[0].role != "system":
+        return [Turn("system", said), *turns]
+    if turns[0].text != said:
+        raise Refused("two system turns", "a column's, and another in its messages")
+    return turns
+
+
+def followed(turns: list[Turn], said) -> list[Turn]:
     """A prompt with its answer: a text, a message, messages, or the whole conversation once more."""
     if not isinstance(said, list | dict):
         return [*turns, answer(said)]
     found = turns_of(said if isinstance(said, list) else [said])
-    return turns + found if found and found[0][0] == "assistant" else found
+    return turns + found if found and found[0].role == "assistant" else found
 
 
-def prompted(found, more=None) -> list[tuple[str, str]]:
-    return turns_of(found) if isinstance(found, list) else [("user", asked(found, more))]
+def prompted(found, *more, context=None) -> list[Turn]:
+    """A text, or messages that end with one."""
+    if not isinstance(found, list):
+        return [Turn("user", asked(found, *more, context=context))]
+    turns = turns_of(found)
+    if turns and turns[-1].role == "user":
+        turns[-1] = Turn("user", asked(turns[-1].text, *more, context=context))
+    elif asked(*more, context=context):
+        raise Refused("no assistant turn", "a context or an input, but no question that it belongs to")
+    return turns
 
 
-def asked(*texts) -> str:
-    return "\n\n".join(filter(None, map(text_of, texts)))
+def asked(*texts, context=None) -> str:
+    """A user's text; a context stands before it, unless it is in there already."""
+    found, before = "\n\n".join(filter(None, map(text_of, texts))), text_of(context)
+    found = found if before in found else "\n\n".join(filter(None, [before, found]))
+    if IMAGE in found:
+        raise Refused("not text alone", f"{IMAGE} stands for an image")
+    return found
 
 
-def answer(content) -> tuple[str, str]:
-    return "assistant", text_of(content)
+def answer(content) -> Turn:
+    return Turn("assistant", answered(content))
 
 
-def turns_of(found) -> list[tuple[str, str]]:
+def several(found: dict) -> list:
+    """Several people's answers, as SQuAD has them. The first is the reference."""
+    texts = found.get("text")
+    return texts if isinstance(texts, list) else [found]
+
+
+def chosen(choices, right) -> tuple[str, str]:
+    """-> the choices, a lettered line each, and the right one's: it is given by its place (from 0), its
+    letter or its text. Choices are a list of texts, or the `text` of some with the `label` of each."""
+    labelled = isinstance(choices, dict)
+    texts = choices.get("text") if labelled else choices
+    labels = choices.get("label") if labelled else LETTERS
+    if not isinstance(texts, list) or not isinstance(labels, list | str) or not 1 < len(texts) <= len(labels):
+        raise Refused("unreadable choices", "they are a list of texts, or of texts and their labels")
+    labels, texts = [text_of(label) for label in labels], [text_of(text) for text in texts]
+    if type(right) is int and not labelled:
+        places = [right] if 0 <= right < len(texts) else []
+    else:
+        said = text_of(right)
+        places = [i for i, names in enumerate(zip(labels, texts, strict=False)) if said in names]
+    if len(places) != 1:
+        raise Refused(f"the answer is {'two choices' if places else 'no choice'}", f"{right!r}"[:40])
+    lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=False)]
+    return "\n".join(lines), lines[places[0]]
+
+
+def turns_of(found) -> list[Turn]:
     """Of messages in OpenAI's shape (role, content, tool_calls) or ShareGPT's (from, value)."""
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise Refused("not a list of messages")
     turns = []
     for message in found:
+        text_alone(message)
         name = message.get("role") or message.get("from")
-        role = ROLES.get(str(name).strip().casefold())
+        role = role_of(message)
         if role is None:
             raise Refused("unknown role", f"{name!r}"[:40])
-        text = text_of(message["content"] if "content" in message else message.get("value"))
+        content = message["content"] if "content" in message else message.get("value")
+        text = {"assistant": answered, "user": asked}.get(role, text_of)(content)
         calls = message.get("tool_calls") or message.get("function_call") or []
         if str(name).strip().casefold() in CALLS:
             calls, text = json_value(text) or text, ""
-        turns.append((role, "\n".join(filter(None, [text, *map(call, listed_calls(calls))]))))
+        text = "\n".join(filter(None, [text, *map(call, calls if isinstance(calls, list) else [calls])]))
+        turns.append(Turn(role, text, role != "assistant" or learns(message)))
     return turns
 
 
-# Texts
+def learns(message: dict) -> bool:
+    """False where a weight of 0 says that an answer is context alone."""
+    weights = [message[name] for name in WEIGHTS if message.get(name) is not None]
+    if any(isinstance(weight, str | list | dict) or weight not in (0, 1) for weight in weights):
+        raise Refused("unreadable weight", "an answer's weight is 0 or 1")
+    return all(weights)
 
 
-def conversation(turns: list[tuple[str, str]]) -> list[dict]:
-    """Messages up to the last answer, turns of one role in a row joined. Raises Refused."""
-    while turns and turns[-1][0] != "assistant":
+def conversation(turns: list[Turn]) -> list[dict]:
+    """Messages up to the last answer that is learned, turns of one role in a row joined. Raises Refused."""
+    answers = [turn.learned for turn in turns if turn.role == "assistant"]
+    if not any(answers):
+        raise Refused("no answer to learn" if answers else "no assistant turn")
+    while turns[-1].role != "assistant" or not turns[-1].learned:
         turns = turns[:-1]
-    if not turns:
-        raise Refused("no assistant turn")
     made = []
-    for role, text in turns:
+    for role, text, learned in turns:
         if not text and role != "tool":  # a tool may have nothing to say
             raise Refused("empty answer" if role == "assistant" else "empty prompt")
         before = made[-1]["role"] if made else None
         if role == before:
+            if learned != made[-1].get("learned", True):
+                raise Refused("two weights in one turn")
             made[-1]["content"] += "\n\n" + text
         elif before in FOLLOWS[role]:
-            made.append({"role": role, "content": text})
+            made.append({"role": role, "content": text} | ({} if learned else {"learned": False}))
         else:
             raise Refused("roles out of order", f"{role} {f'after {before}' if before else 'first'}")
     return made
+
+
+# Texts
 
 
 def plain(content) -> str:
     """A text as it stands, but for the line ends around it: an indentation belongs to code."""
     if not text_of(content):
         raise Refused("empty text")
-    return content.strip("\r\n") if isinstance(content, str) else text_of(content)
+    return raw(content).strip("\r\n")
+
+
+def answered(content) -> str:
+    """An answer as it stands, but for empty lines before it and spaces after it: it may begin indented."""
+    return EMPTY_LINES.sub("", raw(content)).rstrip()
 
 
 def text_of(content) -> str:
+    return raw(content).strip()
+
+
+def raw(content) -> str:
     """A message's text, its text parts joined; "" for none. Raises Refused for what is no text."""
     if content is None:
         return ""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        content = "".join(map(part_of, content))
+    if isinstance(content, bool):
+        raise Refused("not a text", f"{str(content).lower()}: write it out, as yes or no")
+    if isinstance(content, float) and not isfinite(content):
+        raise Refused("not a text", f"the number {content}")
     if isinstance(content, int | float):
         content = str(content)
     if not isinstance(content, str):
-        raise Refused("not a text")
+        raise Refused("not a text", f"a {type(content).__name__}")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair: legal in JSON, not in a text
         raise Refused("not a text", "half of a surrogate pair") from error
-    return content.strip()
+    return content
+
+
+def part_of(part) -> str:
+    """Of a message's content in parts, one."""
+    if not isinstance(part, dict):
+        raise Refused("not a text", f"a list of {type(part).__name__}")
+    text_alone(part)
+    if part.get("type") not in TEXT_PARTS:
+        raise Refused("not text alone", f"a part of type {part['type']!r}"[:60])
+    if not isinstance(part.get("text"), str):
+        raise Refused("not a text", "a part without text")
+    return part["text"]
+
+
+def text_alone(found: dict) -> None:
+    """Raises Refused where a row, a message or a part of one brings an image or a sound."""
+    if held := [name for name in MEDIA if not empty(found.get(name))]:
+        raise Refused("not text alone", held[0])
 
 
 # Tools: calls and lists of them are text, as Hermes and Qwen write it
-
-
-def listed_calls(calls) -> list:
-    return calls if isinstance(calls, list) else [calls]
 
 
 def call(made) -> str:
@@ -309,5 +546,9 @@ def json_value(text: str):
 
 
 def written(value) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text_of(text)
+    if isinstance(value, str):
+        return text_of(value)
+    try:
+        return text_of(json.dumps(value, ensure_ascii=False, default=str, allow_nan=False))
+    except ValueError as error:
+        raise Refused("not a text", "a call with NaN or an infinite number") from error

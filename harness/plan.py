@@ -299,7 +299,7 @@ def find_dataset(name: str, overrides: dict, errors: list[str]) -> dict | None:
 def own_rows(name: str) -> Path | None:
     """The file of rows that a dataset's name is."""
     path = Path(os.path.expanduser(name))
-    return path if path.suffix in data.SUFFIXES else None
+    return path if data.is_rows(path) else None
 
 
 def find_sources(

@@ -123,8 +123,8 @@ class RunRecord:
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
     `tokens`: trained (read by the model in steps), attach (read before the first), padded, supervised
     (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out and
-    splits count rows; answered, the held-out rows whose prompt a training row answers. `notes`: what the
-    run found out about its method.
+    splits count rows; answered, the held-out rows whose prompt a training row answers; unused names the
+    columns of a part that were not read. `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.

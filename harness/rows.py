@@ -1,11 +1,15 @@
-"""Files become raw rows: .jsonl, .json, .parquet, .csv, a folder of them, or one made by save_to_disk."""
+"""Files become raw rows: .jsonl, .json, .parquet, .csv and .tsv, each also as .gz; a folder of them, or one
+made by save_to_disk."""
 
 import csv
+import gzip
+import io
 import json
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections import Counter
 from pathlib import Path
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 CELL_CHARACTERS = 2**24  # of a .csv; Python's own limit, 131,072, is less than some real answers
 USUAL = {  # our split -> what files of it are called: the names that the datasets library reads
     "train": ("train", "training"),
@@ -14,6 +18,8 @@ USUAL = {  # our split -> what files of it are called: the names that the datase
 }
 NAMED = {name for names in USUAL.values() for name in names}
 BATCH = 1000  # rows that are made Python values together
+MODEL = ("config.json", "model.safetensors")  # whose folder holds no rows
+BESIDE = {"dataset_info.json", "dataset_infos.json"}  # what the hub keeps beside the rows
 
 
 class DataError(ValueError):
@@ -32,8 +38,10 @@ def rows_of_file(path: Path, split: str = ""):
             yield row
     except DataError:
         raise
-    except (OSError, ValueError, NotImplementedError, csv.Error, RecursionError) as error:  # pyarrow's too
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    except Exception as error:  # of csv, gzip, pyarrow and datasets come errors of many kinds
+        if isinstance(error, UnicodeDecodeError) and kind(path) in TEXTS:
+            raise DataError(foreign(path)) from error
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error or repr(error)}") from error
     if empty:
         raise DataError(f"{path} holds no rows")
 
@@ -42,14 +50,33 @@ def read(path: Path, split: str):
     if saved(path):
         yield from saved_to_disk(path, split)
     elif path.is_dir():
-        if not any(labelled(path)):
-            raise DataError(f"{path} holds no {', '.join(SUFFIXES)} file, and is not from save_to_disk")
+        if not any(labelled(path)) or any((path / name).is_file() for name in MODEL):
+            raise DataError(f"{path} holds no rows ({KINDS}) and is not from save_to_disk: {contents(path)}")
         for file in chosen(path, split):
             yield from rows_of_file(file)
-    elif path.suffix not in READERS:
-        raise DataError(f"{path}: cannot read a {path.suffix or 'nameless'} file, only {', '.join(SUFFIXES)}")
+    elif not is_rows(path):
+        packed = ". Unpack it" if is_rows(path.with_suffix("")) else ""
+        raise DataError(f"{path}: cannot read a {path.suffix or 'nameless'} file, only {KINDS}{packed}")
+    elif path.exists() and not path.is_file():  # a pipe would never end
+        raise DataError(f"{path} is neither a file nor a folder")
     else:
-        yield from READERS[path.suffix](path)
+        yield from READERS[kind(path)](path)
+
+
+def kind(path: Path) -> str:
+    """Of Rows.JSONL.gz: .jsonl."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def is_rows(path: Path) -> bool:
+    """Whether its name is one of a file of rows."""
+    return kind(path) in READERS
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of rows below a folder, none of them hidden."""
+    found = sorted(file for file in folder.rglob("*") if is_rows(file) and file.name not in BESIDE)
+    return [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 def chosen(folder: Path, split: str) -> list[Path]:
@@ -69,52 +96,101 @@ def labelled(folder: Path) -> dict[Path, set[str]]:
     """Its files of rows, or the datasets that save_to_disk made in it -> the names that each may have of its
     split: of test/rows.parquet and, as the hub writes it, of test-00000-of-00001.parquet."""
     files = [folder / name for name in saved(folder)]
-    files = files or sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES)
+    files = files or files_of(folder)
     return {
         file: {re.split("[-.]", part)[0].casefold() for part in file.relative_to(folder).parts}
         for file in files
     }
 
+# What a source of another kind is told
+
+
+def contents(folder: Path) -> str:
+    names = {file.name for file in folder.rglob("*") if file.is_file()}
+    if names.intersection(MODEL):
+        return "it is a model's folder"
+    found = Counter(Path(name).suffix.lower() or "nameless" for name in names).most_common(3)
+    return f"it has {', '.join(f'{count} {suffix}' for suffix, count in found) or 'no files'}"
+
+
+def foreign(path: Path) -> str:
+    """Where a text stops being UTF-8, and how it is made so."""
+    convert = f"Convert it: iconv -f {{}} -t UTF-8 {path.name} > utf8-{path.name}"
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                return f"{path} is UTF-16, not UTF-8. {convert.format('UTF-16')}"
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte {error.start + 1} (0x{line[error.start]:02X}) is not UTF-8"
+                return f"{path}, line {number}: {byte}. If it is Latin-1: {convert.format('LATIN1')}"
+
+
+# A reader for each kind
+
+
+def opened(path: Path):
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
 
 def jsonl(path: Path):
-    with path.open("rb") as file:  # decoded line by line, so that the line named is the one
+    with opened(path) as file:  # decoded line by line, so that the line named is the one
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             try:
-                yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
 
 
 def json_list(path: Path):
+    with opened(path) as file:
+        text = file.read().decode("utf-8-sig")
     try:
-        rows = json.loads(path.read_text("utf-8-sig"))
+        rows = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise
         yield from jsonl(path)  # a value on each line, under the name of .json: common on the hub
         return
     if not isinstance(rows, list):
-        raise DataError(f"{path} is not a list of rows")
+        columns = rows.items() if isinstance(rows, dict) else ()
+        lists = [repr(name) for name, value in columns if isinstance(value, list)]
+        within = f": save what stands under {' or '.join(lists)} as a file" if lists else ""
+        raise DataError(f"{path} is not a list of rows{within}")
     yield from rows
 
 
 def parquet(path: Path):
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with opened(path) as opened_file, pyarrow.parquet.ParquetFile(opened_file) as file:
         for batch in file.iter_batches(BATCH):
             yield from batch.to_pylist()
 
 
 def table(path: Path):
+    """Its cells are parted by what stands oftenest in the first line: commas, semicolons or tabs."""
     csv.field_size_limit(CELL_CHARACTERS)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+    with opened(path) as file:
+        first = file.readline().decode("utf-8-sig")
+    with opened(path) as file:
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(lines, delimiter=max(",;\t", key=first.count), strict=True)
+        try:
+            if twice := [name for name, count in Counter(rows.fieldnames or ()).items() if count > 1]:
+                raise DataError(f"{path}: two columns are named {twice[0]!r}")
+            yield from rows
+        except csv.Error as error:
+            raise DataError(f"{path}, line {rows.line_num}: {error}") from error
 
 
-READERS = {".jsonl": jsonl, ".json": json_list, ".parquet": parquet, ".csv": table}
+TEXTS = {".jsonl": jsonl, ".json": json_list, ".csv": table, ".tsv": table}
+READERS = TEXTS | {".parquet": parquet}
+KINDS = ", ".join(READERS)
 
 
 def saved(path: Path) -> list[str]:

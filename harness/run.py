@@ -190,6 +190,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         record.tokens = {
             "left_out": {what: count for what, count in read.left_out.items() if count},
             "refused": read.refused,
+            "unused": read.unused,
             "revisions": read.revisions,
             "origins": read.origins,
             "splits": {split: len(rows[split]) for split in data.SPLITS},

@@ -10,7 +10,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from harness.formats import Conversation, is_text, said
+from harness.formats import Conversation, is_text, learned, said
 from harness.rows import DataError
 
 COUNTED = {  # what happened to the rows of a split on their way to tokens
@@ -65,6 +65,7 @@ class Template:
         self.added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
         if self.kind == "chat":
             self.drops = self.unwritten_roles()
+            self.trims = self.trims_answers()
             self.header = self.header_of_an_answer()
 
     # Text
@@ -76,6 +77,8 @@ class Template:
             return self.render_instruction(messages)
         from jinja2 import TemplateError
 
+        if self.trims:
+            messages = [{**m, "content": m["content"].strip()} for m in messages]
         forms = [folded(messages)]
         if not self.drops & {m["role"] for m in messages}:
             forms.insert(0, [{"role": m["role"], "content": said(m)} for m in messages])
@@ -151,6 +154,14 @@ class Template:
                 found.add(role)
         return found
 
+    def trims_answers(self) -> bool:
+        """Whether it takes the spaces from before an answer, as Gemma's does: then no mark may stop it."""
+        turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "  Zwölf"}]
+        try:
+            return self.written([*turns, *turns]).count("  Zwölf") < 2
+        except Exception:  # as above
+            return False
+
     def header_of_an_answer(self) -> str:
         """What asks for an answer, at the end of every prompt."""
         user = [{"role": "user", "content": "u"}]
@@ -191,6 +202,8 @@ class Template:
         for (i, messages, prompt, response, answers), (ids, places) in zip(asked, encoded, strict=True):
             spans = [place(*span, places) if span and places else None for span in answers]
             if len(ids) < max_length:
+                kept = [learned(m) for m in messages[:-1] if m["role"] == "assistant"]
+                spans = [span for span, learn in zip(spans, kept, strict=True) if learn]
                 counts["shortened"] += len(messages) < len(conversations[i].messages)
                 counts["last_only"] += self.loss == "all" and None in spans
                 fitting.append((i, messages, prompt, response, ids, spans))
@@ -312,10 +325,10 @@ def place(start: int, stop: int, encoding) -> tuple[int, int] | None:
 
 
 def shortened(messages: list[dict], spans: list, max_length: int) -> list[dict] | None:
-    """Up to the last earlier answer that begins before max_length, as far as that is known."""
+    """Up to the last earlier answer to learn that begins before max_length, as far as that is known."""
     places = [i for i, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
     for i, span in reversed(list(zip(places, spans, strict=True))):
-        if span is None or span[0] < max_length:
+        if learned(messages[i]) and (span is None or span[0] < max_length):
             return messages[: i + 1]
     return None
 

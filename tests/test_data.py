@@ -1,6 +1,7 @@
 """Rows of every kind of file, splits that hold still, and token ids whose labels are the response alone."""
 
 import csv
+import gzip
 import json
 import random
 import re
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from harness import formats
 from harness.data import DATASET, PART, splits
-from harness.rows import SUFFIXES, DataError, rows_of_file
+from harness.rows import READERS, DataError, rows_of_file
 from harness.template import Template, tokenize
 
 CONVERSATION = [
@@ -181,7 +182,7 @@ def test_unusable_rows_are_counted(tmp_path):
 
 
 def test_an_instruction_joins_its_input():
-    found = read_row({"instruction": "Add.", "input": "1 2", "output": " 3 "}, "instruction")
+    found = read_row({"instruction": "Add.", "input": "1 2", "output": "3 "}, "instruction")
     assert [formats.said(message) for message in found] == ["Add.\n\n1 2", "3"]
     assert read_row({"instruction": "Add.", "output": "3"}, "instruction")[0]["content"] == "Add."
     assert read_row({"instruction": "Add.", "input": None, "output": ""}, "instruction") is None
@@ -293,9 +294,18 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    for suffix in SUFFIXES:
+    with (tmp_path / "rows.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    for suffix in READERS:
         assert read(tmp_path / f"rows{suffix}") == rows
-    assert len(read(tmp_path)) == 4 * len(rows)  # a folder: all of them
+    assert len(read(tmp_path)) == 5 * len(rows)  # a folder: all of them
+    for suffix in READERS:
+        (tmp_path / f"packed{suffix.upper()}.gz").write_bytes(
+            gzip.compress((tmp_path / f"rows{suffix}").read_bytes())
+        )
+        assert read(tmp_path / f"packed{suffix.upper()}.gz") == rows
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl"])
@@ -308,7 +318,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(suffix, tmp_path):
     assert read(path) == [{"instruction": "a", "output": "b"}]
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", READERS)
 def test_a_file_that_is_not_there_is_named(suffix, tmp_path):
     with pytest.raises(DataError, match=f"gone\\{suffix}"):
         read(tmp_path / f"gone{suffix}")
@@ -322,7 +332,7 @@ def test_a_file_of_bytes_is_named(suffix, tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", READERS)
 def test_an_empty_file_is_named(suffix, tmp_path):
     path = tmp_path / f"empty{suffix}"
     path.write_bytes(b"")

@@ -35,6 +35,10 @@ def openai(turns):
     return [{"role": role, "content": text} for role, text in turns]
 
 
+def weighted(weight):
+    return {"role": "assistant", "content": "No.", "weight": weight}
+
+
 def pair_of(turns, worse):
     return [*openai(turns[:-1]), {"role": "assistant", "content": worse}]
 
@@ -46,6 +50,13 @@ SAME = {  # one conversation in every shape that can hold it
     "history": {"instruction": TURNS[3][1], "input": "", "output": TURNS[4][1], "system": TURNS[0][1],
                 "history": [[TURNS[1][1], TURNS[2][1]]]},
     "prompt and completion": {"prompt": openai(TURNS[:4]), "completion": openai(TURNS[4:])},
+    "system beside messages": {"system": TURNS[0][1], "messages": openai(TURNS[1:])},
+    "system beside sharegpt": {"system": TURNS[0][1], "conversations": sharegpt(TURNS[1:])},
+    "system twice": {"system": TURNS[0][1], "messages": openai(TURNS)},
+    "system beside a prompt": {"system_prompt": TURNS[0][1], "prompt": openai(TURNS[1:4]),
+                               "response": TURNS[4][1]},
+    "ends with an answer of weight 0": {"messages": [*openai([*TURNS, ("user", "Sure?")]), weighted(0)]},
+    "null beside it": {"messages": None, "conversations": sharegpt(TURNS)},
     "ends with a question": {"messages": openai([*TURNS, ("user", "Thanks")])},
     "a turn in two": {"messages": openai([TURNS[0], ("user", "Name a"), ("user", "cat."), *TURNS[2:]])},
     "more columns": {"id": 1, "source": "x", "prompt": "Name a cat.", "messages": openai(TURNS)},
@@ -57,6 +68,8 @@ PAIRS = {
               "rejected": [{"role": "assistant", "content": "Fido."}]},
     "sharegpt": {"conversations": sharegpt(TURNS[:4]), "chosen": {"from": "gpt", "value": "Rex."},
                  "rejected": {"from": "gpt", "value": "Fido."}},
+    "system": {"system": TURNS[0][1], "conversations": sharegpt(TURNS[1:4]), "chosen": "Rex.",
+               "rejected": "Fido."},
     "more columns": {"prompt": "And a dog?", "chosen": openai(TURNS), "rejected": pair_of(TURNS, "Fido."),
                      "messages": openai(TURNS), "score_chosen": 9.0},
 }  # fmt: skip
@@ -85,10 +98,80 @@ def test_a_pair_is_the_same_in_every_shape(row):
         ({"messages": openai([("user", "1 + 2")]), "ground_truth": "3"}, ["1 + 2", "3"]),
         ({"text": "    return 3\n\n"}, ["    return 3"]),
         ({"content": "def f(): ...", "lang": "python"}, ["def f(): ..."]),
+        # Dolly, SQuAD and others: a question and what it is about
+        ({"instruction": "Who?", "context": "Ann ran.", "response": "Ann", "category": "qa"},
+         ["Who?\n\nAnn ran.", "Ann"]),
+        ({"id": "1", "title": "t", "context": "Ann ran.", "question": "Who?",
+          "answers": {"text": ["Ann", "it was Ann"], "answer_start": [0, 0]}}, ["Ann ran.\n\nWho?", "Ann"]),
+        ({"prompt": "Who?", "response": "Ann", "context": "Ann ran."}, ["Ann ran.\n\nWho?", "Ann"]),
+        ({"prompt": openai([("user", "Who?")]), "completion": "Ann", "context": "Ann ran."},
+         ["Ann ran.\n\nWho?", "Ann"]),
+        ({"prompt": "Ann ran. Who?", "response": "Ann", "context": "Ann ran."}, ["Ann ran. Who?", "Ann"]),
+        ({"system_prompt": "Be brief.", "question": "Who?", "response": "Ann"}, ["Be brief.", "Who?", "Ann"]),
+        # MMLU, ARC, C-Eval, RACE: choices, and which of them is right
+        ({"question": "1 + 1?", "subject": "sums", "choices": ["1", "2"], "answer": 1},
+         ["1 + 1?\n\nA. 1\nB. 2", "B. 2"]),
+        ({"question": "1 + 1?", "choices": {"text": ["1", "2"], "label": ["1", "2"]}, "answerKey": "2"},
+         ["1 + 1?\n\n1. 1\n2. 2", "2. 2"]),
+        ({"question": "1 + 1?", "A": "one", "B": "two", "answer": "B"},
+         ["1 + 1?\n\nA. one\nB. two", "B. two"]),
+        ({"article": "One and one is two.", "question": "1 + 1?", "options": ["one", "two"], "answer": "two"},
+         ["One and one is two.\n\n1 + 1?\n\nA. one\nB. two", "B. two"]),
+        # code
+        ({"prompt": "  def f():", "completion": "\r\n\n    return 3  \n"}, ["def f():", "    return 3"]),
     ],
 )
 def test_formats_of_one_question(row, turns):
     assert [text for _, text in told(row)] == turns
+
+
+def test_a_context_is_the_input_of_an_instruction():
+    row = {"instruction": "Who?", "context": "Ann ran.", "input": "In one word.", "output": "Ann"}
+    asked, _ = read(row)[0]
+    assert (asked["content"], asked["input"]) == ("Who?", "Ann ran.\n\nIn one word.")
+
+
+@pytest.mark.parametrize("row", [
+    {"instruction": "Loop.", "input": "", "output": "    for i in x:\n        y\n"},
+    {"messages": openai([("user", "Loop."), ("assistant", "\n    for i in x:\n        y\n")])},
+    {"conversations": sharegpt([("user", "Loop."), ("assistant", "    for i in x:\n        y")])},
+    {"question": " Loop. ", "answer": "    for i in x:\n        y"},
+    {"prompt": "Loop.", "chosen": "    for i in x:\n        y", "rejected": "  y"},
+    {"text": "    for i in x:\n        y\n\n"},
+])  # fmt: skip
+def test_an_answer_keeps_its_indentation(row):
+    messages, rejected = read(row)
+    assert messages[-1]["content"] == "    for i in x:\n        y"
+    assert rejected in (None, "  y")
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_an_answer_of_weight_0_is_not_learned(key):
+    weighted = [{**m, key: m["content"] != "Tom."} for m in openai(TURNS)]
+    assert read({"messages": weighted})[0] == [
+        {**m, "learned": False} if m["content"] == "Tom." else m for m in MESSAGES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"text": "a", "label": 3, "score": 0.0}, {"label", "score"}),
+        ({"question": "a", "answer": "b", "level": "5", "note": None, "tags": [], "by": " "}, {"level"}),
+        ({"question": "a", "context": "b", "answers": {"text": ["c", "d"], "answer_start": [0]}},
+         {"answers.answer_start", "answers.text after the first"}),
+        ({"messages": [{"role": "user", "content": "a", "name": "Ann"},
+                       {"role": "assistant", "content": "b", "thinking": "c", "refusal": None}]},
+         {"messages.name", "messages.thinking"}),
+        ({"messages": openai(TURNS), "ground_truth": "Rex.", "label": "pets"}, {"ground_truth", "label"}),
+        ({"prompt": "a", "completion": "b", "label": True}, set()),
+        (PAIRS["more columns"], {"prompt", "messages", "score_chosen"}),
+        ({"prompt": "a", "completion": "b", "half \ud83d": 1}, {"half \\ud83d"}),
+    ],
+)  # fmt: skip
+def test_every_column_that_is_not_used_is_named(row, names):
+    assert formats.unused(row, {**PART, "format": formats.detect(row)}) == names
+    assert read(row)
 
 
 CALL = {"name": "weather", "arguments": {"city": "Łódź", "days": [1, 2]}}
@@ -136,6 +219,34 @@ def test_a_call_and_its_result_are_turns(row):
         ({"messages": openai([*TURNS[1:3], TURNS[0], *TURNS[1:3]])}, "roles out of order"),
         ({"messages": openai([("user", "a"), ("tool", "b"), ("assistant", "c")])}, "roles out of order"),
         ({"messages": openai([("narrator", "a"), ("assistant", "b")])}, "unknown role"),
+        ({"messages": [*openai(TURNS[:2]), weighted(0)]}, "no answer to learn"),
+        ({"messages": [*openai(TURNS[:2]), weighted(0.5)]}, "unreadable weight"),
+        ({"messages": [*openai(TURNS[:2]), weighted(0), *openai(TURNS[2:])]}, "two weights in one turn"),
+        ({"system": "Be long.", "messages": openai(TURNS)}, "two system turns"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "the answer is no choice"),
+        ({"question": "a", "choices": ["b", "c"], "answer": -1}, "the answer is no choice"),
+        ({"question": "a", "choices": ["B", "A"], "answer": "A"}, "the answer is two choices"),
+        ({"question": "a", "choices": "b, c", "answer": "b"}, "unreadable choices"),
+        ({"question": "a", "context": {"sentences": ["b"]}, "answer": "c"}, "not a text"),
+        ({"question": "a", "context": "b", "answers": {"text": [], "answer_start": []}}, "empty answer"),
+        ({"question": "a", "answer": float("nan")}, "not a text"),
+        ({"question": "a", "answer": float("inf")}, "not a text"),
+        ({"instruction": "a", "input": float("nan"), "output": "b"}, "not a text"),
+        ({"question": "Is it?", "answer": True}, "not a text"),
+        ({"conversations": [{"from": "human", "value": "a"},
+                            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": NaN}}'}]},
+         "not a text"),
+        ({"prompt": "a", "completion": "b", "image": "cat.png"}, "not text alone"),
+        ({"messages": openai(TURNS), "images": [{"bytes": "x"}]}, "not text alone"),
+        ({"messages": openai([("user", "<image>\nWhat is it?"), ("assistant", "A cat.")])}, "not text alone"),
+        ({"messages": [{"role": "user", "content": [
+            {"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "x"}}]},
+            {"role": "assistant", "content": "A cat."}]}, "not text alone"),
+        ({"prompt": [{"role": "user", "content": [{"text": "What is it?", "image": "x"}]}], "completion": "A cat."},
+         "not text alone"),
+        ({"messages": [{"role": "user", "content": "What is it?", "images": ["x"]},
+                       {"role": "assistant", "content": "A cat."}]}, "not text alone"),
+        ({"question": "a", "answer": "b", None: ["c"]}, "more cells than columns"),
         ({"messages": openai(TURNS), "label": False}, "labelled as bad"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "labelled as bad"),
         ({"prompt": "a", "completion": "b", "label": 0}, "labelled as bad"),
@@ -223,6 +334,10 @@ def test_the_format_of_a_file_is_seen_in_its_columns(row, tmp_path):
     [
         ({"prompt": "a", "reply": "b"}, "prompt", "completion"),
         ({"instruction": "a", "answer": "b"}, "instruction", "output"),
+        ({"Question": "a", "Answer": "b"}, "question", "answer"),
+        ({"Frage": "a", "Antwort": "b"}, "question", "answer"),
+        ({"id": 1, "Promt": "a", "Completion": "b"}, "prompt", "completion"),
+        ({"Satz": "a"}, "text", "text"),
         ({"chosen": "a", "worse": "b"}, "pairs", "rejected"),
     ],
 )
@@ -234,10 +349,11 @@ def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks,
     text = str(caught.value)
     assert f"The nearest is {near}, without" in text and lacks in text
     assert all(repr(column) in text for column in row)
-    # What it says to write, with the user's column filled in, is a spec that reads the row.
+    # What it says to write is a spec that reads the row.
     spec = tmp_path / "own.toml"
-    fields = re.search(r"fields = \{.*?\}", text)[0].replace('"..."', f'"{list(row)[-1]}"')
+    fields = re.search(r"fields = \{.*?\}", text)[0]
     spec.write_text(f'[part]\nname = "own"\npath = "own.jsonl"\nformat = "{near}"\n{fields}\n')
     part = data.load_spec(str(spec), {})["parts"][0]
     if near != "pairs":
-        assert formats.read(row, part)
+        found = [m["content"] for m in formats.read(row, part)[0]]
+        assert found == [text for text in row.values() if isinstance(text, str)]

@@ -221,6 +221,46 @@ def test_labels_of_training_and_of_evaluation(name, kind):
             assert batch["prompt_lengths"][i] == p
 
 
+CODE = ["    return 3", "\treturn 3\n    # done", "  a\n    b", " one", "        pass"]
+
+
+@every_form
+@pytest.mark.parametrize("code", CODE)
+def test_the_indentation_of_an_answer_reaches_the_tokens(name, kind, code):
+    """Also of an earlier answer; but for a chat template that trims answers, which is the model's own way."""
+    tokenizer = TOKENIZERS[name]()
+    messages = [PAIR[0], {"role": "assistant", "content": code}] * 2
+    row = row_of(messages, tokenizer, kind)
+    trims = kind == "chat" and Template(tokenizer, kind).trims
+    assert trims == (kind == "chat" and "trim" in tokenizer.chat_template)
+    written = code.strip() if trims else code
+    before = " " * (kind == "chat" and tokenizer.chat_template == INST)  # written by the template itself
+    response = tokenizer.decode(tokens_of(row)[0]).removeprefix(tokenizer.decode(row.prompt_ids))
+    assert response == before + written + marks(tokenizer, kind)
+    assert written in row.prompt and len(row.learned) == 2
+    if name != "gemma":  # there a token that begins before the answer is not learned
+        assert texts_learned(tokenizer, row)[0].lstrip() == written.lstrip() + marks(tokenizer, kind)
+
+
+@every_form
+def test_an_answer_of_weight_0_is_read_and_not_learned(name, kind):
+    tokenizer = TOKENIZERS[name]()
+    masked = [TURNS[0], {**TURNS[1], "learned": False}, *TURNS[2:]]
+    [row], counts = rows(masked, tokenizer, kind)
+    plain = row_of(TURNS, tokenizer, kind)
+    assert tokens_of(row)[0] == tokens_of(plain)[0]
+    assert texts_learned(tokenizer, row) == texts_learned(tokenizer, plain)[1:]
+    assert counts == dict.fromkeys(COUNTED, 0)
+
+
+def test_a_conversation_is_not_shortened_to_an_answer_of_weight_0():
+    tokenizer = tiny.tokenizer()
+    masked = [*TURNS[:3], {**TURNS[3], "learned": False}, {"role": "user", "content": "a" * 400}, PAIR[1]]
+    short = row_of(PAIR, tokenizer)
+    [row], _ = rows(masked, tokenizer, max_length=row_of(TURNS, tokenizer).length)
+    assert tokens_of(row)[0] == tokens_of(short)[0]
+
+
 # The two forms as they are written
 
 

@@ -284,6 +284,9 @@ def setup(comparison: Comparison) -> list[b.Block]:
     rows.append(["Rows of each part", ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)])
     if left_out := next((r.tokens["left_out"] for r in comparison.records if "left_out" in r.tokens), {}):
         rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
+    unused = next((r.tokens["unused"] for r in comparison.records if "unused" in r.tokens), {})
+    if named := [f"{part}: {listed(columns)}" for part, columns in unused.items() if columns]:
+        rows.append(["Columns not used", "; ".join(named)])
     rows.append(["Prompt template", listed(sorted(templates)) or dataset.get("template") or UNKNOWN])
     if losses := {LOSS[loss] for r in comparison.records if (loss := r.tokens.get("loss"))}:
         rows.append(["What is learned", PLAIN_TEXT if comparison.plain_text else listed(sorted(losses))])
