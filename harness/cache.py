@@ -36,8 +36,8 @@ class Tokens:
     refused: list[dict]
     revisions: dict[str, str]
     origins: dict[str, dict[str, str]]  # part -> our split -> the split of its source that it is drawn from
-    sample: list[Conversation]  # the first of the test split
     unused: dict[str, list[str]]  # part -> its columns that no row was made of
+    sample: list[Conversation]  # the first of the test split
 
 
 def token_rows(dataset: dict, locations: dict, template: Template, max_length: int) -> Tokens:

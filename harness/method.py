@@ -104,13 +104,13 @@ class Method:
         """-> torch.optim.Optimizer over the trainable parameters (all of them in fp32)."""
         from torch.optim import AdamW
 
-        return AdamW(self.groups(model, hp), fused=True, **adam(hp))
+        return AdamW(self.parameter_groups(model, hp), fused=True, **adam(hp))
 
     def decays(self, name: str, parameter) -> bool:
         """Whether weight decay reaches a trained parameter: the matrices, not their scales, norms, biases."""
         return parameter.ndim >= 2
 
-    def groups(self, model, hp: Hyperparams) -> list[dict]:
+    def parameter_groups(self, model, hp: Hyperparams) -> list[dict]:
         """The trainable parameters as an optimizer takes them: those that decay, then those that do not."""
         found = {True: [], False: []}
         for name, parameter in model.named_parameters():

@@ -156,7 +156,8 @@ class RunRecord:
     start: dict[str, Score] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    folder: str = ""  # in which it is kept; not in the JSON, which says it by what was asked
+    # In which it is kept; not in the JSON, which says it by what was asked.
+    folder: str = field(default="", compare=False)
 
     @property
     def ok(self) -> bool:

@@ -23,4 +23,4 @@ class Full8bit(Method):
     def optimizer(self, model, hp):
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(self.groups(model, hp), **adam(hp))
+        return AdamW8bit(self.parameter_groups(model, hp), **adam(hp))

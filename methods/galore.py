@@ -35,7 +35,7 @@ class GaLore(Method):
         head = model.get_output_embeddings()
         linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
         groups = []
-        for group in self.groups(model, hp):
+        for group in self.parameter_groups(model, hp):
             projected = [p for p in group["params"] if p in linear]
             whole = [p for p in group["params"] if p not in linear]
             groups += [

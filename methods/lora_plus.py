@@ -31,7 +31,7 @@ class LoRAPlus(LoRA):
         from torch.optim import AdamW
 
         fast = {p for name, p in model.named_parameters() if ".lora_B." in name}
-        groups = self.groups(model, hp)
+        groups = self.parameter_groups(model, hp)
         slow = [{**g, "params": [p for p in g["params"] if p not in fast]} for g in groups]
         groups = slow + [
             {**g, "params": [p for p in g["params"] if p in fast], "lr": hp.learning_rate * self.ratio}

@@ -222,4 +222,4 @@ def test_damaged_events_end_no_bench(tmp_path):
         lines = "".join(json.dumps(event) + "\n" for event in value).encode()
         events.write_bytes(draw.choice((lines, torn(lines, draw), lines + b"{}\n[]\n5\n")))
         with limited():
-            follow(Ended(), events, progress)
+            follow(Ended(), events, progress, lambda: None)

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from harness import cli, plan, preview
+from harness.plain import UNSEEN
 from harness.plan import Request
-from harness.report.text import UNSEEN
 
 ROOT = Path(__file__).parents[1]
 COUNTS = ["data.train=12", "data.validation=2", "data.test=6"]

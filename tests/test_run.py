@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from itertools import chain
 
 import pytest
 import tiny
@@ -22,6 +23,11 @@ SMALL = ["data.train=16", "data.test=4", "data.validation=2", "hp.max_new_tokens
          "hp.precision=fp32"]  # fmt: skip
 
 
+def merged(*settings) -> list[str]:
+    """The last one given of a key holds."""
+    return list({text.partition("=")[0]: text for text in chain(*settings)}.values())
+
+
 @pytest.fixture
 def run(tmp_path):
     """As the child runs the demo: `run(method, *settings, code=a plugin's)` -> record, folder."""
@@ -30,7 +36,7 @@ def run(tmp_path):
         if code:
             (tmp_path / f"{name}.py").write_text(code)
         plugins = [str(tmp_path / f"{name}.py")] if code else []
-        request = plan.Request([name], "demo", seeds=[0], settings=[*SMALL, *settings], plugins=plugins)
+        request = plan.Request([name], "demo", seeds=[0], settings=merged(SMALL, settings), plugins=plugins)
         spec = next(spec for spec in plan.plan(request) if spec.method == name)
         spec.locations.update(locations)
         folder, record = tmp_path / f"run of {name}", RunRecord(spec, "failed")
@@ -164,7 +170,7 @@ def test_answers_drawn_while_training_are_a_phase_that_is_charged():
     decoder = tiny.decoder(hp)
     decoder.meter, decoder.continuations = meter, lambda *_: (time.sleep(0.2), [[[tiny.EOS]]])[1]
     with meter.phase("train"):
-        decoder.sample(Slow(), tiny.rows(1))
+        decoder.sample(Slow(), tiny.rows(1), 4)
     spec = plan.plan(plan.Request(["grpo"], "demo", seeds=[0]))[-1]
     assert meter.phases["train"].seconds < 0.2 <= meter.phases["rollout"].seconds
     assert RunRecord(spec, "ok", phases=meter.phases).train_seconds >= 0.2
