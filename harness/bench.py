@@ -31,7 +31,8 @@ PIECE_BYTES = 2**16  # read at once: as much as a pipe holds
 POLL_SECONDS = 0.2  # often enough for a progress bar, seldom enough not to disturb the run
 GRACE_SECONDS = 10  # to write a record when asked to end, before the child is killed
 IMPORT_SECONDS = 600  # for torch and its like from a cold network disk
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler's end, a closed terminal
+# Ctrl-C, a scheduler's end, a closed terminal, which not every system has.
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 MARK = "TUNEOFF_BENCH"  # in the environment of a child and of all that it starts: this bench's process
 
 
@@ -214,7 +215,7 @@ def try_imports(specs: list[RunSpec]) -> None:
             errors="replace",
             timeout=IMPORT_SECONDS,
         )
-        reasons = json.loads(child.stdout.splitlines()[-1])
+        reasons = json.loads([line for line in child.stdout.splitlines() if line.startswith("{")][-1])
     except subprocess.TimeoutExpired:
         raise Missing(f"the packages of a run were not imported within {IMPORT_SECONDS} s") from None
     except (IndexError, ValueError):  # it died of an import

@@ -32,7 +32,8 @@ FLOORS = {  # the oldest that the code is known to run on
     "nvidia-ml-py": "12",
 }
 IMPORTED = (  # by every run; rouge_scorer imports nltk
-    "torch", "transformers", "accelerate", "peft", "safetensors", "sacrebleu", "rouge_score.rouge_scorer",
+    "torch", "transformers", "accelerate", "peft", "safetensors", "datasets", "jinja2", "sacrebleu",
+    "rouge_score.rouge_scorer",
 )  # fmt: skip
 DISK_BYTES = 5 * 2**30  # room for one 1B model's weights and its results
 BUSY_BYTES = 500 * 2**20  # more than a desktop shows; another program would disturb every number

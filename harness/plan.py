@@ -176,7 +176,7 @@ def endless(hp: Hyperparams, rows: int) -> str | None:
     if steps <= MOST_STEPS:
         return None
     what = f"hp.max_steps={hp.max_steps}" if hp.max_steps else f"hp.epochs={hp.epochs:g} of {rows} rows"
-    return f"{what}: {steps:.3g} steps would never end; at most {MOST_STEPS:,} are run"
+    return f"{what} is more steps than could ever run: at most {MOST_STEPS:,}"
 
 
 def find_model(name: str, errors: list[str]) -> tuple[str, dict]:

@@ -174,6 +174,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     # cuDNN's attention builds a plan for each new length, a tenth of a second: more than a small step.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
+    limit_hub()
     with meter.phase("load"):
         tokenizer = load_tokenizer(spec)
         template = Template(tokenizer, spec.dataset["template"], spec.dataset.get("loss", "all"))
@@ -353,6 +354,22 @@ def resolve_precision(asked: str) -> str:
     if asked == "bf16" and torch.cuda.is_available() and not real:
         raise method.Unsupported("this card has no bf16 arithmetic: use --set hp.precision=fp32")
     return ("bf16" if real else "fp32") if asked == "auto" else asked
+
+
+HUB_SECONDS = 10  # without a byte; the hub's own limit for files
+
+
+def limit_hub() -> None:
+    """A hub that falls silent ends a run: some requests of its client would wait for ever."""
+    from huggingface_hub import get_session, set_client_factory
+
+    def limit(request) -> None:
+        if not any((request.extensions.get("timeout") or {}).values()):
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), HUB_SECONDS)
+
+    client = get_session()
+    hooks = {**client.event_hooks, "request": [*client.event_hooks["request"], limit]}
+    set_client_factory(lambda: type(client)(event_hooks=hooks, follow_redirects=True))
 
 
 def load_tokenizer(spec: RunSpec):

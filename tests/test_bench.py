@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -187,6 +188,20 @@ def test_no_secret_reaches_the_record_or_the_log(tmp_path, monkeypatch):
     assert "401 for Bearer" in record.error
     for file in folder.iterdir():
         assert not re.search(b"Ab1Ab1|unmarked", file.read_bytes()), file
+
+
+def test_a_silent_hub_ends_a_run(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code = (
+            "from harness import run; run.HUB_SECONDS = 1; run.limit_hub()\n"
+            "from huggingface_hub import HfApi; HfApi().model_info('some/model')"
+        )
+        hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        asked = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60,
+            env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub},
+        )  # fmt: skip
+        assert b"ReadTimeout" in asked.stderr, asked.stderr
 
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT"  # what the secret part of each of these is
