@@ -122,7 +122,7 @@ EPITAPHS = {  # how a child ends -> its status, and what its error says
 @pytest.mark.parametrize("case", EPITAPHS)
 def test_every_end_of_a_child_has_its_status(case, tmp_path):
     code, status, error = EPITAPHS[case]
-    record, _ = child(tmp_path, code)
+    record, _ = child(tmp_path, code, limit=60)
     assert record.status == status and error in record.error, (record.status, record.error)
 
 
@@ -164,9 +164,11 @@ STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
 def test_a_run_beyond_its_time_limit_is_ended(code, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "GRACE_SECONDS", 30 if code != STUBBORN else 1)
     started = time.monotonic()
-    record, _ = child(tmp_path, code, limit=3)
+    record, folder = child(tmp_path, code, limit=4)
     assert record.status == "timeout" and "--time-limit" in record.error and "raise it" in record.error
     assert time.monotonic() - started < 20
+    if code != STUBBORN:
+        assert "KeyboardInterrupt" in (folder / "log.txt").read_text(), "it left its own record"
 
 
 def test_a_log_is_bounded_and_keeps_both_ends(tmp_path):
@@ -246,6 +248,20 @@ def test_a_child_is_told_what_the_user_has_set_and_nothing_of_the_working_direct
     assert running.environment()["PYTHONPATH"].split(os.pathsep) == [
         str(ROOT), "/elsewhere", str(tmp_path / "src")
     ]  # fmt: skip
+
+
+def test_a_child_imports_its_plugins_neighbours_but_nothing_in_place_of_a_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "harness").mkdir()
+    for name in ("random", "json", "accelerate", "methods", "harness/__init__"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working directory')")
+    (tmp_path / "neighbour.py").write_text("here = 'neighbour'")
+    record, _ = child(
+        tmp_path,
+        "import random, json, methods, neighbour; from importlib.util import find_spec\n"
+        "raise KeyError(neighbour.here, find_spec('accelerate').origin)",
+    )
+    assert "neighbour" in record.error and str(tmp_path) not in record.error, record.error
 
 
 def test_a_screen_that_is_gone_costs_no_run():
@@ -389,7 +405,6 @@ class Full(Method):
     baseline = "full_disk"
 
     def attach(self, model, batches):
-        import sibling
         fill()
         self.steps = 0
         return super().attach(model, batches)
@@ -404,21 +419,15 @@ class Full(Method):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk_costs_the_model_alone_and_the_working_directory_is_not_imported_from(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_full_disk_costs_the_model_alone(tmp_path):
     disk = tmp_path / "results"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode:
         pytest.skip("no small disk can be mounted")
     try:
-        (tmp_path / "full_disk.py").write_text("from harness.method import Method\n" + FULL_DISK)
-        (tmp_path / "sibling.py").write_text("")
-        (tmp_path / "harness").mkdir()
-        for name in ("random", "accelerate", "methods", "json", "harness/__init__"):
-            (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working directory')")
-        asked = Request(["full_disk"], seeds=[0], settings=SMALL[1:], plugins=["full_disk.py"])
+        plugin = tmp_path / "full_disk.py"
+        plugin.write_text("from harness.method import Method\n" + FULL_DISK)
+        asked = Request(["full_disk"], seeds=[0], settings=SMALL[1:], plugins=[str(plugin)])
         (spec,) = plan(asked)
         record = running.run(spec, Store(disk), "", Shown())
         assert record.ok, record.error
