@@ -207,8 +207,10 @@ def find_model(name: str, errors: list[str]) -> tuple[str, dict]:
 def local_model(text: str) -> tuple[Path | None, str | None]:
     """-> the folder that a text names, from here or from the project's, if it does, and why it cannot be
     read; or None, and why it cannot be on the hub either."""
+    if not text:
+        return None, "its name is empty"
     path = Path(os.path.expanduser(text))
-    if folder := next((p for p in (path, ROOT / path) if text and os.path.isdir(p)), None):
+    if folder := next((p for p in (path, ROOT / path) if os.path.isdir(p)), None):
         return folder, absent(folder, "folder")
     if os.path.lexists(path) or not_an_id(text):
         return None, f"neither a folder nor a hub id such as google/gemma-3-1b-it: {absent(path, 'folder')}"
@@ -399,7 +401,7 @@ def find_methods(
             errors.append(unknown("method", name, sources))
             return
         found[name] = None
-        cls = trial.find(name, plugins, errors)
+        cls = trial.find(name, sources, plugins, errors)
         if cls is None:
             return
         if cls.baseline != name and cls.trains:
@@ -444,6 +446,12 @@ def unwritable(folder: Path) -> str | None:
     existing = next(p for p in [folder, *folder.absolute().parents] if os.path.lexists(p))
     if reason := absent(existing, "folder"):
         return reason
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"{shown(folder)}: {error.strerror}"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"cannot write in {existing}: choose another folder"
     return None

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from harness import ROOT, method
-from harness.errors import misfit, unknown
+from harness.errors import brief, misfit, unknown
 from harness.metrics import METRICS
 from harness.spec import Hyperparams, out_of_range
 
 SECONDS = 60  # for a plugin's import, which may be torch's and its kin's: ten where the disk is slow
 NEARLY = 0.87  # alike, by difflib's measure: optimiser (0.89), but not load_nf4 beside load (0.67)
 DECLARED = {  # what a class says of itself; texts and truth values are as their defaults
-    "needs": list[str], "hybrid": list[str], "cannot": dict[str, str], "overrides": dict[str, list],
+    "needs": list[str], "hybrid": list[str], "cannot": dict[str, str], "overrides": dict,
 }  # fmt: skip
 CHILD = """
 import os, sys
@@ -37,9 +37,9 @@ trial.answer(answer, *sys.argv[2:])
 """
 
 
-def find(name: str, plugins: list[str], errors: list[str]) -> type[method.Method] | None:
-    """The class of a method, or None and a line for each thing that is wrong with it."""
-    sources = method.available(plugins)
+def find(name: str, sources: dict, plugins: list[str], errors: list[str]) -> type[method.Method] | None:
+    """The class of a method, or None and a line for each thing that is wrong with it. `plugins`: the files
+    that `sources` were made of."""
     source = method.find(name, sources)
     if strange(source) and (wrong := tried(name, source, plugins)):
         errors += wrong
@@ -66,7 +66,8 @@ def blamed(name: str, source: Path | EntryPoint, errors: list[str]):
         if type(error) is ValueError and not strange(source):  # ours, which says itself what is wrong
             errors.append(f"method {name}: {error}")
             return
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(source)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(place(source))]
         line = f", line {lines[-1]}" if lines else ""
         errors.append(f"method {name} ({place(source)}{line}): {type(error).__name__}: {error}")
 
@@ -158,8 +159,8 @@ def overridden(cls) -> list[str]:
     for name, pair in cls.overrides.items():
         if name not in kinds:
             wrong.append(unknown("hyperparameter in overrides", name, kinds))
-        elif len(pair) != 2 or not (isinstance(pair[1], str) and pair[1].strip()):
-            wrong.append(f'overrides: {name} must be (value, "reason"), not {pair!r}')
+        elif misfit(pair, list) or len(pair) != 2 or not isinstance(pair[1], str) or not pair[1].strip():
+            wrong.append(f'overrides: {name} must be (value, "reason"), not {brief(pair)}')
         elif reason := misfit(pair[0], kinds[name]) or out_of_range(name, pair[0]):
             wrong.append(f"overrides: {name} {reason}")
     return wrong
