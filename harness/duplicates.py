@@ -8,7 +8,7 @@ lacks, they are near only if they are answered alike.
 
 What many texts share says nothing about two of them: an instruction, the headings of a form, a passage
 that twenty questions are asked about. So a run of RUN words that stands in more than MANY texts is taken
-away, and what is left is compared; of a text that is nothing else, the whole.
+away, and so is a shorter text that is as common; what is left is compared.
 """
 
 import re
@@ -30,6 +30,7 @@ HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LETTERS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]+")  # Thai to Khmer, kana
 CHUNK = 2000  # texts signed together
 TOGETHER = 200  # candidates counted together
+NOTHING = np.zeros(0, np.uint64)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # spreads the counts of a word over 64 bits
 
 
@@ -50,7 +51,7 @@ class Seen:
         self.shared = runs_of_many(own, self.numbered(among))
         self.bags, self.bands = [], [{} for _ in range(BANDS)]
         for bag, keys in self.signed(own):
-            for band, key in zip(self.bands, keys, strict=True):
+            for band, key in zip(self.bands, keys, strict=False):
                 band.setdefault(key, []).append(len(self.bags))
             self.bags.append(bag)
 
@@ -62,7 +63,7 @@ class Seen:
         ]
 
     def candidates(self, keys: list[int]) -> set[int]:
-        return {i for band, key in zip(self.bands, keys, strict=True) for i in band.get(key, ())}
+        return {i for band, key in zip(self.bands, keys, strict=False) for i in band.get(key, ())}
 
     def alike(self, one: Asked, bag: np.ndarray, some: list[int]) -> bool:
         others = [self.bags[i] for i in some]
@@ -77,15 +78,16 @@ class Seen:
         if one.answer is None or other.answer is None:
             return True
         (answers,) = self.numbered([Asked(one.answer), Asked(other.answer)])
-        bag, another = map(bag_of, answers.apart())
+        bag, another = map(bag_of, answers.without(NOTHING))
         both = shared(bag, [another])[0]
         return both >= self.threshold * (len(bag) + len(another) - both)
 
     def signed(self, numbered: Iterable["Numbered"]) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """Of each text its bag, and a key for each band: near duplicates share one."""
+        """Of each text its bag, and a key for each band: near duplicates share one. An empty bag has none."""
         for some in numbered:
             bags = [bag_of(words) for words in some.without(self.shared)]
-            yield from zip(bags, band_keys(bags).tolist(), strict=True)
+            keys = iter(band_keys([bag for bag in bags if len(bag)]).tolist())
+            yield from ((bag, next(keys) if len(bag) else []) for bag in bags)
 
     def numbered(self, asked: Iterable[Asked]) -> Iterator["Numbered"]:
         for some in chunks(asked, CHUNK):
@@ -103,11 +105,12 @@ class Words(dict):
 
 
 class Numbered:
-    """Texts as the values of their words, one text after the other."""
+    """Texts as the values of their words, one text after the other; zeros make a short one a run."""
 
     def __init__(self, texts: list[list[int]]):
-        lengths = [len(text) for text in texts]
-        self.words = np.array([word for text in texts for word in text], np.uint64)
+        lengths = [max(RUN, len(text)) for text in texts]
+        padded = (text + [0] * (RUN - len(text)) for text in texts)
+        self.words = np.array([word for text in padded for word in text], np.uint64)
         self.text = np.repeat(np.arange(len(texts)), lengths)  # of each word
         self.ends = np.cumsum(lengths)
 
@@ -121,23 +124,20 @@ class Numbered:
         return begins, found
 
     def without(self, shared: np.ndarray) -> list[np.ndarray]:
-        """Of each text the words that no shared run covers; if that is none, all."""
+        """Of each text the words that no shared run covers."""
         begins, runs = self.runs()
         begins = begins[places(runs, shared)[1]]
         change = np.zeros(len(self.words) + 1, np.int64)
         change[begins] += 1
         change[begins + RUN] -= 1
-        left = np.cumsum(change)[:-1] == 0
-        texts = zip(self.apart(), np.split(left, self.ends[:-1]), strict=True)
-        return [words[kept] if kept.any() else words for words, kept in texts]
-
-    def apart(self) -> list[np.ndarray]:
-        return np.split(self.words, self.ends[:-1])
+        left = (np.cumsum(change)[:-1] == 0) & (self.words != 0)
+        texts = zip(np.split(self.words, self.ends[:-1]), np.split(left, self.ends[:-1]), strict=True)
+        return [words[kept] for words, kept in texts]
 
 
 def runs_of_many(own: list[Numbered], among: Iterable[Numbered]) -> np.ndarray:
     """The runs of one's own texts that stand in more than MANY of all."""
-    runs = distinct(np.concatenate([np.zeros(0, np.uint64), *(some.runs()[1] for some in own)]))
+    runs = distinct(np.concatenate([NOTHING, *(some.runs()[1] for some in own)]))
     counts = np.zeros(len(runs), np.int64)
     for some in chain(own, among):
         begins, found = some.runs()
@@ -172,8 +172,8 @@ def bag_of(words: np.ndarray) -> np.ndarray:
 def band_keys(bags: list[np.ndarray]) -> np.ndarray:
     """(text, band) from the least of each hash over a bag: Jaccard is the chance that two leasts agree.
     Texts with other numbers, or as many of another, have other keys."""
-    values = np.concatenate(bags)
-    starts = np.cumsum([0, *(len(bag) for bag in bags[:-1])])
+    values = np.concatenate([NOTHING, *bags])
+    starts = np.cumsum([0, *map(len, bags)])[:-1]
     numbers = np.add.reduceat(np.where(values & np.uint64(1), mixed(values, GOLDEN), np.uint64(0)), starts)
     keys = np.tile(numbers, (BANDS, 1))
     for i, multiplier in enumerate(MULTIPLIERS):
@@ -191,7 +191,7 @@ def mixed(values: np.ndarray, multiplier: np.uint64) -> np.ndarray:
 
 def shared(bag: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
     """How many words a bag has in common with each of the others."""
-    starts = np.cumsum([0, *(len(other) for other in others[:-1])])
+    starts = np.cumsum([0, *map(len, others)])[:-1]
     return np.add.reduceat(places(np.concatenate(others), np.sort(bag))[1], starts, dtype=np.int64)
 
 

@@ -8,17 +8,17 @@ So a later row is passed over where
 - it is plain text with a line of a held-out text, of at least PASSAGE words (`shared_passages`);
 - its prompt says nearly what a held-out one says, see harness.duplicates (`near_duplicates`).
 
-System turns stand apart: another one does not make another question. No leak by itself is what the user says
-in less than OPENING words, a greeting; in less than LONG words, if it is but a turn of a held-out row ("yes,
-that works for me"); or in more than MANY rows, a form ("translate the text above"). A held-out row that is
-shortened to such a prompt, and training goes through it, is itself left out, once all is tokens
+System turns stand apart: another one does not make another question. No leak is what the user says in less
+than OPENING words, a greeting; in less than LONG words, if it is but a turn of a held-out row ("yes, that
+works for me"); and what rows answer in more than MANY ways, a form ("translate the text above"). A held-out
+row that is shortened to such a prompt, and training goes through it, is itself left out, once all is tokens
 (`unanswered`). What is then learned and scored is compared once more, token by token (`answered`).
 """
 
 import hashlib
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 
 from harness.duplicates import MANY, Asked, Seen, words_of
 from harness.formats import Conversation, is_text, said
@@ -32,14 +32,17 @@ LEAKS = (*dict.fromkeys(KINDS.values()), "near_duplicates")
 
 
 class Held:
-    """The rows of earlier splits. `among`: rows of the later one, to tell what many ask."""
+    """The rows of earlier splits. `among`: rows of the later one, to tell what is a form."""
 
     def __init__(self, rows: list[Conversation], among: list[Conversation], threshold: float):
         self.prompts = {prompt(row.messages) for row in rows}
-        self.keys = {key for row in rows for key in keys(row.messages, held=True)}
-        self.found: dict[str, set] = {}  # of each row, its keys that are held
-        asked = Counter(key for row in [*rows, *among] for key in self.held(row))
-        self.keys -= {key for key, count in asked.items() if count > MANY and key[0] != "answer"}
+        self.keys = {key for row in rows for key, _ in keys(row.messages, held=True)}
+        self.found: dict[str, dict] = {}  # of each row, its keys that are held
+        ways: dict[tuple, set] = {key: set() for key in self.keys}
+        for row in chain(rows, among):
+            for key, way in self.held(row).items():
+                ways[key].add(way)
+        self.keys -= {key for key, found in ways.items() if len(found) > MANY}
         self.near = Seen(list(map(question, rows)), map(question, among), threshold) if threshold else None
 
     def leaks(self, rows: list[Conversation]) -> list[str | None]:
@@ -51,33 +54,36 @@ class Held:
     def leak(self, row: Conversation) -> str | None:
         if prompt(row.messages) in self.prompts:
             return "shared_turns"
-        found = {KINDS[kind] for kind, key in self.keys & self.held(row)}
+        found = {KINDS[kind] for kind, key in self.keys & self.held(row).keys()}
         return next((leak for leak in LEAKS if leak in found), None)
 
-    def held(self, row: Conversation) -> set[tuple[str, bytes]]:
+    def held(self, row: Conversation) -> dict[tuple[str, bytes], bytes]:
         if row.id not in self.found:
-            self.found[row.id] = self.keys.intersection(keys(row.messages))
+            self.found[row.id] = {key: way for key, way in keys(row.messages) if key in self.keys}
         return self.found[row.id]
 
 
-def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[str, bytes]]:
-    """What a row asks and answers, wherever it may be cut: one of KINDS, and a digest."""
+def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[tuple[str, bytes], bytes]]:
+    """What a row asks and answers, wherever it may be cut: one of KINDS with a digest, and what tells one way
+    to answer it from another. Of a passage, and of a short question with its answer ("thanks", "you are
+    welcome"), that is the row."""
+    row = digest(" ".join(map(said, messages)))
     if is_text(messages):
-        for line in said(messages[0]).splitlines():
-            if size(text := normalised(line), PASSAGE) >= PASSAGE:
-                yield "passage", digest(text)
+        for line in map(normalised, said(messages[0]).splitlines()):
+            if size(line, PASSAGE) >= PASSAGE:
+                yield ("passage", digest(line)), row
     turns, asked, told = hashlib.sha256(), "", 0
     alone = sum(message["role"] == "user" for message in messages) == 1
     for message in messages:
         text, role = normalised(said(message)), message["role"]
         if role == "assistant" and asked:
             if told >= (LONG if held and message is not messages[-1] else OPENING):
-                yield "turns", turns.digest()
+                yield ("turns", turns.digest()), digest(text)
+            if size(asked) >= (LONG if held and not alone else OPENING):
+                yield ("question", digest(asked)), digest(text)
             if size(text) >= LONG:
-                yield "answer", digest(f"{asked}\n{text}")
+                yield ("answer", digest(f"{asked}\n{text}")), b"" if size(asked) >= LONG else row
         elif role == "user":
-            if size(text) >= (LONG if held and not alone else OPENING):
-                yield "question", digest(text)
             asked, told = text, told + size(text)
         if role != "system":
             turns.update(f"{role}\n{text}\n".encode())

@@ -10,9 +10,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import cache, data
+from harness import cache, data, leaks
 from harness.data import DATASET, PART
-from harness.template import Template, rows_hash
+from harness.template import Row, Template, rows_hash
 
 ROWS = [{"instruction": f"Add one to {i}.", "input": "x" * (i % 3), "output": str(i + 1)} for i in range(40)]
 PAIRS = [{"prompt": f"Add one to {i}.", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(20)]
@@ -78,6 +78,72 @@ def test_what_comes_from_the_cache_is_what_was_made(format, world):
     assert first.sample == drawn.rows["test"]
 
 
+def turns(*said: str) -> dict:
+    roles = ["user", "assistant"] * len(said)
+    return {"messages": [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]}
+
+
+def learned_prompts(row) -> list[list[int]]:
+    ids = list(row.prompt_ids)
+    return [ids, *(ids[:start] for start in row.learned[::2])]
+
+
+@pytest.mark.parametrize("opening", ["the dog sat on the house, and then it ran to the red cat {}.", "hi"])
+@pytest.mark.parametrize("kind", ["chat", "instruction"])
+def test_no_prompt_that_is_scored_is_answered_in_training(kind, opening, world):
+    """Test conversations too long for max_length, whose first turns are other conversations."""
+    world.dataset.update(train=60, test=30, parts=[{**PART, "name": "tiny", "format": "messages"}])
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = [f"{a}{b}" for a in letters for b in letters][:90]
+    openings = [opening.format(name) for name in names]
+    long = [turns(text, "ok", f"and {name}? " * 60, "no") for text, name in zip(openings, names, strict=True)]
+    short = [turns(text, "ok", f"say {name}", "no") for text, name in zip(openings, names[::-1], strict=True)]
+    rows = [*long[:40], *short, *(turns(f"tell me all of {name} again", "no") for name in names)]
+    world.write(rows)
+    world.kind, world.max_length = kind, 96
+    made = world.tokens()
+    learned = [ids for row in made.rows["train"] for ids in learned_prompts(row)]
+    for split in ("test", "validation"):
+        assert made.rows[split] and not [row for row in made.rows[split] if list(row.prompt_ids) in learned]
+        assert leaks.answered(made.rows[split], made.rows["train"]) == 0
+    assert made.left_out["test_shortened"] > 2
+    assert bool(made.left_out["test_answered"]) == (opening == "hi")
+
+
+TEXTS = st.lists(st.text("ab", max_size=5), max_size=12)
+
+
+@given(held=TEXTS, train=TEXTS)
+def test_what_training_goes_through_is_found(held, train):
+    rows = [[Row(str(i), "", text, "", tiny.array([]), tiny.array([])) for i, text in enumerate(texts, 1)]
+            for texts in (held, [t for t in train if t])]  # fmt: skip
+    kept = [row.prompt for row in leaks.unanswered(*rows) if row.prompt]
+    assert kept == [text for text in held if text and not any(t.startswith(text) for t in train)]
+
+
+@given(held=TEXTS, train=TEXTS, starts=st.lists(st.integers(0, 5), max_size=3))
+def test_what_is_answered_is_counted(held, train, starts):
+    def row(text, learned=()):
+        spans = tiny.array(place for start in learned if start < len(text) for place in (start, start + 1))
+        return Row("", "", "a prompt", "", tiny.array(map(ord, text)), tiny.array([1]), learned=spans)
+
+    answered = {text[:start] for text in train for start in starts if start < len(text)} | set(train)
+    found = leaks.answered([row(text) for text in held], [row(text, starts) for text in train])
+    assert found == sum(text in answered for text in held)
+
+
+def test_a_window_of_plain_text_is_not_learned_and_scored(world):
+    world.dataset.update(train=2, validation=0, test=1, parts=[{**PART, "name": "tiny", "format": "text"}])
+    world.dataset["near_duplicates"] = 0.0
+    same = "the cat sat on the mat. " * 40
+    world.write([{"text": same + name} for name in ("the first", "another", "the last")])
+    world.max_length = 32
+    made = world.tokens()
+    learned = {(row.prompt_ids + row.response_ids).tobytes() for row in made.rows["train"]}
+    assert not [r for r in made.rows["test"] if (r.prompt_ids + r.response_ids).tobytes() in learned]
+    assert made.left_out["test_answered"] > 0
+
+
 def test_a_plan_reads_the_source_for_the_run(world, monkeypatch):
     cache.splits(world.dataset, world.locations)
     monkeypatch.setattr(data, "splits", None)  # called no more
@@ -138,7 +204,7 @@ def test_any_change_makes_it_again(change, world):
     assert world.made == 6
 
 
-@pytest.mark.parametrize("name", ["rows", "formats", "duplicates", "data", "template", "cache"])
+@pytest.mark.parametrize("name", ["rows", "formats", "duplicates", "leaks", "data", "template", "cache"])
 def test_other_code_makes_it_again(name, world):
     world.code = f"{name}.py"
     world.tokens()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import time
 from itertools import product
 from types import SimpleNamespace
 
@@ -133,15 +135,8 @@ def test_another_number_is_another_question(tmp_path):
 def test_a_conversation_that_leads_through_a_held_out_prompt_is_a_leak(tmp_path):
     texts = sentences(60)
 
-    def conversation(*said):
-        roles = ["user", "assistant"] * 3
-        return {"messages": [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]}
-
-    short = [conversation(text, "yes") for text in texts]
-    long = [
-        conversation(text, "no", *more, "well")
-        for text, more in zip(texts, zip(sentences(60, 1, 30)), strict=True)
-    ]
+    short = [turns(text, "yes") for text in texts]
+    long = [turns(text, "no", more, "well") for text, more in zip(texts, sentences(60, 1, 30), strict=True)]
     spec = asked(train=20, validation=0, test=30, parts=[{"format": "messages"}])
     found = splits(spec, {"tiny": written(tmp_path, short + long)})
     tested = {c.messages[0]["content"] for c in found.rows["test"] if len(c.messages) == 2}
@@ -152,10 +147,174 @@ def test_a_conversation_that_leads_through_a_held_out_prompt_is_a_leak(tmp_path)
 
 def test_a_long_system_turn_does_not_make_rows_alike(tmp_path):
     system = " ".join(sentences(20))
-    rows = [{"messages": [{"role": "system", "content": system}, {"role": "user", "content": text},
-                          {"role": "assistant", "content": "yes"}]} for text in sentences(65)]  # fmt: skip
+    rows = [turns(text, "yes", system=system) for text in sentences(65)]
     found = splits(asked(parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
     assert found.left_out["near_duplicates"] == 0
+
+
+# Leaks within conversations
+
+
+def turns(*said: str, system: str = "") -> dict:
+    roles = ["user", "assistant"] * len(said)
+    messages = [{"role": "system", "content": system}] * bool(system)
+    return {"messages": messages + [{"role": r, "content": s} for r, s in zip(roles, said, strict=False)]}
+
+
+def asks(conversation) -> set[str]:
+    return {said(m) for m in conversation.messages if m["role"] == "user"}
+
+
+PLACES = {  # a held-out question and its answer, two other questions with theirs -> a row to learn
+    "after a system turn": lambda asked, one, other: turns(*asked, system="You are a pirate."),
+    "opening": lambda asked, one, other: turns(*asked, *one, *other),
+    "in the middle": lambda asked, one, other: turns(*one, *asked, *other),
+    "last of several": lambda asked, one, other: turns(*one, *other, *asked),
+    "last of several, after a system turn": lambda asked, one, other: turns(*one, *asked, system="Be kind."),
+    "in capitals": lambda asked, one, other: turns(*one, asked[0].upper() + "!", asked[1]),
+}
+
+
+@pytest.mark.parametrize("answer", ["the same", "another"])
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_a_held_out_question_stands_nowhere_in_training(place, answer, tmp_path):
+    draw = random.Random(0)
+    texts = [" ".join(t.split()[: draw.randint(4, 30)]) for t in sentences(100, length=30)]
+    answers = dict(zip(texts, sentences(100, seed=1), strict=True))
+    others = zip(sentences(200, seed=2), sentences(200, seed=3), strict=True)
+    spec = asked(parts=[{"format": "messages"}])
+    rows = [turns(*pair) for pair in answers.items()]
+    clean = splits(spec, {"tiny": written(tmp_path, rows)})
+    held = {q for split in ("test", "validation") for c in clean.rows[split] for q in asks(c)}
+    for text in held:
+        said = answers[text] if answer == "the same" else "nobody knows"
+        rows.append(place((text, said), next(others), next(others)))
+    found = splits(spec, {"tiny": written(tmp_path, rows)})
+    assert {split: len(drawn) for split, drawn in found.rows.items()} == {s: spec[s] for s in found.rows}
+    held = (c for split in ("test", "validation") for c in found.rows[split] if len(asks(c)) == 1)
+    held = {q.casefold().strip("!") for c in held for q in asks(c)}
+    assert not [c for c in found.rows["train"] if held & {q.casefold().strip("!") for q in asks(c)}]
+    assert found.left_out["shared_turns"] + found.left_out["shared_questions"] > 0
+
+
+def test_a_short_question_with_its_long_answer_is_a_leak(tmp_path):
+    answers = sentences(100, seed=1)
+    rows = [turns(q, "well", "and why so?", why) for q, why in zip(sentences(100), answers, strict=True)]
+    spec = asked(train=30, validation=0, test=20, parts=[{"format": "messages"}])
+    clean = splits(spec, {"tiny": written(tmp_path, rows)})
+    held = [c.messages[-1]["content"] for c in clean.rows["test"]]
+    leaks = [turns(q, "well", "and why so?", why) for q, why in zip(sentences(20, seed=5), held, strict=True)]
+    found = splits({**spec, "train": 85}, {"tiny": written(tmp_path, rows + leaks)})
+    held = {c.messages[-1]["content"] for c in found.rows["test"]}
+    assert not [c for c in found.rows["train"] if held & {m["content"] for m in c.messages}]
+    assert found.left_out["shared_questions"] > 5
+
+
+def test_greetings_and_thanks_are_no_leak(tmp_path):
+    greeted = ("Hi", "Hello, how can I help you today? Ask me whatever you would like to know.")
+    thanked = ("Thanks a lot!", "You're welcome! Is there anything else that I can do for you today?")
+    rows = [turns(*greeted, text, text[::-1], "Yes, that sounds good.", "Fine.") for text in sentences(60)]
+    rows += [turns(text, text[::-1], *thanked) for text in sentences(60, seed=1)]
+    found = splits(asked(train=95, parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
+    assert found.left_out == {}
+
+
+def test_a_form_that_many_rows_ask_is_no_leak(tmp_path):
+    for ask in ("Please answer the question that stands above, as well as you can.", "Begin now."):
+        rows = [turns(ask, text[::-1], system=text) for text in sentences(65)]
+        found = splits(asked(parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
+        assert found.left_out == {}
+
+
+def test_a_line_of_a_held_out_text_stands_in_no_longer_one(tmp_path):
+    lines = sentences(60, length=30)
+    more = sentences(180, seed=1, length=30)
+    whole = ["\n".join([*more[3 * i : 3 * i + 3], line]) for i, line in enumerate(lines)]
+    folder = tmp_path / "rows"
+    written(folder, [{"text": line} for line in lines[:30]], "test.jsonl")
+    written(folder, [{"text": text} for text in whole], "train.jsonl")
+    spec = asked(train=20, validation=0, test=30, parts=[{"format": "text"}])
+    found = splits(spec, {"tiny": str(folder)})
+    assert not [c for c in found.rows["train"] if set(lines[:30]) & {*c.messages[0]["content"].splitlines()}]
+    assert found.left_out["shared_passages"] > 5
+
+
+# Nearness
+
+
+@pytest.mark.parametrize("shape", ["instruction", "question below", "a wrapper in two halves"])
+def test_what_many_rows_share_does_not_make_them_near(shape, tmp_path):
+    shared, texts = sentences(1, seed=9, length=98)[0], sentences(1200, length=8)
+    halves = shared[: len(shared) // 2], shared[len(shared) // 2 :]
+    form = {"instruction": "{0} {1} {2}", "question below": "{2} {0} {1}",
+            "a wrapper in two halves": "{0} {2} {1}"}[shape]  # fmt: skip
+    rows = [row(form.format(*halves, text), ("yes", "no")[i % 2]) for i, text in enumerate(texts)]
+    near = [row(form.format(*halves, reordered(text, 1)), "yes") for text in texts]
+    spec = asked(train=800, validation=50, test=300)
+    found = splits(spec, {"tiny": written(tmp_path, rows)})
+    assert found.left_out == {}
+    held = {c.messages[0]["content"] for split in ("test", "validation") for c in found.rows[split]}
+    place = {text: i for i, text in enumerate(form.format(*halves, t) for t in texts)}
+    leaks = [near[place[text]] for text in held]
+    found = splits(spec, {"tiny": written(tmp_path, rows + leaks)})
+    words = {split: {frozenset(bag(c.messages[0]["content"]).items()) for c in found.rows[split]}
+             for split in found.rows}  # fmt: skip
+    assert not words["train"] & (words["test"] | words["validation"])
+    assert found.left_out["near_duplicates"] > 100
+
+
+def test_rows_under_one_instruction_cost_no_more_than_others(tmp_path):
+    shared = sentences(1, seed=9, length=98)[0]
+    rows = [{**row(shared), "input": text} for text in sentences(3500)]
+    source = {"tiny": written(tmp_path, rows)}
+    started = time.process_time()
+    splits(asked(train=3000, validation=0, test=500), source)
+    assert time.process_time() - started < 10  # 0.6 seconds; a minute, where each was held against all
+
+
+def test_a_word_that_makes_another_question_makes_no_leak():
+    ask, other = "Can you write a sentence about the topic {}, please, for my sister?", "The skier falls."
+    seen = Seen([Asked(ask.format("bouquets"), "A bouquet of yellow flowers.")])
+    assert seen.like([Asked(ask.format("slopes"), other)]) == [False]
+    assert seen.like([Asked(ask.format("bunches"), "a bouquet of yellow flowers")]) == [True]
+    assert seen.like([Asked(ask.format("bouquets") + " Now!", other)]) == [True]  # nothing else is asked
+
+
+SPACELESS = {
+    "Chinese": (
+        "请介绍一下人工智能在医疗领域的主要应用以及未来的发展方向。",
+        "中国古代四大发明对世界文明的影响有哪些？",
+        "如何在北京的春天里种植番茄和黄瓜才能获得好收成？",
+    ),
+    "Japanese": (
+        "日本の伝統的な祭りについて、その歴史と意味を説明してください。",
+        "東京から京都まで新幹線で行く方法と料金を教えて。",
+        "健康的な朝食の作り方を三つ紹介してください。",
+    ),
+    "Thai": (
+        "ช่วยอธิบายประวัติศาสตร์ของกรุงเทพมหานครให้เข้าใจง่ายๆ",
+        "วิธีทำต้มยำกุ้งให้อร่อยเหมือนร้านอาหารต้องทำอย่างไร",
+        "เขียนจดหมายขอบคุณคุณครูที่ช่วยสอนหนังสือให้ฉันตลอดปี",
+    ),
+}
+EDITS = {
+    "no punctuation": lambda text: text.strip("。？").replace("、", "").replace("，", ""),
+    "narrow punctuation": lambda text: text.replace("。", ".").replace("？", "?").replace("、", ","),
+    "spaces": lambda text: f"{text[:9]} {text[9:]}",
+    "a letter more": lambda text: text[:5] + text[5] + text[5:],
+    "a letter less": lambda text: text[:7] + text[8:],
+    "another letter": lambda text: text[:-4] + text[0] + text[-3:],
+    "halves turned": lambda text: text[len(text) // 2 :] + text[: len(text) // 2],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("language", SPACELESS)
+def test_text_without_spaces_has_near_duplicates(language, edit):
+    for text in SPACELESS[language]:
+        seen = Seen([Asked(text, "是")])
+        others = [Asked(other, "是") for other in SPACELESS[language] if other != text]
+        assert seen.like([Asked(edit(text), "是"), *others]) == [True, False, False]
 
 
 @settings(max_examples=30)
@@ -211,6 +370,69 @@ def test_a_bound_that_near_duplicates_use_up_is_raised(tmp_path):
     assert found.left_out["near_duplicates"] > 100
 
 
+@pytest.mark.parametrize(("asked_for", "kept"), [("off", 0.0), (0, 0.0), (0.9, 0.9), (1, 1.0)])
+def test_nearness_can_be_set_and_switched_off(asked_for, kept, tmp_path):
+    texts = sentences(60)
+    rows = [*map(row, texts), *(row(reordered(text)) for text in texts)]
+    source = {"tiny": written(tmp_path, rows)}
+    sizes = {"train": 60, "validation": 0, "test": 25}
+    spec = data.load_spec(source["tiny"], {"near_duplicates": asked_for, **sizes})
+    assert spec["near_duplicates"] == kept
+    found = splits(spec, {spec["parts"][0]["name"]: source["tiny"]})
+    assert bool(found.left_out["near_duplicates"]) == bool(kept)
+
+
+@pytest.mark.parametrize("wrong", [0.3, 1.5, -0.8, float("nan"), True, "on", [0.8]])
+def test_another_nearness_is_refused(wrong, tmp_path):
+    with pytest.raises(data.DataError, match=r"data\.near_duplicates: must be"):
+        data.load_spec(written(tmp_path, [row("a")]), {"near_duplicates": wrong})
+
+
+def test_the_remedies_of_an_error_are_remedies(tmp_path):
+    texts = sentences(60)
+    source = {"tiny": written(tmp_path, [row(text) for t in texts for text in (t, reordered(t))])}
+    spec = asked(train=90, validation=0, test=20)
+    with pytest.raises(data.DataError) as caught:
+        splits(spec, source)
+    text = str(caught.value)
+    fewer = int(re.search(r"--set data\.train=(\d+)", text)[1])
+    assert "near_duplicates=off" in text and "duplicates" in text
+    assert len(splits({**spec, "train": fewer}, source).rows["train"]) == fewer
+    assert len(splits({**spec, "near_duplicates": 0.0}, source).rows["train"]) == 90
+
+
+def test_a_part_is_blamed_for_its_own_rows_alone(tmp_path):
+    good, bad = [row(t) for t in sentences(70)], [row("the same")] * 30 + [row(t) for t in sentences(9, 1)]
+    spec = asked(parts=[{"name": "good"}, {"name": "bad"}])
+    with pytest.raises(data.DataError, match=r"part bad: .* 10 distinct .* 29 duplicates"):
+        splits(spec, {"good": written(tmp_path, good, "1.jsonl"), "bad": written(tmp_path, bad, "2.jsonl")})
+    with pytest.raises(data.DataError) as caught:
+        splits({**spec, "test": 70}, {"good": written(tmp_path, bad * 2 + good, "1.jsonl"),
+                                      "bad": written(tmp_path, [row("b")], "2.jsonl")})  # fmt: skip
+    assert "39 duplicates" not in str(caught.value).partition("part bad")[2]
+
+
+# Preference pairs
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_pairs_are_the_same_only_if_all_of_them_is(tmp_path):
+    rows = [pair(text, f"good {i}", f"bad {i}") for text in sentences(40) for i in range(3)]
+    again = [pair(text.upper(), "Good 0.", " bad 0") for text in sentences(40)[:7]]
+    spec = asked(train=70, validation=5, test=20, parts=[{"format": "pairs"}])
+    found = splits(spec, {"tiny": written(tmp_path, rows + again)})
+    assert found.left_out["duplicates"] == 7
+    assert {split: len(drawn) for split, drawn in found.rows.items()} == {s: spec[s] for s in found.rows}
+    assert len({c.id for drawn in found.rows.values() for c in drawn}) == 95
+    texts = {split: set(prompts(drawn)) for split, drawn in found.rows.items()}
+    assert not texts["test"] & texts["train"] and not texts["validation"] & (texts["test"] | texts["train"])
+    assert len(texts["test"]) <= 8  # the pairs of a prompt stand together
+    assert found.left_out["shared_turns"] <= 4  # of the prompts at two borders
+
+
 # Sources with splits of their own
 
 
@@ -226,6 +448,52 @@ def test_a_source_with_its_own_test_split_is_tested_on_that(names, config, tmp_p
     assert set(prompts(found.rows["test"])) <= set(test)
     assert set(prompts(found.rows["train"] + found.rows["validation"])) <= set(train)
     assert found.left_out["duplicates"] == 10  # out of training: a test row stays
+
+
+FILES = {  # the files of a folder -> of each of our splits the one that it comes from
+    "no validation": (("train", "test"), "train train test"),
+    "no test": (("train", "validation"), "train validation train"),
+    "all": (("train", "validation", "test"), "train validation test"),
+    "as the hub names them": (
+        ("data/train-00000-of-00001", "data/test-00000-of-00001"),
+        "data/train-00000-of-00001 data/train-00000-of-00001 data/test-00000-of-00001",
+    ),
+    "other names": (("training", "dev", "Eval"), "training dev Eval"),
+    "folders": (("train/rows", "test/rows"), "train/rows train/rows test/rows"),
+    "the rest": (("rows", "test"), "rows rows test"),
+    "a file more": (("train", "test", "notes"), "train train test"),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize("said", [{}, {"test_split": "test", "validation_split": "validation"}])
+def test_what_a_folder_holds_out_is_held_out(files, expected, said, tmp_path):
+    texts = {name: sentences(70, seed) for seed, name in enumerate(files)}
+    for name, some in texts.items():
+        written(tmp_path, map(row, some), f"{name}.jsonl")
+    found = splits(asked(parts=[said]), {"tiny": str(tmp_path)})
+    for split, name in zip(("train", "validation", "test"), expected.split(), strict=True):
+        assert set(prompts(found.rows[split])) <= set(texts[name])
+    assert len(set(found.origins["tiny"].values())) == len(set(expected.split()))
+
+
+@pytest.mark.parametrize("missing", ["validation", "test"])
+def test_what_save_to_disk_holds_out_is_held_out(missing, tmp_path):
+    texts = {name: sentences(70, seed) for seed, name in enumerate(("train", "validation", "test"))}
+    made = {name: datasets.Dataset.from_list([row(t) for t in some]) for name, some in texts.items()}
+    del made[missing]
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "dict")
+    found = splits(asked(), {"tiny": str(tmp_path / "dict")})
+    for split in texts:
+        assert set(prompts(found.rows[split])) <= set(texts["train" if split == missing else split])
+
+
+def test_too_small_a_test_file_is_named(tmp_path):
+    written(tmp_path, map(row, sentences(60)), "train.jsonl")
+    written(tmp_path, map(row, sentences(12, seed=1)), "test.jsonl")
+    with pytest.raises(data.DataError, match=r"its split 'test' has 12 .*--set data\.test=12$"):
+        splits(asked(), {"tiny": str(tmp_path)})
+    assert splits(asked(test=12), {"tiny": str(tmp_path)}).rows["test"]
 
 
 def test_a_copy_without_the_splits_of_the_spec_is_one_source(tmp_path):
