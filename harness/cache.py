@@ -57,8 +57,8 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
         scored = unanswered(made[split], made["train"])
         left_out[f"{split}_answered"] = len(made[split]) - len(scored)
         made[split] = scored
-    sample = drawn.rows["test"][:SAMPLE]
-    tokens = Tokens(made, left_out, drawn.refused, drawn.revisions, drawn.origins, drawn.unused, sample)
+    same = {name: getattr(drawn, name) for name in ("refused", "revisions", "origins", "unused")}
+    tokens = Tokens(made, left_out, sample=drawn.rows["test"][:SAMPLE], **same)
     if key:
         keep(key, *packed(tokens))
     return tokens
