@@ -15,7 +15,7 @@ from harness.errors import absent, misfit, misfits, read_toml, shown, unknown
 from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
 from harness.leaks import Held, digest, normalised, prompt
 from harness.metrics import REWARDS
-from harness.rows import KINDS, USUAL, DataError, holds, is_rows, rows_of_dataset, rows_of_file
+from harness.rows import KINDS, USUAL, DataError, holds, is_rows, labelled, rows_of_dataset, rows_of_file
 
 FOLDER = ROOT / "datasets_spec"
 SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
@@ -45,23 +45,29 @@ def available() -> list[str]:
 
 
 def load_spec(name: str, overrides: dict) -> dict:
-    """The whole spec of a dataset: `name` is one of `available()`, a TOML file, or a file of rows.
+    """The whole spec of a dataset: `name` is one of `available()`, a TOML file, or a file or folder of rows.
 
     `overrides` replaces top-level values. Raises DataError with everything that is wrong.
     """
     return load(name, overrides, ())
 
 
+def own_rows(name: str) -> Path | None:
+    """The file or folder of rows that a dataset's name is."""
+    path = Path(os.path.expanduser(name))
+    folder = name not in available() and not absent(path, "folder") and labelled(path)
+    return Path(os.path.abspath(path)) if folder else path if is_rows(path) else None
+
+
 def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
     """`within`: the mixtures on the way here."""
-    path = Path(os.path.expanduser(name))
-    if is_rows(path):
-        if reason := absent(path, "file"):
+    if path := own_rows(name):
+        if reason := absent(path):
             raise DataError(f"dataset: {reason}")
         part = {"name": path.stem, "title": path.stem, "path": path.name, "format": format_of(path)}
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
-        spec = read_spec(name, path)
+        spec = read_spec(name, Path(os.path.expanduser(name)))
     for values in (spec, overrides := dict(overrides)):
         if values.get("near_duplicates") == "off":
             values["near_duplicates"] = 0.0

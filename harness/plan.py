@@ -67,7 +67,7 @@ def plan(request: Request) -> list[RunSpec]:
     hp = hyperparams({**preset["hp"], **values.pop("hp", {})}, errors)
     chosen = preset["dataset"] if request.dataset is None else request.dataset
     dataset = find_dataset(chosen, {**preset["data"], **values.pop("data", {})}, errors)
-    locations["sources"] = find_sources(request.sources, dataset, errors, own_rows(chosen))
+    locations["sources"] = find_sources(request.sources, dataset, errors, data.own_rows(chosen))
     seeds = find_seeds(preset["seeds"] if request.seeds is None else request.seeds, errors)
     names = preset["methods"] if request.methods is None else request.methods
     plugins = find_plugins(request.plugins, errors)
@@ -298,16 +298,10 @@ def find_dataset(name: str, overrides: dict, errors: list[str]) -> dict | None:
         return None
 
 
-def own_rows(name: str) -> Path | None:
-    """The file of rows that a dataset's name is."""
-    path = Path(os.path.expanduser(name))
-    return path if data.is_rows(path) else None
-
-
 def find_sources(
     texts: list[str], dataset: dict | None, errors: list[str], own: Path | None = None
 ) -> dict[str, str]:
-    """Part of the dataset -> where its rows lie: in a file of one's own, as `NAME=PATH` says, or as its spec
+    """Part of the dataset -> where its rows lie: in rows of one's own, as `NAME=PATH` says, or as its spec
     does (from here or from the project's folder); the rest come from the hub."""
     parts = {part["name"]: part for part in dataset["parts"]} if dataset else {}
     found, missing = {}, set()

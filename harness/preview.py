@@ -48,7 +48,7 @@ def look(name: str, model: str, sources: list[str], settings: list[str], rows: i
     hp = plan.hyperparams(values.pop("hp", {}), errors)
     dataset = plan.find_dataset(name, values.pop("data", {}), errors)
     errors += [f"--set {group}.…: only hp and data have values here" for group in values]
-    locations = plan.find_sources(sources, dataset, errors, plan.own_rows(name)) if dataset else {}
+    locations = plan.find_sources(sources, dataset, errors, data.own_rows(name)) if dataset else {}
     tokenizer = find_tokenizer(model, errors)
     if errors:
         raise plan.BadRequest(errors)

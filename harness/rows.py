@@ -50,7 +50,7 @@ def read(path: Path, split: str):
     if saved(path):
         yield from saved_to_disk(path, split)
     elif path.is_dir():
-        if not any(labelled(path)) or any((path / name).is_file() for name in MODEL):
+        if not labelled(path) or any((path / name).is_file() for name in MODEL):
             raise DataError(f"{path} holds no rows ({KINDS}) and is not from save_to_disk: {contents(path)}")
         for file in chosen(path, split):
             yield from rows_of_file(file)

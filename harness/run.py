@@ -31,7 +31,7 @@ from harness.rows import DataError
 from harness.spec import RunSpec
 from harness.store import EVENTS, MODEL, OUTPUTS, RECORD, append, save
 from harness.study import study
-from harness.template import Row, Template, rows_hash
+from harness.template import COUNTED, Row, Template, rows_hash
 
 SPEC, RESULT = "spec.json", "result.json"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # of OpenMP's threads
@@ -183,10 +183,11 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         for split in data.SPLITS:
             record.hashes[split] = rows_hash(rows[split])
             if spec.dataset[split] and not rows[split]:
-                why = {what: read.left_out.get(f"{split}_{what}", 0) for what in ("too_long", "refused")}
+                why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
                 raise DataError(
                     f"no {split} row is left: {why['too_long']} prompts fill "
                     f"hp.max_length={hp.max_length} tokens, {why['refused']} the chat template refuses"
+                    + (f", {why['answered']} are answered in training" if why["answered"] else "")
                 )
         record.tokens = {
             "left_out": {what: count for what, count in read.left_out.items() if count},

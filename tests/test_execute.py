@@ -168,3 +168,19 @@ def test_a_model_that_learned_the_references_prefers_them(rows, files, tmp_path)
     assert len(margins) == 8 and min(margins) > 1
     assert after.scores["preference_accuracy"]["value"] == 1.0
     assert after.scores["perplexity"]["value"] < before.scores["perplexity"]["value"] / 2
+
+
+def test_a_prompt_that_was_learned_and_scored_is_in_the_record(files, tmp_path, monkeypatch):
+    found = finished(files, tmp_path / "clean", "full")
+    assert found.tokens["answered"] == {"test": 0, "validation": 0}
+    assert found.tokens["splits"] == {"train": 32, "validation": 4, "test": 8}
+    token_rows = run.cache.token_rows
+
+    def leaking(*asked):
+        read = token_rows(*asked)
+        read.rows["train"][:3] = read.rows["test"][:3]
+        return read
+
+    monkeypatch.setattr(run.cache, "token_rows", leaking)
+    found = finished(files, tmp_path / "leaking", "full")
+    assert found.tokens["answered"] == {"test": 3, "validation": 0}

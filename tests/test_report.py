@@ -256,6 +256,19 @@ def test_the_certificate_names_the_arithmetic_of_each_row():
     assert certified(*records)["Arithmetic of the scoring, as measured"][0] is True
 
 
+def test_the_certificate_says_whether_a_test_prompt_was_answered_in_training():
+    what = "No test prompt was answered in training"
+    records = [fabricate.record(method) for method in ("base", "qlora", "galore")]
+    assert certified(*records)[what] == (None, "not recorded")
+    for record in records[1:]:
+        record.tokens |= {"answered": {"test": 0, "validation": 0}, "splits": {"test": 5934}}
+    fine, details = certified(*records)[what]
+    assert fine and details.startswith("0 of 5934") and "not recorded for Base" in details
+    records[2].tokens["answered"] = {"test": 27, "validation": 0}
+    fine, details = certified(*records)[what]
+    assert fine is False and "27 test prompts were, in GaLore (seed 0)" in details
+
+
 def test_rejected_answers_come_from_one_untouched_model():
     a, b, c = (reading(m, ["a"], ["b"], 1, 1, 1, before=x)
                for m, x in (("qlora", "aa"), ("galore", "aa"), ("full", None)))  # fmt: skip

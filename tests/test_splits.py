@@ -488,6 +488,22 @@ def test_what_save_to_disk_holds_out_is_held_out(missing, tmp_path):
         assert set(prompts(found.rows[split])) <= set(texts["train" if split == missing else split])
 
 
+def test_a_folder_is_a_dataset_of_its_own(tmp_path, monkeypatch):
+    train, test = sentences(60), sentences(25, seed=1)
+    written(tmp_path / "mine", map(row, train), "train.jsonl")
+    written(tmp_path / "mine", map(row, test), "test.jsonl")
+    written(tmp_path / "demo", map(row, test), "train.jsonl")
+    monkeypatch.chdir(tmp_path / "mine")
+    for name in ("../mine", ".", str(tmp_path / "mine"), "../mine/"):
+        spec = data.load_spec(name, {"train": 50, "validation": 5, "test": 20})
+        (place,) = plan.find_sources([], spec, [], data.own_rows(name)).values()
+        found = splits(spec, {"mine": place})
+        assert set(prompts(found.rows["test"])) <= set(test)
+        assert set(prompts(found.rows["train"])) <= set(train)
+    monkeypatch.chdir(tmp_path)
+    assert data.own_rows("demo") is None and data.own_rows("./demo")  # a spec's name is the spec's
+
+
 def test_too_small_a_test_file_is_named(tmp_path):
     written(tmp_path, map(row, sentences(60)), "train.jsonl")
     written(tmp_path, map(row, sentences(12, seed=1)), "test.jsonl")

@@ -282,6 +282,10 @@ def setup(comparison: Comparison) -> list[b.Block]:
         rows.append([f"Part {part.get('name')}", "; ".join(dict.fromkeys(filter(None, said)))])
     sizes = {split: dataset.get(split) for split in ("train", "validation", "test")}
     rows.append(["Rows of each part", ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)])
+    origins = next((r.tokens["origins"] for r in comparison.records if "origins" in r.tokens), {})
+    own = {part: found for part, found in origins.items() if len(set(found.values())) > 1}
+    if told := [f"{part}: {s} from its {own[part][s]}" for part in own for s in sizes if s in own[part]]:
+        rows.append(["Splits of the source", ", ".join(told)])
     if left_out := next((r.tokens["left_out"] for r in comparison.records if "left_out" in r.tokens), {}):
         rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
     unused = next((r.tokens["unused"] for r in comparison.records if "unused" in r.tokens), {})
