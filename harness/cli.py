@@ -178,8 +178,10 @@ def parser(command: str) -> argparse.ArgumentParser:
     if command == "data":
         add("name", metavar="NAME|FILE", nargs="?",
             help="a spec (see: list datasets) or a file of rows; none: the fields of all specs")  # fmt: skip
-        add("--model", action=Once, metavar="ID|DIR", default="demo/model",
-            help="whose tokenizer; the demo's by default")  # fmt: skip
+        add("--preset", action=Once, metavar="NAME|FILE",
+            help="whose dataset, model and options, where none is named")  # fmt: skip
+        add("--model", action=Once, metavar="ID|DIR",
+            help="whose tokenizer; the preset's or the demo's by default")  # fmt: skip
         add("--source", metavar="NAME=PATH", nargs="+", action="extend", default=[],
             help="a local copy in place of the hub, for a part of the dataset")  # fmt: skip
         add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="data.NAME or hp.NAME")
@@ -347,9 +349,22 @@ def plan(options, arguments: list[str]) -> int:
         "hyperparameters: "
         + ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
     )
+    for part, columns in unused(spec).items():
+        print(f"not used of {part}: {', '.join(columns)}")
     for row in rows:
         print(f"  {row['state']:12} {row['run']}")
     return OK
+
+
+def unused(spec) -> dict[str, list[str]]:
+    """Part -> its columns that no row is made of, where all parts lie on this machine."""
+    from harness import cache
+
+    sources = spec.locations["sources"]
+    if len(sources) < len(spec.dataset["parts"]):
+        return {}
+    found = cache.splits(spec.dataset, sources).unused
+    return {part: columns for part, columns in found.items() if columns}
 
 
 def describe_data(dataset: dict) -> str:
@@ -413,10 +428,12 @@ def look(options, arguments: list[str]) -> int:
     from harness.rows import DataError
 
     try:
-        if options.name is None:
+        if options.name is None and options.preset is None:
             print(json.dumps(preview.mappings()) if options.json else preview.mappings())
             return OK
-        found = preview.look(options.name, options.model, options.source, options.set, options.rows)
+        found = preview.look(
+            options.name, options.model, options.source, options.set, options.rows, options.preset
+        )
     except (BadRequest, DataError) as error:
         for line in str(error).splitlines():
             complain(line)

@@ -14,7 +14,7 @@ from harness import ROOT
 from harness.errors import absent, misfit, misfits, read_toml, shown, unknown
 from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
 from harness.leaks import Held, digest, normalised, prompt
-from harness.metrics import REWARDS
+from harness.metrics import LANGUAGES, REWARDS
 from harness.rows import KINDS, USUAL, DataError, holds, is_rows, labelled, rows_of_dataset, rows_of_file
 
 FOLDER = ROOT / "datasets_spec"
@@ -105,6 +105,7 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
         ("template", ("auto", "chat", "instruction")),
         ("loss", ("all", "last")),
         ("reward", REWARDS),
+        ("language", LANGUAGES.split()),
     ):
         if spec[key] not in choices:
             errors.append(unknown(key, spec[key], choices))

@@ -319,6 +319,8 @@ def find_sources(
             missing.add(name)
         elif found.setdefault(name, str(path.resolve())) != str(path.resolve()):
             errors.append(f"--source {name}: has two places, {found[name]} and {shown(path)}")
+        elif dataset and (reason := unreadable(parts[name], found[name])):
+            errors.append(f"--source {name}: {reason}")
     for name, part in parts.items():
         if name in found or name in missing:
             continue
@@ -332,6 +334,14 @@ def find_sources(
         elif reason := unreachable_dataset(part["hub"]):
             errors.append(f"dataset {part['hub']}: {reason} with --source {name}=PATH")
     return found
+
+
+def unreadable(part: dict, path: str) -> str | None:
+    """Why a part's first row cannot be had: what is no data at all is named beside all other errors."""
+    try:
+        next(data.rows_of_part(part, path, part["split"], {}))
+    except data.DataError as error:
+        return str(error)
 
 
 def unreachable_dataset(name: str) -> str | None:

@@ -15,16 +15,18 @@ from rich.text import Text
 from harness import cache, data, plan
 from harness.batches import height, order, pack
 from harness.errors import brief
-from harness.formats import FORMATS
-from harness.report.text import plain, shorten
+from harness.formats import FORMATS, required
+from harness.report.text import listed, plain, shorten
 from harness.spec import Hyperparams
 from harness.study import marked, pieces, study, tokens_of
 from harness.template import COUNTED, Row, Template, rows_hash
 
+SAID = ("name", "licence", "format", "mapping")  # of a part
 BINS = 12  # of the histogram, at most
 WIDTHS = [digit * 10**zeros for zeros in range(9) for digit in (1, 2, 5)]  # of a bin
 BAR = 40  # characters of its longest bar
 EXAMPLES = 3  # of the refused rows
+DEMO = "demo/model"  # whose tokenizer is taken, unless another is named
 ROWS = 3  # shown, unless more are asked for
 LONGEST = 4000  # characters shown of a row
 TURNS = "system, Instruction and Response, turn by turn"
@@ -41,12 +43,25 @@ COLOURS = {  # learned, special -> the style of a piece
 }  # fmt: skip
 
 
-def look(name: str, model: str, sources: list[str], settings: list[str], rows: int = ROWS) -> dict:
-    """Raises plan.BadRequest with everything that is wrong, DataError for rows that cannot be used."""
+def look(
+    name: str | None = None,
+    model: str | None = None,
+    sources: list[str] = (),
+    settings: list[str] = (),
+    rows: int = ROWS,
+    preset: str | None = None,
+) -> dict:
+    """What is not said is as the preset has it; without one, the model is the demo's.
+
+    Raises plan.BadRequest with everything that is wrong, DataError for rows that cannot be used.
+    """
     errors: list[str] = []
+    said = plan.PRESET if preset is None else plan.load_preset(preset, errors)
+    name = said["dataset"] if name is None else name
+    model = (said["model"] or DEMO) if model is None else model
     values = plan.settings(settings, errors)
-    hp = plan.hyperparams(values.pop("hp", {}), errors)
-    dataset = plan.find_dataset(name, values.pop("data", {}), errors)
+    hp = plan.hyperparams({**said["hp"], **values.pop("hp", {})}, errors)
+    dataset = plan.find_dataset(name, {**said["data"], **values.pop("data", {})}, errors)
     errors += [f"--set {group}.…: only hp and data have values here" for group in values]
     locations = plan.find_sources(sources, dataset, errors, data.own_rows(name)) if dataset else {}
     tokenizer = find_tokenizer(model, errors)
@@ -54,16 +69,18 @@ def look(name: str, model: str, sources: list[str], settings: list[str], rows: i
         raise plan.BadRequest(errors)
     template = Template(tokenizer, dataset["template"], dataset.get("loss", "all"))
     read = cache.token_rows(dataset, locations, template, hp.max_length)
+    made = read.rows["train"]
     found = {
         "dataset": dataset["name"],
         "title": dataset["title"],
         "model": model,
-        "template": template.kind if any(row.prompt for row in read.rows["train"]) else "none",
+        "template": "none" if made and not any(row.prompt for row in made) else template.kind,
         "loss": template.loss,
         "max_length": hp.max_length,
-        "parts": [{key: part[key] for key in ("name", "licence", "mapping")} for part in dataset["parts"]],
+        "parts": [{key: part[key] for key in SAID} for part in dataset["parts"]],
         "left_out": {what: n for what, n in read.left_out.items() if not what.startswith(data.SPLITS)},
         "refused": read.refused,
+        "unused": read.unused,
         "revisions": read.revisions,
         "splits": {},
         "study": study(tokenizer, read.sample, template.loss),
@@ -103,6 +120,7 @@ def mappings() -> str:
 def find_tokenizer(model: str, errors: list[str]):
     from transformers import AutoTokenizer
 
+    model = model.removeprefix("random:")
     folder, reason = plan.local_model(model)
     if reason := reason or (plan.unreachable_model(model) if folder is None else None):
         errors.append(f"model {brief(model)}: {reason}")
@@ -146,7 +164,7 @@ def padding(rows: list[Row], hp: Hyperparams) -> dict[str, float]:
             read["apart"] += len(chosen) * max(row.length for row in chosen)
             packed = pack(chosen, hp.max_length)
             read["packed"] += len(packed) * height(packed)
-    return {way: 1 - total / slots for way, slots in read.items()}
+    return {way: 1 - total / slots for way, slots in read.items()} if total else {}
 
 
 def spread_out(rows: list[Row], count: int) -> list[Row]:
@@ -161,7 +179,8 @@ def spread_out(rows: list[Row], count: int) -> list[Row]:
 def shown(tokenizer, row: Row) -> dict:
     ids, learned = tokens_of(row)
     return {"id": row.id, "tokens": row.length, "learned": sum(learned), "cut": row.cut,
-            "pieces": pieces(tokenizer, ids, learned)}  # fmt: skip
+            "pieces": pieces(tokenizer, ids, learned),
+            "rejected": tokenizer.decode(row.rejected_ids) if row.rejected_ids else None}  # fmt: skip
 
 
 # As text
@@ -178,17 +197,22 @@ def show(found: dict, console: Console) -> None:
     say(console, f"{form}; loss on {answers}; rows of at most {found['max_length']} tokens")
     for part in found["parts"]:
         licence = f" ({part['licence']})" if part["licence"] else ""
-        say(console, f"{part['name']}{licence}: {part['mapping'] or 'mapping not said'}")
+        fields = f"read as {part['format']}, of {', '.join(required(part['format']))}"
+        say(console, f"{part['name']}{licence}: {part['mapping'] or fields}")
     console.print()
     console.print(table_of(found["splits"]))
     notes = [f"{split}: {counts[what]} {meaning}" for split, counts in found["splits"].items()
              for what, meaning in COUNTED.items() if counts[what]]  # fmt: skip
     notes += [f"not read: {n} {what.replace('_', ' ')}" for what, n in found["left_out"].items() if n]
     notes += [f"    such as {r['part']}, row {r['row']}: {r['reason']}" for r in found["refused"][:EXAMPLES]]
+    notes += [f"not used of {part}: {listed(names)}" for part, names in found["unused"].items() if names]
     for note in notes:
         say(console, "  " + note)
+    if not found["splits"]["train"]["rows"]:
+        say(console, "\nNo training row is left: raise hp.max_length, or read what was left out above.")
+        return
     heading(console, "Lengths of the training rows, in tokens")
-    most = max((count for *_, count in found["histogram"]), default=1)
+    most = max(count for *_, count in found["histogram"])
     for start, stop, count in found["histogram"]:
         bar = "█" * round(BAR * count / most) or "▏" * (count > 0)
         end = "  ← max_length" if start <= found["max_length"] <= stop else ""
@@ -204,6 +228,8 @@ def show(found: dict, console: Console) -> None:
             Text(f"{row['id']}: {row['tokens']} tokens, {row['learned']} learned{cut}"), align="left"
         )
         console.print(painted(row["pieces"], console))
+        if row["rejected"]:
+            say(console, f"worse answer: {shorten(row['rejected'], LONGEST)}", "red")
     if found["study"]:
         show_study(found["study"], console)
 

@@ -242,8 +242,8 @@ def test_a_call_and_its_result_are_turns(row):
         ({"messages": [{"role": "user", "content": [
             {"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "x"}}]},
             {"role": "assistant", "content": "A cat."}]}, "not text alone"),
-        ({"prompt": [{"role": "user", "content": [{"text": "What is it?", "image": "x"}]}], "completion": "A cat."},
-         "not text alone"),
+        ({"prompt": [{"role": "user", "content": [{"text": "What is it?", "image": "x"}]}],
+          "completion": "A cat."}, "not text alone"),
         ({"messages": [{"role": "user", "content": "What is it?", "images": ["x"]},
                        {"role": "assistant", "content": "A cat."}]}, "not text alone"),
         ({"question": "a", "answer": "b", None: ["c"]}, "more cells than columns"),
@@ -327,6 +327,20 @@ def test_the_format_of_a_file_is_seen_in_its_columns(row, tmp_path):
     path.write_text(json.dumps(row))
     part = data.load_spec(str(path), {})["parts"][0]
     assert formats.read(row, part)
+
+
+def test_a_file_whose_name_no_record_could_hold_is_refused(tmp_path):
+    path = tmp_path / "half \udcff.jsonl"
+    path.write_text(json.dumps(SAME["openai"]))
+    with pytest.raises(DataError, match="rename it"):
+        data.load_spec(str(path), {})
+
+
+def test_a_field_that_its_format_does_not_have_is_named(tmp_path):
+    spec = tmp_path / "own.toml"
+    spec.write_text('[part]\nname = "own"\npath = "x"\nformat = "question"\nfields = {anser = "Antwort"}\n')
+    with pytest.raises(DataError, match="'anser': did you mean answer"):
+        data.load_spec(str(spec), {})
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,79 @@ def test_on_a_terminal_it_is_coloured_and_nothing_hidden_acts(sources, tmp_path)
     assert not UNSEEN.search(own.replace("\r", "")) and not UNSEEN.search(drawn[False])
 
 
+def own(folder, rows, name="own.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(folder / name)
+
+
+def test_every_column_that_is_not_used_is_named(tmp_path, capsys):
+    rows = [{**row, "topic": "numbers", "score": i} for i, row in enumerate(instructions())]
+    path = own(tmp_path, rows)
+    _, text, _ = looked(capsys, path, "--set", *COUNTS)
+    assert "not used of own: score and topic" in text
+    _, out, _ = looked(capsys, path, "--set", *COUNTS, "--json")
+    assert json.loads(out)["unused"] == {"own": ["score", "topic"]}
+    arguments = ["--dataset", path, "--model", "demo/model", "--methods", "lora", "--set", *COUNTS]
+    assert cli.main(["plan", *arguments, "--results", str(tmp_path / "results")]) == 0
+    assert "not used of own: score, topic" in capsys.readouterr().out
+
+
+def test_a_pairs_worse_answer_is_shown(tmp_path, capsys):
+    rows = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": f"no {i}, never"}
+            for i, row in enumerate(instructions())]  # fmt: skip
+    _, text, _ = looked(capsys, own(tmp_path, rows), "--set", *COUNTS)
+    assert re.search(r"worse answer: no \d+, never<end_of_turn>", text)
+
+
+def test_a_preset_brings_its_dataset_model_and_options(sources, capsys):
+    status, out, _ = looked(capsys, "--preset", "demo", "--rows", "0", "--json")
+    found = json.loads(out)
+    assert (status, found["dataset"], found["max_length"], found["rows"]) == (0, "demo", 256, [])
+    _, out, _ = looked(capsys, "tulu", "--preset", "demo", "--source", sources["tulu"],
+                       "--set", *COUNTS, "hp.max_length=64", "--json")  # fmt: skip
+    found = json.loads(out)
+    assert (found["dataset"], found["max_length"]) == ("tulu", 64)
+
+
+def test_where_no_row_is_left_it_says_so(capsys):
+    status, text, _ = looked(capsys, "demo", "--set", "hp.max_length=8")
+    assert status == 0
+    assert "960 left out: the prompt fills max_length" in text and "No training row is left" in text
+    assert "the model's chat template" in text
+
+
+def test_fewer_rows_than_a_step_need_no_padding(tmp_path, capsys):
+    counts = ["data.train=3", "data.validation=0", "data.test=1", "hp.batch_size=16"]
+    status, _, _ = looked(capsys, own(tmp_path, instructions()), "--set", *counts)
+    assert status == 0
+
+
+def test_a_wrong_source_is_named_for_what_it_is(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "pictures" / name).write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("a")
+    wrong = {"alpaca": "pictures", "tulu": str(ROOT / "demo/model"), "ultrachat": "notes.txt"}
+    status, _, errors = looked(capsys, "demo", "--source", *(f"{n}={tmp_path / p}" for n, p in wrong.items()))
+    assert status == 2
+    for name, said in {"alpaca": "it has 2 .jpg", "tulu": "it is a model's folder",
+                       "ultrachat": "cannot read a .txt file"}.items():  # fmt: skip
+        assert re.search(rf"--source {name}: .*{said}", errors)
+    _, _, errors = looked(capsys, "demo", "--source", f"alpaca={ROOT / 'demo/data/tulu.jsonl'}")
+    assert "These are columns of format 'messages'" in errors
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["alpacca"], "alpaca"),
+    (["README.md"], "README.md is no dataset"),
+    (["tests"], "tests is a folder"),
+    (["demo", "--rows", "-1"], "--rows"),
+    (["demo", "--model", "./gone"], "./gone: neither a folder nor a hub id"),
+    (["demo", "--preset", "dem"], "demo"),
+    (["demo", "--set", "data.language=klingon"], "unknown language 'klingon'"),
+    (["demo", "--set", "data.language=[1]"], "data.language"),
+    (["demo", "--set", "data.reward=[1]"], "data.reward"),
+    (["demo", "--set", "data.template={a=1}"], "data.template"),
     (["demo", "--model", "no/such"], "no/such"),
     (["demo", "--set", "hp.max_lenght=3"], "max_length"),
     (["demo", "--set", "lora.rank=3"], "lora"),
