@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import re
+import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 CELL_CHARACTERS = 2**24  # of a .csv; Python's own limit, 131,072, is less than some real answers
@@ -116,8 +118,9 @@ def contents(folder: Path) -> str:
 def foreign(path: Path) -> str:
     """Where a text stops being UTF-8, and how it is made so."""
     convert = f"Convert it: iconv -f {{}} -t UTF-8 {path.name} > utf8-{path.name}"
-    with opened(path) as file:
-        for number, line in enumerate(file, 1):
+    lines = opened(path)
+    with suppress(OSError, EOFError, zlib.error), lines:  # of a .gz that is broken itself
+        for number, line in enumerate(lines, 1):
             if number == 1 and line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
                 return f"{path} is UTF-16, not UTF-8. {convert.format('UTF-16')}"
             try:
@@ -125,6 +128,7 @@ def foreign(path: Path) -> str:
             except UnicodeDecodeError as error:
                 byte = f"byte {error.start + 1} (0x{line[error.start]:02X}) is not UTF-8"
                 return f"{path}, line {number}: {byte}. If it is Latin-1: {convert.format('LATIN1')}"
+    return f"{path}: not UTF-8"
 
 
 # A reader for each kind
