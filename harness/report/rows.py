@@ -15,6 +15,7 @@ from harness.store import Store
 
 UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"
 GIB = 2**30
+TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 STATUS = {
     "oom_gpu": "out of GPU memory",
     "oom_host": "out of host memory",
@@ -287,18 +288,18 @@ def watt_hours(record: RunRecord) -> float | None:
 
 def read_outputs(comparison: Comparison, store: Store) -> None:
     """Gives the rows their test statistics. A run on other test rows stays without, with a warning."""
-    ids = None
+    tested = None
     for row in comparison.rows:
         found = []
         for record in row.done:
             outputs = store.outputs(record)
-            these = [o.get("id") for o in outputs]
+            these = [[o.get(name) for name in TEST_ROW] for o in outputs]
             if not outputs:
                 comparison.warnings.append(f"{row.label} (seed {record.spec.seed}): no test outputs")
                 continue
-            if ids is None:
-                ids, comparison.parts = these, [str(o.get("part") or "") for o in outputs]
-            if these != ids:
+            if tested is None:
+                tested, comparison.parts = these, [str(o.get("part") or "") for o in outputs]
+            if these != tested:
                 comparison.warnings.append(
                     f"{row.label} (seed {record.spec.seed}) was tested on other rows than the others"
                 )
