@@ -95,8 +95,10 @@ def test_again_reuses_what_is_ok_and_tries_the_rest_again(home):
         "diverging-3": "will run",
     }  # fmt: skip
     assert (folder / "results").stat().st_mtime_ns == before, "a plan creates nothing"
-    again = bench("--methods", "bitfit", "--seeds", 0, 1, "--plugins", "bitfit.py", *SMALL, cwd=folder)
-    assert again.returncode == 0 and "3 of 3 cached" in again.stdout
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    arguments = ["--methods", "bitfit", "--seeds", 0, 1, "--plugins", "bitfit.py", *SMALL]
+    again = bench(*arguments, cwd=folder, env=ascii_alone)  # the table has letters that this locale lacks
+    assert again.returncode == 0 and "3 of 3 cached" in again.stdout, again.stderr
     assert kept == {p: p.stat().st_mtime_ns for p in folder.glob("results/bitfit*/record.json")}
 
 

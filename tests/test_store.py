@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from harness import bench
 from harness.record import RunRecord
 from harness.store import MODEL, OUTPUTS, RECORD, Store, append, save
 
+ROOT = Path(__file__).parents[1]
 SAVED = 4096  # bytes
 ROWS = 9
 
@@ -242,6 +244,26 @@ def test_many_may_write_one_file_at_once(tmp_path):
         list(pool.map(lambda text: [save(tmp_path / "report.md", text) for _ in range(20)], texts))
     assert (tmp_path / "report.md").read_text() in texts
     assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.parametrize("locale", [{}, ASCII])
+def test_what_a_record_says_is_shown_and_never_obeyed_by_a_terminal(locale, tmp_path):
+    evil = "\x1b]0;owned\x07 \x9b2J \ud800 \u202e é"
+    found = fabricate.record("lora", status="failed", error=evil, model=evil)
+    (tmp_path / found.spec.folder).mkdir()
+    save(tmp_path / found.spec.folder / RECORD, found.to_json())
+    (tmp_path / f"{evil.partition(' ')[0]}-s0-0123456789ab").mkdir()  # no record in it: named
+    command = [sys.executable, str(ROOT / "run_bench.py"), "list", "results", "--results", str(tmp_path)]
+    done = subprocess.run(
+        command, env={**os.environ, **locale}, capture_output=True, cwd=tmp_path, check=True
+    )
+    shown = (done.stdout + done.stderr).decode("ascii" if locale else "utf-8")
+    assert not set("\x1b\x07\x9b\u202e") & set(shown)
+    assert "U+001B" in done.stdout.decode("ascii", "replace") and b"U+001B" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_a_lone_surrogate_costs_no_record(tmp_path):
