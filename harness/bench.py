@@ -80,15 +80,14 @@ def bench(
     tried = False
     for number, spec in enumerate(specs, 1):
         earlier = None if force else store.find(spec)
-        before = next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None)
-        cached = bool(earlier and earlier.ok and not lacks(earlier, before, store))
+        cached = bool(earlier and earlier.ok and not lacks(earlier, specs, store))
         if cached:
             record = replace(earlier, spec=spec)
         else:
             if not tried:
                 try_imports(specs[number - 1 :])
                 tried = True
-            if before:
+            if before := next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None):
                 spec.locations["before"] = str(store.path(before))
             progress.start(spec, number, len(specs))
             record = run(spec, store, command, progress, limit)
@@ -96,12 +95,12 @@ def bench(
         yield Done(record, cached)
 
 
-def lacks(record: RunRecord, before: RunSpec | None, store: Store) -> bool:
-    """A run that found no answers of the untouched model, which are there now."""
-    if record.hashes.get("before", "") is not None or not before or untouched(record.spec):
+def lacks(record: RunRecord, specs: list[RunSpec], store: Store) -> bool:
+    """A run that found no answers of the untouched model, where there are some now."""
+    if record.hashes.get("before", "") is not None:
         return False
-    found = store.find(before)
-    return bool(found and found.ok)
+    bases = (s for s in specs if untouched(s) and s.evaluation == record.spec.evaluation)
+    return any((found := store.find(base)) and found.ok for base in bases)
 
 
 def untouched(spec: RunSpec) -> bool:

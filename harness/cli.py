@@ -321,7 +321,7 @@ def run(options, arguments: list[str]) -> int:
 def plan(options, arguments: list[str]) -> int:
     from dataclasses import replace
 
-    from harness.bench import stale
+    from harness.bench import lacks, stale
     from harness.store import Store
 
     specs = planned(options)
@@ -337,6 +337,8 @@ def plan(options, arguments: list[str]) -> int:
             if earlier is None or options.force
             else f"will run again ({earlier.status})"
             if not earlier.ok
+            else "will run again (the untouched model has answers now)"
+            if lacks(earlier, specs, store)
             else "cached" + changed * stale(replace(earlier, spec=spec))
         )
         rows.append({"run": spec.folder, "method": spec.method, "seed": spec.seed, "state": state})

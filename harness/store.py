@@ -91,7 +91,7 @@ class Store:
     def text(self, name: str, file: str) -> str:
         """Of a run's file that lies in the store: no link leads out of it, and no pipe keeps us waiting."""
         path = self.folder / name / file
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
             raise ValueError(f"{file} is a link out of {self.folder}")
         if not path.is_file():
             raise ValueError(f"{file} is " + ("not a file" if path.exists() else "missing"))

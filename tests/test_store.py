@@ -45,6 +45,11 @@ def out_of_the_store(path: Path) -> None:
     path.symlink_to(moved)
 
 
+def to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -90,6 +95,7 @@ FAULTS = {  # what is done to a run -> what is said of it
     "a pipe": (lambda run: pipe(run / RECORD), "record.json is not a file"),
     "outputs are a pipe": (lambda run: pipe(run / OUTPUTS), "outputs.jsonl is not a file"),
     "a link out": (lambda run: out_of_the_store(run / RECORD), "record.json is a link out of"),
+    "a link to itself": (lambda run: to_itself(run / RECORD), "record.json is missing"),
     "outputs link out": (lambda run: out_of_the_store(run / OUTPUTS), "outputs.jsonl is a link out of"),
     "all of it links out": (out_of_the_store, "record.json is a link out of"),
     "no outputs": (lambda run: (run / OUTPUTS).unlink(), "outputs.jsonl is missing"),
