@@ -85,7 +85,7 @@ class Study(TypedDict):
 
 class Point(TypedDict, total=False):
     step: Required[Count]
-    loss: float | None
+    loss: Annotated[float, (-1e100, 1e100)] | None  # far beyond fp32; no plot has an axis beyond 1e300
 
 
 class Score(TypedDict, total=False):
@@ -103,7 +103,7 @@ class Output(TypedDict, total=False):
     output: Required[str]
     stopped: Required[bool]
     tokens: Required[Count]  # of the reference, end mark included
-    nll: Required[Annotated[float, (-1.0, 1e18)] | None]  # of them all; rounding can leave it below 0
+    nll: Required[Annotated[float, (-1.0, 1e300)] | None]  # of them all; rounding can leave it below 0
     correct: Required[Count]
     bleu: Required[tuple[(Count,) * 10]]
     rouge_l: Required[Share]

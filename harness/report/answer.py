@@ -69,7 +69,7 @@ def worse(comparison: Comparison, sample: Bootstrap | None) -> list[str]:
     found = []
     for row in comparison.trained:
         said = []
-        before, values = (r.values(lambda r: perplexity(comparison, r)) for r in (base, row))
+        before, values = base.values(perplexity), row.values(perplexity)
         if before and values and max(values) > FAR * max(before):
             most = number(max(values)) if max(values) < inf else "too large to write"
             said.append(f"perplexity {most} against {number(max(before))}")
@@ -83,11 +83,11 @@ def worse(comparison: Comparison, sample: Bootstrap | None) -> list[str]:
     return [f"Worse than the untouched model by far: {listed(found)}."] if found else []
 
 
-def perplexity(comparison: Comparison, record: RunRecord) -> float | None:
-    """Infinite where it is known and null: no float holds it."""
+def perplexity(record: RunRecord) -> float | None:
+    """Infinite where it was measured and is null: no float holds it."""
     if "perplexity" not in record.scores:
         return None
-    value = comparison.score(record, "perplexity")
+    value = record.scores["perplexity"]["value"]
     return inf if value is None else value
 
 
