@@ -319,7 +319,7 @@ def find_sources(
             missing.add(name)
         elif found.setdefault(name, str(path.resolve())) != str(path.resolve()):
             errors.append(f"--source {name}: has two places, {found[name]} and {shown(path)}")
-        elif dataset and (reason := unreadable(parts[name], found[name])):
+        elif dataset and (reason := no_rows(parts[name], found[name])):
             errors.append(f"--source {name}: {reason}")
     for name, part in parts.items():
         if name in found or name in missing:
@@ -336,7 +336,7 @@ def find_sources(
     return found
 
 
-def unreadable(part: dict, path: str) -> str | None:
+def no_rows(part: dict, path: str) -> str | None:
     """Why a part's first row cannot be had: what is no data at all is named beside all other errors."""
     try:
         next(data.rows_of_part(part, path, part["split"], {}))
