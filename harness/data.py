@@ -152,6 +152,8 @@ def read_spec(name: str, path: Path) -> dict:
         if os.path.isdir(path):
             raise DataError(f"dataset {shown(name)} is a folder: name a spec, and --source PART=FOLDER")
         known = unknown("dataset", name, available())
+        if os.path.exists(path):
+            known = f"{shown(name)} is no dataset. Available: {', '.join(available())}"
         raise DataError(f"{known}, or a .toml or {KINDS} file")
     if reason := absent(path, "file"):
         raise DataError(f"dataset: {reason}")
