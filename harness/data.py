@@ -11,7 +11,7 @@ from itertools import repeat
 from pathlib import Path
 
 from harness import ROOT
-from harness.errors import absent, misfit, misfits, read_toml, shown, unknown
+from harness.errors import absent, misfit, misfits, read_toml, shown, unknown, writable
 from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
 from harness.leaks import Held, digest, normalised, prompt
 from harness.metrics import LANGUAGES, REWARDS
@@ -64,6 +64,8 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
     if path := own_rows(name):
         if reason := absent(path):
             raise DataError(f"dataset: {reason}")
+        if not writable(path.name):
+            raise DataError(f"dataset {shown(path)}: its name is not UTF-8, as a record's must be: rename it")
         part = {"name": path.stem, "title": path.stem, "path": path.name, "format": format_of(path)}
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
