@@ -233,17 +233,19 @@ def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
 def sources(part: dict, location: str | None) -> dict[str, list[str]]:
     """Split of a part's source -> which of our splits come from it.
 
-    What the source has of its own, under the name that the spec gives or a usual one, is taken from there;
-    what it lacks is cut from the training rows.
+    What the source holds out itself, under the name that the spec gives or a usual one, is taken from there;
+    what it lacks is cut from the training rows. A folder without training rows is one source for all.
     """
-    said = {split: part["split" if split == "train" else f"{split}_split"] for split in SPLITS}
+    own = {"train": part["split"], **{s: part[f"{s}_split"] for s in SPLITS if s != "train"}}
     if location:
-        path, own = Path(location), {}
-        for split, name in said.items():
-            own[split] = next((n for n in (name, *USUAL[split]) if n and holds(path, n)), "")
-        said = own if own["train"] or holds(path) else {}
-    train = said.get("train") or part["split"]
-    names = {split: said.get(split) or train for split in SPLITS}
+        path = Path(location)
+        own = {s: next((n for n in (own[s], *USUAL[s]) if n and holds(path, n)), "") for s in SPLITS}
+        own = own if own["train"] or holds(path) else {}
+    else:
+        offered = from_hub(part["hub"], part["config"], part["split"], part["revision"]).info.splits or {}
+        own = {s: own[s] or next((n for n in USUAL[s] if n in offered), "") for s in SPLITS}
+    train = own.get("train") or part["split"]
+    names = {split: own.get(split) or train for split in SPLITS}
     return {name: [s for s in SPLITS if names[s] == name] for name in dict.fromkeys(names.values())}
 
 

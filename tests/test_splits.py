@@ -567,6 +567,22 @@ def test_the_commit_that_was_read_is_told(on_the_hub):
     assert data.hub_identity({**PART, **part})[0][0] == on_the_hub.commit
 
 
+def test_what_the_hub_holds_out_is_held_out(monkeypatch):
+    texts = {"train": sentences(60), "test": sentences(25, seed=1)}
+
+    def load_dataset(name, config, split, revision):
+        found = datasets.Dataset.from_list([row(t) for t in texts[split]])
+        found.info.splits = datasets.SplitDict.from_split_dict([{"name": name} for name in texts])
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data.from_hub.cache_clear()
+    found = splits(asked(parts=[{"hub": "someone/rows"}]), {})
+    data.from_hub.cache_clear()
+    assert found.origins == {"tiny": {"test": "test", "validation": "train", "train": "train"}}
+    assert set(prompts(found.rows["test"])) <= set(texts["test"])
+
+
 def test_a_split_that_the_hub_lacks_is_an_error_with_a_remedy(on_the_hub):
     with pytest.raises(data.DataError, match=r"someone/rows.*'test'.*Unknown split.*--source"):
         splits(asked(parts=[{"hub": "someone/rows", "test_split": "test"}]), {})
