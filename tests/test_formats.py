@@ -39,6 +39,13 @@ def weighted(weight):
     return {"role": "assistant", "content": "No.", "weight": weight}
 
 
+def deep(depth):
+    value = "a"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def pair_of(turns, worse):
     return [*openai(turns[:-1]), {"role": "assistant", "content": worse}]
 
@@ -247,6 +254,7 @@ def test_a_call_and_its_result_are_turns(row):
         ({"messages": [{"role": "user", "content": "What is it?", "images": ["x"]},
                        {"role": "assistant", "content": "A cat."}]}, "not text alone"),
         ({"question": "a", "answer": "b", None: ["c"]}, "more cells than columns"),
+        ({"prompt": "a", "completion": "b", "label": deep(2000)}, "nested too deep"),
         ({"messages": openai(TURNS), "label": False}, "labelled as bad"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "labelled as bad"),
         ({"prompt": "a", "completion": "b", "label": 0}, "labelled as bad"),

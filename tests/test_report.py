@@ -430,6 +430,15 @@ def test_rows_of_a_local_copy_are_not_said_to_come_from_the_hub(tmp_path):
     assert "read from a local copy, fingerprint 0123456789ab" in text
 
 
+def test_columns_that_were_not_used_are_named(tmp_path):
+    found = fabricate.record("qlora")
+    found.tokens["unused"] = {"alpaca": [], "tulu": ["id", "score"]}
+    fabricate.keep(tmp_path / "r", found)
+    text, page = rendered(tmp_path, tmp_path / "r")
+    assert "| Columns not used | tulu: id and score |" in text
+    assert "Columns not used" in page
+
+
 def test_objectives_share_no_loss_plot(tmp_path):
     fabricate.keep(tmp_path / "r", fabricate.record("qlora"))
     orpo = fabricate.record("orpo")
@@ -451,6 +460,7 @@ def hostile(tmp_path_factory) -> tuple[str, str]:
         found.card |= {"title": method + "<i>|$x$", "formula": "</pre>" + HOSTILE[0] + "\n\n# x",
                        "paper": evil, "why": {"performance": evil}}  # fmt: skip
         found.environment["cpu"] = evil
+        found.tokens["unused"] = {"alpaca": [evil]}
         test = fabricate.outputs(method)
         for i, output in enumerate(test):
             output["output"] = HOSTILE[i % len(HOSTILE)]
