@@ -189,7 +189,7 @@ def table(path: Path):
                 raise DataError(f"{path}: two columns are named {twice[0]!r}")
             yield from rows
         except csv.Error as error:
-            raise DataError(f"{path}, line {rows.line_num}: {error}") from error
+            raise DataError(f"{path}, line {rows.reader.line_num}: {error}") from error
 
 
 TEXTS = {".jsonl": jsonl, ".json": json_list, ".csv": table, ".tsv": table}

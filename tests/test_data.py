@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import random
 import re
 
@@ -394,6 +395,84 @@ def test_a_large_cell_of_csv_is_read_or_named(tmp_path):
         assert len(read(path)[0]["instruction"]) == 200_000
     except DataError as error:
         assert "large.csv" in str(error)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_another_encoding_is_named_with_its_remedy(suffix, encoding, tmp_path):
+    """And the remedy is one: what iconv makes of the file is read."""
+    rows = [{"instruction": f"Sag {i}", "output": "zwölf"} for i in range(3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    table = "instruction,output\n" + "".join(f"Sag {i},zwölf\n" for i in range(3))
+    text = {".json": json.dumps(rows, ensure_ascii=False), ".csv": table}.get(suffix, text)
+    path = tmp_path / f"rows{suffix}"
+    packed = gzip.compress if suffix.endswith(".gz") else bytes
+    path.write_bytes(packed(text.encode(encoding)))
+    with pytest.raises(DataError, match=f"rows{suffix}.*UTF-8") as caught:
+        read(path)
+    if encoding == "latin-1":
+        assert "0xF6" in str(caught.value) and (suffix == ".json" or "line " in str(caught.value))
+    source = re.search(r"iconv -f (\S+) -t UTF-8", str(caught.value))[1]
+    path.write_bytes(packed(text.encode(encoding).decode(source).encode()))
+    assert read(path) == rows
+
+
+def test_a_table_parted_by_semicolons_is_read_as_spreadsheets_write_it(tmp_path):
+    (tmp_path / "rows.csv").write_text('instruction;output\n"a;b, c";d\n')
+    assert read(tmp_path / "rows.csv") == [{"instruction": "a;b, c", "output": "d"}]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('instruction,output\na,"b\nc,d\n', "line 3"),  # a quote that never closes would swallow the rest
+    ("instruction,output,output\na,b,c\n", "two columns are named 'output'"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_told_apart_is_named(text, said, tmp_path):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(DataError, match=said):
+        read(tmp_path / "rows.csv")
+
+
+def test_a_row_with_more_cells_than_columns_is_refused_by_name(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output\nWhy, though?,so\n")
+    with pytest.raises(DataError, match="row 1: more cells than columns"):
+        splits(asked(), {"tiny": str(tmp_path / "rows.csv")})
+
+
+def test_what_the_hub_keeps_beside_the_rows_is_not_read(tmp_path):
+    written(tmp_path, instructions(3))
+    for name in ("dataset_infos.json", ".cache/huggingface/rows.json", ".hidden.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert read(tmp_path) == instructions(3)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("rows.jsonl.zst", "zst file, only .*Unpack it"), ("rows.txt", "cannot read a .txt file"),
+    ("rows", "nameless"), ("rows.gz", "cannot read a .gz file"),
+])  # fmt: skip
+def test_a_file_of_another_kind_is_named(name, said, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=said):
+        read(tmp_path / name)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        read(tmp_path / "rows.jsonl")
+
+
+def test_a_list_within_an_object_is_named(tmp_path):
+    (tmp_path / "rows.json").write_text('{"version": 1, "data": [{"text": "a"}]}')
+    with pytest.raises(DataError, match="save what stands under 'data'"):
+        read(tmp_path / "rows.json")
+
+
+def test_a_models_folder_is_named(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match="a model's folder"):
+        read(tmp_path)
 
 
 def test_another_kind_of_file_and_an_empty_folder_are_refused(tmp_path):
