@@ -63,12 +63,12 @@ CALLS = ("function_call", "tool_call")  # of the roles above: what is said is a 
 WEIGHTS = ("weight", "train")  # of a message, OpenAI's name and Axolotl's: 0 or false is not learned
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns and keys of what is no text
 IMAGE = "<image>"  # stands in a question for an image, as LLaVA's rows have it
+TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a message's part
 MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS}  # that are read
-ANSWER_KEYS = {"text", "label"}
-TEXT_PARTS = (None, "text", "input_text", "output_text")
+ANSWER_KEYS = {"text", "label"}  # of choices and of several people's answers
 VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 ALIKE = 0.8  # likeness of two columns' names, 0 to 1, from which on they may be one: promt and prompt
-EMPTY_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
+EMPTY_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")  # before a text
 FOLLOWS = {  # role -> the roles that may come before it
     "system": {None},
     "user": {None, "system", "assistant"},

@@ -4,7 +4,7 @@
 what was cut or left out.
 """
 
-from itertools import zip_longest
+from itertools import dropwhile, zip_longest
 from math import ceil
 from statistics import fmean, median
 
@@ -213,7 +213,7 @@ def show(found: dict, console: Console) -> None:
         return
     heading(console, "Lengths of the training rows, in tokens")
     most = max(count for *_, count in found["histogram"])
-    for start, stop, count in found["histogram"]:
+    for start, stop, count in dropwhile(lambda bar: not bar[2], found["histogram"]):
         bar = "█" * round(BAR * count / most) or "▏" * (count > 0)
         end = "  ← max_length" if start <= found["max_length"] <= stop else ""
         say(console, f"{start:>7}–{stop:<6} {bar} {count}{end}")

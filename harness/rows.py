@@ -20,7 +20,6 @@ USUAL = {  # our split -> what files of it are called: the names that the datase
 }
 NAMED = {name for names in USUAL.values() for name in names}
 BATCH = 1000  # rows that are made Python values together
-MODEL = ("config.json", "model.safetensors")  # whose folder holds no rows
 BESIDE = {"dataset_info.json", "dataset_infos.json"}  # what the hub keeps beside the rows
 
 
@@ -52,7 +51,8 @@ def read(path: Path, split: str):
     if saved(path):
         yield from saved_to_disk(path, split)
     elif path.is_dir():
-        if not labelled(path) or any((path / name).is_file() for name in MODEL):
+        files = labelled(path)
+        if not files or (of_a_model(path) and {kind(file) for file in files} == {".json"}):
             raise DataError(f"{path} holds no rows ({KINDS}) and is not from save_to_disk: {contents(path)}")
         for file in chosen(path, split):
             yield from rows_of_file(file)
@@ -108,16 +108,21 @@ def labelled(folder: Path) -> dict[Path, set[str]]:
 
 
 def contents(folder: Path) -> str:
-    names = {file.name for file in folder.rglob("*") if file.is_file()}
-    if names.intersection(MODEL):
+    if of_a_model(folder):
         return "it is a model's folder"
-    found = Counter(Path(name).suffix.lower() or "nameless" for name in names).most_common(3)
-    return f"it has {', '.join(f'{count} {suffix}' for suffix, count in found) or 'no files'}"
+    kinds = Counter(file.suffix.lower() or "nameless" for file in folder.rglob("*") if file.is_file())
+    return f"it has {', '.join(f'{count} {name}' for name, count in kinds.most_common(3)) or 'no files'}"
+
+
+def of_a_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "model.safetensors"))
 
 
 def foreign(path: Path) -> str:
     """Where a text stops being UTF-8, and how it is made so."""
     convert = f"Convert it: iconv -f {{}} -t UTF-8 {path.name} > utf8-{path.name}"
+    if path.suffix.lower() == ".gz":
+        convert = f"Convert it: gunzip -c {path.name} | iconv -f {{}} -t UTF-8 | gzip > utf8-{path.name}"
     lines = opened(path)
     with suppress(OSError, EOFError, zlib.error), lines:  # of a .gz that is broken itself
         for number, line in enumerate(lines, 1):
