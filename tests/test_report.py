@@ -316,8 +316,13 @@ def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     )
     assert said in lead.replace("\\", "")
     assert "QLoRA (perplexity" not in lead and "GaLore (perplexity" not in lead
-    usual = fabricate.results(tmp_path / "usual")
-    assert "by far" not in rendered(tmp_path, usual)[0]
+    for method in ("base", "qlora"):  # neither can do anything
+        test = [output | {"nll": 24.0 * output["tokens"]} for output in spoiled(method)]
+        for output in test[: 3 * (method == "base")]:
+            output["bleu"][2] = 1
+        fabricate.keep(tmp_path / "poor", fabricate.record(method), test)
+    for folder in (fabricate.results(tmp_path / "usual"), tmp_path / "poor"):
+        assert "by far" not in rendered(tmp_path, folder)[0]
 
 
 @pytest.mark.parametrize("beyond", [0, 3, 30])

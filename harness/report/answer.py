@@ -10,6 +10,7 @@ from harness.report.text import duration, listed, number, size
 from harness.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
 
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
+FALL = {"bleu4": 1.0, "rouge_l": 0.01}  # at the least, in points: from 0.1 to 0 is no loss of a skill
 MANY = 0.1  # share of the test rows that the lead speaks of
 
 
@@ -73,9 +74,10 @@ def worse(comparison: Comparison, sample: Bootstrap | None) -> list[str]:
         if before and values and max(values) > FAR * max(before):
             most = number(max(values)) if max(values) < inf else "too large to write"
             said.append(f"perplexity {most} against {number(max(before))}")
-        for metric in ("bleu4", "rouge_l") if sample and row.statistics and base.statistics else ():
+        for metric, least in FALL.items() if sample and row.statistics and base.statistics else ():
             value, level = sample.point(metric, row.label), sample.point(metric, base.label)
-            if FAR * value < level and sample.difference(metric, row.label, base.label).separable:
+            far = FAR * value < level and level - value >= least
+            if far and sample.difference(metric, row.label, base.label).separable:
                 decimals = DECIMALS[metric]
                 said.append(f"{NAMES[metric]} {number(value, decimals)} against {number(level, decimals)}")
         if said:
