@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.errors import redacted
-from harness.plain import plain, print_anything
+from harness.plain import plain
 
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = ("run", "list", "plan", "data", "report", "doctor")
@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = parser(command).parse_args(rest)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
-    print_anything()
     from harness.bench import STOPPING
 
     for number in STOPPING:

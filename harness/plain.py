@@ -1,7 +1,6 @@
 """Text that strangers wrote, made safe to show: a model's answer, a plug-in's exception, a record's name."""
 
 import re
-import sys
 
 # Control characters (ANSI escapes, NUL), marks that turn the direction of text, invisible ones, and
 # lone surrogates, which UTF-8 cannot write.
@@ -15,10 +14,3 @@ def plain(value) -> str:
     """Text in which what would act or hide stands as its code point: ⟨U+001B⟩."""
     text = str(value).replace("\r\n", "\n").replace("\r", "\n")
     return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
-
-
-def print_anything() -> None:
-    """What a stream's encoding lacks is escaped from here on: an ASCII locale ends no bench."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")

@@ -6,6 +6,7 @@ Bytes, seconds and joules only. Unknown is null: never 0, never NaN.
 import json
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Never, Required, TypedDict
 
@@ -52,6 +53,10 @@ class Card(TypedDict, total=False):
 
 class Hashes(TypedDict, total=False):
     method_code: str
+    batches: list[str]
+    given: list[str]
+    learned: list[str]
+    before: str | None
 
 
 class Tokens(TypedDict, total=False):
@@ -91,6 +96,13 @@ class Point(TypedDict, total=False):
 class Score(TypedDict, total=False):
     value: Required[float | None]
     signature: str
+
+
+RANGES = {"bleu4": (0.0, 100.0), "perplexity": (0.0, sys.float_info.max)}  # of other metrics: 0 to 1
+SCORES = TypedDict("SCORES", {
+    name: TypedDict(name, {"value": Annotated[float, RANGES.get(name, (0.0, 1.0))] | None}, total=False)
+    for name in METRICS
+}, total=False)  # fmt: skip
 
 
 class Output(TypedDict, total=False):
@@ -142,7 +154,7 @@ class RunRecord:
     overrides: dict[str, tuple[Any, str]] = field(default_factory=dict)
     weights: str = ""  # the master-weight policy as it was applied
     hashes: Hashes = field(default_factory=dict)
-    arithmetic: dict[str, dict[str, str]] = field(default_factory=dict)
+    arithmetic: dict[str, dict[str, str | None]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
     step_seconds: list[Amount] = field(default_factory=list)
@@ -195,6 +207,8 @@ class RunRecord:
             )
         value = {f.name: value[f.name] for f in fields(cls) if f.name in value}
         check(value, cls, "record")
+        for name in ("scores", "start"):
+            check(value.get(name, {}), SCORES, f"record.{name}")
         asked = value["spec"]
         if not NAME.fullmatch(asked["method"]):
             raise ValueError(f"{asked['method']!r} is no method's name")

@@ -45,14 +45,14 @@ STRANGE = [
 # hyperparameter that is left out of a renamed run has its default, as where a version did not ask for it.
 SAID = re.compile(
     r"^(?!remove \.spec\.hp\.)\w+ \.(spec|status|card\.title|scores\.\w+\.value|phases\.train\.seconds)\b"
-    r"|^\w+ \.\d+\.(id|part|prompt|reference|tokens|nll|correct|bleu|rouge_l|stopped|reward)\b"
+    r"|^\w+ \.\d+\.(id|part|prompt|reference|output|tokens|nll|correct|bleu|rouge_l|stopped|reward)\b"
 )
 
 
 def shortened(folder: Path) -> Path:
-    """Five of the runs, with few test rows and steps."""
+    """Three of the runs, with few test rows and steps."""
     for path in sorted(REFERENCE.iterdir()):
-        if path.name.startswith(("base", "qlora-s0", "qlora-s1", "galore-s0")):
+        if path.name.startswith(("base-", "qlora-s0", "galore-s0")):
             outputs = [json.loads(line) for line in (path / OUTPUTS).read_text("utf-8").splitlines()][::15]
             value = json.loads((path / RECORD).read_text("utf-8"))
             value |= {name: value[name][:6] for name in ("training", "step_seconds")}
@@ -177,17 +177,19 @@ def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, monkeyp
             file = place / draw.choice((RECORD, OUTPUTS))
             file.write_bytes(torn(file.read_bytes(), draw))
         with limited():
-            records, corrupt = store.load()
-            assert {r.folder for r in records} >= set(whole) - {name} and place.exists(), what
-            assert len(records) + len(corrupt) == len(whole) and all(place.name in line for line in corrupt)
-            if corrupt:
-                counts["refused"] += 1
+            refused = bool(store.standing(place.name)[1])
+            counts["refused" if refused else "read"] += 1
+            if refused:
                 assert not store.find(specs[name]), what
-            if not corrupt or example % WRITTEN == 0:
+            if not refused or example % WRITTEN == 0:
+                records, corrupt = store.load()
+                assert {r.folder for r in records} >= set(whole) - {name} and place.exists(), what
+                assert len(records) + len(corrupt) == len(whole) and len(corrupt) == refused, what
+                assert all(place.name in line for line in corrupt), what
                 text = written(store)
-                counts["report changed"] += text != untouched and not corrupt
+                counts["read and said"] += text != untouched and not refused
                 assert text != untouched or not SAID.search(what), what
-            if not corrupt and example % DRAWN == 0:
+            if not refused and example % DRAWN == 0:
                 with monkeypatch.context() as patch:
                     patch.setitem(document.__globals__, "figures", figures)
                     report.render(store, tmp_path / "reports")
