@@ -145,6 +145,8 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
             if child.returncode == 0:
                 error = f"it ended without a whole record: {fault}"
             record = RunRecord(spec, status, error, command=command, started=started)
+        if record.ok and child.returncode:  # all was measured: it ended while its model was being saved
+            record.warnings[-1] += f": {how(child.returncode)}"
         if reason == "timeout" and not record.ok:
             record.status = "timeout"
             record.error = (

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fabricate
@@ -72,12 +73,15 @@ class Shown:
         raise OSError(5, "Input/output error")
 
 
+SPEC = RunSpec("plugin", 0, "none", {}, Hyperparams())
+
+
 def child(folder: Path, code: str, limit: float | None = None):
     """A run whose method does this when its child imports it. -> record, its folder."""
     lines = ["import os, signal, subprocess, sys, time", "if 'TUNEOFF_BENCH' in os.environ:"]
     lines += [f"    {line}" for line in [*code.splitlines(), "raise KeyError('the end')"]]
     (folder / "plugin.py").write_text("\n".join([BITFIT, *lines, ""]))
-    spec = RunSpec("plugin", 0, "none", {}, Hyperparams(), locations={"plugins": [str(folder / "plugin.py")]})
+    spec = replace(SPEC, locations={"plugins": [str(folder / "plugin.py")]})
     store = Store(folder / "results")
     record = running.run(spec, store, "", Shown(), limit)
     assert RunRecord.from_json((store.path(spec) / "record.json").read_text()) == record
@@ -255,13 +259,13 @@ def test_a_child_imports_its_plugins_neighbours_but_nothing_in_place_of_a_librar
     (tmp_path / "harness").mkdir()
     for name in ("random", "json", "accelerate", "methods", "harness/__init__"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('of the working directory')")
-    (tmp_path / "neighbour.py").write_text("here = 'neighbour'")
+    (tmp_path / "neighbour.py").write_text("here = 'found beside it'")
     record, _ = child(
         tmp_path,
         "import random, json, methods, neighbour; from importlib.util import find_spec\n"
         "raise KeyError(neighbour.here, find_spec('accelerate').origin)",
     )
-    assert "neighbour" in record.error and str(tmp_path) not in record.error, record.error
+    assert "found beside it" in record.error and str(tmp_path) not in record.error, record.error
 
 
 def test_a_screen_that_is_gone_costs_no_run():
@@ -389,17 +393,26 @@ def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
     assert not (tmp_path / "model").exists(), "half a model is none"
 
 
+def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):
+    measured = RunRecord(SPEC, "ok", scores={"bleu4": {"value": 1.0}}, warnings=["was not saved"])
+    code = f"open(sys.argv[1] + '/result.json', 'w').write({measured.to_json()!r})\n"
+    record, _ = child(tmp_path, code + "os.kill(os.getpid(), signal.SIGKILL)")
+    assert record.ok and record.scores == measured.scores
+    assert record.warnings == ["was not saved: signal SIGKILL"]
+
+
 FULL_DISK = """
 import sys, time
 from pathlib import Path
 
 def fill():
-    with open(Path(sys.argv[1]) / "fill", "wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 512):
+    for name in ("fill", "events.jsonl"):
+        with open(Path(sys.argv[1]) / name, "ab", buffering=0) as file:
+            try:
+                while file.write(b"\\n" * 512):
+                    pass
+            except OSError:
                 pass
-        except OSError:
-            pass
 
 class Full(Method):
     baseline = "full_disk"
