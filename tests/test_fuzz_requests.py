@@ -59,6 +59,10 @@ ARGUMENTS = [
     ["list", "results", "--results", "here"],
     ["report", "--results", "here", "--reports", "there", "--format", "md"],
 ]  # fmt: skip
+OPTIONS = (
+    "--methods", "--preset", "--model", "--dataset", "--source", "--seeds", "--set", "--plugins", "--force",
+    "--results", "--reports", "--json",
+)  # fmt: skip
 VALUES = st.one_of(
     st.sampled_from([
         True, False, 0, 1, -1, 2, 2**31, 2**63, 10**400, 0.5, -0.0, 1e300, float("nan"), float("inf"), "",
@@ -174,8 +178,14 @@ def arguments(draw) -> list[str]:
     command, *rest = draw(st.sampled_from(ARGUMENTS))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(rest) - 1)))
-        what = draw(st.sampled_from(["replace", "insert", "delete", "double", "letter", "swap"]))
-        if what == "insert" or not rest:
+        what = draw(
+            st.sampled_from([*["option"] * 6, "replace", "insert", "delete", "double", "letter", "swap"])
+        )
+        if what == "option":
+            value = draw(JUNK)
+            option = draw(st.sampled_from(OPTIONS))
+            rest += [f"{option}={value}"] if draw(st.booleans()) else [option, value]
+        elif what == "insert" or not rest:
             rest.insert(at, draw(JUNK))
         elif what == "replace":
             rest[at] = draw(JUNK)
@@ -324,14 +334,12 @@ def test_a_mutated_argument_list_is_refused_or_planned_as_it_says(typed):
 
 def read_arguments(typed: list[str]) -> dict[str, list[str]]:
     """Option -> everything that was given with it, however often."""
-    known = ("--methods", "--preset", "--model", "--dataset", "--source", "--seeds", "--set", "--plugins",
-             "--force", "--results", "--reports", "--json")  # fmt: skip
     found: dict[str, list[str]] = {}
     current = None
     for text in typed:
         if text.startswith("--"):
             name, equals, value = text.partition("=")
-            current = name if name in known else next(option for option in known if option.startswith(name))
+            current = next(option for option in OPTIONS if option.startswith(name))  # may be abbreviated
             found.setdefault(current, []).extend([value] * bool(equals))
         else:
             found[current].append(text)
