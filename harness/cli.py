@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks is written as its number
             stream.reconfigure(errors="backslashreplace")
-    options = parser(command).parse_args(rest)
+    made = parser(command)
+    if lost := next((text for text in rest if text.startswith("--") and text.endswith("=--")), None):
+        made.error(f"{lost}: -- is no value")  # argparse would drop it
+    options = made.parse_args(rest)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its hints on kernels are no use here
     from harness.bench import STOPPING
 

@@ -184,6 +184,8 @@ CASES = {  # arguments -> what is told
     "two places": (["--source", "alpaca=file.txt", "alpaca=model"], "has two places"),
     "a method twice": (["--methods", "lora", "lora"], "lora is named twice"),
     "a method in two spellings": (["--methods", "peft.vera", "peft.VERA"], "peft.vera is named twice"),
+    "a value that argparse drops": (["--methods", "lora", "--methods=--"], "-- is no value"),
+    "a folder that argparse drops": (["--results=--"], "-- is no value"),
     "a model twice": (["--model", "demo/model", "--model", "x"], "--model is given twice"),
     "a seed of 65 bits": (["--seeds", str(2**64)], "from 0 to 4294967295"),
     "a seed of 33 bits": (["--seeds", str(2**32)], "from 0 to 4294967295"),
