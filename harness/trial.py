@@ -198,6 +198,7 @@ def hooks(cls) -> list[str]:
 
 def misspelt(cls, known: set[str]) -> list[str]:
     """`atach`, `optimiser`, `overides`: what is nearly a hook's name would be left uncalled in silence."""
-    own = {n for c in cls.__mro__ if c not in (method.Method, object) for n in vars(c)} - known
+    own = {n for c in cls.__mro__ if c not in (method.Method, object) for n in vars(c)}
+    own -= known | {option.name for option in fields(cls)}
     near = {name: difflib.get_close_matches(name, known, 1, NEARLY) for name in sorted(own)}
     return [f"{name} is no hook or declaration: did you mean {near[name][0]}?" for name in near if near[name]]
