@@ -161,7 +161,11 @@ def pieces(values: np.ndarray, lengths: np.ndarray) -> list[array | None]:
 
 
 def folder() -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one, as in many a container
+        home = Path(tempfile.gettempdir())
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     return Path(os.environ.get("TUNEOFF_CACHE") or caches / "tuneoff")
 
 

@@ -515,7 +515,8 @@ def doctor(options, arguments: list[str]) -> int:
 def command_line(arguments: list[str]) -> str:
     """As it was typed, the home folder written as ~."""
     text = shlex.join(["run_bench.py", *arguments])
-    return redacted(text.replace(os.path.expanduser("~/"), "~/"))
+    home = os.path.expanduser("~").rstrip("/")  # empty where it is / itself
+    return redacted(text.replace(home + "/", "~/") if home else text)
 
 
 def complain(text: str) -> None:

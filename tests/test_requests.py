@@ -9,13 +9,14 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from harness import cli, doctor, errors, method, plan, trial
+from harness import cache, cli, doctor, errors, method, plan, trial
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -245,33 +246,59 @@ def test_results_that_are_a_file_are_named(command, tmp_path, monkeypatch, capsy
     assert "file is a file, not a folder" in told(capsys, *command, "--results", "file")
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+def as_a_stranger(ask):
+    """What a function gives in a process of a user who has no name, no home and no right to anything."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        if not os.geteuid():
+            os.setuid(54321)
+        os.environ.pop("HOME", None)
+        try:
+            answer = ask()
+        except BaseException as error:
+            answer = repr(error)
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(os.read(reading, 2**16))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's rights")
+def test_a_user_without_a_home_can_plan(monkeypatch):
+    monkeypatch.delenv("TUNEOFF_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert as_a_stranger(lambda: [str(cache.folder()), cli.command_line(["/a/b"])]) == [
+        str(Path(tempfile.gettempdir(), ".cache", "tuneoff")), "run_bench.py /a/b"
+    ]  # fmt: skip
+
+
+def test_a_command_stays_as_typed_where_the_home_folder_is_the_root(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    assert cli.command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model /a/b"
+    monkeypatch.setenv("HOME", "/a")
+    assert cli.command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model ~/b"
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)
     locked = tmp_path / "locked"
     locked.mkdir()
     (locked / "rows.jsonl").write_text('{"text": "a"}')
     (locked / "config.json").write_text("{}")
     locked.chmod(0)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:  # as a user who has no right to anything
-        os.chdir(tmp_path)
-        if not os.geteuid():
-            os.setuid(65534)
+
+    def ask() -> list[str]:
         said: list = []
-        try:
-            plan.find_model("./locked", said)
-            plan.find_sources([f"alpaca={path}" for path in ("locked", "locked/rows.jsonl")], None, said)
-            plan.load_preset("locked/x.toml", said)
-            plan.find_dataset("locked/rows.jsonl", {}, said)
-            plan.find_plugins(["locked/x.py"], said)
-            said.append(plan.unwritable(Path("locked/results")))
-        except BaseException as error:
-            said.append(repr(error))
-        os.write(writing, json.dumps(said).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    said = json.loads(os.read(reading, 2**16))
+        plan.find_model("./locked", said)
+        plan.find_sources([f"alpaca={path}" for path in ("locked", "locked/rows.jsonl")], None, said)
+        plan.load_preset("locked/x.toml", said)
+        plan.find_dataset("locked/rows.jsonl", {}, said)
+        plan.find_plugins(["locked/x.py"], said)
+        return [*said, plan.unwritable(Path("locked/results"))]
+
+    said = as_a_stranger(ask)
     locked.chmod(0o755)
     assert len(said) == 7
     assert all(re.search("Permission denied|no right to read|cannot write", line) for line in said), said
