@@ -66,6 +66,14 @@ def test_a_model_that_training_broke_has_diverged_and_keeps_its_curve(run):
     assert record.scores == {} and not (folder / OUTPUTS).exists()
 
 
+def test_finite_weights_that_give_no_finite_likelihood_have_diverged(run):
+    huge = "lambda *_: [p.data.fill_(3e38) for p in model.parameters() if p.requires_grad]"
+    code = f"{BITFIT}\n    def optimizer(self, model, hp):\n        made = super().optimizer(model, hp)\n"
+    code += f"        made.register_step_post_hook({huge})\n        return made\n"
+    record, _ = run("huge", "hp.max_steps=1", code=code)
+    assert record.status == "diverged" and "the loss on the test rows is nan" in record.error
+
+
 @pytest.mark.parametrize("nll", [math.nan, math.inf, 1000.0])
 def test_a_loss_without_a_perplexity_is_no_score(nll):
     """e^1000 is no number, as NaN is none."""
