@@ -20,13 +20,12 @@ from harness.method import Method, Unsupported
 
 @dataclass
 class LISA(Method):
-    """Moments of a layer that leaves are dropped, as in the authors' code: it starts anew when drawn again.
+    """As in LMFlow, the authors' code, what is outside the layers always trains, the final norm included.
+    Otherwise than there (its callback of 2024 leaves the optimizer alone), moments of a layer that leaves are
+    dropped, and it starts anew when drawn again: kept, those of all layers would be held in the end."""
 
-    What is outside the layers always trains, the final norm included, as in that code.
-    """
-
-    layers: int = 2  # of the decoder, trained at a time; the paper's gamma and the authors' default
-    period: int = 20  # steps between two draws; the authors' default, as the paper's is set for each task
+    layers: int = 2  # of the decoder, trained at a time; LMFlow's default
+    period: int = 20  # steps between two draws; LMFlow's default
 
     axis = "optimizer"
 

@@ -6,7 +6,8 @@ Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.
 
 Performance: the adapters learn around the rounding of the base, close to LoRA on the 16-bit model.
 Efficiency: 0.52 bytes a weight of the linear layers in place of 2; embeddings stay as they were, and each
-step pays for dequantising.
+step pays for dequantising. The paper's paged optimizer, which moves moments to the host where the card is
+full, is absent: the adapters' are small.
 Generalisation: as LoRA's, from a base that has lost a little; its own 4-bit row shows how much.
 """
 

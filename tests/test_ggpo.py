@@ -1,16 +1,19 @@
 """LoRA-GGPO and LoRA-MGPO: LoRA where nothing is perturbed, the formulas where something is."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
 from tiny import copy_of, fit, hyperparams, losses, trained_weights
+from transformers import AutoModelForCausalLM
 
-from harness import head
+from harness import ROOT, head
 from harness.method import build
 from methods.lora import LoRA
-from methods.lora_ggpo import LoRAGGPO
+from methods.lora_ggpo import LoRAGGPO, Noise
 from methods.qlora import load_nf4
 
 ROWS = tiny.rows(16, seed=2)
@@ -180,6 +183,29 @@ def test_ggpos_noise_has_the_size_of_its_formula(name, sigma, beta):
     assert ratio.min() > 0.97 and ratio.max() < 1.03
 
 
+def test_at_the_defaults_gradients_guide_as_little_as_the_card_says(monkeypatch):
+    """Their share of the noise, mean over rows, layers and steps, on the demo's model."""
+    shares, measure = [], Noise.measure
+
+    def watched(self):
+        measure(self)
+        of_weights = self.size * len(self.size) ** 0.5
+        gradient = self.s * (self.b.grad @ self.a + self.b @ self.a.grad)
+        shares.append((self.method.beta * gradient.norm(dim=1) ** 2 / of_weights).mean().item())
+
+    monkeypatch.setattr(Noise, "measure", watched)
+    draw = torch.Generator().manual_seed(0)
+    for clip, expected in ((1.0, 0.0005), (0.0, 0.01)):
+        shares.clear()
+        base = AutoModelForCausalLM.from_pretrained(ROOT / "demo" / "model", dtype=torch.float32)
+        texts = torch.randint(5, base.config.vocab_size, (32, 40), generator=draw).tolist()
+        cut = [(tiny.array(ids[:10]), tiny.array(ids[10:])) for ids in texts]
+        rows = [replace(ROWS[0], id=str(i), prompt_ids=p, response_ids=r) for i, (p, r) in enumerate(cut)]
+        hp = hyperparams(learning_rate=2e-3, max_steps=12, epochs=9.0, max_grad_norm=clip)
+        fit(LoRAGGPO(), hp, rows, base=base)
+        assert expected / 3 < sum(shares) / len(shares) < 3 * expected
+
+
 def test_the_clipping_acts_in_these_tests():
     """Else gradients before and after it could be mistaken for each other."""
     _, _, seen = by_hand(LoRAGGPO(), 3)
@@ -202,8 +228,6 @@ def test_ggpos_noise_knows_the_weight_in_other_precisions(kind, tmp_path):
 
 
 def load(folder, **more):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **more)
 
 

@@ -445,6 +445,14 @@ def test_the_learning_rates_are_those_of_pefts_lora_plus():
     assert {group["weight_decay"] for group in ours.param_groups} == {0.1}
 
 
+def test_the_rate_that_a_run_reports_is_that_of_a():
+    """B's is `ratio` times as large, and would stand in the report as the shared hyperparameter."""
+    hp = hyperparams(max_steps=6, learning_rate=1e-3, schedule="linear", warmup_ratio=0.34)
+    measured = fit(LoRAPlus(ratio=16), hp, ROWS)[2]
+    expected = [1e-3 * factor for factor in (0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)]
+    assert [step["learning_rate"] for step in measured["training"]] == pytest.approx(expected)
+
+
 def test_the_schedule_acts_on_both_learning_rates():
     model = LoRAPlus().attach(tiny.model(), [])
     optimizer = LoRAPlus(ratio=4).optimizer(model, hyperparams(learning_rate=1e-3))

@@ -540,13 +540,33 @@ def test_first_tokens_are_as_frequent_as_the_model_says(policy):
     for row, answers in zip(rows, drawn, strict=True):
         with torch.no_grad():
             logits = policy(input_ids=torch.tensor([list(row.prompt_ids)])).logits[0, -1].double()
-        expected = count * logits.softmax(-1)
         observed = torch.bincount(torch.tensor(answers)[:, 0], minlength=tiny.VOCABULARY)
-        often = expected >= 5
-        pooled = [torch.cat([x[often], x[~often].sum()[None]]).tolist() for x in (observed, expected)]
-        assert often.sum() > 50
-        assert chisquare(*pooled).pvalue > 1e-3
+        assert chi_squared(observed, count * logits.softmax(-1)) > 1e-3
     policy.train()
+
+
+def chi_squared(observed, expected) -> float:
+    """The p-value, with the rare tokens together."""
+    often = expected >= 5
+    assert often.sum() > 50
+    pooled = [torch.cat([x[often], x[~often].sum()[None]]).tolist() for x in (observed, expected)]
+    return chisquare(*pooled).pvalue
+
+
+def test_what_is_trained_on_is_drawn_by_the_models_own_probabilities(monkeypatch):
+    """At temperature 1, through the method: the ratios of its loss are of those probabilities."""
+    seen, draw = [], torch.multinomial
+
+    def multinomial(probabilities, *arguments, **more):
+        seen.append(probabilities)
+        return draw(probabilities, *arguments, **more)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    method, made = Judged(group=4, answer_tokens=1), tiny.batches(ROWS[:1], HP)
+    method.prepare(method.attach(untied(), made), next(iter(made)))
+    with torch.no_grad():
+        logits = untied()(input_ids=torch.tensor([list(ROWS[0].prompt_ids)])).logits[0, -1]
+    torch.testing.assert_close(seen[0], logits.softmax(-1).expand(4, -1), atol=1e-6, rtol=1e-4)
 
 
 def test_drawn_answers_end_with_a_stop_or_at_the_limit_and_are_counted(policy):

@@ -79,6 +79,57 @@ def test_each_part_moves_as_its_own_method_has_it(load_base):
             assert torch.equal(p, before[n]), n
 
 
+@pytest.mark.parametrize("options", [{}, {"alpha": 4.0, "scale": 0.7}], ids=["defaults", "others"])
+def test_a_step_is_adamws_by_hand(options, load_base):
+    """Two steps: adapters by AdamW, the attention by AdamW in the first gradient's strongest directions, its
+    change times `scale`; both decay. The singular vectors are torch's, the moments worked out here."""
+    method = QLoRAGaLore(rank=4, subspace=6, **options)
+    hp = hyperparams(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-6)
+    base = method.load(load_base)
+    torch.manual_seed(0)
+    model = method.attach(base, []).train()
+    optimizer, moments = method.optimizer(model, hp), {}
+    for step, (tensors,) in enumerate(list(tiny.batches(ROWS, hp))[:2], 1):
+        method.loss(model, tensors).backward()
+        expected = {}
+        for n, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
+            g, basis, scale = p.grad.double(), None, 1.0
+            if "lora_" not in n:
+                m, v, basis = moments.get(n, (0.0, 0.0, None))
+                tall, scale = g.shape[0] >= g.shape[1], method.scale
+                if basis is None:
+                    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+                    basis = vh[:6].T if tall else u[:, :6]
+                g = g @ basis if tall else basis.T @ g
+            m, v, *_ = moments.get(n, (0.0, 0.0))
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            moments[n] = m, v, basis
+            change = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-6)
+            if basis is not None:
+                change = scale * (change @ basis.T if tall else basis @ change)
+            expected[n] = p.detach().double() * (1 - 1e-2 * 0.1) - 1e-2 * change
+        optimizer.step()
+        optimizer.zero_grad()
+        for n, p in model.named_parameters():
+            if n in expected:
+                torch.testing.assert_close(p.detach().double(), expected[n], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [4.0, 16.0])
+def test_an_adapter_adds_alpha_over_rank_times_its_product(alpha, load_base):
+    method = QLoRAGaLore(rank=4, subspace=6, alpha=alpha)
+    model = method.attach(method.load(load_base), [])
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    x = torch.randn(5, layer.in_features)
+    torch.testing.assert_close(
+        layer(x) - layer.base_layer(x), alpha / 4 * (x @ a.T @ b.T), atol=1e-4, rtol=1e-4
+    )
+
+
 def test_it_starts_at_its_base_and_learns(load_base):
     base = METHOD.load(load_base)
     before = logits(base)

@@ -1,14 +1,10 @@
-"""LoReFT: the edit against the authors' code and its formula, and where it acts, however rows are padded."""
+"""LoReFT: the edit against its formula, and where it acts, however rows are padded."""
 
-import ast
 import copy
-import importlib
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -57,60 +53,40 @@ def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor]:
 # The edit
 
 
-@pytest.fixture(scope="module")
-def authors():
-    """LoreftIntervention and get_intervention_locations of pyreft 0.1.0, without all that it imports.
-
-    It pins transformers 4.45, and so is no requirement: pip install --no-deps pyreft==0.1.0 pyvene==0.1.8
-    """
-    found = {name: importlib.util.find_spec(name) for name in ("pyreft", "pyvene")}
-    if None in found.values():
-        pytest.skip("pyreft and pyvene are not installed")
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in found}
-    try:
-        for name, spec in found.items():
-            sys.modules[name] = ModuleType(name)
-            sys.modules[name].__path__ = list(spec.submodule_search_locations)
-        vars(sys.modules["pyvene"]).update(vars(importlib.import_module("pyvene.models.interventions")))
-        loreft = importlib.import_module("pyreft.interventions").LoreftIntervention
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] in found]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
-    with open(f"{found['pyreft'].submodule_search_locations[0]}/dataset.py", encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    tree.body = [node for node in tree.body if getattr(node, "name", "") == "get_intervention_locations"]
-    functions = {}
-    exec(compile(tree, "dataset.py", "exec"), functions)
-    return SimpleNamespace(loreft=loreft, locations=functions["get_intervention_locations"])
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_edit_and_its_gradients_are_the_authors(authors, dropout):
+def test_the_edit_and_its_gradients_are_the_formulas(dropout):
+    """In double precision. As in the authors' code (LoreftIntervention of pyreft 0.1.0), values are dropped
+    of the edited state, not of the edit."""
     torch.manual_seed(0)
-    ours = reft.intervention()(64, 4, dropout)
-    theirs = authors.loreft(embed_dim=64, low_rank_dimension=4, dropout=dropout, dtype=torch.float32)
-    theirs.learned_source.load_state_dict(ours.source.state_dict())
-    theirs.rotate_layer.weight = ours.rotation.weight.detach().T
-    results = []
-    for edit in (ours, theirs):
-        h = torch.randn(10, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        source = edit.source if edit is ours else edit.learned_source
-        torch.manual_seed(2)  # the same values dropped
-        out = edit(h)
-        results.append([out, *torch.autograd.grad((out**3).sum(), (h, source.weight, source.bias))])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    edit, h = reft.intervention()(64, 4, dropout), torch.randn(10, 64, requires_grad=True)
+    weight, bias, rotation = edit.source.weight, edit.source.bias, edit.rotation.weight.detach().double()
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4).double(), atol=1e-6, rtol=0)
+    torch.manual_seed(2)
+    out = edit(h)
+    found = [out, *torch.autograd.grad((out**3).sum(), (h, weight, bias))]
+    torch.manual_seed(2)  # the same values dropped: of 10 x 64
+    kept = torch.nn.functional.dropout(torch.ones(10, 64), dropout)
+    x, weight, bias = (t.detach().double().requires_grad_() for t in (h, weight, bias))
+    out = kept * (x + (x @ weight.T + bias - x @ rotation.T) @ rotation)
+    expected = [out, *torch.autograd.grad((out**3).sum(), (x, weight, bias))]
+    for ours, formulas in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), formulas, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("first", "last"), [(7, 7), (5, 5), (2, 9), (9, 2), (0, 3), (4, 0)])
-def test_the_positions_are_the_authors(authors, first, last):
-    for n in range(1, 24):
-        one, *_ = authors.locations(
-            last_position=n, first_n=first, last_n=last, num_interventions=1, share_weights=True
-        )
-        a, b = positions(n, first, last)
-        assert {i for i in one if i >= 0} == a | b  # -1: theirs for no token
+@pytest.mark.parametrize(
+    ("n", "first", "last", "expected"),
+    [
+        (40, 7, 7, [*range(7), *range(33, 40)]),  # f7+l7 of the paper
+        (14, 7, 7, range(14)),
+        (9, 7, 7, [0, 1, 2, 3, 5, 6, 7, 8]),  # half of a short prompt for each: the middle one for none
+        (5, 0, 3, [3, 4]),
+        (1, 7, 7, []),
+    ],
+)
+def test_the_positions_are_those_of_the_authors_function(n, first, last, expected):
+    """Of get_intervention_locations of pyreft 0.1.0, for these prompts."""
+    a, b = positions(n, first, last)
+    assert sorted(a | b) == list(expected)
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "both"])
