@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 ROWS = tiny.rows(16, seed=1)
 HP = hyperparams(max_steps=4, max_new_tokens=6)
+UNTOUCHED = ("base", "base_nf4")
 VARIANTS = ("peft.vera", "peft.ia3")
 OPTIONS = {  # the tiny model is 64 wide and trains four steps: what is meant for larger ones is made smaller
     "galore": {"rank": 4, "gap": 2},
@@ -68,11 +69,9 @@ def cls(request, plugin):
     return resolve(request.param, find(request.param, sources))
 
 
-@pytest.fixture
-def trained(cls):
-    if not cls.trains:
-        pytest.skip("an untouched model")
-    return cls
+@pytest.fixture(params=[name for name in names() if name not in UNTOUCHED])
+def trained(request, plugin):
+    return resolve(request.param, find(request.param, available([plugin])))
 
 
 def make(cls):
@@ -111,6 +110,7 @@ def test_a_card_says_what_the_report_needs(cls):
     assert set(said["cannot"]) <= set(LIMITS)
     assert set(said["hybrid"]) <= set(available())
     assert cls.baseline in available()
+    assert cls.trains == (cls.name not in UNTOUCHED)
     json.dumps(said)
 
 

@@ -18,6 +18,7 @@ from tiny import fit, hyperparams, trained_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
+from harness import ROOT
 from harness.method import Unsupported, available, card, resolve
 from harness.run import load_base, master_weights, sizes
 from harness.spec import RunSpec
@@ -306,6 +307,21 @@ def test_the_started_model_computes_with_q_plus_the_difference(cls, alpha, folde
         weight.data = start
     assert len(adapted_layers(model)) == 14
     equal(logits(model), logits(plain), 5e-5)
+
+
+def test_loftq_starts_nearer_to_the_model_than_its_four_bit_base():
+    """In the logits of a trained model: the distance is what its own base row is there to show."""
+    demo = ROOT / "demo" / "model"
+    ids = torch.randint(5, 1000, (4, 64), generator=torch.Generator().manual_seed(0))
+
+    def outputs(method):
+        load = loader(demo)
+        with torch.no_grad():
+            return (method.attach(method.load(load), []) if method else load()).eval()(input_ids=ids).logits
+
+    whole = outputs(None)
+    near, far = ((outputs(m) - whole).square().mean().sqrt() for m in (LoftQ(rank=16), QLoRA(rank=16)))
+    assert near < 0.9 * far
 
 
 @pytest.mark.parametrize("cls", [LoftQ, DoRALoftQ])
