@@ -28,7 +28,12 @@ LONG = 10  # words: "yes, that works for me, thank you" or "i need to find a doc
 PASSAGE = 20  # words: a line of prose, more than one of code or of a licence
 KINDS = {"turns": "shared_turns", "question": "shared_questions", "answer": "shared_questions",
          "passage": "shared_passages"}  # of a key -> as its leaks are counted  # fmt: skip
-LEAKS = (*dict.fromkeys(KINDS.values()), "near_duplicates")
+LEAKS = {  # as they are counted
+    "shared_turns": "answer what a held-out row is asked, after the same turns",
+    "shared_questions": "ask or answer in another place what a held-out row does",
+    "shared_passages": "are texts with a passage of a held-out one",
+    "near_duplicates": "ask nearly what a held-out row does",
+}
 
 
 class Held:

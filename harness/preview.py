@@ -16,6 +16,7 @@ from harness import cache, data, plan
 from harness.batches import height, order, pack
 from harness.errors import brief
 from harness.formats import FORMATS, required
+from harness.leaks import LEAKS
 from harness.report.text import listed, plain, shorten
 from harness.spec import Hyperparams
 from harness.study import marked, pieces, study, tokens_of
@@ -203,7 +204,8 @@ def show(found: dict, console: Console) -> None:
     console.print(table_of(found["splits"]))
     notes = [f"{split}: {counts[what]} {meaning}" for split, counts in found["splits"].items()
              for what, meaning in COUNTED.items() if counts[what]]  # fmt: skip
-    notes += [f"not read: {n} {what.replace('_', ' ')}" for what, n in found["left_out"].items() if n]
+    notes += [f"not read: {n} {what.replace('_', ' ')}" + (f" ({LEAKS[what]})" if what in LEAKS else "")
+              for what, n in found["left_out"].items() if n]  # fmt: skip
     notes += [f"    such as {r['part']}, row {r['row']}: {r['reason']}" for r in found["refused"][:EXAMPLES]]
     notes += [f"not used of {part}: {listed(names)}" for part, names in found["unused"].items() if names]
     for note in notes:
