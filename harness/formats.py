@@ -530,11 +530,12 @@ def call(made) -> str:
 def listed(tools) -> str:
     """The tools that a conversation may call, for its system turn."""
     value = json_value(tools) if isinstance(tools, str) else tools
-    return (
-        f"<tools>\n{written(value if value is not None else tools)}\n</tools>"
-        if value or (value is None and tools)
-        else ""
-    )
+    value = tools if value is None else value
+    if empty(value) or value == "null":
+        return ""
+    if not isinstance(value, str | list | dict):
+        raise Refused("unreadable tools", f"{value!r}"[:40])
+    return f"<tools>\n{written(value)}\n</tools>"
 
 
 def json_value(text: str):

@@ -196,6 +196,31 @@ def test_a_changed_value_changes_what_is_learned_or_is_refused_or_named(leaf, ot
     assert same or any(meant) or {named, keys[0]} & unused, (path, old, other)
 
 
+NAMES = sorted({name for fields in formats.FORMATS.values() for names in fields.values() for name in names})
+COLUMNS = st.sampled_from([*NAMES, "image", "A", "B", "weight", "role", "score", "a column"])
+
+
+@fuzzed
+@given(shape=st.sampled_from(sorted(SHAPES)), column=COLUMNS, value=OTHERS, instead=st.booleans())
+def test_a_column_more_or_of_another_name_is_read_refused_or_named(shape, column, value, instead):
+    row = dict(SHAPES[shape])
+    part = part_of(formats.detect(row))
+    before = formats.read(row, part)
+    if instead:
+        value = row.pop(next(iter(row)))
+    if column in row or formats.empty(value):
+        return
+    try:
+        found = formats.read({**row, column: value}, part)
+    except formats.Refused:
+        return
+    named = formats.unused({**row, column: value}, part) - formats.unused(row, part)  # or what it replaces
+    good = column in ("label", "kto_tag") and formats.judged(value)  # says nothing but that it may be learned
+    renamed = instead and column in NAMES  # to another name of its field
+    there = column in formats.CONTEXT and str(value) in str(before[0])  # in the question itself
+    assert found != before or named or good or renamed or there
+
+
 # Files
 
 
