@@ -213,12 +213,12 @@ def empty(value) -> bool:
 
 def judged(label) -> bool | None:
     """Whether an answer is good, as KTO's rows say it; None for a label that is no verdict."""
-    return VERDICTS.get(str(label).strip().casefold())
+    return VERDICTS.get(str(label).strip().casefold()) if isinstance(label, str | int | float) else None
 
 
 def role_of(message) -> str | None:
     name = message.get("role") or message.get("from") if isinstance(message, dict) else None
-    return ROLES.get(str(name).strip().casefold())
+    return ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
 
 
 def role_of_end(found, end: int) -> str | None:
