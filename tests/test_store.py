@@ -78,6 +78,7 @@ FAULTS = {  # what is done to a run -> what is said of it
     "a path for a name": (with_(lambda r: r["spec"].update(method="../../outside/x")), "is no method's name"),
     "a typed BLEU": (with_(lambda r: r["scores"]["bleu4"].update(value=99.0)), "bleu4 is 99.0"),
     "BLEU below 0": (with_(lambda r: r["scores"]["bleu4"].update(value=-7.0)), "must be from 0 to 100"),
+    "a start below 0": (with_(lambda r: r.update(start={"bleu4": {"value": -7}})), "must be from 0 to 100"),
     "seconds below 0": (
         with_(lambda r: r["phases"]["train"].update(seconds=-50)),
         "seconds must be from 0 to",
