@@ -57,6 +57,7 @@ class Hashes(TypedDict, total=False):
     given: list[str]
     learned: list[str]
     before: str | None
+    outputs: str
 
 
 class Tokens(TypedDict, total=False):
@@ -131,7 +132,8 @@ class RunRecord:
     `overrides`: hyperparameter -> [value, reason], each a declared difference.
     `hashes`: of the method's code, of each split's rows; a step each: `batches`, as planned for all methods,
     `given`, what the model truly read, and `learned`, what of it carried loss; `before`: the untouched
-    outputs that rejected answers were taken from (null: none were there; absent: none were needed).
+    outputs that rejected answers were taken from (null: none were there; absent: none were needed);
+    `outputs`: of outputs.jsonl, as the run left it.
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
     `tokens`: trained (read by the model in steps), attach (read before the first), padded, supervised
     (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out and

@@ -28,7 +28,7 @@ from harness.batches import Batches, collate, pack
 from harness.errors import redacted
 from harness.record import RunRecord, answers_hash
 from harness.rows import DataError
-from harness.spec import RunSpec
+from harness.spec import RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, RECORD, append, save
 from harness.study import study
 from harness.template import COUNTED, Row, Template, rows_hash
@@ -286,6 +286,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         if output["id"] in found:
             output["margin"] = found[output["id"]] - generate.mean_loss([output])
         append(folder / OUTPUTS, output)
+    record.hashes["outputs"] = content_hash(folder / OUTPUTS)
     record.scores = summary(outputs)
     if spec.trains:
         save_model(chosen, model, tokenizer, record, folder, meter)

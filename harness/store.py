@@ -12,7 +12,7 @@ from uuid import uuid4
 from harness.metrics import METRICS, summarise
 from harness.record import Output, RunRecord, finite
 from harness.shape import check, parse
-from harness.spec import RunSpec
+from harness.spec import RunSpec, content_hash
 
 RECORD, OUTPUTS, EVENTS, MODEL = "record.json", "outputs.jsonl", "events.jsonl", "model"
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
@@ -75,6 +75,8 @@ class Store:
             said, found = (scores.get(metric, {}).get("value") for scores in (record.scores, derived))
             if not agree(said, found):
                 raise ValueError(f"{metric} is {said} by {RECORD}, but {found} by {OUTPUTS}")
+        if record.hashes.get("outputs") not in (None, content_hash(self.folder / name / OUTPUTS)):
+            raise ValueError(f"{OUTPUTS} was changed since the run")
         record.scores = derived | record.scores  # a record that is older than a metric has it, too
         return record
 

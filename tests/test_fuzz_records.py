@@ -45,7 +45,7 @@ STRANGE = [
 # hyperparameter that is left out of a renamed run has its default, as where a version did not ask for it.
 SAID = re.compile(
     r"^(?!remove \.spec\.hp\.)\w+ \.(spec|status|card\.title|scores\.\w+\.value|phases\.train\.seconds)\b"
-    r"|^\w+ \.\d+\.(id|part|prompt|reference|output|tokens|nll|correct|bleu|rouge_l|stopped|reward)\b"
+    r"|^\w+ \.\d+\.(id|part|prompt|reference|tokens|nll|correct|bleu\.[2-9]|rouge_l|stopped|reward)\b"
 )
 
 

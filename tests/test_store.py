@@ -15,6 +15,7 @@ import pytest
 
 from harness import bench
 from harness.record import RunRecord
+from harness.spec import content_hash
 from harness.store import MODEL, OUTPUTS, RECORD, Store, append, save
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,9 @@ def kept(folder: Path, method: str = "lora", seed: int = 0, **changes) -> RunRec
     found = fabricate.record(method, seed, **changes)
     found.sizes["saved_bytes"] = SAVED
     fabricate.keep(folder, found, fabricate.outputs(method, seed, ROWS))
+    if found.ok:
+        found.hashes["outputs"] = content_hash(folder / found.spec.folder / OUTPUTS)
+    save(folder / found.spec.folder / RECORD, found.to_json())
     (folder / found.spec.folder / MODEL).mkdir()
     (folder / found.spec.folder / MODEL / "adapter_model.safetensors").write_bytes(bytes(SAVED))
     return found
@@ -102,6 +106,10 @@ FAULTS = {  # what is done to a run -> what is said of it
     "no outputs": (lambda run: (run / OUTPUTS).unlink(), "outputs.jsonl is missing"),
     "empty outputs": (with_outputs(lambda text: ""), "no test outputs"),
     "half an output": (lambda run: os.truncate(run / OUTPUTS, 500), "outputs.jsonl, line"),
+    "another answer": (
+        with_outputs(lambda text: text.replace('"output": "', '"output": "so ', 1)),
+        "was changed",
+    ),
     "an output less": (with_outputs(lambda text: text.partition("\n")[2]), "by outputs.jsonl"),
     "another count": (
         with_outputs(lambda text: text.replace('"correct": ', '"correct": 99', 1)),
