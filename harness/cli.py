@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness import ROOT
-from harness.errors import redacted
+from harness.errors import brief, redacted, writable
 from harness.plain import plain
 
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a letter that a terminal lacks is written as its number
             stream.reconfigure(errors="backslashreplace")
     made = parser(command)
+    if odd := next((text for text in rest if not writable(text)), None):
+        made.error(f"{brief(odd)} is not UTF-8 text: no record could name it")
     if lost := next((text for text in rest if text.startswith("--") and text.endswith("=--")), None):
         made.error(f"{lost}: -- is no value")  # argparse would drop it
     options = made.parse_args(rest)
