@@ -273,11 +273,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     else:
         record.sizes = sizes(model.requires_grad_(False))
     outputs = test()
+    before = outputs if spec.method == "base" else untouched(spec.locations.get("before"))
     if any(row.prompt and not row.rejected_ids for row in rows["test"]):
-        before = outputs if spec.method == "base" else untouched(spec.locations.get("before"))
         record.hashes["before"] = answers_hash(before)
-    else:
-        before = []
     with meter.phase("evaluate"):
         worse = rejected(rows["test"], before, template, stops, hp)
         found = generate.likelihoods(model, worse, pad, hp, accelerator) if worse else []

@@ -111,16 +111,14 @@ class Reading:
 
     def __call__(self, batch: dict) -> None:
         """Is told by harness/head.py of each batch that is read for its gradients."""
-        ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+        mask, labels = batch["attention_mask"], batch["labels"]
         places = batch["position_ids"] + 1 if "position_ids" in batch else mask.cumsum(1)  # (B, T), from 1
         carries = labels != -100
         carries[:, 0] = False  # nothing stands before it that could foretell it
-        given, learned = (
-            mixed(by_row(mixed((places << 32) + tokens + 1) * chosen, batch)).sum()
-            for tokens, chosen in ((ids, mask), (labels, carries))
-        )
-        read, supervised = mask.sum(), carries.sum()
-        self.now.append(torch.stack([given, learned, read, supervised, mask.numel() - read]))
+        tokens, chosen = torch.stack([batch["input_ids"], labels]), torch.stack([mask.bool(), carries])
+        hashes = mixed(by_row(mixed((places << 32) + tokens + 1) * chosen, batch)).sum(1)
+        counts = chosen.sum((1, 2))
+        self.now.append(torch.cat([hashes, counts, mask.numel() - counts[:1]]))
         self.rows |= {row.id for row in batch.get("rows", ())}
 
     def end_step(self, micro_batches: list[dict]) -> None:
@@ -146,11 +144,11 @@ class Reading:
 
 
 def by_row(values: torch.Tensor, batch: dict) -> torch.Tensor:
-    """(B, T) -> the sum over each row, where rows are packed over each that begins at place 0."""
+    """(2, B, T) -> (2, rows): sums over rows; where they are packed, a new one begins at each place 0."""
     if "position_ids" not in batch:
-        return values.sum(1)
-    row = (batch["position_ids"] == 0).flatten().cumsum(0)
-    return values.new_zeros(values.numel() + 1).index_add(0, row, values.flatten())
+        return values.sum(2)
+    values, row = values.flatten(1), (batch["position_ids"] == 0).flatten().cumsum(0)
+    return values.new_zeros(2, len(row) + 1).index_add(1, row, values)
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:
