@@ -250,7 +250,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             model = chosen.attach(model, batches)
             trained = loaded_types(model)
             record.weights = master_weights(model, precision)
-            one_residual(model, dtype)
+            one_arithmetic(model, dtype)
             if hp.gradient_checkpointing:
                 head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         record.sizes = sizes(model)
@@ -461,17 +461,21 @@ def put_back(types: dict) -> None:
         parameter.data = parameter.data.to(loaded)
 
 
-def one_residual(model, dtype) -> None:
-    """An embedding held in fp32 would lift the whole residual stream to it, and a frozen one would not:
-    here each gives the compute precision. So does what it multiplies by, as Gemma's 33.94 that is 34 in bf16.
+def one_arithmetic(model, dtype) -> None:
+    """An embedding or a norm held in fp32 would lift what follows to it, up to the whole residual stream, and
+    a frozen one would not: here both give the compute precision. What an embedding multiplies by is rounded
+    to it as well, as Gemma's 33.94 that is 34 in bf16. Torch's own norms go by autocast, held as they may be.
     """
     import torch
 
     for module in model.modules() if dtype != torch.float32 else ():
+        weight = getattr(module, "weight", None)
         if isinstance(module, torch.nn.Embedding):
             for factor in filter(torch.is_floating_point, module.buffers()):
                 factor.data = factor.data.to(dtype).to(factor.dtype)
-            module.register_forward_hook(lambda module, ids, states: states.to(dtype))
+        elif getattr(weight, "ndim", 0) != 1 or type(module).__module__.startswith("torch."):
+            continue
+        module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
 def check_finite(scores: list[dict], spec: RunSpec) -> None:

@@ -10,12 +10,15 @@ from itertools import chain
 import pytest
 import tiny
 import torch
+from test_batches import MODELS
 from test_cli import BITFIT
 
 from harness import data, plan
+from harness.generate import likelihoods
+from harness.head import arithmetic
 from harness.method import FOLDER, build, resolve
 from harness.record import Phase, RunRecord, answers_hash
-from harness.run import check_finite, diagnose, execute, master_weights, untouched
+from harness.run import check_finite, diagnose, execute, master_weights, one_arithmetic, untouched
 from harness.store import OUTPUTS, RECORD
 from harness.train import Diverged
 
@@ -196,3 +199,25 @@ def test_what_is_trained_is_held_in_fp32_however_large_it_is():
     assert {p.dtype for p in model["norm"].parameters()} == {torch.float32}
     assert {p.dtype for p in model["frozen"].parameters()} == {torch.bfloat16}
     assert said == "trained parameters in float32, frozen in bfloat16, computed in bf16"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_a_model_held_in_fp32_computes_as_the_untouched_one_to_the_bit(name):
+    """Before the first step full fine-tuning is the base, with the same residual stream. Gemma multiplies its
+    embeddings by a root that bf16 rounds: of 72, as 64 has an exact one."""
+    config = tiny.gemma(hidden_size=72) if name == "gemma3" else MODELS[name]()
+    rows, hp = tiny.rows(6), tiny.hyperparams()
+    with tiny.computing("bf16"):
+        model = tiny.model(config)
+        for parameter in model.parameters():  # as it is loaded: buffers stay as they are
+            parameter.data = parameter.data.to(torch.bfloat16)
+        found = []
+        for held in (False, True):
+            if held:
+                master_weights(model, "bf16")
+                one_arithmetic(model, torch.bfloat16)
+            with arithmetic(model) as types:
+                found.append(likelihoods(model, rows, tiny.PAD, hp, tiny.accelerator()))
+            assert types == {"residual stream": "bfloat16", "products": "bfloat16"}
+    assert found[0] == found[1]
+    assert all(p.dtype == torch.float32 for p in model.parameters())

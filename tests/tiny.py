@@ -158,7 +158,7 @@ def batches(rows, hp, seed: int = 0) -> Batches:
 
 def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambda **_: None):
     """Trains as a run does, from the same base and the same random state. -> model, optimizer, measured."""
-    from harness.run import loaded_types, master_weights, one_residual, put_back
+    from harness.run import loaded_types, master_weights, one_arithmetic, put_back
     from harness.train import train
 
     made = batches(rows, hp, seed)
@@ -169,7 +169,7 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     types = loaded_types(trained)
     if dtype != torch.float64:  # which is more than a run has
         master_weights(trained, "")
-        one_residual(trained, dtype)
+        one_arithmetic(trained, dtype)
     measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     optimizer = train(
         method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
