@@ -89,7 +89,7 @@ class Peft(Method):
     def __post_init__(self):
         if not self.kind:
             raise ValueError(f"name a type, as in peft.vera. Available: {', '.join(self.variants())}")
-        if False in (value for option, value in self.chosen().items() if option.startswith("init_")):
+        if any(value is False and name.startswith("init_") for name, value in self.chosen().items()):
             self.starts_at_base = False
         for option, values, reason in REFUSED:
             value = self.chosen().get(option)

@@ -107,6 +107,13 @@ def test_a_type_starts_at_its_base_as_it_says(name):
     assert ("start" in made.notes) != made.starts_at_base
 
 
+def test_a_start_that_was_asked_to_be_random_is_none_of_the_base():
+    assert method("lora").starts_at_base and method("lora", init_lora_weights="gaussian").starts_at_base
+    made = method("lora", init_lora_weights=False)
+    assert not made.starts_at_base and method("lora").starts_at_base
+    assert (logits(attached(made)) - logits(tiny.model())).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ["beft", "lily"])
 def test_peft_itself_cannot_merge_what_is_said_to_be_unmergeable(name):
     with pytest.raises((ValueError, NotImplementedError)):
