@@ -140,10 +140,11 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
             reader.join(GRACE_SECONDS)
         try:
             record = RunRecord.from_json((folder / RESULT).read_text("utf-8"))
+            (folder / RESULT).unlink()
         except (OSError, ValueError) as fault:
             status, error = epitaph(child.returncode, folder / LOG, reason, oom_kills() > kills)
             if child.returncode == 0:
-                error = f"it ended without a whole record: {fault}"
+                error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
             record = RunRecord(spec, status, error, command=command, started=started)
         if record.ok and child.returncode:  # all was measured: it ended while its model was being saved
             record.warnings[-1] += f": {how(child.returncode)}"
@@ -153,8 +154,7 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
                 f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
                 "data.test or hp.max_new_tokens"
             )
-        for file in (SPEC, RESULT):  # the spec's paths are this machine's alone
-            (folder / file).unlink(missing_ok=True)
+        (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
         store.keep(spec, record)
     return record
 

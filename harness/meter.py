@@ -68,8 +68,9 @@ class Meter:
         phase.peak_host = highest(phase.peak_host, host_peak())
         if self.cuda:
             phase.peak_allocated = highest(phase.peak_allocated, torch.cuda.max_memory_allocated())
-            phase.peak_reserved = highest(phase.peak_reserved, torch.cuda.max_memory_reserved())
-            phase.peak_device = highest(phase.peak_device, self.card.peak())
+            reserved = torch.cuda.max_memory_reserved()
+            phase.peak_reserved = highest(phase.peak_reserved, reserved)
+            phase.peak_device = highest(phase.peak_device, self.card.peak(reserved))
             after = self.card.joules()
             if after is not None and self.joules is not None:
                 phase.joules = (phase.joules or 0.0) + after - self.joules
@@ -135,8 +136,12 @@ class Card:
         if self.handle:
             self.highest = self.used()
 
-    def peak(self) -> int | None:
-        return highest(self.highest, self.used()) - self.before if self.handle else None
+    def peak(self, reserved: int) -> int | None:
+        """Unknown where it is below what this process holds: then another one has left the card since."""
+        if not self.handle:
+            return None
+        taken = highest(self.highest, self.used()) - self.before
+        return taken if taken >= reserved else None
 
     def joules(self) -> float | None:
         try:

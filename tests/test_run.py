@@ -221,3 +221,14 @@ def test_in_bf16_a_model_held_in_fp32_computes_as_the_untouched_one_to_the_bit(n
             assert types == {"residual stream": "bfloat16", "products": "bfloat16"}
     assert found[0] == found[1]
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong():
+    """Bytes of the card: 9 in use before the run, 4 when the neighbour has gone and the run holds 3."""
+    from harness.meter import Card
+
+    card = Card.__new__(Card)
+    card.handle, card.before, card.highest = "card", 9, None
+    for used, peak in ((12, 3), (14, 5), (4, None), (11, None)):
+        card.highest, card.used = None, lambda used=used: used
+        assert card.peak(reserved=3) == peak
