@@ -19,6 +19,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -250,7 +251,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             model = chosen.attach(model, batches)
             trained = loaded_types(model)
             record.weights = master_weights(model, precision)
-            one_arithmetic(model, dtype)
+            one_arithmetic(model, trained)
             if hp.gradient_checkpointing:
                 head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         record.sizes = sizes(model)
@@ -461,21 +462,26 @@ def put_back(types: dict) -> None:
         parameter.data = parameter.data.to(loaded)
 
 
-def one_arithmetic(model, dtype) -> None:
+def one_arithmetic(model, types: dict) -> None:
     """An embedding or a norm held in fp32 would lift what follows to it, up to the whole residual stream, and
-    a frozen one would not: here both give the compute precision. What an embedding multiplies by is rounded
-    to it as well, as Gemma's 33.94 that is 34 in bf16. Torch's own norms go by autocast, held as they may be.
-    """
+    a frozen one would not: here both give the type that they were loaded in. What an embedding multiplies by
+    is rounded to it as well, as Gemma's 33.94 that is 34 in bf16. Torch's own norms go by autocast alone."""
     import torch
 
-    for module in model.modules() if dtype != torch.float32 else ():
+    for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, torch.nn.Embedding):
-            for factor in filter(torch.is_floating_point, module.buffers()):
-                factor.data = factor.data.to(dtype).to(factor.dtype)
-        elif getattr(weight, "ndim", 0) != 1 or type(module).__module__.startswith("torch."):
+        loaded = types.get(weight) if isinstance(weight, torch.nn.Parameter) else None
+        embeds = isinstance(module, torch.nn.Embedding)
+        norm = loaded and weight.ndim == 1 and not type(module).__module__.startswith("torch.")
+        if loaded in (None, torch.float32) or not (embeds or norm):
             continue
-        module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        for factor in filter(torch.is_floating_point, module.buffers() if embeds else ()):
+            factor.data = factor.data.to(loaded).to(factor.dtype)
+        module.register_forward_hook(partial(give, loaded))
+
+
+def give(dtype, module, inputs, output):
+    return output.to(dtype)
 
 
 def check_finite(scores: list[dict], spec: RunSpec) -> None:

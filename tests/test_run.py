@@ -18,7 +18,15 @@ from harness.generate import likelihoods
 from harness.head import arithmetic
 from harness.method import FOLDER, build, resolve
 from harness.record import Phase, RunRecord, answers_hash
-from harness.run import check_finite, diagnose, execute, master_weights, one_arithmetic, untouched
+from harness.run import (
+    check_finite,
+    diagnose,
+    execute,
+    loaded_types,
+    master_weights,
+    one_arithmetic,
+    untouched,
+)
 from harness.store import OUTPUTS, RECORD
 from harness.train import Diverged
 
@@ -214,8 +222,9 @@ def test_in_bf16_a_model_held_in_fp32_computes_as_the_untouched_one_to_the_bit(n
         found = []
         for held in (False, True):
             if held:
+                types = loaded_types(model)
                 master_weights(model, "bf16")
-                one_arithmetic(model, torch.bfloat16)
+                one_arithmetic(model, types)
             with arithmetic(model) as types:
                 found.append(likelihoods(model, rows, tiny.PAD, hp, tiny.accelerator()))
             assert types == {"residual stream": "bfloat16", "products": "bfloat16"}

@@ -163,13 +163,12 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
 
     made = batches(rows, hp, seed)
     base = model() if base is None else base
-    dtype = base.dtype
     torch.manual_seed(seed)
     trained = method.attach(base, made)
     types = loaded_types(trained)
     if dtype != torch.float64:  # which is more than a run has
         master_weights(trained, "")
-        one_arithmetic(trained, dtype)
+        one_arithmetic(trained, types)
     measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     optimizer = train(
         method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
