@@ -427,6 +427,30 @@ def test_dora_loftq_trains_its_three_parts(folder):
     assert [n for n in before if torch.equal(before[n], after[n])] == []
 
 
+# LoRA
+
+
+@pytest.mark.parametrize("alpha", [4.0, 16.0])
+def test_a_layer_adds_alpha_over_rank_times_its_product(alpha):
+    layer = next(iter(adapted_layers(LoRA(rank=4, alpha=alpha).attach(tiny.model(), [])).values()))
+    nn.init.normal_(layer.lora_B["default"].weight)
+    b, a, _ = factors(layer)
+    x = torch.randn(5, layer.in_features)
+    equal(layer(x) - layer.base_layer(x), alpha / 4 * x @ a.T @ b.T, 1e-4)
+
+
+def test_dropout_leaves_out_its_share_of_the_adapters_inputs_and_only_in_training():
+    model = LoRA(rank=64, alpha=64, dropout=0.25, targets="q_proj").attach(tiny.model(), [])
+    layer = next(iter(adapted_layers(model).values()))
+    for factor in (layer.lora_A, layer.lora_B):  # of 64 x 64: the adapter adds what it is given
+        factor["default"].weight.data = torch.eye(64)
+    x = torch.ones(500, 64)
+    added = layer.train()(x) - layer.base_layer(x)
+    assert (added.abs() < 1e-4).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    equal(added[added.abs() > 1e-4], torch.tensor(1 / 0.75).expand(int((added.abs() > 1e-4).sum())), 1e-4)
+    equal(layer.eval()(x) - layer.base_layer(x), x, 1e-4)
+
+
 # rsLoRA
 
 
