@@ -185,13 +185,14 @@ ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUNBUFFERED": "1",
 }
-THREADS = {"GOMP_SPINCOUNT": "300"}  # turns of a waiting thread: more of them hold up a busy neighbour's core
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# A thread that waits spins: beside a neighbour for a core that is not there. One core is left to the neighbour.
+THREADS = {"OMP_NUM_THREADS": str(max(1, CORES - 1))}
 
 
 def environment() -> dict[str, str]:
-    """For a child: the user's, who also decides how threads wait."""
-    own = {} if "OMP_WAIT_POLICY" in os.environ else THREADS
-    return own | os.environ | ENVIRONMENT | {"PYTHONPATH": python_path(), MARK: str(os.getpid())}
+    """For a child: the user's first."""
+    return THREADS | os.environ | ENVIRONMENT | {"PYTHONPATH": python_path(), MARK: str(os.getpid())}
 
 
 def python_path() -> str:
