@@ -186,7 +186,7 @@ ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "PYTHONUNBUFFERED": "1",
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-# A thread that waits spins: beside a neighbour for a core that is not there. One core is left to the neighbour.
+# A thread that waits spins, beside a busy neighbour for a core that is not there: one is left to it.
 THREADS = {"OMP_NUM_THREADS": str(max(1, CORES - 1))}
 
 

@@ -50,7 +50,7 @@ def files(tmp_path_factory):
 def finished(files, folder, method, *settings, rows="rows", before=None) -> RunRecord:
     """A run as its process would end it; its events and outputs lie in the folder."""
     request = Request(methods=[method], model=str(files / "model"), dataset=str(files / f"{rows}.jsonl"),
-                      seeds=[0], settings=[*SETTINGS, *settings])  # fmt: skip
+                      seeds=[0], settings=tiny.settings(SETTINGS, settings))  # fmt: skip
     (spec,) = [spec for spec in plan(request) if spec.method == method]
     spec.locations["before"] = before and str(before)
     folder.mkdir()

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import time
-from itertools import chain
 
 import pytest
 import tiny
@@ -34,11 +33,6 @@ SMALL = ["data.train=16", "data.test=4", "data.validation=2", "hp.max_new_tokens
          "hp.precision=fp32"]  # fmt: skip
 
 
-def merged(*settings) -> list[str]:
-    """The last one given of a key holds."""
-    return list({text.partition("=")[0]: text for text in chain(*settings)}.values())
-
-
 @pytest.fixture
 def run(tmp_path):
     """As the child runs the demo: `run(method, *settings, code=a plugin's)` -> record, folder."""
@@ -47,7 +41,7 @@ def run(tmp_path):
         if code:
             (tmp_path / f"{name}.py").write_text(code)
         plugins = [str(tmp_path / f"{name}.py")] if code else []
-        request = plan.Request([name], "demo", seeds=[0], settings=merged(SMALL, settings), plugins=plugins)
+        request = plan.Request([name], "demo", seeds=[0], settings=tiny.settings(SMALL, settings), plugins=plugins)
         spec = next(spec for spec in plan.plan(request) if spec.method == name)
         spec.locations.update(locations)
         folder, record = tmp_path / f"run of {name}", RunRecord(spec, "failed")

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -132,6 +133,11 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
+def settings(*groups) -> list[str]:
+    """Of a request, KEY=VALUE each; of two values the later one."""
+    return list({text.partition("=")[0]: text for text in chain(*groups)}.values())
+
+
 @contextmanager
 def computing(precision: str):
     """Within, accelerators compute in `no` (fp32) or `bf16`: there is one precision a process."""
@@ -166,7 +172,7 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     torch.manual_seed(seed)
     trained = method.attach(base, made)
     types = loaded_types(trained)
-    if dtype != torch.float64:  # which is more than a run has
+    if base.dtype != torch.float64:  # which is more than a run has
         master_weights(trained, "")
         one_arithmetic(trained, types)
     measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
