@@ -188,7 +188,8 @@ def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, monkeyp
                 assert all(place.name in line for line in corrupt), what
                 text = written(store)
                 counts["read and said"] += text != untouched and not refused
-                assert text != untouched or not SAID.search(what), what
+                untrained = name.startswith("base") and ".spec.hp." in what  # no rate acts on it
+                assert text != untouched or untrained or not SAID.search(what), what
             if not refused and example % DRAWN == 0:
                 with monkeypatch.context() as patch:
                     patch.setitem(document.__globals__, "figures", figures)
