@@ -174,6 +174,14 @@ def test_only_the_chosen_positions_change_and_by_their_own_edit(tied, padding):
     torch.testing.assert_close(seen["edited"], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_dropout_that_is_asked_for_is_every_edits_and_acts_in_training_alone():
+    model = attached(LoReFT(rank=4, dropout=0.25, tied=False))
+    for edit in edits(model):
+        h = torch.ones(500, 64)
+        assert (edit.train()(h) == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+        assert not (edit.eval()(h) == 0).any()
+
+
 # Sizes
 
 
