@@ -41,7 +41,8 @@ def run(tmp_path):
         if code:
             (tmp_path / f"{name}.py").write_text(code)
         plugins = [str(tmp_path / f"{name}.py")] if code else []
-        request = plan.Request([name], "demo", seeds=[0], settings=tiny.settings(SMALL, settings), plugins=plugins)
+        asked = tiny.settings(SMALL, settings)
+        request = plan.Request([name], "demo", seeds=[0], settings=asked, plugins=plugins)
         spec = next(spec for spec in plan.plan(request) if spec.method == name)
         spec.locations.update(locations)
         folder, record = tmp_path / f"run of {name}", RunRecord(spec, "failed")
