@@ -171,9 +171,9 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     base = model() if base is None else base
     torch.manual_seed(seed)
     trained = method.attach(base, made)
-    types = loaded_types(trained)
-    if base.dtype != torch.float64:  # which is more than a run has
-        master_weights(trained, "")
+    types = loaded_types(trained) if base.dtype == torch.bfloat16 else {}  # some oracles are in fp64
+    if types:
+        master_weights(trained, "bf16")
         one_arithmetic(trained, types)
     measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     optimizer = train(
