@@ -49,15 +49,18 @@ class Decoder:
         told of each batch."""
         return [
             {"output": self.text_of(ids), "new_tokens": len(ids), "stopped": ids[-1] in self.stops}
-            for [ids] in self.continuations(model, rows, report=report)
+            for [ids] in self.continuations(
+                model, rows, self.hp.eval_batch_size, self.hp.max_new_tokens, report=report
+            )
         ]
 
     def sample(self, model, rows: list[Row], new_tokens: int, copies: int = 1, temperature: float = 0.0):
         """-> for each row `copies` lists of at most so many new token ids, as long as hp.max_length leaves
-        room for; greedy at temperature 0. A phase of its own."""
+        room for; greedy at temperature 0. As many at once as a step has rows: how an evaluation is batched
+        must not change what is trained on. A phase of its own."""
         training = model.training
         with self.meter.phase("rollout") if self.meter else nullcontext():
-            found = self.continuations(model, rows, copies, temperature, new_tokens)
+            found = self.continuations(model, rows, self.hp.batch_size, new_tokens, copies, temperature)
         model.train(training)
         found = [[ids[: self.hp.max_length - len(row.prompt_ids)] for ids in group]
                  for row, group in zip(rows, found, strict=True)]  # fmt: skip
@@ -74,17 +77,17 @@ class Decoder:
 
     @torch.inference_mode()
     def continuations(
-        self, model, rows, copies=1, temperature=0.0, new_tokens=None, report=lambda **_: None
+        self, model, rows, at_once, new_tokens, copies=1, temperature=0.0, report=lambda **_: None
     ):
         """In the order of rows, `copies` of each: the new tokens, the stop token too if there was one."""
         model.eval()
         causal = causal_lm(model)
-        config = self.config(temperature, new_tokens or self.hp.max_new_tokens)
+        config = self.config(temperature, new_tokens)
         own, causal.generation_config = causal.generation_config, config
         # passed as an argument, it would be filled up from the model's own, whose repetition penalty and
         # the like are not this decoder's
         by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
-        size = max(1, self.hp.eval_batch_size // copies)
+        size = max(1, at_once // copies)
         found = {}
         for start in range(0, len(rows), size):
             batch = by_length[start : start + size]

@@ -212,7 +212,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             if hp.packing:
                 check_packing(model, rows["train"], hp.max_length, tokenizer.pad_token_id)
     scorer = metrics.TextScorer(spec.dataset["language"], spec.dataset["reward"])
-    stops = stop_tokens(tokenizer, model, rows["test"])
+    stops = stop_tokens(tokenizer, model, rows["train"])
     decoder = generate.Decoder(tokenizer, stops, hp, accelerator, scorer, meter)
     pad = tokenizer.pad_token_id
 

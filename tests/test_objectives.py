@@ -532,7 +532,7 @@ def policy():
 def test_first_tokens_are_as_frequent_as_the_model_says(policy):
     """For a short prompt and a long one at once, so that padding would show."""
     count, by_length = 2000, sorted(ROWS, key=lambda row: len(row.prompt_ids))
-    hp = hyperparams(max_new_tokens=1, eval_batch_size=2 * count)
+    hp = hyperparams(max_new_tokens=1, batch_size=2 * count)
     rows = [by_length[0], by_length[-1]]
     torch.manual_seed(0)
     drawn = tiny.decoder(hp).sample(policy, rows, 1, copies=count, temperature=1.0)
@@ -596,7 +596,7 @@ def test_answers_are_drawn_without_dropout_and_training_mode_comes_back(policy):
 
 @pytest.mark.parametrize("size", [1, 5, 32])
 def test_greedy_samples_are_the_answers_of_the_evaluation(size):
-    decoder = tiny.decoder(replace(HP, eval_batch_size=size))
+    decoder = tiny.decoder(replace(HP, eval_batch_size=size, batch_size=7))
     decoder.stops = STOPS
     found = [ids for [ids] in decoder.sample(untied(), ROWS, HP.max_new_tokens)]
     assert found == [greedy(untied(), row, STOPS) for row in ROWS]
@@ -604,6 +604,15 @@ def test_greedy_samples_are_the_answers_of_the_evaluation(size):
         assert answer["new_tokens"] == len(ids)
         assert answer["stopped"] == (ids[-1] in STOPS)
         assert answer["output"] == decoder.text_of(ids)
+
+
+def test_how_an_evaluation_is_batched_changes_no_draw(policy):
+    found = []
+    for size in (1, 32):
+        torch.manual_seed(0)
+        decoder = tiny.decoder(replace(HP, eval_batch_size=size))
+        found.append(decoder.sample(policy, ROWS, 6, copies=2, temperature=1.0))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("scored", [1, 50])

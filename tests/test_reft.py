@@ -298,7 +298,8 @@ def recomputed(call):
 def answered(model, rows, batch_size):
     """-> the rows with the model's own greedy answers as their responses."""
     hp = hyperparams(eval_batch_size=batch_size, max_new_tokens=10)
-    found = generate.Decoder(TOKENS, [tiny.EOS], hp, tiny.accelerator()).continuations(model, rows)
+    decoder = generate.Decoder(TOKENS, [tiny.EOS], hp, tiny.accelerator())
+    found = decoder.continuations(model, rows, hp.eval_batch_size, hp.max_new_tokens)
     return [replace(row, response_ids=tiny.array(ids)) for row, [ids] in zip(rows, found, strict=True)]
 
 
