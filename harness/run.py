@@ -261,9 +261,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         if not chosen.starts_at_base:
             record.start = summary(test())
         record.validation = [{"step": 0, "loss": validate()}]
-        told, start = step_report(report, batches), fingerprints(list(trained))
+        told, start = step_report(report, batches), fingerprints(trained)
         optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
-        check(start, fingerprints(list(trained)), record.training)
+        check(start, fingerprints(trained), record.training)
         record.sizes["optimizer_bytes"] = optimizer_bytes(optimizer)
         record.tokens["sampled"] = decoder.sampled
         record.notes = chosen.notes
@@ -495,7 +495,7 @@ def check_finite(scores: list[dict], spec: RunSpec) -> None:
         raise ValueError(f"{what} without any training")
     from harness.train import Diverged
 
-    raise Diverged(f"{what} after training")
+    raise Diverged(what)
 
 
 def untouched(folder: str | None) -> list[dict]:

@@ -12,6 +12,7 @@ from harness.meter import StepClock
 from harness.spec import Hyperparams
 
 PIECE = 2**22  # values of a tensor looked at together: 32 MiB as sums of 64 bits
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value -> what reads them as a number
 WARMUP_STEPS = 5  # first steps pay for lazy initialisation; a quarter of the steps if there are few
 
 
@@ -59,9 +60,10 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
                     loss = accumulate(method, model, micro_batches, accelerator)
                 record.arithmetic |= {"training": types} if types else {}
                 reading.end_step(micro_batches)
-                norm = None
                 if hp.max_grad_norm:
                     norm = accelerator.clip_grad_norm_(parameters, hp.max_grad_norm)
+                else:
+                    norm = gradient_norm(parameters)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -95,6 +97,12 @@ def accumulate(method, model, micro_batches: list[dict], accelerator) -> torch.T
 
 def targets(batch: dict) -> torch.Tensor:
     return (batch["labels"][:, 1:] != -100).sum()
+
+
+def gradient_norm(parameters: list) -> torch.Tensor | None:
+    """Over all trained parameters; null where a method has used and freed its gradients already."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
 
 class Reading:
@@ -165,15 +173,16 @@ def digits(number: int) -> str:
 # What the training left
 
 
-def fingerprints(parameters: list) -> list[list[int]]:
-    """Of each tensor the sum of its bits, which any change changes, and how many values are not finite."""
+def fingerprints(types: dict) -> list[list[int]]:
+    """Of each tensor, in the type that it will be kept in, the sum of its bits, which a change changes, and
+    how many values are not finite."""
 
-    def fingerprint(tensor):
-        pieces = tensor.detach().flatten().split(PIECE)
-        return torch.stack([sum(p.view(torch.int32).sum() for p in pieces),
+    def fingerprint(tensor, kept):
+        pieces = [p.to(kept) for p in tensor.detach().flatten().split(PIECE)]
+        return torch.stack([sum(p.view(BITS[p.element_size()]).sum() for p in pieces),
                             sum(p.isfinite().logical_not().sum() for p in pieces)])  # fmt: skip
 
-    return torch.stack([fingerprint(parameter) for parameter in parameters]).tolist()
+    return torch.stack([fingerprint(parameter, kept) for parameter, kept in types.items()]).tolist()
 
 
 def check(before: list, after: list, training: list[dict]) -> None:
@@ -189,7 +198,8 @@ def check(before: list, after: list, training: list[dict]) -> None:
         )
     if before == after:
         raise ValueError(
-            f"nothing was trained: no weight moved in {len(training)} steps. Raise hp.learning_rate"
+            f"nothing was trained: no weight moved in {len(training)} steps, as far as the type that it is "
+            "kept in can tell. Raise hp.learning_rate"
         )
 
 

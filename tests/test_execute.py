@@ -14,7 +14,7 @@ from harness.plan import Request, plan
 from harness.record import Phase, RunRecord
 from harness.report.rows import comparisons, tokens_per_second
 from harness.report.tables import quality
-from harness.store import EVENTS, OUTPUTS
+from harness.store import EVENTS, OUTPUTS, RECORD
 from methods.eva import EVA
 
 WORDS = ["the", "cat", "dog", "red", "house", "mat", "user", "model", "sat", "ran", "on", "to"]
@@ -57,6 +57,7 @@ def finished(files, folder, method, *settings, rows="rows", before=None) -> RunR
     record = RunRecord(spec, "failed")
     run.execute(spec, record, folder)
     record.status = "ok"
+    (folder / RECORD).write_text(record.to_json())
     return record
 
 

@@ -237,7 +237,7 @@ def test_a_record_of_before_is_not_certified():
     old = [fabricate.record(method) for method in ("qlora", "galore")]
     assert certified(*old)[READ] == certified(*old)[LEARNED] == (None, "not recorded")
     new = reading("full", ["a"], ["b"], 1, 1, 1)
-    assert certified(*old, new)[READ] == (True, "not recorded for QLoRA (seed 0) and GaLore (seed 0)")
+    assert certified(*old, new)[READ] == (None, "not recorded for QLoRA (seed 0) and GaLore (seed 0)")
     assert certified(*old)["Arithmetic of the training, as measured"] == (None, "not recorded")
     assert "Rejected answers" not in certified(*old)
 
@@ -363,6 +363,40 @@ def test_preferences_are_compared_over_the_same_answers_alone(tmp_path):
     lead, quality = report("others")
     assert "Preference accuracy" not in quality
     assert "other answers for Base (seed 0) and QLoRA (seed 0) against GaLore (seed 0)" in lead
+
+
+def mixed(method: str, formats: dict, **changes):
+    """A record whose parts are of these formats."""
+    found = fabricate.record(method)
+    parts = [{**part, "format": formats[part["name"]]} for part in found.spec.dataset["parts"]]
+    found.spec = replace(found.spec, dataset={**found.spec.dataset, "parts": parts})
+    found.hashes |= changes
+    return found
+
+
+def test_a_text_among_questions_has_no_reference_out_of_reach(tmp_path):
+    names = [part["name"] for part in fabricate.record("base").spec.dataset["parts"]]
+    formats = dict.fromkeys(names, "messages") | {names[0]: "text"}
+    for method in ("base", "qlora"):
+        test = [{**output, "tokens": 130} for output in fabricate.outputs(method)]
+        fabricate.keep(tmp_path / "r", mixed(method, formats), test)
+    asked = sum(output["part"] != names[0] for output in fabricate.outputs("base"))
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    assert f"{asked} of 90 references are longer than an answer may be" in text and 0 < asked < 90
+
+
+def test_preferences_over_pairs_alone_are_not_compared_with_those_over_all(tmp_path):
+    """Where the untouched model failed, its answers are missing beside the pairs that the data have."""
+    names = [part["name"] for part in fabricate.record("base").spec.dataset["parts"]]
+    formats = dict.fromkeys(names, "messages") | {names[0]: "pairs"}
+    for method, before in (("base", "a"), ("qlora", "a"), ("galore", None)):
+        test = fabricate.outputs(method)
+        for output in test if before is None else ():
+            if output["part"] != names[0]:
+                del output["margin"]
+        fabricate.keep(tmp_path / "r", mixed(method, formats, before=before), test)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    assert "Preference accuracy is left out" in text and "Preference accuracy (after)" not in text
 
 
 def test_declared_deviations_are_footnotes(tmp_path):

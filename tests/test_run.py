@@ -27,7 +27,7 @@ from harness.run import (
     untouched,
 )
 from harness.store import OUTPUTS, RECORD
-from harness.train import Diverged
+from harness.train import Diverged, check, fingerprints
 
 SMALL = ["data.train=16", "data.test=4", "data.validation=2", "hp.max_new_tokens=4", "hp.validations=0",
          "hp.precision=fp32"]  # fmt: skip
@@ -106,9 +106,12 @@ def test_what_needs_a_prompt_is_refused_for_plain_text(name):
     assert plan.beyond(chosen, tiny.hyperparams(), asked) == []
 
 
-def test_a_run_without_gradients_is_not_ok(run):
+@pytest.mark.parametrize("norm", [0, 1])
+def test_a_run_without_gradients_is_not_ok(norm, run):
+    """Weight decay moves weights without any."""
     nothing = BITFIT + "\n    def loss(self, model, batch):\n        return super().loss(model, batch) * 0\n"
-    record, _ = run("nothing", "hp.max_steps=3", "hp.weight_decay=0.1", code=nothing)
+    settings = "hp.max_steps=3", "hp.weight_decay=0.1", f"hp.max_grad_norm={norm}"
+    record, _ = run("nothing", *settings, code=nothing)
     assert record.status == "failed"
     assert "nothing was trained: the gradient was zero in all 3 steps" in record.error
     assert len(record.training) == 3
@@ -117,7 +120,16 @@ def test_a_run_without_gradients_is_not_ok(run):
 def test_a_run_whose_weights_stood_still_is_not_ok(run):
     record, _ = run("lora", "hp.max_steps=2", "hp.learning_rate=1e-60", "hp.max_grad_norm=0")
     assert record.status == "failed"
-    assert "nothing was trained: no weight moved in 2 steps. Raise hp.learning_rate" in record.error
+    assert "nothing was trained: no weight moved in 2 steps" in record.error
+
+
+def test_a_change_that_is_rounded_away_when_it_is_kept_is_none():
+    weight = torch.nn.Parameter(torch.ones(4))
+    before = {kept: fingerprints({weight: kept}) for kept in (torch.float32, torch.bfloat16)}
+    weight.data += 1e-4
+    check(before[torch.float32], fingerprints({weight: torch.float32}), [{"grad_norm": 1.0}])
+    with pytest.raises(ValueError, match="no weight moved"):
+        check(before[torch.bfloat16], fingerprints({weight: torch.bfloat16}), [{"grad_norm": 1.0}])
 
 
 # What a record says

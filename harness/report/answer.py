@@ -33,8 +33,9 @@ def answer(comparison: Comparison, sample: Bootstrap | None) -> str:
             if len([row for row in equals if row.statistics]) > 1:
                 sentences += [ranking(sample, metric, equals) for metric in ("bleu4", "rouge_l")]
     if len(ranked) > 1:
-        sentences += [cheapest(ranked, comparison.peak_memory, "least memory", size),
-                      cheapest(ranked, seconds, "least training time", duration)]  # fmt: skip
+        if comparison.on_gpu:  # resident memory is Python's and its libraries' for the most part
+            sentences.append(cheapest(ranked, comparison.peak_memory, "least memory", size))
+        sentences.append(cheapest(ranked, seconds, "least training time", duration))
     for row in comparison.rows:
         if not row.done:
             sentences.append(f"{row.label} has no result: {row.status}.")
@@ -171,7 +172,8 @@ def aims(comparison: Comparison, rows: list[Row]) -> list[str]:
     for row in rows:
         before, name = comparison.before(row), NAMES[row.aim].lower()
         values = [r.mean(lambda r, m=row.aim: comparison.score(r, m)) if r else None for r in (before, row)]
-        found.append(f"{row.label} ({name} {' to '.join(number(v, DECIMALS[row.aim]) for v in values)})")
+        known = [number(v, DECIMALS[row.aim]) for v in values if v is not None]
+        found.append(f"{row.label} ({name} {' to '.join(known)})" if known else row.label)
     return found
 
 

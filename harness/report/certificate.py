@@ -21,6 +21,7 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
         same("Rows planned for each step", planned(trained)),
         steps("Tokens the model was given in each step", "given", trained),
         steps("Tokens that carried loss in each step", "learned", trained),
+        same("Tokens read before the first step", {"tokens": read_before(trained)}, shown=True),
     ]
     for split, runs in (("train", trained), ("validation", trained), ("test", names)):
         values = {name: r.hashes.get(split) for name, r in runs.items()}
@@ -114,7 +115,14 @@ def steps(what: str, kind: str, runs: dict[str, RunRecord]) -> tuple[str, bool |
     missing = [f"{UNKNOWN} for {listed(unknown, 4)}"] if unknown else []
     if not any(seeds.values()):
         return what, None, UNKNOWN
-    return what, not differing, "; ".join(differing + missing)
+    same = not differing if differing or not missing else None
+    return what, same, "; ".join(differing + missing)
+
+
+def read_before(runs: dict[str, RunRecord]) -> dict[str, str | None]:
+    """By a warm-up, or by a start that is made of the data."""
+    counts = {name: r.tokens.get("attach") for name, r in runs.items()}
+    return {name: None if count is None else f"{count:,}" for name, count in counts.items()}
 
 
 def amount(record: RunRecord, kind: str) -> str:

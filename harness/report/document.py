@@ -22,8 +22,8 @@ MEASURED = (
     "Training time: attaching the method, all optimizer steps, and the answers that a method samples for "
     "them (rollout); loading, validating, evaluating and saving are not in it. Step: median of the "
     "optimizer steps after the warm-up.",
-    "Tokens/s: tokens trained on, all answers of a pair or a group counted, padding not, over the "
-    "training time.",
+    "Tokens/s: tokens read in steps and before the first, all answers of a pair or a group counted, padding "
+    "not, over the training time.",
     "± is the sample standard deviation over seeds. GiB is 2^30 bytes. An en dash is unknown, not 0.",
 )
 ON_GPU = (

@@ -134,17 +134,18 @@ class Comparison:
     @property
     def pairs(self) -> bool:
         """The data say which answer is the worse one; else it is the untouched model's own."""
-        return any(part.get("format") == "pairs" for part in self.spec.dataset.get("parts", []))
+        return all(part.get("format") == "pairs" for part in self.spec.dataset.get("parts", []))
 
     @property
     def preferred_to(self) -> dict[str, list[str]]:
-        """Digest of the untouched model's answers -> the runs whose preferences are over these answers."""
-        found: dict[str, list[str]] = {}
-        for row in [] if self.pairs else self.rows:
+        """Digest of the untouched model's answers -> the runs whose preferences are over them; none: over the
+        pairs of the data alone."""
+        found: dict[str | None, list[str]] = {}
+        for row in self.rows:
             for record in row.done:
-                answers = record.hashes.get("before")
-                if answers and score(record, "preference_accuracy") is not None:
-                    found.setdefault(str(answers), []).append(f"{row.label} (seed {record.spec.seed})")
+                if "before" in record.hashes and score(record, "preference_accuracy") is not None:
+                    answers = record.hashes["before"]
+                    found.setdefault(answers, []).append(f"{row.label} (seed {record.spec.seed})")
         return found
 
     def score(self, record: RunRecord, metric: str) -> float | None:
@@ -156,9 +157,11 @@ class Comparison:
     @property
     def out_of_reach(self) -> int:
         """Test rows whose reference, less its end mark, is longer than an answer may be."""
-        if self.reference_tokens is None or self.plain_text:  # a plain text's is cut to what may be written
+        if self.reference_tokens is None:
             return 0
-        return int((self.reference_tokens - 1 > self.spec.hp.max_new_tokens).sum())
+        formats = {part.get("name"): part.get("format") for part in self.spec.dataset.get("parts", [])}
+        asked = np.array([formats.get(part) != "text" for part in self.parts])  # a text's is cut to fit
+        return int((asked & (self.reference_tokens - 1 > self.spec.hp.max_new_tokens)).sum())
 
     @property
     def title(self) -> str:

@@ -65,6 +65,9 @@ def hours(times: list[float]) -> str:
     return f"{spread(in_hours)} ({number(float(np.mean(times)), 1)} s)"
 
 
+OF_OWN_BASE = ("bleu4", "rouge_l", "perplexity")
+
+
 def quality(comparison: Comparison) -> Table:
     """Scores from likelihoods, and those of the own base of a method that has another one."""
     metrics = ["perplexity", "token_accuracy", "stop_rate", "preference_accuracy"]
@@ -73,12 +76,12 @@ def quality(comparison: Comparison) -> Table:
     columns = ["Technique", *(f"{NAMES[m]} ({when})" for m in metrics for when in ("before", "after"))]
     with_own = any(comparison.own_scores(row, "bleu4") for row in comparison.rows)
     if with_own:
-        columns += ["BLEU-4 (own base)", "ROUGE-L (own base)"]
+        columns += [f"{NAMES[m]} (own base)" for m in OF_OWN_BASE]
     rows = []
     for row in comparison.rows:
         cells = [row.label, *(c for m in metrics for c in before_and_after(comparison, row, m))]
         if with_own:
-            cells += [spread(comparison.own_scores(row, m), DECIMALS[m]) for m in ("bleu4", "rouge_l")]
+            cells += [spread(comparison.own_scores(row, m), DECIMALS[m]) for m in OF_OWN_BASE]
         rows.append(cells)
     return without_unknown(Table(columns, rows))
 
