@@ -10,18 +10,21 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from harness import ROOT
 from harness.errors import brief, misfit, unknown
+from harness.record import finite
+from harness.shape import check, parse
 from harness.spec import Hyperparams
 
 FOLDER = ROOT / "methods"
@@ -153,11 +156,23 @@ class Method:
 
     def note(self, what: str, value: float | str) -> None:
         """Keeps something that this run found out about its method; the report prints it."""
-        self.notes[what] = value
+        self.notes[str(what)] = recordable(value)
 
     @cached_property
     def notes(self) -> dict:
         return {}
+
+
+def recordable(value):
+    """As a record holds it: a tensor's number as one, what JSON has as it is, else a short text."""
+    try:
+        found = parse(json.dumps(finite(value.item() if hasattr(value, "item") else value)))
+        check(found, Any)
+        return found
+    except Exception:  # whatever a stranger's value does
+        with suppress(Exception):
+            return brief(value)
+        return type(value).__name__
 
 
 def adam(hp: Hyperparams) -> dict:

@@ -248,3 +248,26 @@ def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong(
     for used, peak in ((12, 3), (14, 5), (4, None), (11, None)):
         card.highest, card.used = None, lambda used=used: used
         assert card.peak(reserved=3) == peak
+
+
+# What a method leaves
+
+
+def test_what_a_method_notes_can_always_be_recorded():
+    """After hours of training it would cost the whole run."""
+    deep, endless = [], []
+    for _ in range(40):
+        deep = [deep]
+    endless.append(endless)
+    noted = {"number": torch.tensor(2.5), "tensor": torch.ones(3), "set": {1}, "deep": deep,
+             "tuples": ((1, 2),), "endless": endless, "digits": 10**5000, "unknown": math.nan,
+             3: {1: torch.float32}}  # fmt: skip
+    chosen = resolve("full", FOLDER / "full.py")()
+    for what, value in noted.items():
+        chosen.note(what, value)
+    record = RunRecord(plan.plan(plan.Request(["full"], "demo", seeds=[0]))[-1], "ok", notes=chosen.notes)
+    found = RunRecord.from_json(record.to_json()).notes
+    assert (found["number"], found["tuples"], found["unknown"]) == (2.5, [[1, 2]], None)
+    assert found["tensor"] == "tensor([1., 1., 1.])" and found["set"] == "{1}"
+    assert "torch.float32" in found["3"]
+    assert found["deep"].startswith("[[[") and found["digits"] == "int"
