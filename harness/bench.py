@@ -139,7 +139,7 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
             clear(child)
             reader.join(GRACE_SECONDS)
         try:
-            record = RunRecord.from_json((folder / RESULT).read_text("utf-8"))
+            record = RunRecord.from_json(store.text(folder.name, RESULT))
             (folder / RESULT).unlink()
         except (OSError, ValueError) as fault:
             status, error = epitaph(child.returncode, folder / LOG, reason, oom_kills() > kills)
@@ -172,8 +172,8 @@ def held():
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt(came[0])
+        if came:  # also where the block has raised, as on a full disk
+            raise KeyboardInterrupt(came[0])
 
 
 # The child, and what it finds
@@ -239,15 +239,17 @@ def follow(child: subprocess.Popen, events: Path, progress, asked: Callable[[], 
     position = 0
     while True:
         ended = child.poll() is not None
-        if events.exists():
-            with events.open("rb") as file:
-                file.seek(position)
-                new = file.read()
-            whole = new[: new.rfind(b"\n") + 1]
-            position += len(whole)
-            for line in whole.splitlines():
-                with suppress(Exception):  # half a line, a closed terminal: what is shown never ends a run
-                    progress.event(parse(line))
+        whole = b""
+        with suppress(OSError):
+            if events.is_file():  # a method could have left a pipe there, which would keep us waiting
+                with events.open("rb") as file:
+                    file.seek(position)
+                    new = file.read()
+                whole = new[: new.rfind(b"\n") + 1]
+                position += len(whole)
+        for line in whole.splitlines():
+            with suppress(Exception):  # half a line, a closed terminal: what is shown never ends a run
+                progress.event(parse(line))
         if ended:
             return None
         if reason := asked():
@@ -314,7 +316,8 @@ def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[st
         return "interrupted", f"interrupted; {AGAIN}"
     if code == -signal.SIGKILL and not starved:
         return "interrupted", f"killed from outside, and not by the kernel for want of memory; {AGAIN}"
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    said = log.read_text("utf-8", "replace") if log.is_file() else ""
+    lines = [line for line in said.splitlines() if line.strip()]
     text = f"ended with {how(code)}: {lines[-1][:300] if lines else 'no output'}"
     status = "oom_host" if code == -signal.SIGKILL else exhausted("\n".join(lines[-20:]))
     return out_of_memory(status, text) if status else ("failed", text)

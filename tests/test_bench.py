@@ -116,6 +116,15 @@ EPITAPHS = {  # how a child ends -> its status, and what its error says
         "failed",
         "KeyError: 'after'",
     ),
+    "pipes": (
+        "for name in ('events.jsonl', 'result.json'): os.mkfifo(sys.argv[1] + '/' + name)\n"
+        "time.sleep(1); os._exit(0)",
+        "failed",
+        "result.json is not a file",
+    ),
+    "a pipe for a log": (
+        "log = sys.argv[1] + '/log.txt'; os.remove(log); os.mkfifo(log); os._exit(3)", "failed", "no output"
+    ),
     "a thread stays": (
         "import threading; threading.Thread(target=time.sleep, args=[99]).start(); raise KeyError('main')",
         "failed",
@@ -273,6 +282,13 @@ def test_a_screen_that_is_gone_costs_no_run():
     ended = fabricate.record("lora", status="failed", scores={})
     shown.start(ended.spec, 1, 1)
     shown.end(ended, False)
+
+
+def test_a_signal_is_not_lost_where_the_record_cannot_be_kept():
+    with pytest.raises(KeyboardInterrupt) as ended, running.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("no space left")
+    assert ended.value.args == (signal.SIGTERM,)
 
 
 # Whole benches
