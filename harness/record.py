@@ -62,11 +62,14 @@ class Hashes(TypedDict, total=False):
 
 class Tokens(TypedDict, total=False):
     trained: Count
+    attach: Count
     padded: Count
     supervised: Count
     sampled: Count
     rows: Count
     left_out: dict[str, Count]
+    unused: dict[str, list[str]]
+    origins: dict[str, dict[str, str]]
     splits: dict[str, Count]
     answered: dict[str, Count]
     template: str

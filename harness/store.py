@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from harness.metrics import METRICS, summarise
-from harness.record import Output, RunRecord, finite
+from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import check, parse
 from harness.spec import RunSpec, content_hash
 
@@ -33,7 +33,10 @@ class Store:
         record, _ = self.standing(spec.folder)
         saved = record.sizes.get("saved_bytes") if record else None
         files = (self.folder / spec.folder / MODEL).rglob("*.safetensors")
-        return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
+        try:
+            return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
+        except OSError:  # a link to nothing
+            return None
 
     def load(self) -> tuple[list[RunRecord], list[str]]:
         """The records of all whole runs, in the order of their start, and a line for each that is not."""
@@ -64,12 +67,19 @@ class Store:
             raise ValueError(f"{RECORD} is {record.folder}'s: its spec or the folder's name was changed")
         if not record.ok:
             return record
+        if record.spec.trains and not record.phases.get("train", Phase()).seconds:
+            raise ValueError(f"{RECORD} has trained in no time: its phase train is missing")
+        if not record.scores:
+            raise ValueError(f"{RECORD} is ok and has no scores")
         outputs = self.outputs(record)
         for number, output in enumerate(outputs, 1):
             check(output, Output, f"{OUTPUTS}, line {number}")
             right = [output["correct"], *output["bleu"][2:6]]
             if any(map(int.__gt__, right, [output["tokens"], *output["bleu"][6:]])):
                 raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
+        rows = record.tokens.get("splits", {}).get("test", len(outputs))
+        if rows != len(outputs) or rows != len({output["id"] for output in outputs}):
+            raise ValueError(f"{OUTPUTS} has not one output for each of {rows} test rows")
         derived = summarise(outputs, "")
         for metric in set(METRICS) & set(record.scores):
             said, found = (scores.get(metric, {}).get("value") for scores in (record.scores, derived))

@@ -68,6 +68,15 @@ def with_outputs(change):
     return lambda run: (run / OUTPUTS).write_text(change((run / OUTPUTS).read_text()))
 
 
+def one_row_for_another(run: Path) -> None:
+    """With all that is derived from the outputs."""
+    first, _, *rest = (run / OUTPUTS).read_text().splitlines()
+    test = [json.loads(line) for line in (first, first, *rest)]
+    (run / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
+    made = {"hashes": {}, "scores": fabricate.summarise(test, "nrefs:1")}
+    edit(run / RECORD, lambda record: record.update(made))
+
+
 RESULTS = "results"
 FAULTS = {  # what is done to a run -> what is said of it
     "another rate": (
@@ -111,6 +120,16 @@ FAULTS = {  # what is done to a run -> what is said of it
         "was changed",
     ),
     "an output less": (with_outputs(lambda text: text.partition("\n")[2]), "by outputs.jsonl"),
+    "fewer rows than were tested": (
+        with_(lambda r: r["tokens"].update(splits={"test": ROWS + 1})),
+        "has not one output for each of 10 test rows",
+    ),
+    "one row for another": (one_row_for_another, "has not one output for each of 9 test rows"),
+    "no scores": (with_(lambda r: r.update(scores={})), "is ok and has no scores"),
+    "no training": (with_(lambda r: r.update(phases={})), "its phase train is missing"),
+    "no time": (with_(lambda r: r["phases"].update(train={})), "its phase train is missing"),
+    "a text for a count": (with_(lambda r: r["tokens"].update(attach="7")), "tokens.attach must be"),
+    "a text for columns": (with_(lambda r: r["tokens"].update(unused="x")), "tokens.unused must be"),
     "another count": (
         with_outputs(lambda text: text.replace('"correct": ', '"correct": 99', 1)),
         "more is right",
@@ -140,6 +159,8 @@ def test_a_run_without_its_model_is_reported_and_run_again(tmp_path):
     os.truncate(model, SAVED - 1)
     assert store.find(spec) is None and len(store.load()[0]) == 1
     model.unlink()
+    assert store.find(spec) is None and store.load()[1] == []
+    model.symlink_to("nowhere.safetensors")
     assert store.find(spec) is None and store.load()[1] == []
 
 
