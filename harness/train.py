@@ -210,4 +210,5 @@ def floats(entry: dict) -> dict:
 
 def validation_points(total: int, points: int) -> set[int]:
     """Evenly spaced steps, the last one included."""
+    points = min(points, total)
     return {math.ceil(total * i / points) for i in range(1, points + 1)} if points else set()

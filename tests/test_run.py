@@ -27,7 +27,7 @@ from harness.run import (
     untouched,
 )
 from harness.store import OUTPUTS, RECORD
-from harness.train import Diverged, check, fingerprints
+from harness.train import Diverged, check, fingerprints, validation_points
 
 SMALL = ["data.train=16", "data.test=4", "data.validation=2", "hp.max_new_tokens=4", "hp.validations=0",
          "hp.precision=fp32"]  # fmt: skip
@@ -271,3 +271,7 @@ def test_what_a_method_notes_can_always_be_recorded():
     assert found["tensor"] == "tensor([1., 1., 1.])" and found["set"] == "{1}"
     assert "torch.float32" in found["3"]
     assert found["deep"].startswith("[[[") and found["digits"] == "int"
+
+
+def test_more_validations_than_steps_are_one_at_each():
+    assert validation_points(3, 10**12) == {1, 2, 3} and validation_points(3, 0) == set()
