@@ -23,6 +23,7 @@ from typing import Any, get_type_hints
 
 from harness import ROOT
 from harness.errors import brief, misfit, unknown
+from harness.record import NAME as RECORDED
 from harness.record import finite
 from harness.shape import check, parse
 from harness.spec import Hyperparams
@@ -251,6 +252,8 @@ def imported(name: str, source: Path | EntryPoint) -> type[Method]:
 
 
 def named(cls: type[Method], name: str) -> type[Method]:
+    if not RECORDED.fullmatch(name):  # it names a folder
+        raise ValueError(f"{brief(name)} is no method's name: letters, digits and _ may follow the dot")
     if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
         cls = dataclass(cls)
     cls.name = name
