@@ -6,6 +6,7 @@ what ended it is a status in its record, never the end of the bench.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -278,6 +279,9 @@ def clear(child: subprocess.Popen) -> None:
     child.wait()
 
 
+OPEN_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(?!.*-----END)", re.DOTALL)
+
+
 def keep_log(output, log) -> None:
     """What a child prints becomes its log: without secrets, and of very much the beginning and the end.
 
@@ -293,15 +297,18 @@ def keep_log(output, log) -> None:
 
     with output, log:
         for piece in iter(lambda: output.read1(PIECE_BYTES), b""):
-            lines, end, rest = (rest + piece).rpartition(b"\n")  # whole lines: no secret is cut in two
-            if not end and len(rest) > PIECE_BYTES:
-                lines, rest = rest, b""
+            text = rest + piece
+            key = OPEN_KEY.search(text)
+            cut = key.start() if key else text.rfind(b"\n") + 1  # whole lines: no secret is cut in two
+            if len(text) - cut > PIECE_BYTES:
+                cut = len(text)
+            lines, rest = text[:cut], text[cut:]
             if written < LOG_BYTES:
-                write(lines + end)
-                written += len(lines + end)
+                write(lines)
+                written += len(lines)
                 continue
-            last.append(lines + end)
-            kept += len(lines + end)
+            last.append(lines)
+            kept += len(lines)
             while kept > LOG_BYTES:
                 size = len(last.popleft())
                 kept, dropped = kept - size, dropped + size

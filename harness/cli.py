@@ -65,6 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
         return BAD_REQUEST
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Also of what was typed by accident: a token, an escape."""
+        super().error(plain(redacted(message)))
+
+
 class Once(argparse.Action):
     """Of two values the last would hold in silence."""
 
@@ -100,7 +106,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         "report": "Renders the report again from cached results. Needs no torch.",
         "doctor": "What this machine has, what is wrong with it, and the remedy.",
     }
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="run_bench.py" + ("" if command == "run" else f" {command}"),
         description=about[command],
         epilog=EPILOG if command == "run" else None,

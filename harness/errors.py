@@ -181,3 +181,12 @@ def redacted(text: str) -> str:
     for pattern in SECRETS:
         text = re.sub(pattern, rf"\1{HIDDEN}", text)
     return text
+
+
+def redacted_in(value):
+    """A JSON value with each of its texts redacted."""
+    if isinstance(value, dict):
+        return {redacted(name): redacted_in(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redacted_in(item) for item in value]
+    return redacted(value) if isinstance(value, str) else value

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from harness import ROOT, cache, data, leaks, method
 from harness.batches import Batches, collate, pack
-from harness.errors import redacted
+from harness.errors import redacted, redacted_in
 from harness.record import RunRecord, answers_hash
 from harness.rows import DataError
 from harness.spec import RunSpec, content_hash
@@ -76,7 +76,7 @@ def interrupt(*_) -> None:
 
 def leave(record: RunRecord, folder: Path) -> None:
     """What was measured so far, as the bench will find it."""
-    record.warnings = [redacted(warning) for warning in record.warnings]
+    record.warnings, record.notes = redacted_in(record.warnings), redacted_in(record.notes)
     save(folder / RESULT, record.to_json())
 
 
@@ -538,9 +538,12 @@ def save_model(chosen, model, tokenizer, record: RunRecord, folder: Path, meter)
             (folder / MODEL).mkdir()
             chosen.save(model, folder / MODEL)
             tokenizer.save_pretrained(folder / MODEL)
-        files = (folder / MODEL).rglob("*.safetensors")
-        record.sizes["saved_bytes"] = sum(file.stat().st_size for file in files)
-        record.warnings.pop()
+        sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
+        if sizes:
+            record.sizes["saved_bytes"] = sum(sizes)
+            record.warnings.pop()
+        else:
+            record.warnings[-1] += ": it wrote no weights"
     except BaseException as error:
         traceback.print_exc()
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # half a model is none, and fills the disk

@@ -207,6 +207,13 @@ def test_no_secret_reaches_the_record_or_the_log(tmp_path, monkeypatch):
         assert not re.search(b"Ab1Ab1|unmarked", file.read_bytes()), file
 
 
+def test_a_key_that_is_printed_line_by_line_reaches_no_log(tmp_path):
+    lines = ["-----BEGIN RSA PRIVATE KEY-----", *["Ab1Ab1" * 10] * 9, "-----END RSA PRIVATE KEY-----", "then"]
+    _, folder = child(tmp_path, f"for line in {lines}: print(line, flush=True); time.sleep(0.02)")
+    text = (folder / "log.txt").read_text()
+    assert "Ab1" not in text.partition("Traceback")[0] and "-----END RSA PRIVATE KEY-----\nthen" in text
+
+
 def test_a_silent_hub_ends_a_run(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         code = (
@@ -405,6 +412,22 @@ def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
     assert "was not saved" in breaks.found.warnings[-1]
     assert record.ok and record.warnings[-1].endswith(f"was not saved: {error.__name__}: for hf_[hidden]")
     assert not (tmp_path / "model").exists(), "half a model is none"
+
+
+@pytest.mark.parametrize(("name", "warnings"), [("weights.safetensors", 0), ("weights.bin", 1)])
+def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
+    class Saves(Method):
+        def save(self, model, folder):
+            (folder / name).write_text("1234")
+
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    record = fabricate.record("lora", notes={TOKEN: [f"with {TOKEN}", 1.5]}, sizes={})
+    save_model(Saves(), None, Saves(), record, tmp_path, Meter(torch.device("cpu")))
+    assert [w.endswith("was not saved: it wrote no weights") for w in record.warnings] == [True] * warnings
+    assert record.sizes == ({} if warnings else {"saved_bytes": 4})
+    assert record.notes == {"hf_[hidden]": ["with hf_[hidden]", 1.5]}
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):

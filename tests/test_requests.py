@@ -136,6 +136,18 @@ def test_one_bad_file_does_not_hide_the_others_of_a_list(tmp_path, capsys):
     assert "cannot be read" in found["broken"] and "LoRA" in found["lora"]
 
 
+def test_a_variants_name_stays_in_the_results(tmp_path, monkeypatch):
+    """Its family may make a class of any name; a folder is named after it."""
+    monkeypatch.setattr(trial, "tried", lambda *_: [])
+    file = tmp_path / "family.py"
+    file.write_text(BITFIT + "\n    @classmethod\n    def variant(cls, name):\n        return cls\n")
+    asked = plan.Request(["family.one"], seeds=[0], plugins=[str(file)])
+    assert plan.plan(asked)[-1].method == "family.one"
+    for name in ("family./../../ESCAPED/x", "family.a b", "family."):
+        with pytest.raises(plan.BadRequest, match="is no method's name"):
+            plan.plan(plan.Request([name], seeds=[0], plugins=[str(file)]))
+
+
 # Arguments
 
 
@@ -188,6 +200,8 @@ CASES = {  # arguments -> what is told
     "a value that argparse drops": (["--methods", "lora", "--methods=--"], "-- is no value"),
     "a folder that argparse drops": (["--results=--"], "-- is no value"),
     "a model twice": (["--model", "demo/model", "--model", "x"], "--model is given twice"),
+    "a token by accident": (["--hf_token=hf_" + "Ab1" * 11], "arguments: --hf_token=hf_[hidden]"),
+    "an escape": (["--\x1b[31m"], "arguments: --⟨U+001B⟩[31m"),
     "a seed of 65 bits": (["--seeds", str(2**64)], "from 0 to 4294967295"),
     "a seed of 33 bits": (["--seeds", str(2**32)], "from 0 to 4294967295"),
     "a negative seed": (["--seeds", "-1"], "from 0 to 4294967295"),
