@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 from harness import ROOT
@@ -50,10 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a script's &, has it
             signal.signal(number, interrupt)
+    commands = {"run": run, "plan": plan, "list": show, "data": look, "report": report, "doctor": doctor}
     try:
-        return {"run": run, "plan": plan, "list": show, "data": look, "report": report, "doctor": doctor}[
-            command
-        ](options, arguments)
+        with alone() if options.json else nullcontext():
+            return commands[command](options, arguments)
     except KeyboardInterrupt as ended:
         complain("interrupted. What had ended is kept; the same command continues.")
         return SIGNALLED + (ended.args[0] if ended.args else signal.SIGINT)
@@ -63,6 +63,23 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # the folder that this was started in is gone, a disk is full
         complain(str(error) if error.filename else f"{error}: is the current folder still there?")
         return BAD_REQUEST
+
+
+@contextmanager
+def alone():
+    """Standard output is for one JSON value: what anybody else writes there, as a plugin's import through a
+    shell, goes to standard error."""
+    if sys.stdout is not sys.__stdout__ or not (sys.stdout and sys.stderr):  # it is taken, or there is none
+        yield
+        return
+    with open(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace") as own:
+        os.dup2(2, 1)
+        try:
+            with redirect_stdout(own):
+                yield
+        finally:
+            sys.__stdout__.flush()
+            os.dup2(own.fileno(), 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,8 +153,8 @@ def parser(command: str) -> argparse.ArgumentParser:
         add(
             "--dataset",
             action=Once,
-            metavar="NAME|FILE",
-            help="a spec (see: list datasets), or a file of rows",
+            metavar="NAME|FILE|DIR",
+            help="a spec (see: list datasets), or a file or folder of rows",
         )
         add(
             "--source",
@@ -186,8 +203,9 @@ def parser(command: str) -> argparse.ArgumentParser:
             help="files that each define a method",
         )
     if command == "data":
-        add("name", metavar="NAME|FILE", nargs="?",
-            help="a spec (see: list datasets) or a file of rows; none: the fields of all specs")  # fmt: skip
+        add("name", metavar="NAME|FILE|DIR", nargs="?",
+            help="a spec (see: list datasets), or a file or folder of rows; none: all specs' "
+            "fields")  # fmt: skip
         add("--preset", action=Once, metavar="NAME|FILE",
             help="whose dataset, model and options, where none is named")  # fmt: skip
         add("--model", action=Once, metavar="ID|DIR",
@@ -356,15 +374,15 @@ def plan(options, arguments: list[str]) -> int:
         print(json.dumps(rows, indent=1))
         return OK
     spec = specs[-1]
-    print(f"model {spec.model}; dataset {spec.dataset['name']}: {describe_data(spec.dataset)}")
+    print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {describe_data(spec.dataset)}"))
     print(
         "hyperparameters: "
         + ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
     )
     for part, columns in unused(spec).items():
-        print(f"not used of {part}: {', '.join(columns)}")
+        print(plain(f"not used of {part}: {', '.join(columns)}"))
     for row in rows:
-        print(f"  {row['state']:12} {row['run']}")
+        print(plain(f"  {row['state']:12} {row['run']}"))
     return OK
 
 
@@ -451,7 +469,7 @@ def look(options, arguments: list[str]) -> int:
             complain(line)
         return BAD_REQUEST
     if options.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1))
     else:
         preview.show(found, Console())
     return OK

@@ -100,7 +100,7 @@ def device():
     if not torch.cuda.is_available():
         yield finding(
             "note",
-            f"no CUDA GPU: runs use {torch.get_num_threads()} CPU threads in fp32",
+            "no CUDA GPU: runs use the CPU in fp32",
             "enough for the demo and small models; nvidia-smi shows whether there is a card",
         )
         return

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import chdir, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -213,9 +213,10 @@ def resolve(name: str, source: Path | EntryPoint) -> type[Method]:
     """Imports one method. Raises ValueError unless its file defines exactly one subclass of Method.
 
     `family.variant` is what the family's class makes of it: `variant(name)`, whose `spelling` is its name
-    where several would do. What an import prints goes to standard error: a plan may be JSON.
+    where several would do. What an import prints goes to standard error: a plan may be JSON. Where it goes,
+    it goes alone: paths that were typed are of the folder that they were typed in.
     """
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), chdir("."):
         return imported(name, source)
 
 

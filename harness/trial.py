@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from contextlib import contextmanager, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stdout
 from dataclasses import MISSING, fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -58,18 +58,19 @@ def examined(name: str, sources: dict, errors: list[str]) -> type[method.Method]
 
 @contextmanager
 def blamed(name: str, source: Path | EntryPoint, errors: list[str]):
-    """A stranger's code runs in here: whatever it raises is its fault, named; what it prints is no answer."""
-    try:
-        with redirect_stdout(sys.stderr):
+    """A stranger's code runs in here: whatever it raises is its fault, named; what it prints is no answer;
+    where it goes, it goes alone."""
+    with redirect_stdout(sys.stderr), chdir("."):
+        try:
             yield
-    except (Exception, SystemExit) as error:
-        if type(error) is ValueError and not strange(source):  # ours, which says itself what is wrong
-            errors.append(f"method {name}: {error}")
-            return
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(place(source))]
-        line = f", line {lines[-1]}" if lines else ""
-        errors.append(f"method {name} ({place(source)}{line}): {type(error).__name__}: {error}")
+        except (Exception, SystemExit) as error:
+            if type(error) is ValueError and not strange(source):  # ours, which says itself what is wrong
+                errors.append(f"method {name}: {error}")
+                return
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(place(source))]
+            line = f", line {lines[-1]}" if lines else ""
+            errors.append(f"method {name} ({place(source)}{line}): {type(error).__name__}: {error}")
 
 
 def strange(source: Path | EntryPoint) -> bool:

@@ -129,6 +129,25 @@ def test_what_an_import_prints_spoils_no_json(tmp_path, capsys):
     assert [row["method"] for row in json.loads(capsys.readouterr().out)] == ["base", "stranger"]
 
 
+STRAY = """
+import os, sys
+os.chdir("/")
+os.system("echo by a shell")
+sys.__stdout__.write("by the stream itself")
+"""
+
+
+def test_what_an_import_does_to_its_process_disturbs_no_plan(tmp_path):
+    (tmp_path / "stranger.py").write_text(STRAY + BITFIT)
+    (tmp_path / "other.py").write_text(BITFIT)
+    command = [sys.executable, str(ROOT / "run_bench.py"), "plan", "--json", "--methods", "stranger", "other",
+               "--plugins", "stranger.py", "other.py", "--seeds", "0"]  # fmt: skip
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == cli.OK, run.stderr
+    assert [row["method"] for row in json.loads(run.stdout)] == ["base", "stranger", "other"]
+    assert "by a shell" in run.stderr and "by the stream itself" in run.stderr
+
+
 def test_one_bad_file_does_not_hide_the_others_of_a_list(tmp_path, capsys):
     (tmp_path / "broken.py").write_text("def x(:")
     assert cli.main(["list", "methods", "--json", "--plugins", str(tmp_path / "broken.py")]) == cli.OK
@@ -146,6 +165,21 @@ def test_a_variants_name_stays_in_the_results(tmp_path, monkeypatch):
     for name in ("family./../../ESCAPED/x", "family.a b", "family."):
         with pytest.raises(plan.BadRequest, match="is no method's name"):
             plan.plan(plan.Request([name], seeds=[0], plugins=[str(file)]))
+
+
+def test_a_strangers_dataset_is_shown_and_never_obeyed_by_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"instruction": f"sage é {i}", "output": f"{i}", "\x1b[2J": 1}) for i in range(20)]
+    Path("rows.jsonl").write_text("\n".join(rows))
+    Path("evil.toml").write_text('train = 4\nvalidation = 1\ntest = 2\n[part]\nname = "a\\u001b[31m"\n'
+                                 'path = "rows.jsonl"\nformat = "instruction"\n')  # fmt: skip
+    asked = ["plan", "--dataset", "evil.toml", "--model", str(ROOT / "demo/model"), "--methods", "lora"]
+    assert cli.main(asked) == cli.OK, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and out.count("⟨U+001B⟩") == 3
+    assert cli.main(["data", "evil.toml", "--model", str(ROOT / "demo/model"), "--json"]) == cli.OK
+    out = capsys.readouterr().out
+    assert out.isascii() and "sage é" in json.dumps(json.loads(out), ensure_ascii=False), "on any terminal"
 
 
 # Arguments
