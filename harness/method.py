@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from harness import ROOT
-from harness.errors import brief, misfit, unknown
+from harness.errors import brief, misfit, redacted, redacted_in, unknown
 from harness.record import NAME as RECORDED
 from harness.record import finite
 from harness.shape import check, parse
@@ -157,7 +157,7 @@ class Method:
 
     def note(self, what: str, value: float | str) -> None:
         """Keeps something that this run found out about its method; the report prints it."""
-        self.notes[str(what)] = recordable(value)
+        self.notes[redacted(str(what))] = redacted_in(recordable(value))
 
     @cached_property
     def notes(self) -> dict:

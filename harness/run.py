@@ -26,7 +26,7 @@ from pathlib import Path
 
 from harness import ROOT, cache, data, leaks, method
 from harness.batches import Batches, collate, pack
-from harness.errors import redacted, redacted_in
+from harness.errors import redacted
 from harness.record import RunRecord, answers_hash
 from harness.rows import DataError
 from harness.spec import RunSpec, content_hash
@@ -76,7 +76,7 @@ def interrupt(*_) -> None:
 
 def leave(record: RunRecord, folder: Path) -> None:
     """What was measured so far, as the bench will find it."""
-    record.warnings, record.notes = redacted_in(record.warnings), redacted_in(record.notes)
+    record.warnings = [redacted(warning) for warning in record.warnings]
     save(folder / RESULT, record.to_json())
 
 

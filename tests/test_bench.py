@@ -423,11 +423,10 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
         def save_pretrained(self, folder):
             (folder / "tokenizer.json").write_text("{}")
 
-    record = fabricate.record("lora", notes={TOKEN: [f"with {TOKEN}", 1.5]}, sizes={})
+    record = fabricate.record("lora", sizes={})
     save_model(Saves(), None, Saves(), record, tmp_path, Meter(torch.device("cpu")))
     assert [w.endswith("was not saved: it wrote no weights") for w in record.warnings] == [True] * warnings
     assert record.sizes == ({} if warnings else {"saved_bytes": 4})
-    assert record.notes == {"hf_[hidden]": ["with hf_[hidden]", 1.5]}
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):

@@ -253,6 +253,9 @@ def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong(
 # What a method leaves
 
 
+SECRET = "hf_" + "Ab1" * 11
+
+
 def test_what_a_method_notes_can_always_be_recorded():
     """After hours of training it would cost the whole run."""
     deep, endless = [], []
@@ -261,7 +264,7 @@ def test_what_a_method_notes_can_always_be_recorded():
     endless.append(endless)
     noted = {"number": torch.tensor(2.5), "tensor": torch.ones(3), "set": {1}, "deep": deep,
              "tuples": ((1, 2),), "endless": endless, "digits": 10**5000, "unknown": math.nan,
-             3: {1: torch.float32}}  # fmt: skip
+             3: {1: torch.float32}, SECRET: [{"a": SECRET}]}  # fmt: skip
     chosen = resolve("full", FOLDER / "full.py")()
     for what, value in noted.items():
         chosen.note(what, value)
@@ -269,7 +272,7 @@ def test_what_a_method_notes_can_always_be_recorded():
     found = RunRecord.from_json(record.to_json()).notes
     assert (found["number"], found["tuples"], found["unknown"]) == (2.5, [[1, 2]], None)
     assert found["tensor"] == "tensor([1., 1., 1.])" and found["set"] == "{1}"
-    assert "torch.float32" in found["3"]
+    assert "torch.float32" in found["3"] and found["hf_[hidden]"] == [{"a": "hf_[hidden]"}]
     assert found["deep"].startswith("[[[") and found["digits"] == "int"
 
 
