@@ -11,14 +11,16 @@ from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 CELL_CHARACTERS = 2**24  # of a .csv; Python's own limit, 131,072, is less than some real answers
 USUAL = {  # our split -> what files of it are called: the names that the datasets library reads
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "test": ("test", "testing", "eval", "evaluation", "holdout", "heldout"),
 }
 NAMED = {name for names in USUAL.values() for name in names}
+WORD = re.compile(r"[^\W\d_]+")  # of a file's name
 BATCH = 1000  # rows that are made Python values together
 BESIDE = {"dataset_info.json", "dataset_infos.json"}  # what the hub keeps beside the rows
 
@@ -81,28 +83,48 @@ def files_of(folder: Path) -> list[Path]:
     return [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
+class Labels(NamedTuple):
+    """What a file's path says of its split. A folder's usual name counts where the file has none; of several
+    in one name what is held out counts: train_test is no training file."""
+
+    begins: set[str]  # with a split's name: test/rows.parquet and, as the hub has it, test-00000-of-00001
+    usual: set[str]  # names of one split, wherever they stand: of gsm8k_test2
+
+
 def chosen(folder: Path, split: str) -> list[Path]:
     """What bears the name of a split; else what bears no split's; else all."""
-    found = labelled(folder)
-    own = [path for path, labels in found.items() if split.casefold() in labels]
-    return own or [path for path, labels in found.items() if not labels & NAMED] or list(found)
+    return bearing(folder, split) or bearing(folder) or list(labelled(folder))
 
 
 def holds(folder: Path, split: str = "") -> bool:
     """Whether a folder has rows of its own for a split; without one, rows that bear no split's name."""
-    found = labelled(folder).values()
-    return any(split.casefold() in labels if split else not labels & NAMED for labels in found)
+    return bool(bearing(folder, split))
 
 
-def labelled(folder: Path) -> dict[Path, set[str]]:
-    """Its files of rows, or the datasets that save_to_disk made in it -> the names that each may have of its
-    split: of test/rows.parquet and, as the hub writes it, of test-00000-of-00001.parquet."""
+def bearing(folder: Path, split: str = "") -> list[Path]:
+    """What begins with a split's name; has it elsewhere, where nothing begins so; without one, has none."""
+    found, split = labelled(folder), split.casefold()
+    if not split:
+        return [path for path, labels in found.items() if not labels.usual]
+    same = next((set(names) for names in USUAL.values() if split in names), {split})
+    if any(labels.begins & same for labels in found.values()):
+        return [path for path, labels in found.items() if split in labels.begins]
+    return [path for path, labels in found.items() if split in labels.usual]
+
+
+def labelled(folder: Path) -> dict[Path, Labels]:
+    """Its files of rows, or the datasets that save_to_disk made in it."""
     files = [folder / name for name in saved(folder)]
-    files = files or files_of(folder)
-    return {
-        file: {re.split("[-.]", part)[0].casefold() for part in file.relative_to(folder).parts}
-        for file in files
-    }
+    return {file: labels(file.relative_to(folder).parts) for file in files or files_of(folder)}
+
+
+def labels(parts: tuple[str, ...]) -> Labels:
+    parts = [part.casefold() for part in parts]
+    words = [{word.removesuffix("set") for word in WORD.findall(part)} for part in reversed(parts)]
+    told = ({*names} & said for said in words for names in reversed(USUAL.values()))
+    usual = next(filter(None, told), set())
+    return Labels({re.split("[-.]", part)[0] for part in parts} - (NAMED - usual), usual)
+
 
 # What a source of another kind is told
 

@@ -618,3 +618,48 @@ def test_every_spec_says_what_it_is(name):
         assert all(part[key] for key in ("name", "title", "licence", "mapping"))
         assert bool(part["hub"]) != bool(part["path"])
         assert not part["revision"] or len(part["revision"]) == 40
+
+
+NAMES = {  # the files of a folder -> those that are trained on, validated on, tested on
+    "train_sft test_sft": "train_sft train_sft test_sft",
+    "train_prefs-00000-of-00001 test_prefs-00000-of-00001":
+        "train_prefs-00000-of-00001 train_prefs-00000-of-00001 test_prefs-00000-of-00001",
+    "gsm8k_train gsm8k_test": "gsm8k_train gsm8k_train gsm8k_test",
+    "mydata.train mydata.test": "mydata.train mydata.train mydata.test",
+    "my-train my-test": "my-train my-train my-test",
+    "train_set test_set": "train_set train_set test_set",
+    "TrainSet Testset": "TrainSet TrainSet Testset",
+    "train2 test2": "train2 train2 test2",
+    "train(1) test(1)": "train(1) train(1) test(1)",
+    "rows my-test": "rows rows my-test",
+    "train holdout": "train train holdout",
+    "train train-test": "train train train-test",
+    "train my_val dev eval test": "train dev test",
+    "train train_old test test_old": "train train test",
+    "training train_old eval my_test": "training training eval",
+    "test/train test/test": "test/train test/train test/test",
+    "train/gsm8k_test train/rows": "train/rows train/rows train/gsm8k_test",
+    "attested contest test": "attested,contest attested,contest test",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "expected"), NAMES.items())
+def test_no_test_file_is_trained_on_by_the_way_it_is_named(files, expected, tmp_path):
+    texts = {name: sentences(70, seed) for seed, name in enumerate(files.split())}
+    for name, some in texts.items():
+        written(tmp_path, map(row, some), f"{name}.jsonl")
+    found = splits(asked(), {"tiny": str(tmp_path)})
+    for split, names in zip(("train", "validation", "test"), expected.split(), strict=True):
+        from_files = {text for name in names.split(",") for text in texts[name]}
+        assert set(prompts(found.rows[split])) <= from_files
+
+
+def test_a_split_that_the_spec_names_is_taken_before_a_usual_one(tmp_path):
+    names = ("train", "test", "train_sft", "test_sft", "train_gen", "test_gen")
+    texts = {name: sentences(70, seed) for seed, name in enumerate(names)}
+    for name, some in texts.items():
+        written(tmp_path, map(row, some), f"{name}-00000-of-00001.jsonl")
+    found = splits(asked(parts=[{"split": "train_sft", "test_split": "test_gen"}]), {"tiny": str(tmp_path)})
+    assert found.origins["tiny"] == {"test": "test_gen", "validation": "train_sft", "train": "train_sft"}
+    assert set(prompts(found.rows["train"])) <= set(texts["train_sft"])
+    assert set(prompts(found.rows["test"])) <= set(texts["test_gen"])
