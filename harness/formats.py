@@ -191,8 +191,8 @@ def unused(row: dict, part: dict) -> set[str]:
         for item in inner if isinstance(inner, list) else [inner]:
             if isinstance(item, dict):
                 names |= {f"{column}.{key}" for key in item if key not in known and not empty(item[key])}
-        if field == "answer" and isinstance(inner, dict) and len(several(inner)) > 1:
-            names.add(f"{column}.text after the first")
+        if field == "answer" and len(several(inner)) > 1:
+            names.add(f"{column}{'.text' * isinstance(inner, dict)} after the first")
     return {str(name).encode("utf-8", "backslashreplace").decode() for name in names}
 
 
@@ -287,7 +287,7 @@ def question(value: dict) -> tuple[list[dict], None]:
     lines, right = None, value["answer"]
     if not empty(value["choices"]):
         lines, right = chosen(value["choices"], right)
-    elif isinstance(right, dict):
+    else:
         right = next(iter(several(right)), None)
     turns = [Turn("user", asked(value["question"], lines, context=value["context"])), answer(right)]
     return conversation(opened(turns, value["system"])), None
@@ -377,10 +377,15 @@ def answer(content) -> Turn:
     return Turn("assistant", answered(content))
 
 
-def several(found: dict) -> list:
-    """Several people's answers, as SQuAD has them. The first is the reference."""
-    texts = found.get("text")
-    return texts if isinstance(texts, list) else [found]
+def several(found) -> list:
+    """Several people's answers: a list of them, or of objects with each one's `text`, or as SQuAD has them.
+    The first is the reference. A message's parts, which have a type, are one answer."""
+    if isinstance(found, dict):
+        texts = found.get("text")
+        return texts if isinstance(texts, list) else [found]
+    if not isinstance(found, list) or any(isinstance(item, dict) and "type" in item for item in found):
+        return [found]
+    return [[item] if isinstance(item, dict) else item for item in found]
 
 
 def chosen(choices, right) -> tuple[str, str]:

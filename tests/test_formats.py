@@ -382,3 +382,21 @@ def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks,
     if near != "pairs":
         found = [m["content"] for m in formats.read(row, part)[0]]
         assert found == [text for text in row.values() if isinstance(text, str)]
+
+
+# What must not be learned without a word
+
+
+@pytest.mark.parametrize(
+    ("answers", "learned", "names"),
+    [
+        ([{"text": "Denver"}, {"text": "Denver Broncos"}], "Denver", {"answers after the first"}),
+        (["Denver", "Denver Broncos"], "Denver", {"answers after the first"}),
+        (["Denver"], "Denver", set()),
+        ([{"type": "text", "text": "Den"}, {"type": "text", "text": "ver"}], "Denver", {"answers.type"}),
+    ],
+)
+def test_the_first_of_several_answers_is_learned_and_the_rest_named(answers, learned, names):
+    row = {"question": "Who won?", "answers": answers}
+    assert told(row)[-1] == ("assistant", learned)
+    assert formats.unused(row, {**PART, "format": "question"}) == names
