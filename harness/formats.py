@@ -46,7 +46,7 @@ FORMATS = {  # format -> field -> the columns it may be in, unless the spec says
     "question": {
         "question": ("question",),
         "context": CONTEXT,
-        "choices": ("choices", "options"),
+        "choices": ("choices", "options", "endings"),
         "answer": ("answer", "answers", "answerKey", "response"),
         "system": SYSTEM,
     },
@@ -197,18 +197,28 @@ def unused(row: dict, part: dict) -> set[str]:
 
 
 def gathered(row: dict, format: str) -> dict:
-    """Choices that stand in the columns A, B, C... as one column."""
-    letters = [letter for letter in LETTERS if letter in row]
-    if format != "question" or letters[:2] != ["A", "B"] or "choices" in row:
+    """Choices that stand in the columns A, B, C... or choice1, choice2... as one column."""
+    if format != "question" or "choices" in row:
         return row
-    return {column: row[column] for column in row if column not in letters} | {
-        "choices": {"label": letters, "text": [row[letter] for letter in letters]}
-    }
+    letters = [letter for letter in LETTERS if letter in row]
+    numbered = [f"choice{n}" for n in range(1, 10) if f"choice{n}" in row]
+    if letters[:2] == ["A", "B"]:
+        choices = {"label": letters, "text": [row[letter] for letter in letters]}
+    elif numbered[:2] == ["choice1", "choice2"]:
+        letters, choices = numbered, [row[column] for column in numbered]
+    else:
+        return row
+    return {column: row[column] for column in row if column not in letters} | {"choices": choices}
 
 
 def empty(value) -> bool:
     """Null, NaN, no text and nothing in it."""
     return value is None or value != value or value in ([], {}) or (type(value) is str and not value.strip())
+
+
+def listing(value) -> bool:
+    """Whether it is a list of several texts, as choices are."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)
 
 
 def judged(label) -> bool | None:
@@ -250,10 +260,15 @@ def read(row, part: dict) -> tuple[list[dict], str | None]:
         )
     try:
         held = taken(row, format, mapped)
-        text_alone({column: row[column] for column in row if column not in held.values()})
+        rest = {column: row[column] for column in row if column not in held.values()}
+        text_alone(rest)
         value = {field: row[held[field]] if field in held else None for field in FORMATS[format]}
         if judged(value.get("label")) is False:
             raise Refused("labelled as bad")
+        lists = [column for column in rest if listing(rest[column])]
+        if lists and format == "question" and empty(value["choices"]) and type(value["answer"]) is int:
+            place = f"{value['answer']}, perhaps in {lists[0]!r}: map it as choices, or drop that column"
+            raise Refused("an answer by its place", place)
         return READERS[format](value)
     except RecursionError as error:
         raise Refused("nested too deep") from error

@@ -400,3 +400,27 @@ def test_the_first_of_several_answers_is_learned_and_the_rest_named(answers, lea
     row = {"question": "Who won?", "answers": answers}
     assert told(row)[-1] == ("assistant", learned)
     assert formats.unused(row, {**PART, "format": "question"}) == names
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"ctx": "He sits and", "endings": ["stands.", "sings."], "label": ...},
+         {"question": "ctx", "answer": "label"}),
+        ({"question": "He sits and", "endings": ["stands.", "sings."], "answer": ...}, {}),
+        ({"premise": "He sits and", "choice1": "stands.", "choice2": "sings.", "label": ...},
+         {"question": "premise", "answer": "label"}),
+    ],
+)  # fmt: skip
+def test_endings_and_numbered_choices_are_choices(row, fields, place):
+    row = {column: place if value is ... else value for column, value in row.items()}
+    asked, learned = (text for _, text in told(row, format="question", fields=fields))
+    assert asked == "He sits and\n\nA. stands.\nB. sings."
+    assert learned == ("A. stands.", "B. sings.")[place]
+
+
+def test_a_place_in_a_list_that_is_not_read_is_no_answer():
+    with pytest.raises(formats.Refused, match=r"an answer by its place .*'candidates'"):
+        read({"question": "a", "candidates": ["b", "c"], "answer": 1})
+    assert told({"question": "How many?", "tags": ["sums"], "answer": 12})[-1] == ("assistant", "12")
