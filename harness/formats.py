@@ -34,7 +34,7 @@ FORMATS = {  # format -> field -> the columns it may be in, unless the spec says
         "output": ("output", "response"),
         "system": SYSTEM,
         "history": ("history",),
-        "label": ("kto_tag",),
+        "label": LABEL,
     },
     "prompt": {
         "prompt": ("prompt",),
@@ -49,6 +49,7 @@ FORMATS = {  # format -> field -> the columns it may be in, unless the spec says
         "choices": ("choices", "options", "endings"),
         "answer": ("answer", "answers", "answerKey", "response"),
         "system": SYSTEM,
+        "label": LABEL,
     },
     "text": {"text": ("text", "content")},
 }
@@ -167,8 +168,9 @@ def taken(row: dict, format: str, mapped: dict) -> dict[str, str]:
             held[field] = next((column for column in there if not empty(row[column])), there[0])
     value = {field: row[column] for field, column in held.items()}
     idle = []
-    if judged(value.get("label")) is None:  # a kind or a score, no verdict
-        idle = ["label"]
+    place = not empty(value.get("choices")) and type(value.get("label")) is not bool
+    if place or judged(value.get("label")) is None or [*held.values()].count(held["label"]) > 1:
+        idle = ["label"]  # a kind, a score or a choice, no verdict
     if format == "messages" and role_of_end(value.get("messages"), -1) != "user":  # it has its answer
         idle += ["ground_truth"]
     if format == "pairs" and all(
@@ -361,10 +363,15 @@ def opened(turns: list[Turn], system) -> list[Turn]:
 
 def followed(turns: list[Turn], said) -> list[Turn]:
     """A prompt with its answer: a text, a message, messages, or the whole conversation once more."""
-    if not isinstance(said, list | dict):
-        return [*turns, answer(said)]
-    found = turns_of(said if isinstance(said, list) else [said])
-    return turns + found if found and found[0].role == "assistant" else found
+    if isinstance(said, list | dict):
+        found = turns_of(said if isinstance(said, list) else [said])
+    else:
+        found = [answer(said)]
+    if not found or found[0].role != "assistant":
+        return found
+    if turns and turns[-1].role == "assistant":
+        raise Refused("two answers", "the prompt ends with one, and another follows")
+    return turns + found
 
 
 def prompted(found, *more, context=None) -> list[Turn]:

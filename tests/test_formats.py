@@ -424,3 +424,31 @@ def test_a_place_in_a_list_that_is_not_read_is_no_answer():
     with pytest.raises(formats.Refused, match=r"an answer by its place .*'candidates'"):
         read({"question": "a", "candidates": ["b", "c"], "answer": 1})
     assert told({"question": "How many?", "tags": ["sums"], "answer": 12})[-1] == ("assistant", "12")
+
+
+@pytest.mark.parametrize("shape", [
+    {"instruction": "a", "output": "b"}, {"question": "a", "answer": "b"}, {"prompt": "a", "completion": "b"},
+    {"messages": openai([("user", "a"), ("assistant", "b")])},
+    {"question": "a", "choices": ["b", "c"], "answer": "b"},
+])  # fmt: skip
+def test_a_bad_answer_is_refused_in_every_shape(shape):
+    for good in ({"label": True}, {"label": "pets"}, {"kto_tag": "true"}):
+        assert read({**shape, **good})
+    with pytest.raises(formats.Refused, match="labelled as bad"):
+        read({**shape, "label": False})
+
+
+def test_the_label_of_a_choice_is_no_verdict():
+    row = {"question": "a", "choices": ["b", "c"], "answer": "b", "label": 0}
+    assert told(row)[-1] == ("assistant", "A. b")
+    for format, answer in (("question", "answer"), ("instruction", "output"), ("prompt", "completion")):
+        assert told({format: "Is it?", "label": "0"}, format=format, fields={answer: "label"})[-1][1] == "0"
+
+
+@pytest.mark.parametrize("answer", ["c", {"from": "gpt", "value": "c"}, [{"from": "gpt", "value": "c"}]])
+def test_an_answer_in_the_prompt_is_not_joined_to_the_one_that_follows(answer):
+    said = sharegpt([("user", "a"), ("assistant", "b")])
+    pair = {"conversations": said, "chosen": answer, "rejected": "d"}
+    for row in (pair, {"prompt": said, "completion": answer}):
+        with pytest.raises(formats.Refused, match="two answers"):
+            read(row)
