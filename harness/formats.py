@@ -63,7 +63,7 @@ ROLES = {
 CALLS = ("function_call", "tool_call")  # of the roles above: what is said is a call, in JSON
 WEIGHTS = ("weight", "train")  # of a message, OpenAI's name and Axolotl's: 0 or false is not learned
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns and keys of what is no text
-IMAGE = "<image>"  # stands in a question for an image, as LLaVA's rows have it
+PLACEHOLDER = re.compile(r"<(\|?)(image|video|audio)\1>")  # stands for one in a text, as in LLaVA's rows
 TEXT_PARTS = (None, "text", "input_text", "output_text")  # types of a message's part
 MESSAGE_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS}  # that are read
 ANSWER_KEYS = {"text", "label"}  # of choices and of several people's answers
@@ -152,7 +152,8 @@ def required(format: str) -> list[str]:
 
 
 def missing(row: dict, format: str, mapped: dict) -> list[str]:
-    return [f for f in required(format) if not any(column in row for column in columns(format, f, mapped))]
+    wanted = [field for field in FORMATS[format] if field not in OPTIONAL or field in mapped]
+    return [f for f in wanted if not any(column in row for column in columns(format, f, mapped))]
 
 
 def columns(format: str, field: str, mapped: dict) -> tuple[str, ...]:
@@ -389,10 +390,7 @@ def prompted(found, *more, context=None) -> list[Turn]:
 def asked(*texts, context=None) -> str:
     """A user's text; a context stands before it, unless it is in there already."""
     found, before = "\n\n".join(filter(None, map(text_of, texts))), text_of(context)
-    found = found if before in found else "\n\n".join(filter(None, [before, found]))
-    if IMAGE in found:
-        raise Refused("not text alone", f"{IMAGE} stands for an image")
-    return found
+    return found if before in found else "\n\n".join(filter(None, [before, found]))
 
 
 def answer(content) -> Turn:
@@ -468,6 +466,8 @@ def conversation(turns: list[Turn]) -> list[dict]:
         turns = turns[:-1]
     made = []
     for role, text, learned in turns:
+        if held := PLACEHOLDER.search(text):
+            raise Refused("not text alone", f"{held[0]} stands for {held[2]}")
         if not text and role != "tool":  # a tool may have nothing to say
             raise Refused("empty answer" if role == "assistant" else "empty prompt")
         before = made[-1]["role"] if made else None

@@ -452,3 +452,22 @@ def test_an_answer_in_the_prompt_is_not_joined_to_the_one_that_follows(answer):
     for row in (pair, {"prompt": said, "completion": answer}):
         with pytest.raises(formats.Refused, match="two answers"):
             read(row)
+
+
+@pytest.mark.parametrize("field", ["system", "input", "history", "label"])
+def test_an_optional_field_that_is_mapped_is_there(field):
+    row = {"instruction": "a", "output": "b"}
+    with pytest.raises(formats.Refused, match="no field 'nope' for format 'instruction'"):
+        read(row, fields={field: "nope"})
+    assert read({**row, "nope": None}, fields={field: "nope"}) == read(row)
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("kind", ["<image>", "<video>", "<audio>", "<|image|>"])
+def test_what_stands_for_no_text_is_refused_in_every_turn(role, kind):
+    turns = [(name, f"{kind}\n{text}" if name == role else text) for name, text in TURNS]
+    for row in ({"messages": openai(turns)}, {"conversations": sharegpt(turns)}):
+        with pytest.raises(formats.Refused, match="not text alone"):
+            read(row)
+    text = f"An {kind[:-1]} src='a'> is no placeholder."
+    assert told({"instruction": "a", "output": text})[-1][1] == text
