@@ -10,6 +10,7 @@ import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ USUAL = {  # our split -> what files of it are called: the names that the datase
 }
 NAMED = {name for names in USUAL.values() for name in names}
 WORD = re.compile(r"[^\W\d_]+")  # of a file's name
+WINDOWS = re.compile(rb"[\x80-\x9f]")  # letters and quotes there, invisible in Latin-1
 BATCH = 1000  # rows that are made Python values together
 BESIDE = {"dataset_info.json", "dataset_infos.json"}  # what the hub keeps beside the rows
 
@@ -154,7 +156,9 @@ def foreign(path: Path) -> str:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 byte = f"byte {error.start + 1} (0x{line[error.start]:02X}) is not UTF-8"
-                return f"{path}, line {number}: {byte}. If it is Latin-1: {convert.format('LATIN1')}"
+                windows = any(map(WINDOWS.search, chain([line], lines)))
+                name, code = ("Windows-1252", "WINDOWS-1252") if windows else ("Latin-1", "LATIN1")
+                return f"{path}, line {number}: {byte}. If it is {name}: {convert.format(code)}"
     return f"{path}: not UTF-8"
 
 
@@ -188,11 +192,21 @@ def json_list(path: Path):
         yield from jsonl(path)  # a value on each line, under the name of .json: common on the hub
         return
     if not isinstance(rows, list):
-        columns = rows.items() if isinstance(rows, dict) else ()
-        lists = [repr(name) for name, value in columns if isinstance(value, list)]
-        within = f": save what stands under {' or '.join(lists)} as a file" if lists else ""
-        raise DataError(f"{path} is not a list of rows{within}")
+        raise DataError(f"{path} is not a list of rows{within(path, rows)}")
     yield from rows
+
+
+def within(path: Path, found) -> str:
+    """What is told of JSON that is no list of rows, but holds lists of rows, or columns."""
+    columns = found if isinstance(found, dict) else {}
+    lists = {name: value for name, value in columns.items() if isinstance(value, list)}
+    of_rows = [name for name, value in lists.items() if all(isinstance(cell, dict) for cell in value)]
+    if len(lists) == len(columns) != len(of_rows) and len(set(map(len, lists.values()))) == 1:
+        turn = "[dict(zip(c, r)) for r in zip(*c.values())]"
+        code = f'python3 -c "import json, sys; c = json.load(sys.stdin); json.dump({turn}, sys.stdout)"'
+        name = path.name.removesuffix(".gz")
+        return f", but one of columns. Make rows of them: {code} < {name} > rows-{name}"
+    return f": save what stands under {' or '.join(map(repr, of_rows))} as a file" if of_rows else ""
 
 
 def parquet(path: Path):

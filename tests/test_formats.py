@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -471,3 +472,26 @@ def test_what_stands_for_no_text_is_refused_in_every_turn(role, kind):
             read(row)
     text = f"An {kind[:-1]} src='a'> is no placeholder."
     assert told({"instruction": "a", "output": text})[-1][1] == text
+
+
+def test_what_a_file_of_columns_is_told_makes_rows_of_it(tmp_path):
+    columns = {"instruction": ["a", "ü"], "output": ["c", {"text": "d"}]}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    with pytest.raises(DataError, match="one of columns") as caught:
+        list(rows_of_file(tmp_path / "columns.json"))
+    subprocess.run(str(caught.value).partition("of them: ")[2], shell=True, check=True, cwd=tmp_path)
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    assert list(rows_of_file(tmp_path / "rows-columns.json")) == rows
+    for other in ("5", "{}", '{"a": 1}', '{"a": [1], "b": [1, 2]}'):
+        (tmp_path / "columns.json").write_text(other)
+        with pytest.raises(DataError, match=r"is not a list of rows$"):
+            list(rows_of_file(tmp_path / "columns.json"))
+
+
+@pytest.mark.parametrize("text", ["a“b", "éa\n€b"])
+def test_windows_own_letters_are_not_taken_for_latin_1(text, tmp_path):
+    (tmp_path / "rows.csv").write_bytes(f"question,answer\n{text},c\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"Windows-1252: .*-f WINDOWS-1252 ") as caught:
+        list(rows_of_file(tmp_path / "rows.csv"))
+    subprocess.run(str(caught.value).partition("Convert it: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert text in (tmp_path / "utf8-rows.csv").read_text("utf-8")
