@@ -83,6 +83,7 @@ def look(
         "refused": read.refused,
         "unused": read.unused,
         "revisions": read.revisions,
+        "origins": read.origins,
         "splits": {},
         "study": study(tokenizer, read.sample, template.loss),
     }
@@ -200,6 +201,10 @@ def show(found: dict, console: Console) -> None:
         licence = f" ({part['licence']})" if part["licence"] else ""
         fields = f"read as {part['format']}, of {', '.join(required(part['format']))}"
         say(console, f"{part['name']}{licence}: {part['mapping'] or fields}")
+        own = found["origins"][part["name"]]
+        if len(set(own.values())) > 1:
+            drawn = ", ".join(f"{split} from {own[split]!r}" for split in found["splits"])
+            say(console, f"{part['name']}, splits of its source: {drawn}")
     console.print()
     console.print(table_of(found["splits"]))
     notes = [f"{split}: {counts[what]} {meaning}" for split, counts in found["splits"].items()

@@ -257,3 +257,16 @@ def test_the_llama_preset_trains_as_many_parameters_as_its_document_prints():
         model = LoRA(**options).attach(AutoModelForCausalLM.from_config(shapes), None)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_703_936
     assert sum(p.numel() for p in model.parameters()) == 1_237_518_336
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_it_says_which_split_of_the_source_the_test_rows_are_of(held_out, tmp_path, capsys):
+    rows = instructions()
+    (tmp_path / "own").mkdir()
+    own(tmp_path / "own", rows[:40], "gsm_train.jsonl")
+    own(tmp_path / "own", rows[40:], f"gsm_{'test' if held_out else 'train_2'}.jsonl")
+    _, text, _ = looked(capsys, str(tmp_path / "own"), "--set", *COUNTS)
+    said = "own, splits of its source: train from 'train', validation from 'train', test from 'test'"
+    assert (said in " ".join(text.split())) == held_out
+    _, out, _ = looked(capsys, str(tmp_path / "own"), "--set", *COUNTS, "--json")
+    assert json.loads(out)["origins"]["own"]["test"] == ("test" if held_out else "train")
