@@ -184,7 +184,7 @@ def taken(row: dict, format: str, mapped: dict) -> dict[str, str]:
 def unused(row: dict, part: dict) -> set[str]:
     """What a row holds and its conversation does not: columns, and `column.key` of what stands in one."""
     format = part["format"]
-    row = gathered(row, format)
+    row = gathered(row, part)
     held = taken(row, format, part["fields"])
     names = {column for column, value in row.items() if column not in held.values() and not empty(value)}
     for field, column in held.items():
@@ -199,12 +199,13 @@ def unused(row: dict, part: dict) -> set[str]:
     return {str(name).encode("utf-8", "backslashreplace").decode() for name in names}
 
 
-def gathered(row: dict, format: str) -> dict:
-    """Choices that stand in the columns A, B, C... or choice1, choice2... as one column."""
-    if format != "question" or "choices" in row:
+def gathered(row: dict, part: dict) -> dict:
+    """Choices that stand in the columns A, B, C... or choice1, choice2..., none mapped, as one column."""
+    if part["format"] != "question" or "choices" in row:
         return row
-    letters = [letter for letter in LETTERS if letter in row]
-    numbered = [f"choice{n}" for n in range(1, 10) if f"choice{n}" in row]
+    free = row.keys() - part["fields"].values()
+    letters = [letter for letter in LETTERS if letter in free]
+    numbered = [name for n in range(1, 10) if (name := f"choice{n}") in free]
     if letters[:2] == ["A", "B"]:
         choices = {"label": letters, "text": [row[letter] for letter in letters]}
     elif numbered[:2] == ["choice1", "choice2"]:
@@ -249,7 +250,7 @@ def read(row, part: dict) -> tuple[list[dict], str | None]:
     if None in row:  # where Python's csv puts them
         raise Refused("more cells than columns")
     format, mapped = part["format"], part["fields"]
-    row = gathered(row, format)
+    row = gathered(row, part)
     whole = format == "pairs" and not isinstance(row.get(mapped.get("chosen", "chosen")), str)
     if lacks := [field for field in missing(row, format, mapped) if not (whole and field == "prompt")]:
         other = detect(row)

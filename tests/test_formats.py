@@ -495,3 +495,8 @@ def test_windows_own_letters_are_not_taken_for_latin_1(text, tmp_path):
         list(rows_of_file(tmp_path / "rows.csv"))
     subprocess.run(str(caught.value).partition("Convert it: ")[2], shell=True, check=True, cwd=tmp_path)
     assert text in (tmp_path / "utf8-rows.csv").read_text("utf-8")
+
+
+def test_a_mapped_column_is_not_one_of_the_choices():
+    row = {"question": "a", "choice1": "b", "choice2": "c"}
+    assert told(row, format="question", fields={"answer": "choice1"})[-1] == ("assistant", "b")
