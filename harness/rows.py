@@ -94,8 +94,16 @@ class Labels(NamedTuple):
 
 
 def chosen(folder: Path, split: str) -> list[Path]:
-    """What bears the name of a split; else what bears no split's; else all."""
-    return bearing(folder, split) or bearing(folder) or list(labelled(folder))
+    """What bears the name of a split; else what bears no split's; else all, unless some of it begins with a
+    split's name and the rest only may be one's, as test.jsonl and train_test.jsonl."""
+    if own := bearing(folder, split) or bearing(folder):
+        return own
+    begin = {path: bool(labels.begins & NAMED) for path, labels in labelled(folder).items()}
+    if len({*begin.values()}) > 1:
+        unclear = min(path for path, begins in begin.items() if not begins).relative_to(folder)
+        raise DataError(f"{folder} has nothing to train on: is {unclear} held out or to be trained on? "
+                        "Rename it to begin with its split's name, as train- or test-")  # fmt: skip
+    return list(begin)
 
 
 def holds(folder: Path, split: str = "") -> bool:

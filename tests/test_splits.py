@@ -663,3 +663,15 @@ def test_a_split_that_the_spec_names_is_taken_before_a_usual_one(tmp_path):
     assert found.origins["tiny"] == {"test": "test_gen", "validation": "train_sft", "train": "train_sft"}
     assert set(prompts(found.rows["train"])) <= set(texts["train_sft"])
     assert set(prompts(found.rows["test"])) <= set(texts["test_gen"])
+
+
+def test_a_file_that_may_be_held_out_is_not_mixed_with_one_that_is(tmp_path):
+    written(tmp_path, map(row, sentences(70)), "train_test.jsonl")
+    written(tmp_path, map(row, sentences(30, 1)), "test.jsonl")
+    with pytest.raises(data.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
+        splits(asked(), {"tiny": str(tmp_path)})
+    with pytest.raises(data.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
+        data.load_spec(str(tmp_path), {})
+    found = splits(asked(parts=[{"split": "train_test"}]), {"tiny": str(tmp_path)})
+    assert found.origins["tiny"] == {"test": "test", "validation": "train_test", "train": "train_test"}
+    assert not set(prompts(found.rows["train"])) & set(sentences(30, 1))
