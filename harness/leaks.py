@@ -10,13 +10,15 @@ So a later row is passed over where
 
 System turns stand apart: another one does not make another question. No leak is what the user says in less
 than OPENING words, a greeting; in less than LONG words, if it is but a turn of a held-out row ("yes, that
-works for me"); and what rows answer in more than MANY ways, a form ("translate the text above"). A held-out
-row that is shortened to such a prompt, and training goes through it, is itself left out, once all is tokens
-(`unanswered`). What is then learned and scored is compared once more, token by token (`answered`).
+works for me"); and what rows answer in more than MANY ways, a form ("translate the text above"), unless a
+held-out row asks it by itself (`questions`). A held-out row that is shortened to such a prompt, and training
+goes through it, is itself left out, once all is tokens (`unanswered`). What is then learned and scored is
+compared once more, token by token (`answered`).
 """
 
 import hashlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
@@ -41,13 +43,14 @@ class Held:
 
     def __init__(self, rows: list[Conversation], among: list[Conversation], threshold: float):
         self.prompts = {prompt(row.messages) for row in rows}
-        self.keys = {key for row in rows for key, _ in keys(row.messages, held=True)}
-        self.found: dict[str, dict] = {}  # of each row, its keys that are held
+        self.keys = {key for row in rows for key, *_ in keys(row.messages, held=True)}
         ways: dict[tuple, set] = {key: set() for key in self.keys}
         for row in chain(rows, among):
-            for key, way in self.held(row).items():
-                ways[key].add(way)
-        self.keys -= {key for key, found in ways.items() if len(found) > MANY}
+            for key, way, *_ in keys(row.messages):
+                if key in ways:
+                    ways[key].add(way)
+        forms = {key for key, found in ways.items() if len(found) > MANY}
+        self.keys -= forms - questions(forms, rows, among)
         self.near = Seen(list(map(question, rows)), map(question, among), threshold) if threshold else None
 
     def leaks(self, rows: list[Conversation]) -> list[str | None]:
@@ -59,38 +62,57 @@ class Held:
     def leak(self, row: Conversation) -> str | None:
         if prompt(row.messages) in self.prompts:
             return "shared_turns"
-        found = {KINDS[kind] for kind, key in self.keys & self.held(row).keys()}
+        found = {KINDS[kind] for kind, key in self.keys & {key for key, *_ in keys(row.messages)}}
         return next((leak for leak in LEAKS if leak in found), None)
 
-    def held(self, row: Conversation) -> dict[tuple[str, bytes], bytes]:
-        if row.id not in self.found:
-            self.found[row.id] = {key: way for key, way in keys(row.messages) if key in self.keys}
-        return self.found[row.id]
+
+def questions(forms: set, rows: list[Conversation], among: list[Conversation]) -> set:
+    """Those of `forms` that are a held-out row's own question: the more ways training answers one, the more
+    it leaks. A form is asked about something: with more than MANY inputs, of two held-out rows too,
+    each of which stands before it alone, as a persona does not."""
+    asked: dict[tuple, set] = {}
+    for key, _, given, own in (found for row in rows for found in keys(row.messages, held=True)):
+        if own and key in forms:
+            asked.setdefault(key, set()).add(given)
+    if not asked:
+        return set()
+    after: dict[tuple, set] = {}  # kind and input -> what is asked about it
+    for key, _, given, _ in (found for row in chain(rows, among) for found in keys(row.messages)):
+        after.setdefault((key[0], given), set()).add(key)
+    alone = {(kind, given) for (kind, given), found in after.items() if given and len(found) == 1}
+    inputs = Counter(key for place in alone for key in after[place])
+    return {key for key, found in asked.items()
+            if inputs[key] <= MANY or len(found) < 2 or not {(key[0], given) for given in found} <= alone}
 
 
-def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[tuple[str, bytes], bytes]]:
-    """What a row asks and answers, wherever it may be cut: one of KINDS with a digest, and what tells one way
-    to answer it from another. Of a passage, and of a short question with its answer ("thanks", "you are
-    welcome"), that is the row."""
+def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[tuple[str, bytes], bytes, bytes, bool]]:
+    """What a row asks and answers, wherever it may be cut: one of KINDS with a digest; what tells one way to
+    answer it from another; what else stands before it, if anything; whether it is asked last, and no small
+    talk. The way of a passage, and of a short question with its answer ("thanks", "you are welcome"), is the
+    row."""
     row = digest(" ".join(map(said, messages)))
     if is_text(messages):
         for line in map(normalised, said(messages[0]).splitlines()):
             if size(line, PASSAGE) >= PASSAGE:
-                yield ("passage", digest(line)), row
-    turns, asked, told = hashlib.sha256(), "", 0
+                yield ("passage", digest(line)), row, b"", False
+    turns, system, asked, told, before = hashlib.sha256(), "", "", 0, b""
     alone = sum(message["role"] == "user" for message in messages) == 1
-    for message in messages:
-        text, role = normalised(said(message)), message["role"]
+    for place, message in enumerate(messages):
+        text, role, last = normalised(said(message)), message["role"], message is messages[-1]
         if role == "assistant" and asked:
-            if told >= (LONG if held and message is not messages[-1] else OPENING):
-                yield ("turns", turns.digest()), digest(text)
+            if told >= (LONG if held and not last else OPENING):
+                given = digest(f"{place} {system}") if system else b""
+                yield ("turns", turns.digest()), digest(text), given, last and (alone or told >= LONG)
             if size(asked) >= (LONG if held and not alone else OPENING):
-                yield ("question", digest(asked)), digest(text)
+                yield ("question", digest(asked)), digest(text), before, last
             if size(text) >= LONG:
-                yield ("answer", digest(f"{asked}\n{text}")), b"" if size(asked) >= LONG else row
+                yield ("answer", digest(f"{asked}\n{text}")), b"" if size(asked) >= LONG else row, b"", False
         elif role == "user":
             asked, told = text, told + size(text)
-        if role != "system":
+            before = digest(system + turns.hexdigest()) if place else b""
+        if role == "system":
+            system = text
+        else:
             turns.update(f"{role}\n{text}\n".encode())
 
 

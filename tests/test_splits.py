@@ -226,6 +226,20 @@ def test_a_form_that_many_rows_ask_is_no_leak(tmp_path):
         assert found.left_out == {}
 
 
+@pytest.mark.parametrize("system", ["", "Be kind."])
+@pytest.mark.parametrize("ways", [2, 12, 40])
+def test_no_number_of_answers_makes_a_form_of_a_held_out_question(ways, system, tmp_path):
+    texts, others = sentences(10, length=25), sentences(400, seed=1, length=25)
+    told = [(text, f"{i} {text[::-1]}", f"Be {WORDS[i]}.") for text in texts for i in range(ways)]
+    leaks = [turns(text, answer, system=persona) for text, answer, persona in told]
+    leaks += [turns(other, "yes", text, f"{text[::-1]} {other}") for text in texts for other in others[:ways]]
+    written(tmp_path, [turns(text, "yes", system=system) for text in texts], "test.jsonl")
+    written(tmp_path, leaks + [turns(text, "no") for text in others], "train.jsonl")
+    spec = asked(train=400, validation=0, test=10, near_duplicates=0.0, parts=[{"format": "messages"}])
+    found = splits(spec, {"tiny": str(tmp_path)})
+    assert not [c for c in found.rows["train"] if set(texts) & asks(c)]
+
+
 def test_a_line_of_a_held_out_text_stands_in_no_longer_one(tmp_path):
     lines = sentences(60, length=30)
     more = sentences(180, seed=1, length=30)
