@@ -7,12 +7,13 @@ that matters ("a sentence about cats", "about dogs"): where each of two question
 lacks, they are near only if they are answered alike.
 
 What many texts share says nothing about two of them: an instruction, the headings of a form, a passage
-that twenty questions are asked about. So a run of RUN words that stands in more than MANY texts is taken
-away, and so is a shorter text that is as common; what is left is compared.
+that twenty questions are asked about. So a run of RUN words that stands in more than MANY texts, which differ
+before or after what they share, is taken away; what is left is compared.
 """
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -114,6 +115,9 @@ class Numbered:
         self.text = np.repeat(np.arange(len(texts)), lengths)  # of each word
         self.ends = np.cumsum(lengths)
 
+    def each(self) -> list[np.ndarray]:
+        return np.split(self.words, self.ends[:-1])
+
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
         """Where each run within a text begins, and a value that tells it from others."""
         begins = np.flatnonzero(self.text[: 1 - RUN] == self.text[RUN - 1 :])
@@ -123,6 +127,11 @@ class Numbered:
             found ^= found >> np.uint64(29)
         return begins, found
 
+    def places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each run its place among `runs`, and whether it follows on another of its text."""
+        begins, found = self.runs()
+        return places(found, runs)[0], np.diff(self.text[begins], prepend=-1) == 0
+
     def without(self, shared: np.ndarray) -> list[np.ndarray]:
         """Of each text the words that no shared run covers."""
         begins, runs = self.runs()
@@ -131,12 +140,13 @@ class Numbered:
         change[begins] += 1
         change[begins + RUN] -= 1
         left = (np.cumsum(change)[:-1] == 0) & (self.words != 0)
-        texts = zip(np.split(self.words, self.ends[:-1]), np.split(left, self.ends[:-1]), strict=True)
+        texts = zip(self.each(), np.split(left, self.ends[:-1]), strict=True)
         return [words[kept] for words, kept in texts]
 
 
 def runs_of_many(own: list[Numbered], among: Iterable[Numbered]) -> np.ndarray:
-    """The runs of one's own texts that stand in more than MANY of all."""
+    """The runs of one's own texts that stand in more than MANY of all, and lead to what varies: the copies of
+    a text, each with another word changed, have as much in common, but go on as most of them do."""
     runs = distinct(np.concatenate([NOTHING, *(some.runs()[1] for some in own)]))
     counts = np.zeros(len(runs), np.int64)
     for some in chain(own, among):
@@ -144,7 +154,21 @@ def runs_of_many(own: list[Numbered], among: Iterable[Numbered]) -> np.ndarray:
         place, known = places(found, runs)
         once = distinct(place[known] * CHUNK + some.text[begins[known]])  # in each text
         counts += np.bincount(once // CHUNK, minlength=len(counts))
-    return runs[counts > MANY]
+    many, varied, forms = counts > MANY, np.ones((2, len(runs)), bool), np.zeros(len(runs), bool)
+    for some in own:  # what comes before a run, and after it
+        place, follows = some.places(runs)
+        for side, step in zip(varied, (-1, 1), strict=True):
+            beside = np.where(follows if step < 0 else np.roll(follows, -1), np.roll(place, -step), place)
+            side[place[2 * counts[beside] >= counts[place]]] = False
+    texts = Counter(words.tobytes() for some in own for words in some.each())
+    for some in own:
+        place, follows = some.places(runs)
+        again = np.array([texts[words.tobytes()] > 1 for words in some.each()])  # wholly a form
+        varies = varied.any(0)[place] | again[some.text[some.runs()[0]]]
+        block = np.cumsum(~(follows & many[place] & np.roll(many[place], 1)))  # runs of many in a row
+        leads = np.bincount(block, many[place] & varies) > 0
+        forms[place[many[place] & leads[block]]] = True
+    return runs[forms]
 
 
 def words_of(text: str) -> list[str]:

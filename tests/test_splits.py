@@ -277,6 +277,22 @@ def test_what_many_rows_share_does_not_make_them_near(shape, tmp_path):
     assert found.left_out["near_duplicates"] > 100
 
 
+@pytest.mark.parametrize("copies", [10, 12, 20, 40])
+def test_many_near_duplicates_are_no_form(copies, tmp_path):
+    def changed(words):
+        words[draw.randrange(len(words))] = draw.choice(WORDS)
+        return row(" ".join(words))
+
+    draw, texts = random.Random(0), sentences(60, length=20)
+    copied = [changed(text.split()) for text in texts for _ in range(copies)]
+    others = [row(text) for text in sentences(900, seed=1, length=20)]
+    written(tmp_path, map(row, texts), "test.jsonl")
+    written(tmp_path, copied + others, "train.jsonl")
+    found = splits(asked(train=800, validation=0, test=60), {"tiny": str(tmp_path)})
+    held, learned = (prompts(found.rows[split]) for split in ("test", "train"))
+    assert not [one for one in learned for other in held if jaccard(one, other) >= THRESHOLD]
+
+
 def test_rows_under_one_instruction_cost_no_more_than_others(tmp_path):
     shared = sentences(1, seed=9, length=98)[0]
     rows = [{**row(shared), "input": text} for text in sentences(3500)]
