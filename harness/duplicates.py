@@ -118,11 +118,11 @@ class Numbered:
     def each(self) -> list[np.ndarray]:
         return np.split(self.words, self.ends[:-1])
 
-    def runs(self) -> tuple[np.ndarray, np.ndarray]:
+    def runs(self, length: int = RUN) -> tuple[np.ndarray, np.ndarray]:
         """Where each run within a text begins, and a value that tells it from others."""
-        begins = np.flatnonzero(self.text[: 1 - RUN] == self.text[RUN - 1 :])
+        begins = np.flatnonzero(self.text[: 1 - length] == self.text[length - 1 :])
         found = np.zeros(len(begins), np.uint64)
-        for i in range(RUN):
+        for i in range(length):
             found = (found ^ self.words[begins + i]) * GOLDEN
             found ^= found >> np.uint64(29)
         return begins, found

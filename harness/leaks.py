@@ -5,7 +5,7 @@ So a later row is passed over where
 
 - it answers what a held-out row is asked: an answer of each follows the same turns (`shared_turns`);
 - it asks a held-out question in another place, or answers one by the same LONG words (`shared_questions`);
-- it is plain text with a line of a held-out text, of at least PASSAGE words (`shared_passages`);
+- it is plain text with PASSAGE words that follow each other in a held-out one (`shared_passages`);
 - its prompt says nearly what a held-out one says, see harness.duplicates (`near_duplicates`).
 
 System turns stand apart: another one does not make another question. No leak is what the user says in less
@@ -22,12 +22,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
-from harness.duplicates import MANY, Asked, Seen, words_of
+from harness.duplicates import MANY, Asked, Numbered, Seen, Words, words_of
 from harness.formats import Conversation, is_text, said
 
 OPENING = 4  # words: "how are you" is nobody's own question
 LONG = 10  # words: "yes, that works for me, thank you" or "i need to find a doctor" may be said by chance
-PASSAGE = 20  # words: a line of prose, more than one of code or of a licence
+PASSAGE = 20  # words: more than a saying, a line of code or of a licence
+WORDS = Words()
 KINDS = {"turns": "shared_turns", "question": "shared_questions", "answer": "shared_questions",
          "passage": "shared_passages"}  # of a key -> as its leaks are counted  # fmt: skip
 LEAKS = {  # as they are counted
@@ -70,31 +71,37 @@ def questions(forms: set, rows: list[Conversation], among: list[Conversation]) -
     """Those of `forms` that are a held-out row's own question: the more ways training answers one, the more
     it leaks. A form is asked about something: with more than MANY inputs, of two held-out rows too,
     each of which stands before it alone, as a persona does not."""
+    whole: set[tuple] = set()  # texts that are nothing but forms
+    for row in rows:
+        if is_text(row.messages) and (found := {key for key, *_ in keys(row.messages)}) <= forms:
+            whole |= found
     asked: dict[tuple, set] = {}
     for key, _, given, own in (found for row in rows for found in keys(row.messages, held=True)):
         if own and key in forms:
             asked.setdefault(key, set()).add(given)
     if not asked:
-        return set()
+        return whole
     after: dict[tuple, set] = {}  # kind and input -> what is asked about it
     for key, _, given, _ in (found for row in chain(rows, among) for found in keys(row.messages)):
         after.setdefault((key[0], given), set()).add(key)
     alone = {(kind, given) for (kind, given), found in after.items() if given and len(found) == 1}
     inputs = Counter(key for place in alone for key in after[place])
-    return {key for key, found in asked.items()
-            if inputs[key] <= MANY or len(found) < 2 or not {(key[0], given) for given in found} <= alone}
+    return whole | {
+        key for key, found in asked.items()
+        if inputs[key] <= MANY or len(found) < 2 or not {(key[0], given) for given in found} <= alone
+    }  # fmt: skip
 
 
-def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[tuple[str, bytes], bytes, bytes, bool]]:
+def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[tuple, bytes, bytes, bool]]:
     """What a row asks and answers, wherever it may be cut: one of KINDS with a digest; what tells one way to
     answer it from another; what else stands before it, if anything; whether it is asked last, and no small
     talk. The way of a passage, and of a short question with its answer ("thanks", "you are welcome"), is the
     row."""
     row = digest(" ".join(map(said, messages)))
     if is_text(messages):
-        for line in map(normalised, said(messages[0]).splitlines()):
-            if size(line, PASSAGE) >= PASSAGE:
-                yield ("passage", digest(line)), row, b"", False
+        words = Numbered([[WORDS[word] for word in words_of(said(messages[0]))]])
+        for passage in words.runs(PASSAGE)[1].tolist():
+            yield ("passage", passage), row, b"", False
     turns, system, asked, told, before = hashlib.sha256(), "", "", 0, b""
     alone = sum(message["role"] == "user" for message in messages) == 1
     for place, message in enumerate(messages):

@@ -135,9 +135,9 @@ def test_what_is_answered_is_counted(held, train, starts):
 def test_a_window_of_plain_text_is_not_learned_and_scored(world):
     world.dataset.update(train=2, validation=0, test=1, parts=[{**PART, "name": "tiny", "format": "text"}])
     world.dataset["near_duplicates"] = 0.0
-    same = "the cat sat on the mat. " * 40
-    world.write([{"text": same + name} for name in ("the first", "another", "the last")])
-    world.max_length = 32
+    same = "the cat sat on the mat. " * 3
+    world.write([{"text": same + f"{name} " * 40} for name in ("the first", "another", "the last")])
+    world.max_length = 16
     made = world.tokens()
     learned = {(row.prompt_ids + row.response_ids).tobytes() for row in made.rows["train"]}
     assert not [r for r in made.rows["test"] if (r.prompt_ids + r.response_ids).tobytes() in learned]

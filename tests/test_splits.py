@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import textwrap
 import time
 from itertools import product
 from types import SimpleNamespace
@@ -251,6 +252,26 @@ def test_a_line_of_a_held_out_text_stands_in_no_longer_one(tmp_path):
     found = splits(spec, {"tiny": str(folder)})
     assert not [c for c in found.rows["train"] if set(lines[:30]) & {*c.messages[0]["content"].splitlines()}]
     assert found.left_out["shared_passages"] > 5
+
+
+INSIDE = {  # a held-out text, one before it and one after -> a text to learn
+    "wrapped": lambda text, one, other: textwrap.fill(f"{one} {text} {other}", 72),
+    "code": lambda text, one, other: f"{one}\n" + text.replace("bar ", "bar\n    ") + f"\n{other}",
+    "one line": lambda text, one, other: f"{one} {text} {other}",
+}
+
+
+@pytest.mark.parametrize("copies", [1, 12])
+@pytest.mark.parametrize("place", INSIDE.values(), ids=INSIDE)
+def test_a_held_out_text_stands_whole_in_no_longer_one(place, copies, tmp_path):
+    texts, more = sentences(30, length=30), iter(sentences(1000, seed=1, length=30))
+    longer = [place(text, next(more), next(more)) for text in texts for _ in range(copies)]
+    written(tmp_path, [{"text": text} for text in texts], "test.jsonl")
+    written(tmp_path, [{"text": text} for text in longer + list(more)[-200:]], "train.jsonl")
+    spec = asked(train=200, validation=0, test=30, parts=[{"format": "text"}])
+    found = splits(spec, {"tiny": str(tmp_path)})
+    learned = [" ".join(c.messages[0]["content"].split()) for c in found.rows["train"]]
+    assert not [text for text in texts if any(text in one for one in learned)]
 
 
 # Nearness
