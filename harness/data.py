@@ -11,9 +11,9 @@ from itertools import repeat
 from pathlib import Path
 
 from harness import ROOT
-from harness.errors import absent, misfit, misfits, read_toml, shown, unknown, writable
+from harness.errors import absent, brief, misfit, misfits, read_toml, shown, unknown, writable
 from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
-from harness.leaks import Held, digest, normalised, prompt
+from harness.leaks import Held, digest, prompt
 from harness.metrics import LANGUAGES, REWARDS
 from harness.rows import KINDS, USUAL, DataError, holds, is_rows, labelled, rows_of_dataset, rows_of_file
 
@@ -70,11 +70,15 @@ def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
         spec = {"name": path.stem, "title": path.name, "parts": [part]}
     else:
         spec = read_spec(name, Path(os.path.expanduser(name)))
+    what, errors = f"dataset {shown(name)}", []
     for values in (spec, overrides := dict(overrides)):
-        if values.get("near_duplicates") == "off":
+        near = values.get("near_duplicates", 0.0)
+        if str(near).lower() in ("off", "false"):
             values["near_duplicates"] = 0.0
-    what = f"dataset {shown(name)}"
-    errors = misfits(what, spec, SPEC, TYPES)
+        elif misfit(near, float):
+            errors.append(f"data.near_duplicates: must be off, or from {LEAST} to 1, not {brief(near)}")
+            del values["near_duplicates"]
+    errors += misfits(what, spec, SPEC, TYPES)
     settable = {key: DATASET[key] for key in set(DATASET) - {"name", "title", "notice"}}
     for key, value in overrides.items():
         if key not in settable:
@@ -271,7 +275,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
         key = place = hashed([dataset["seed"], told] + [rejected] * bool(rejected))
         asked = prompt(messages)
         if rejected is not None:  # all pairs of a prompt stand together, to be drawn into one split
-            asked += b"".join(digest(normalised(text)) for text in (messages[-1]["content"], rejected))
+            asked += digest(messages[-1]["content"]) + digest(rejected)  # as small as the difference may be
             place = hashed([dataset["seed"], told[:-1]]) + key
         if asked in seen or asked in best:
             pool.left_out["duplicates"] += 1

@@ -421,7 +421,9 @@ def test_a_bound_that_near_duplicates_use_up_is_raised(tmp_path):
     assert found.left_out["near_duplicates"] > 100
 
 
-@pytest.mark.parametrize(("asked_for", "kept"), [("off", 0.0), (0, 0.0), (0.9, 0.9), (1, 1.0)])
+@pytest.mark.parametrize(("asked_for", "kept"), [
+    ("off", 0.0), ("Off", 0.0), (False, 0.0), (0, 0.0), (0.9, 0.9), (1, 1.0),
+])  # fmt: skip
 def test_nearness_can_be_set_and_switched_off(asked_for, kept, tmp_path):
     texts = sentences(60)
     rows = [*map(row, texts), *(row(reordered(text)) for text in texts)]
@@ -435,7 +437,7 @@ def test_nearness_can_be_set_and_switched_off(asked_for, kept, tmp_path):
 
 @pytest.mark.parametrize("wrong", [0.3, 1.5, -0.8, float("nan"), True, "on", [0.8]])
 def test_another_nearness_is_refused(wrong, tmp_path):
-    with pytest.raises(data.DataError, match=r"data\.near_duplicates: must be"):
+    with pytest.raises(data.DataError, match=r"data\.near_duplicates: must be off"):
         data.load_spec(written(tmp_path, [row("a")]), {"near_duplicates": wrong})
 
 
@@ -472,7 +474,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> dict:
 
 def test_pairs_are_the_same_only_if_all_of_them_is(tmp_path):
     rows = [pair(text, f"good {i}", f"bad {i}") for text in sentences(40) for i in range(3)]
-    again = [pair(text.upper(), "Good 0.", " bad 0") for text in sentences(40)[:7]]
+    again = [pair(text.upper(), "good 0", "bad 0") for text in sentences(40)[:7]]
     spec = asked(train=70, validation=5, test=20, parts=[{"format": "pairs"}])
     found = splits(spec, {"tiny": written(tmp_path, rows + again)})
     assert found.left_out["duplicates"] == 7
@@ -482,6 +484,14 @@ def test_pairs_are_the_same_only_if_all_of_them_is(tmp_path):
     assert not texts["test"] & texts["train"] and not texts["validation"] & (texts["test"] | texts["train"])
     assert len(texts["test"]) <= 8  # the pairs of a prompt stand together
     assert found.left_out["shared_turns"] <= 4  # of the prompts at two borders
+
+
+def test_pairs_differ_where_an_answer_does_in_a_space_or_a_sign(tmp_path):
+    better = ("if a:\n    b", "if a:\n  b", "Yes", "yes", "yes!")
+    answers = [(text, "if a:\nb") for text in better]
+    rows = [pair(text, *answer) for text in sentences(20) for answer in answers]
+    spec = asked(train=60, validation=0, test=20, parts=[{"format": "pairs"}])
+    assert "duplicates" not in splits(spec, {"tiny": written(tmp_path, rows)}).left_out
 
 
 # Sources with splits of their own
