@@ -243,6 +243,10 @@ def sources(part: dict, location: str | None) -> dict[str, list[str]]:
     own = {"train": part["split"], **{s: part[f"{s}_split"] for s in SPLITS if s != "train"}}
     if location:
         path = Path(location)
+        named = {name for name in own.values() if part["path"]} - {"", PART["split"]}
+        if lacks := sorted(name for name in named if not holds(path, name)):  # a copy of the hub's may
+            there = ", ".join(sorted(set().union(*labelled(path).values()))) or "none"
+            raise DataError(f"part {part['name']}: {path} has no split {lacks[0]!r}. There are: {there}")
         own = {s: next((n for n in (own[s], *USUAL[s]) if n and holds(path, n)), "") for s in SPLITS}
         own = own if own["train"] or holds(path) else {}
     else:

@@ -549,6 +549,15 @@ def test_what_save_to_disk_holds_out_is_held_out(missing, tmp_path):
         assert set(prompts(found.rows[split])) <= set(texts["train" if split == missing else split])
 
 
+@pytest.mark.parametrize("key", ["split", "test_split", "validation_split"])
+def test_a_split_that_ones_own_rows_lack_is_an_error(key, tmp_path):
+    for seed, name in enumerate(("training", "test")):
+        written(tmp_path, map(row, sentences(70, seed)), f"{name}.jsonl")
+    for path in (tmp_path, tmp_path / "test.jsonl"):
+        with pytest.raises(data.DataError, match=r"part tiny: .*no split 'nope'. There are: (te|no)"):
+            splits(asked(parts=[{"path": path.name, key: "nope"}]), {"tiny": str(path)})
+
+
 def test_a_folder_is_a_dataset_of_its_own(tmp_path, monkeypatch):
     train, test = sentences(60), sentences(25, seed=1)
     written(tmp_path / "mine", map(row, train), "train.jsonl")
