@@ -195,6 +195,7 @@ class Pool:
     usable: int = 0  # distinct rows in all; `rows` may be the first of them only
     whole: bool = True
     left_out: Counter = field(default_factory=Counter)
+    copies: Counter = field(default_factory=Counter)  # of the duplicates, those of each other part
 
 
 def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
@@ -211,7 +212,7 @@ def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
         own = [Pool(part, *source) for source in sources(part, locations.get(part["name"])).items()]
         found.origins[part["name"]] = {split: pool.source for pool in own for split in pool.draws}
         pools += own
-    seen: set[bytes] = set()
+    seen: dict[bytes, str] = {}
     for pool in sorted(pools, key=lambda pool: SPLITS.index(pool.draws[0])):  # a test's own source first
         fill(pool, dataset, locations.get(pool.part["name"]), room, seen, found)
     earlier: list[Conversation] = []
@@ -257,8 +258,8 @@ def sources(part: dict, location: str | None) -> dict[str, list[str]]:
     return {name: [s for s in SPLITS if names[s] == name] for name in dict.fromkeys(names.values())}
 
 
-def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, found: Splits) -> None:
-    """Reads a pool's rows. `seen`: the prompts of those before it."""
+def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: dict, found: Splits) -> None:
+    """Reads a pool's rows. `seen`: the prompts of those before it, each with its part."""
     part = pool.part
     name = part["name"]
     wanted = room * sum(dataset[split] for split in pool.draws)
@@ -283,6 +284,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
             place = hashed([dataset["seed"], told[:-1]]) + key
         if asked in seen or asked in best:
             pool.left_out["duplicates"] += 1
+            pool.copies[seen.get(asked, name)] += 1
         if asked in seen or place >= best.get(asked, "~"):
             continue
         best[asked] = place
@@ -292,7 +294,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: set, 
             limit = sorted(best.values())[wanted]
             held = {asked: row for asked, row in held.items() if best[asked] < limit}
     found.unused[name] = sorted(columns)
-    seen.update(best)
+    seen.update(dict.fromkeys(best, name))
     pool.rows = [held[asked] for asked in sorted(held, key=best.get)]
     pool.usable, pool.whole = len(best), len(held) == len(best)
 
@@ -360,20 +362,33 @@ def too_few(pool: Pool, split: str, drawn: int, dataset: dict, found: Splits) ->
     left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in pool.left_out.items())
     first = {r["reason"]: r["row"] for r in reversed(found.refused) if r["part"] == name}
     refused = "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[-3:][::-1])
-    least = int(split != "validation")
-    remedies = [f"ask for fewer with --set data.{split}={drawn}"] if drawn >= least else []
-    if not remedies and pool.draws[0] != split:
-        remedies.append(f"hold fewer out with --set data.{pool.draws[0]}=...")
+    copies = ", ".join(f"{n} of them of part {part}" for part, n in pool.copies.items() if part != name)
+    fewer = " ".join(f"--set data.{s}={n}" for s, n in enough(pool, split, drawn, dataset).items())
+    remedies = [f"ask for fewer with {fewer}"] if fewer else []
     if dataset[split] - drawn <= pool.left_out["near_duplicates"]:
         remedies.append("take near ones too with --set data.near_duplicates=off")
     return (
         f"part {name}: {wanted} rows are asked for ({describe(dataset, pool.draws)}), but {own} has "
         f"{pool.usable} distinct usable ones"
         + (f", {drawn} of which can be {split} rows. " if pool.usable >= wanted else ". ")
-        + (f"Left out: {left_out}. " if left_out else "")
+        + (f"Left out: {left_out}{' (' + copies + ')' if copies else ''}. " if left_out else "")
         + (f"Refused: {refused}. " if refused else "")
         + (", or ".join(remedies).capitalize() if pool.usable else "")
     ).strip()
+
+
+def enough(pool: Pool, split: str, drawn: int, dataset: dict) -> dict[str, int]:
+    """Rows of each split that a pool has enough for, where it has but `drawn` for one of them: fewer of that
+    one; where nothing of it would be left, fewer of all."""
+    at = pool.draws.index(split)
+    left = drawn - sum(dataset[later] for later in pool.draws[at + 1 :])
+    if left > 0:
+        return {split: left}
+    asked = {s: dataset[s] for s in pool.draws if dataset[s]}
+    rows = drawn + sum(dataset[earlier] for earlier in pool.draws[:at])
+    found = {s: max(1, n * rows // sum(asked.values())) for s, n in asked.items()}
+    found[max(found, key=found.get)] += rows - sum(found.values())
+    return found if min(found.values(), default=0) > 0 else {}
 
 
 def describe(dataset: dict, draws: list[str] = SPLITS) -> str:

@@ -454,6 +454,23 @@ def test_the_remedies_of_an_error_are_remedies(tmp_path):
     assert len(splits({**spec, "near_duplicates": 0.0}, source).rows["train"]) == 90
 
 
+@pytest.mark.parametrize("sizes", [(40, 5, 60), (40, 0, 64), (1, 0, 60), (8, 9, 50), (900, 9, 90)])
+def test_the_numbers_that_an_error_names_do_for_all_splits(sizes, tmp_path):
+    source = {"tiny": written(tmp_path, map(row, sentences(60)))}
+    spec = asked(*sizes)
+    with pytest.raises(data.DataError) as caught:
+        splits(spec, source)
+    found = {key: int(n) for key, n in re.findall(r"data\.(\w+)=(\d+)", str(caught.value))}
+    assert found and all(0 < n <= spec[key] for key, n in found.items())
+    assert sum(map(len, splits({**spec, **found}, source).rows.values())) == 60
+
+
+def test_a_part_that_is_a_copy_of_another_is_told_so(tmp_path):
+    path = written(tmp_path, map(row, sentences(70)))
+    with pytest.raises(data.DataError, match=r"part two: .*70 duplicates \(70 of them of part one\)"):
+        splits(asked(parts=[{"name": "one"}, {"name": "two"}]), {"one": path, "two": path})
+
+
 def test_a_part_is_blamed_for_its_own_rows_alone(tmp_path):
     good, bad = [row(t) for t in sentences(70)], [row("the same")] * 30 + [row(t) for t in sentences(9, 1)]
     spec = asked(parts=[{"name": "good"}, {"name": "bad"}])
