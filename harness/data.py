@@ -246,7 +246,8 @@ def sources(part: dict, location: str | None) -> dict[str, list[str]]:
         path = Path(location)
         named = {name for name in own.values() if part["path"]} - {"", PART["split"]}
         if lacks := sorted(name for name in named if not holds(path, name)):  # a copy of the hub's may
-            there = ", ".join(sorted(set().union(*labelled(path).values()))) or "none"
+            there = sorted({name for labels in labelled(path).values() for name in labels.begins})
+            there = ", ".join(there) or "none"
             raise DataError(f"part {part['name']}: {path} has no split {lacks[0]!r}. There are: {there}")
         own = {s: next((n for n in (own[s], *USUAL[s]) if n and holds(path, n)), "") for s in SPLITS}
         own = own if own["train"] or holds(path) else {}

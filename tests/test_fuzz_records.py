@@ -26,7 +26,7 @@ from harness.metrics import summarise
 from harness.progress import Lines, outcome
 from harness.record import RunRecord
 from harness.report import brief_table, comparisons, document
-from harness.spec import folder_name
+from harness.spec import content_hash, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
@@ -56,8 +56,11 @@ def shortened(folder: Path) -> Path:
             outputs = [json.loads(line) for line in (path / OUTPUTS).read_text("utf-8").splitlines()][::15]
             value = json.loads((path / RECORD).read_text("utf-8"))
             value |= {name: value[name][:6] for name in ("training", "step_seconds")}
-            value["hashes"] |= {"batches": value["hashes"].get("batches", [])[:6]}
+            value["hashes"] |= {n: h[:6] for n, h in value["hashes"].items() if isinstance(h, list)}
             value["scores"] = summarise(outputs, value["scores"]["bleu4"]["signature"])
+            value["tokens"]["splits"]["test"] = len(outputs)
+            write(folder / path.name, value, outputs)
+            value["hashes"]["outputs"] = content_hash(folder / path.name / OUTPUTS)
             write(folder / path.name, value, outputs)
     return folder
 
