@@ -19,11 +19,11 @@ ROWS = {"train": 5000, "validation": 100, "test": 2000}  # of each part: nearly 
 def once(tokenizer_folder: str, sources: list[str]) -> dict:
     from transformers import AutoTokenizer
 
-    from harness import cache, data
-    from harness.template import Template
+    from harness.data import cache, splits
+    from harness.data.template import Template
 
     template = Template(AutoTokenizer.from_pretrained(tokenizer_folder), "auto")
-    dataset, locations = data.load_spec("mixture", ROWS), dict(source.split("=", 1) for source in sources)
+    dataset, locations = splits.load_spec("mixture", ROWS), dict(source.split("=", 1) for source in sources)
     wall, cpu = time.perf_counter(), time.process_time()
     found = cache.token_rows(dataset, locations, template, 512)
     return {

@@ -126,7 +126,7 @@ class Method:
     def loss(self, model, batch):
         """-> scalar: the mean over the batch's target tokens (or rows, see `mean_over`), by which the
         loop weighs it."""
-        from harness.head import token_logps
+        from harness.training.head import token_logps
 
         return -token_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
 

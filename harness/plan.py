@@ -9,7 +9,8 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from harness import ROOT, cache, data, method, trial
+from harness import ROOT, method, trial
+from harness.data import cache, splits
 from harness.errors import absent, brief, misfit, misfits, neighbour, read_toml, shown, unknown
 from harness.spec import Hyperparams, RunSpec, fingerprint, out_of_range
 
@@ -67,7 +68,7 @@ def plan(request: Request) -> list[RunSpec]:
     hp = hyperparams({**preset["hp"], **values.pop("hp", {})}, errors)
     chosen = preset["dataset"] if request.dataset is None else request.dataset
     dataset = find_dataset(chosen, {**preset["data"], **values.pop("data", {})}, errors)
-    locations["sources"] = find_sources(request.sources, dataset, errors, data.own_rows(chosen))
+    locations["sources"] = find_sources(request.sources, dataset, errors, splits.own_rows(chosen))
     seeds = find_seeds(preset["seeds"] if request.seeds is None else request.seeds, errors)
     names = preset["methods"] if request.methods is None else request.methods
     plugins = find_plugins(request.plugins, errors)
@@ -79,10 +80,10 @@ def plan(request: Request) -> list[RunSpec]:
     if not errors:
         try:  # what is on the hub is not downloaded for a plan
             if len(locations["sources"]) == len(dataset["parts"]):
-                cache.splits(dataset, locations["sources"])
+                cache.splits_of(dataset, locations["sources"])
             prints = {"model": fingerprint(locations["model"])} if locations.get("model") else {}
             prints |= {name: fingerprint(path) for name, path in locations["sources"].items()}
-        except data.DataError as error:
+        except splits.DataError as error:
             errors.append(str(error))
         except OSError as error:  # a file in a folder of rows or weights that may not be read
             errors.append(f"{error.filename}: {error.strerror}")
@@ -289,11 +290,11 @@ def silence(error: Exception) -> str:
 
 def find_dataset(name: str, overrides: dict, errors: list[str]) -> dict | None:
     if not name:
-        errors.append(f"no dataset: name one with --dataset ({', '.join(data.available())}, or a file)")
+        errors.append(f"no dataset: name one with --dataset ({', '.join(splits.available())}, or a file)")
         return None
     try:
-        return data.load_spec(name, overrides)
-    except data.DataError as error:
+        return splits.load_spec(name, overrides)
+    except splits.DataError as error:
         errors += str(error).splitlines()
         return None
 
@@ -339,8 +340,8 @@ def find_sources(
 def no_rows(part: dict, path: str) -> str | None:
     """Why a part's first row cannot be had: what is no data at all is named beside all other errors."""
     try:
-        next(data.rows_of_part(part, path, part["split"], {}))
-    except data.DataError as error:
+        next(splits.rows_of_part(part, path, part["split"], {}))
+    except splits.DataError as error:
         return str(error)
 
 

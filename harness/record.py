@@ -142,7 +142,7 @@ class RunRecord:
     (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out and
     splits count rows; answered, the held-out rows whose prompt a training row answers; unused names the
     columns of a part that were not read. `notes`: what the run found out about its method.
-    `study`: a test conversation in each form it could be written in, see harness.study.
+    `study`: a test conversation in each form it could be written in, see harness.data.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
     `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.

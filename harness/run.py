@@ -24,15 +24,16 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 
-from harness import ROOT, cache, data, leaks, method
-from harness.batches import Batches, collate, pack
+from harness import ROOT, method
+from harness.data import cache, leaks, splits
+from harness.data.batches import Batches, collate, pack
+from harness.data.rows import DataError
+from harness.data.study import study
+from harness.data.template import COUNTED, Row, Template, rows_hash
 from harness.errors import redacted
 from harness.record import RunRecord, answers_hash
-from harness.rows import DataError
 from harness.spec import RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, RECORD, append, save
-from harness.study import study
-from harness.template import COUNTED, Row, Template, rows_hash
 
 SPEC, RESULT = "spec.json", "result.json"
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # of OpenMP's threads
@@ -147,8 +148,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     import torch
     from accelerate import Accelerator
 
-    from harness import generate, head, metrics
-    from harness.meter import Meter
+    from harness import metrics
+    from harness.measuring.meter import Meter
+    from harness.training import generate, head
 
     precision = resolve_precision(hp.precision)
     accelerator = Accelerator(
@@ -181,7 +183,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         template = Template(tokenizer, spec.dataset["template"], spec.dataset.get("loss", "all"))
         read = cache.token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
         rows = read.rows
-        for split in data.SPLITS:
+        for split in splits.SPLITS:
             record.hashes[split] = rows_hash(rows[split])
             if spec.dataset[split] and not rows[split]:
                 why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
@@ -196,8 +198,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             "unused": read.unused,
             "revisions": read.revisions,
             "origins": read.origins,
-            "splits": {split: len(rows[split]) for split in data.SPLITS},
-            "answered": {split: leaks.answered(rows[split], rows["train"]) for split in data.SPLITS[:-1]},
+            "splits": {split: len(rows[split]) for split in splits.SPLITS},
+            "answered": {split: leaks.answered(rows[split], rows["train"]) for split in splits.SPLITS[:-1]},
             "template": template.kind,
             "loss": template.loss,
             "plain_text": all(not row.prompt for row in rows["train"]),
@@ -243,7 +245,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         return metrics.summarise(outputs, scorer.signature(), spec.dataset["reward"])
 
     if spec.trains:
-        from harness.train import check, fingerprints, train
+        from harness.training.loop import check, fingerprints, train
 
         batches = Batches(rows["train"], hp, spec.seed, pad, accelerator.device, decoder)
         record.hashes["batches"] = batches.hashes
@@ -311,7 +313,7 @@ def read_in(meter, phase: str, model):
 
 def check_packing(model, rows: list[Row], width: int, pad: int) -> None:
     """Tries some rows of the training on the model. Raises Unsupported where packing would mix them."""
-    from harness import head
+    from harness.training import head
 
     together = max(pack(rows[:32], width), key=len)
     if len(together) > 1:
@@ -324,7 +326,7 @@ def step_report(report, batches: Batches):
     """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes."""
     import torch
 
-    from harness.meter import host_peak
+    from harness.measuring.meter import host_peak
 
     started = time.perf_counter()
     tokens = list(accumulate(batches.tokens))
@@ -486,14 +488,14 @@ def give(dtype, module, inputs, output):
 
 def check_finite(scores: list[dict], spec: RunSpec) -> None:
     """Raises where the loss on the test rows is no number, or one whose perplexity is none."""
-    from harness.generate import mean_loss
+    from harness.training.generate import mean_loss
 
     if mean_loss(scores) < math.log(sys.float_info.max):
         return
     what = f"the loss on the test rows is {mean_loss(scores):.3g} nats a token"
     if not spec.trains:
         raise ValueError(f"{what} without any training")
-    from harness.train import Diverged
+    from harness.training.loop import Diverged
 
     raise Diverged(what)
 

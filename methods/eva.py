@@ -41,7 +41,7 @@ class EVA(LoRA):
     def attach(self, model, batches):
         from peft import initialize_lora_eva_weights
 
-        from harness.head import causal_lm
+        from harness.training.head import causal_lm
 
         passes = count(1)
 

@@ -20,9 +20,7 @@ class GaLoreLayerwise(GaLore):
     overrides = {
         "max_grad_norm": (0.0, "a gradient is used and freed before the norm over all of them is known")
     }
-    cannot = {
-        "accumulation": "each micro-batch's gradient is used at once"
-    }
+    cannot = {"accumulation": "each micro-batch's gradient is used at once"}
 
     def optimizer(self, model, hp):
         import weakref

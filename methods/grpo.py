@@ -93,7 +93,7 @@ class GRPO(LoRA):
     def loss(self, model, batch):
         import torch
 
-        from harness.head import token_logps
+        from harness.training.head import token_logps
 
         logps = token_logps(model, batch)  # (B, T-1)
         batch.setdefault("old", logps.detach())  # of the first update on this draw

@@ -71,7 +71,7 @@ class ORPO(LoRA):
         return replace(row, response_ids=row.rejected_ids or self.answers[row.id], learned=array("i"))
 
     def loss(self, model, batch):
-        from harness.head import token_logps
+        from harness.training.head import token_logps
 
         logps, last = token_logps(model, batch), batch["last"]  # (2 B, T-1)
         better, worse = ((logps * last).sum(1) / last.sum(1)).chunk(2)

@@ -55,7 +55,7 @@ class LoReFT(Method):
     def attach(self, model, batches):
         from torch import nn
 
-        from harness.head import causal_lm
+        from harness.training.head import causal_lm
 
         causal = causal_lm(model.requires_grad_(False))
         width = causal.config.get_text_config().hidden_size
@@ -88,7 +88,7 @@ class LoReFT(Method):
     def save(self, model, folder):
         from safetensors.torch import save_file
 
-        from harness.head import causal_lm
+        from harness.training.head import causal_lm
 
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in causal_lm(model).reft.state_dict().items()}
@@ -98,7 +98,7 @@ class LoReFT(Method):
     def restore(self, load_base, folder):
         from safetensors.torch import load_file
 
-        from harness.head import causal_lm
+        from harness.training.head import causal_lm
 
         saved = type(self)(**json.loads((folder / OPTIONS).read_text("utf-8")))
         model = saved.attach(saved.load(load_base), [])

@@ -17,9 +17,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from harness import head, method
-from harness.batches import Batches, collate, height, order, pack
-from harness.template import Row
+from harness import method
+from harness.data.batches import Batches, collate, height, order, pack
+from harness.data.template import Row
+from harness.training import head
 from methods.full import Full
 
 SMALL = {"vocab_size": tiny.VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

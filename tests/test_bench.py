@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
 from harness import bench as running
-from harness import doctor, progress
+from harness import doctor
+from harness.cli import progress
 from harness.errors import redacted
-from harness.meter import Meter
+from harness.measuring.meter import Meter
 from harness.method import Method
 from harness.plan import Request, plan
 from harness.record import RunRecord
@@ -316,8 +317,7 @@ def slow(folder: Path, code: str = "time.sleep(99)") -> list[str]:
     """A method that hangs in its child, and says so. -> the arguments of a bench of it alone."""
     said = f"open({str(folder / 'pid')!r}, 'w').write(str(os.getpid()))"
     (folder / "slow.py").write_text(
-        BITFIT
-        + f"\nimport os, signal, time\nif 'TUNEOFF_BENCH' in os.environ:\n    {said}; {code}\n"
+        BITFIT + f"\nimport os, signal, time\nif 'TUNEOFF_BENCH' in os.environ:\n    {said}; {code}\n"
     )
     return ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
 

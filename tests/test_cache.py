@@ -10,9 +10,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import cache, data, leaks
-from harness.data import DATASET, PART
-from harness.template import Row, Template, rows_hash
+from harness.data import cache, leaks, splits
+from harness.data.splits import DATASET, PART
+from harness.data.template import Row, Template, rows_hash
 
 ROWS = [{"instruction": f"Add one to {i}.", "input": "x" * (i % 3), "output": str(i + 1)} for i in range(40)]
 PAIRS = [{"prompt": f"Add one to {i}.", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(20)]
@@ -68,13 +68,13 @@ def test_what_comes_from_the_cache_is_what_was_made(format, world):
     again = world.tokens()
     assert world.made == 3
     assert again == first
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         assert rows_hash(again.rows[split]) == rows_hash(first.rows[split])
         assert [type(v) for v in vars(again.rows[split][0]).values()] == [
             type(v) for v in vars(first.rows[split][0]).values()
         ]
-    drawn = cache.splits(world.dataset, world.locations)
-    assert drawn == data.splits(world.dataset, world.locations)
+    drawn = cache.splits_of(world.dataset, world.locations)
+    assert drawn == splits.make_splits(world.dataset, world.locations)
     assert first.sample == drawn.rows["test"]
 
 
@@ -145,8 +145,8 @@ def test_a_window_of_plain_text_is_not_learned_and_scored(world):
 
 
 def test_a_plan_reads_the_source_for_the_run(world, monkeypatch):
-    cache.splits(world.dataset, world.locations)
-    monkeypatch.setattr(data, "splits", None)  # called no more
+    cache.splits_of(world.dataset, world.locations)
+    monkeypatch.setattr(splits, "splits", None)  # called no more
     assert world.tokens().rows["train"]
 
 

@@ -11,12 +11,12 @@ import tiny
 import torch
 from tiny import fit, hyperparams, losses, trained_weights
 
-from harness.generate import Decoder, likelihoods
-from harness.meter import Meter
+from harness.measuring.meter import Meter
 from harness.method import LIMITS, available, build, card, code_hash, find, resolve
 from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
-from harness.train import check, fingerprints, train
+from harness.training.generate import Decoder, likelihoods
+from harness.training.loop import check, fingerprints, train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -94,7 +94,7 @@ def run(cls, folder, rows=ROWS, hp=HP, seed=0):
 
 
 def log_probabilities(model) -> torch.Tensor:
-    from harness.head import token_logps
+    from harness.training.head import token_logps
 
     ((batch, *_), *_) = tiny.batches(ROWS[:4], hyperparams())
     with torch.no_grad():

@@ -14,10 +14,10 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import formats
-from harness.data import DATASET, PART, splits
-from harness.rows import READERS, DataError, rows_of_file
-from harness.template import Template, tokenize
+from harness.data import formats
+from harness.data.rows import READERS, DataError, rows_of_file
+from harness.data.splits import DATASET, PART, make_splits
+from harness.data.template import Template, tokenize
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -42,7 +42,7 @@ def written(folder, rows, name="rows.jsonl"):
 
 
 def split(folder, rows, **more):
-    found = splits(asked(**more), {"tiny": str(written(folder, rows))})
+    found = make_splits(asked(**more), {"tiny": str(written(folder, rows))})
     return found.rows, found.left_out
 
 
@@ -132,7 +132,7 @@ def test_a_prompt_in_two_parts_is_kept_in_one(tmp_path):
         "two": str(written(tmp_path, second, "2.jsonl")),
     }
     spec = asked(3, 1, 2, parts=[{"name": "one"}, {"name": "two"}])
-    drawn = splits(spec, locations)
+    drawn = make_splits(spec, locations)
     found = drawn.rows
     assert drawn.left_out["duplicates"] == 6
     assert {name: len(rows) for name, rows in found.items()} == {"train": 6, "validation": 2, "test": 4}
@@ -338,14 +338,14 @@ def test_an_empty_file_is_named(suffix, tmp_path):
     path = tmp_path / f"empty{suffix}"
     path.write_bytes(b"")
     with pytest.raises(DataError, match="empty"):
-        splits(asked(parts=[{"name": "tiny"}]), {"tiny": str(path)})
+        make_splits(asked(parts=[{"name": "tiny"}]), {"tiny": str(path)})
 
 
 @pytest.mark.parametrize("text", ["3", "null", "true", '"a"', "{", "[1, 2", '{"a": 1}', "[1]"])
 def test_json_that_is_no_list_of_objects_is_a_data_error(text, tmp_path):
     (tmp_path / "odd.json").write_text(text)
     with pytest.raises(DataError, match=r"odd|tiny"):
-        splits(asked(), {"tiny": str(tmp_path / "odd.json")})
+        make_splits(asked(), {"tiny": str(tmp_path / "odd.json")})
 
 
 def test_the_line_of_broken_json_is_named(tmp_path):
@@ -435,7 +435,7 @@ def test_a_table_that_cannot_be_told_apart_is_named(text, said, tmp_path):
 def test_a_row_with_more_cells_than_columns_is_refused_by_name(tmp_path):
     (tmp_path / "rows.csv").write_text("instruction,output\nWhy, though?,so\n")
     with pytest.raises(DataError, match="row 1: more cells than columns"):
-        splits(asked(), {"tiny": str(tmp_path / "rows.csv")})
+        make_splits(asked(), {"tiny": str(tmp_path / "rows.csv")})
 
 
 def test_what_the_hub_keeps_beside_the_rows_is_not_read(tmp_path):
@@ -486,4 +486,4 @@ def test_another_kind_of_file_and_an_empty_folder_are_refused(tmp_path):
 def test_a_row_that_is_no_object_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('["a"]\n')
     with pytest.raises(DataError, match=r"part tiny.*row 1: not an object \(a row is list\)"):
-        splits(asked(), {"tiny": str(tmp_path / "rows.jsonl")})
+        make_splits(asked(), {"tiny": str(tmp_path / "rows.jsonl")})

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from harness import run
-from harness.meter import Meter
+from harness.measuring.meter import Meter
 from harness.plan import Request, plan
 from harness.record import Phase, RunRecord
 from harness.report.rows import comparisons, tokens_per_second

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import ROOT, data, formats
-from harness.data import DATASET, PART
-from harness.rows import DataError, rows_of_file
+from harness import ROOT
+from harness.data import formats, splits
+from harness.data.rows import DataError, rows_of_file
+from harness.data.splits import DATASET, PART
 
 SAMPLES = ROOT.parent / "shared" / "data" / "schema_samples"  # real rows, where they lie beside the project
 TURNS = [("system", "Be brief."), ("user", "Name a cat."), ("assistant", "Tom."),
@@ -108,24 +109,49 @@ def test_a_pair_is_the_same_in_every_shape(row):
         ({"text": "    return 3\n\n"}, ["    return 3"]),
         ({"content": "def f(): ...", "lang": "python"}, ["def f(): ..."]),
         # Dolly, SQuAD and others: a question and what it is about
-        ({"instruction": "Who?", "context": "Ann ran.", "response": "Ann", "category": "qa"},
-         ["Who?\n\nAnn ran.", "Ann"]),
-        ({"id": "1", "title": "t", "context": "Ann ran.", "question": "Who?",
-          "answers": {"text": ["Ann", "it was Ann"], "answer_start": [0, 0]}}, ["Ann ran.\n\nWho?", "Ann"]),
+        (
+            {"instruction": "Who?", "context": "Ann ran.", "response": "Ann", "category": "qa"},
+            ["Who?\n\nAnn ran.", "Ann"],
+        ),
+        (
+            {
+                "id": "1",
+                "title": "t",
+                "context": "Ann ran.",
+                "question": "Who?",
+                "answers": {"text": ["Ann", "it was Ann"], "answer_start": [0, 0]},
+            },
+            ["Ann ran.\n\nWho?", "Ann"],
+        ),
         ({"prompt": "Who?", "response": "Ann", "context": "Ann ran."}, ["Ann ran.\n\nWho?", "Ann"]),
-        ({"prompt": openai([("user", "Who?")]), "completion": "Ann", "context": "Ann ran."},
-         ["Ann ran.\n\nWho?", "Ann"]),
+        (
+            {"prompt": openai([("user", "Who?")]), "completion": "Ann", "context": "Ann ran."},
+            ["Ann ran.\n\nWho?", "Ann"],
+        ),
         ({"prompt": "Ann ran. Who?", "response": "Ann", "context": "Ann ran."}, ["Ann ran. Who?", "Ann"]),
         ({"system_prompt": "Be brief.", "question": "Who?", "response": "Ann"}, ["Be brief.", "Who?", "Ann"]),
         # MMLU, ARC, C-Eval, RACE: choices, and which of them is right
-        ({"question": "1 + 1?", "subject": "sums", "choices": ["1", "2"], "answer": 1},
-         ["1 + 1?\n\nA. 1\nB. 2", "B. 2"]),
-        ({"question": "1 + 1?", "choices": {"text": ["1", "2"], "label": ["1", "2"]}, "answerKey": "2"},
-         ["1 + 1?\n\n1. 1\n2. 2", "2. 2"]),
-        ({"question": "1 + 1?", "A": "one", "B": "two", "answer": "B"},
-         ["1 + 1?\n\nA. one\nB. two", "B. two"]),
-        ({"article": "One and one is two.", "question": "1 + 1?", "options": ["one", "two"], "answer": "two"},
-         ["One and one is two.\n\n1 + 1?\n\nA. one\nB. two", "B. two"]),
+        (
+            {"question": "1 + 1?", "subject": "sums", "choices": ["1", "2"], "answer": 1},
+            ["1 + 1?\n\nA. 1\nB. 2", "B. 2"],
+        ),
+        (
+            {"question": "1 + 1?", "choices": {"text": ["1", "2"], "label": ["1", "2"]}, "answerKey": "2"},
+            ["1 + 1?\n\n1. 1\n2. 2", "2. 2"],
+        ),
+        (
+            {"question": "1 + 1?", "A": "one", "B": "two", "answer": "B"},
+            ["1 + 1?\n\nA. one\nB. two", "B. two"],
+        ),
+        (
+            {
+                "article": "One and one is two.",
+                "question": "1 + 1?",
+                "options": ["one", "two"],
+                "answer": "two",
+            },
+            ["One and one is two.\n\n1 + 1?\n\nA. one\nB. two", "B. two"],
+        ),
         # code
         ({"prompt": "  def f():", "completion": "\r\n\n    return 3  \n"}, ["def f():", "    return 3"]),
     ],
@@ -243,19 +269,49 @@ def test_a_call_and_its_result_are_turns(row):
         ({"question": "a", "answer": float("inf")}, "not a text"),
         ({"instruction": "a", "input": float("nan"), "output": "b"}, "not a text"),
         ({"question": "Is it?", "answer": True}, "not a text"),
-        ({"conversations": [{"from": "human", "value": "a"},
-                            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": NaN}}'}]},
-         "not a text"),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": NaN}}'},
+                ]
+            },
+            "not a text",
+        ),
         ({"prompt": "a", "completion": "b", "image": "cat.png"}, "not text alone"),
         ({"messages": openai(TURNS), "images": [{"bytes": "x"}]}, "not text alone"),
         ({"messages": openai([("user", "<image>\nWhat is it?"), ("assistant", "A cat.")])}, "not text alone"),
-        ({"messages": [{"role": "user", "content": [
-            {"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "x"}}]},
-            {"role": "assistant", "content": "A cat."}]}, "not text alone"),
-        ({"prompt": [{"role": "user", "content": [{"text": "What is it?", "image": "x"}]}],
-          "completion": "A cat."}, "not text alone"),
-        ({"messages": [{"role": "user", "content": "What is it?", "images": ["x"]},
-                       {"role": "assistant", "content": "A cat."}]}, "not text alone"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "What is it?"},
+                            {"type": "image_url", "image_url": {"url": "x"}},
+                        ],
+                    },
+                    {"role": "assistant", "content": "A cat."},
+                ]
+            },
+            "not text alone",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": [{"text": "What is it?", "image": "x"}]}],
+                "completion": "A cat.",
+            },
+            "not text alone",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "What is it?", "images": ["x"]},
+                    {"role": "assistant", "content": "A cat."},
+                ]
+            },
+            "not text alone",
+        ),
         ({"question": "a", "answer": "b", None: ["c"]}, "more cells than columns"),
         ({"messages": [{"role": deep(2000), "content": "a"}]}, "nested too deep"),
         ({"messages": openai(TURNS), "tools": False}, "unreadable tools"),
@@ -319,11 +375,11 @@ def test_any_row_is_a_conversation_or_refused(format, drawn):
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_every_odd_real_row_is_read_or_refused_by_name(path):
     rows = list(rows_of_file(path))
-    part = {**PART, "name": path.stem, "format": data.format_of(path)}
+    part = {**PART, "name": path.stem, "format": splits.format_of(path)}
     spec = {**DATASET, "train": 1, "validation": 0, "test": 1, "parts": [part]}
-    found = data.splits(spec, {path.stem: str(path)})
+    found = splits.make_splits(spec, {path.stem: str(path)})
     refused = [i for i, row in enumerate(rows, 1) if row.get("label") is False]
-    assert [r["row"] for r in found.refused] == refused[: data.SHOWN]
+    assert [r["row"] for r in found.refused] == refused[: splits.SHOWN]
     assert all(r["part"] == path.stem and r["reason"] == "labelled as bad" for r in found.refused)
     assert found.left_out.get("labelled as bad", 0) == len(refused)
 
@@ -337,7 +393,7 @@ def test_every_odd_real_row_is_read_or_refused_by_name(path):
 def test_the_format_of_a_file_is_seen_in_its_columns(row, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(row))
-    part = data.load_spec(str(path), {})["parts"][0]
+    part = splits.load_spec(str(path), {})["parts"][0]
     assert formats.read(row, part)
 
 
@@ -345,14 +401,14 @@ def test_a_file_whose_name_no_record_could_hold_is_refused(tmp_path):
     path = tmp_path / "half \udcff.jsonl"
     path.write_text(json.dumps(SAME["openai"]))
     with pytest.raises(DataError, match="rename it"):
-        data.load_spec(str(path), {})
+        splits.load_spec(str(path), {})
 
 
 def test_a_field_that_its_format_does_not_have_is_named(tmp_path):
     spec = tmp_path / "own.toml"
     spec.write_text('[part]\nname = "own"\npath = "x"\nformat = "question"\nfields = {anser = "Antwort"}\n')
     with pytest.raises(DataError, match="'anser': did you mean answer"):
-        data.load_spec(str(spec), {})
+        splits.load_spec(str(spec), {})
 
 
 @pytest.mark.parametrize(
@@ -371,7 +427,7 @@ def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks,
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(DataError) as caught:
-        data.load_spec(str(path), {})
+        splits.load_spec(str(path), {})
     text = str(caught.value)
     assert f"The nearest is {near}, without" in text and lacks in text
     assert all(repr(column) in text for column in row)
@@ -379,7 +435,7 @@ def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks,
     spec = tmp_path / "own.toml"
     fields = re.search(r"fields = \{.*?\}", text)[0]
     spec.write_text(f'[part]\nname = "own"\npath = "own.jsonl"\nformat = "{near}"\n{fields}\n')
-    part = data.load_spec(str(spec), {})["parts"][0]
+    part = splits.load_spec(str(spec), {})["parts"][0]
     if near != "pairs":
         found = [m["content"] for m in formats.read(row, part)[0]]
         assert found == [text for text in row.values() if isinstance(text, str)]

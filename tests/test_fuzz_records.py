@@ -22,8 +22,8 @@ pytest.importorskip("matplotlib")
 
 from harness import report
 from harness.bench import follow
+from harness.cli.progress import Lines, outcome
 from harness.metrics import summarise
-from harness.progress import Lines, outcome
 from harness.record import RunRecord
 from harness.report import brief_table, comparisons, document
 from harness.spec import content_hash, folder_name

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import cli, data, plan
+from harness import cli, plan
+from harness.data import splits
 from harness.spec import Hyperparams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,8 +286,8 @@ def test_a_mutated_dataset_spec_is_refused_or_read_as_it_says(text):
         for key, value in part.items():
             assert same(value, read[key]), key
         assert all(same(column, read["fields"][field]) for field, column in part.get("fields", {}).items())
-        assert set(part.get("fields", {})) <= set(data.FORMATS[read["format"]])
-    more = [data.load_spec(name, {})["parts"] for name in mixed]
+        assert set(part.get("fields", {})) <= set(splits.FORMATS[read["format"]])
+    more = [splits.load_spec(name, {})["parts"] for name in mixed]
     assert len(found["parts"]) == len(parts) + sum(map(len, more))
 
 

@@ -18,10 +18,10 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import data, formats
-from harness.data import DATASET, PART
-from harness.rows import DataError, rows_of_file
-from harness.template import COUNTED, Template, tokenize
+from harness.data import formats, splits
+from harness.data.rows import DataError, rows_of_file
+from harness.data.splits import DATASET, PART
+from harness.data.template import COUNTED, Template, tokenize
 
 TRIES = int(os.environ.get("TUNEOFF_FUZZ", 300))
 fuzzed = settings(max_examples=TRIES, suppress_health_check=list(HealthCheck))
@@ -256,7 +256,7 @@ def test_every_kind_of_file_holds_the_same_rows(rows, tmp_path_factory):
 @fuzzed
 @given(drawn=st.data())
 def test_a_broken_file_is_named_or_read(drawn, tmp_path_factory):
-    rows = [{"question": f"What is {i}?", "answer": "é, \"so\"\nthere"} for i in range(12)]
+    rows = [{"question": f"What is {i}?", "answer": 'é, "so"\nthere'} for i in range(12)]
     whole = MADE.setdefault("files", files(rows))
     name = drawn.draw(st.sampled_from(sorted(whole)))
     content = bytearray(whole[name])
@@ -276,8 +276,8 @@ def test_a_broken_file_is_named_or_read(drawn, tmp_path_factory):
     path.write_bytes(content)
     spec = {**DATASET, "train": 1, "validation": 0, "test": 1, "parts": [part_of("question")]}
     try:
-        data.load_spec(str(path), {})
-        found = data.splits(spec, {"fuzz": str(path)})
+        splits.load_spec(str(path), {})
+        found = splits.make_splits(spec, {"fuzz": str(path)})
     except DataError as error:
         assert Path(name).stem in str(error) or "fuzz" in str(error)
     else:

@@ -10,8 +10,9 @@ from peft.tuners.lora import LoraLayer
 from tiny import copy_of, fit, hyperparams, losses, trained_weights
 from transformers import AutoModelForCausalLM
 
-from harness import ROOT, head
+from harness import ROOT
 from harness.method import build
+from harness.training import head
 from methods.lora import LoRA
 from methods.lora_ggpo import LoRAGGPO, Noise
 from methods.qlora import load_nf4

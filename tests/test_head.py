@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from harness import head
+from harness.training import head
 from methods.lora import LoRA
 
 SMALL = {

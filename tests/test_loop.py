@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
-from harness import generate
 from harness.method import Method
-from harness.train import PIECE, Diverged, check, fingerprints, validation_points
+from harness.training import generate
+from harness.training.loop import PIECE, Diverged, check, fingerprints, validation_points
 from methods.dora import DoRA
 from methods.full import Full
 from methods.grpo import GRPO

@@ -12,10 +12,10 @@ from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, losses, trained_weig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from harness import generate, head
 from harness.method import Unsupported, adam, available, build, options, resolve
 from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
+from harness.training import generate, head
 from methods import galore
 from methods.dora import DoRA
 from methods.full import Full

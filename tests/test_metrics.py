@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from harness import generate
 from harness.metrics import METRICS, TextScorer, bleu4, summarise
+from harness.training import generate
 
 SCORER = TextScorer()
 ROUGE = RougeScorer(["rougeL"])

@@ -14,9 +14,9 @@ from scipy.stats import chisquare
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
-from harness.generate import left_padded
-from harness.head import token_logps
-from harness.train import accumulate
+from harness.training.generate import left_padded
+from harness.training.head import token_logps
+from harness.training.loop import accumulate
 from methods.grpo import GRPO, advantages
 from methods.lora import LoRA
 from methods.orpo import ORPO, odds_ratio_loss

@@ -10,8 +10,8 @@ import torch
 from tiny import fit, hyperparams, trained_weights
 from torch import nn
 
-from harness import head
 from harness.method import Unsupported, available, build, card, code_hash, options, resolve
+from harness.training import head
 from methods.peft import SEEDS, Peft, config_class, kinds, options_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern")  # PEFT's, of its own file

@@ -10,7 +10,8 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 
-from harness import cli, plan, preview
+from harness import cli, plan
+from harness.cli import preview
 from harness.plain import UNSEEN
 from harness.plan import Request
 
@@ -236,7 +237,7 @@ def test_a_preset_plans_offline_and_says_what_its_document_says(name, sources):
 
 
 def test_the_mixture_is_of_the_size_the_document_asks_for():
-    from harness.data import load_spec
+    from harness.data.splits import load_spec
 
     spec = load_spec("mixture", {})
     assert (len(spec["parts"]) * spec["train"], len(spec["parts"]) * spec["test"]) == (15_000, 6_000)

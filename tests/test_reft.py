@@ -19,9 +19,9 @@ from transformers import (
     OPTConfig,
 )
 
-from harness import generate, head
 from harness.method import Unsupported, available, build, resolve
 from harness.run import sizes
+from harness.training import generate, head
 from methods import reft
 from methods.reft import LoReFT
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import pytest
 
-from harness import cache, cli, doctor, errors, method, plan, trial
+from harness import cli, doctor, errors, method, plan, trial
+from harness.data import cache
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

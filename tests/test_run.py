@@ -12,9 +12,8 @@ import torch
 from test_batches import MODELS
 from test_cli import BITFIT
 
-from harness import data, plan
-from harness.generate import likelihoods
-from harness.head import arithmetic
+from harness import plan
+from harness.data import splits
 from harness.method import FOLDER, build, resolve
 from harness.record import Phase, RunRecord, answers_hash
 from harness.run import (
@@ -27,7 +26,9 @@ from harness.run import (
     untouched,
 )
 from harness.store import OUTPUTS, RECORD
-from harness.train import Diverged, check, fingerprints, validation_points
+from harness.training.generate import likelihoods
+from harness.training.head import arithmetic
+from harness.training.loop import Diverged, check, fingerprints, validation_points
 
 SMALL = ["data.train=16", "data.test=4", "data.validation=2", "hp.max_new_tokens=4", "hp.validations=0",
          "hp.precision=fp32"]  # fmt: skip
@@ -98,7 +99,7 @@ def test_a_loss_without_a_perplexity_is_no_score(nll):
 @pytest.mark.parametrize("name", ["reft", "grpo", "orpo", "qlora_orpo"])
 def test_what_needs_a_prompt_is_refused_for_plain_text(name):
     chosen, _ = build(resolve(name, FOLDER / f"{name}.py"), {})
-    text, asked = data.load_spec("wikitext", {}), data.load_spec("mixture", {})
+    text, asked = splits.load_spec("wikitext", {}), splits.load_spec("mixture", {})
     [reason] = plan.beyond(chosen, tiny.hyperparams(), text)
     assert f"method {name} cannot do plain text: " in reason and "rows with prompts" in reason
     mixed = {**asked, "parts": [*asked["parts"], *text["parts"]]}
@@ -186,7 +187,7 @@ def test_training_time_and_peak_are_of_attaching_training_and_rollout():
 
 
 def test_answers_drawn_while_training_are_a_phase_that_is_charged():
-    from harness.meter import Meter
+    from harness.measuring.meter import Meter
 
     class Slow:
         training = True
@@ -241,7 +242,7 @@ def test_in_bf16_a_model_held_in_fp32_computes_as_the_untouched_one_to_the_bit(n
 
 def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong():
     """Bytes of the card: 9 in use before the run, 4 when the neighbour has gone and the run holds 3."""
-    from harness.meter import Card
+    from harness.measuring.meter import Card
 
     card = Card.__new__(Card)
     card.handle, card.before, card.highest = "card", 9, None

@@ -9,10 +9,10 @@ from tiny import GEMMA_3_1B, LLAMA_32_1B, copy_of, fit, hyperparams
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from harness import generate, head
 from harness.method import Method, available, build, resolve
 from harness.run import load_base, master_weights, optimizer_bytes, sizes
 from harness.spec import RunSpec
+from harness.training import generate, head
 from methods import smt
 from methods.smt import SMT
 

@@ -15,10 +15,11 @@ from huggingface_hub import errors as hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import data, plan
-from harness.data import DATASET, PART, splits
-from harness.duplicates import Asked, Seen
-from harness.formats import said
+from harness import plan
+from harness.data import splits
+from harness.data.duplicates import Asked, Seen
+from harness.data.formats import said
+from harness.data.splits import DATASET, PART, make_splits
 
 THRESHOLD = 0.8
 WORDS = [f"{a}{b}{c}" for a, b, c in product("bdgklmnprst", "aeiou", "nrst")]  # 220, of no language
@@ -88,12 +89,12 @@ def test_planted_leaks_are_found_counted_and_removed(leak, format, tmp_path):
     texts = sentences(100)
     made = row if format == "instruction" else (lambda text, answer="": {"text": text})
     spec = asked(parts=[{"format": format}])
-    clean = splits(spec, {"tiny": written(tmp_path, map(made, texts))})
+    clean = make_splits(spec, {"tiny": written(tmp_path, map(made, texts))})
     content = lambda c: said(c.messages[0])  # noqa: E731
     held = [content(c) for split in ("test", "validation") for c in clean.rows[split]]
     # Leaks of what is held out, a few times as many as a training set could do without.
     rows = [made(text) for text in texts] + [made(leak(text), "another answer") for text in held]
-    found = splits(spec, {"tiny": written(tmp_path, rows)})
+    found = make_splits(spec, {"tiny": written(tmp_path, rows)})
     assert {split: len(drawn) for split, drawn in found.rows.items()} == {s: spec[s] for s in found.rows}
     train = [content(c) for c in found.rows["train"]]
     later = [content(c) for split in ("test", "validation") for c in found.rows[split]]
@@ -108,7 +109,7 @@ def test_every_leak_is_counted_where_all_rows_are_drawn(tmp_path):
     texts = sentences(65)
     near = [row(reordered(text)) for text in texts[:30]]
     rows = [row(text) for text in texts] + near
-    found = splits(asked(train=30), {"tiny": written(tmp_path, rows)})
+    found = make_splits(asked(train=30), {"tiny": written(tmp_path, rows)})
     held = prompts(found.rows["test"] + found.rows["validation"])
     drawn = prompts(found.rows["train"])
     twins = {text: {text, reordered(text)} for text in texts[:30]}
@@ -119,9 +120,9 @@ def test_every_leak_is_counted_where_all_rows_are_drawn(tmp_path):
 
 def test_a_test_row_is_the_same_with_and_without_its_leaks(tmp_path):
     texts = sentences(200)
-    clean = splits(asked(), {"tiny": written(tmp_path, map(row, texts))})
+    clean = make_splits(asked(), {"tiny": written(tmp_path, map(row, texts))})
     leaks = [row(f"please {text}") for text in prompts(clean.rows["test"])]
-    again = splits(asked(), {"tiny": written(tmp_path, [*map(row, texts), *leaks])})
+    again = make_splits(asked(), {"tiny": written(tmp_path, [*map(row, texts), *leaks])})
     assert set(prompts(again.rows["test"])) <= set(prompts(clean.rows["test"])) | {
         r["instruction"] for r in leaks
     }
@@ -129,7 +130,7 @@ def test_a_test_row_is_the_same_with_and_without_its_leaks(tmp_path):
 
 def test_another_number_is_another_question(tmp_path):
     text = "how many apples are left of {} apples if seven of them were eaten by the tall man"
-    found = splits(asked(), {"tiny": written(tmp_path, [row(text.format(i)) for i in range(65)])})
+    found = make_splits(asked(), {"tiny": written(tmp_path, [row(text.format(i)) for i in range(65)])})
     assert found.left_out == {}
 
 
@@ -139,7 +140,7 @@ def test_a_conversation_that_leads_through_a_held_out_prompt_is_a_leak(tmp_path)
     short = [turns(text, "yes") for text in texts]
     long = [turns(text, "no", more, "well") for text, more in zip(texts, sentences(60, 1, 30), strict=True)]
     spec = asked(train=20, validation=0, test=30, parts=[{"format": "messages"}])
-    found = splits(spec, {"tiny": written(tmp_path, short + long)})
+    found = make_splits(spec, {"tiny": written(tmp_path, short + long)})
     tested = {c.messages[0]["content"] for c in found.rows["test"] if len(c.messages) == 2}
     trained = {c.messages[0]["content"] for c in found.rows["train"] if len(c.messages) == 4}
     assert tested and trained and not tested & trained
@@ -149,7 +150,7 @@ def test_a_conversation_that_leads_through_a_held_out_prompt_is_a_leak(tmp_path)
 def test_a_long_system_turn_does_not_make_rows_alike(tmp_path):
     system = " ".join(sentences(20))
     rows = [turns(text, "yes", system=system) for text in sentences(65)]
-    found = splits(asked(parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
+    found = make_splits(asked(parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
     assert found.left_out["near_duplicates"] == 0
 
 
@@ -185,12 +186,12 @@ def test_a_held_out_question_stands_nowhere_in_training(place, answer, tmp_path)
     others = zip(sentences(200, seed=2), sentences(200, seed=3), strict=True)
     spec = asked(parts=[{"format": "messages"}])
     rows = [turns(*pair) for pair in answers.items()]
-    clean = splits(spec, {"tiny": written(tmp_path, rows)})
+    clean = make_splits(spec, {"tiny": written(tmp_path, rows)})
     held = {q for split in ("test", "validation") for c in clean.rows[split] for q in asks(c)}
     for text in held:
         said = answers[text] if answer == "the same" else "nobody knows"
         rows.append(place((text, said), next(others), next(others)))
-    found = splits(spec, {"tiny": written(tmp_path, rows)})
+    found = make_splits(spec, {"tiny": written(tmp_path, rows)})
     assert {split: len(drawn) for split, drawn in found.rows.items()} == {s: spec[s] for s in found.rows}
     held = (c for split in ("test", "validation") for c in found.rows[split] if len(asks(c)) == 1)
     held = {q.casefold().strip("!") for c in held for q in asks(c)}
@@ -202,10 +203,10 @@ def test_a_short_question_with_its_long_answer_is_a_leak(tmp_path):
     answers = sentences(100, seed=1)
     rows = [turns(q, "well", "and why so?", why) for q, why in zip(sentences(100), answers, strict=True)]
     spec = asked(train=30, validation=0, test=20, parts=[{"format": "messages"}])
-    clean = splits(spec, {"tiny": written(tmp_path, rows)})
+    clean = make_splits(spec, {"tiny": written(tmp_path, rows)})
     held = [c.messages[-1]["content"] for c in clean.rows["test"]]
     leaks = [turns(q, "well", "and why so?", why) for q, why in zip(sentences(20, seed=5), held, strict=True)]
-    found = splits({**spec, "train": 85}, {"tiny": written(tmp_path, rows + leaks)})
+    found = make_splits({**spec, "train": 85}, {"tiny": written(tmp_path, rows + leaks)})
     held = {c.messages[-1]["content"] for c in found.rows["test"]}
     assert not [c for c in found.rows["train"] if held & {m["content"] for m in c.messages}]
     assert found.left_out["shared_questions"] > 5
@@ -216,14 +217,14 @@ def test_greetings_and_thanks_are_no_leak(tmp_path):
     thanked = ("Thanks a lot!", "You're welcome! Is there anything else that I can do for you today?")
     rows = [turns(*greeted, text, text[::-1], "Yes, that sounds good.", "Fine.") for text in sentences(60)]
     rows += [turns(text, text[::-1], *thanked) for text in sentences(60, seed=1)]
-    found = splits(asked(train=95, parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
+    found = make_splits(asked(train=95, parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
     assert found.left_out == {}
 
 
 def test_a_form_that_many_rows_ask_is_no_leak(tmp_path):
     for ask in ("Please answer the question that stands above, as well as you can.", "Begin now."):
         rows = [turns(ask, text[::-1], system=text) for text in sentences(65)]
-        found = splits(asked(parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
+        found = make_splits(asked(parts=[{"format": "messages"}]), {"tiny": written(tmp_path, rows)})
         assert found.left_out == {}
 
 
@@ -237,7 +238,7 @@ def test_no_number_of_answers_makes_a_form_of_a_held_out_question(ways, system, 
     written(tmp_path, [turns(text, "yes", system=system) for text in texts], "test.jsonl")
     written(tmp_path, leaks + [turns(text, "no") for text in others], "train.jsonl")
     spec = asked(train=400, validation=0, test=10, near_duplicates=0.0, parts=[{"format": "messages"}])
-    found = splits(spec, {"tiny": str(tmp_path)})
+    found = make_splits(spec, {"tiny": str(tmp_path)})
     assert not [c for c in found.rows["train"] if set(texts) & asks(c)]
 
 
@@ -249,7 +250,7 @@ def test_a_line_of_a_held_out_text_stands_in_no_longer_one(tmp_path):
     written(folder, [{"text": line} for line in lines[:30]], "test.jsonl")
     written(folder, [{"text": text} for text in whole], "train.jsonl")
     spec = asked(train=20, validation=0, test=30, parts=[{"format": "text"}])
-    found = splits(spec, {"tiny": str(folder)})
+    found = make_splits(spec, {"tiny": str(folder)})
     assert not [c for c in found.rows["train"] if set(lines[:30]) & {*c.messages[0]["content"].splitlines()}]
     assert found.left_out["shared_passages"] > 5
 
@@ -269,7 +270,7 @@ def test_a_held_out_text_stands_whole_in_no_longer_one(place, copies, tmp_path):
     written(tmp_path, [{"text": text} for text in texts], "test.jsonl")
     written(tmp_path, [{"text": text} for text in longer + list(more)[-200:]], "train.jsonl")
     spec = asked(train=200, validation=0, test=30, parts=[{"format": "text"}])
-    found = splits(spec, {"tiny": str(tmp_path)})
+    found = make_splits(spec, {"tiny": str(tmp_path)})
     learned = [" ".join(c.messages[0]["content"].split()) for c in found.rows["train"]]
     assert not [text for text in texts if any(text in one for one in learned)]
 
@@ -286,12 +287,12 @@ def test_what_many_rows_share_does_not_make_them_near(shape, tmp_path):
     rows = [row(form.format(*halves, text), ("yes", "no")[i % 2]) for i, text in enumerate(texts)]
     near = [row(form.format(*halves, reordered(text, 1)), "yes") for text in texts]
     spec = asked(train=800, validation=50, test=300)
-    found = splits(spec, {"tiny": written(tmp_path, rows)})
+    found = make_splits(spec, {"tiny": written(tmp_path, rows)})
     assert found.left_out == {}
     held = {c.messages[0]["content"] for split in ("test", "validation") for c in found.rows[split]}
     place = {text: i for i, text in enumerate(form.format(*halves, t) for t in texts)}
     leaks = [near[place[text]] for text in held]
-    found = splits(spec, {"tiny": written(tmp_path, rows + leaks)})
+    found = make_splits(spec, {"tiny": written(tmp_path, rows + leaks)})
     words = {split: {frozenset(bag(c.messages[0]["content"]).items()) for c in found.rows[split]}
              for split in found.rows}  # fmt: skip
     assert not words["train"] & (words["test"] | words["validation"])
@@ -309,7 +310,7 @@ def test_many_near_duplicates_are_no_form(copies, tmp_path):
     others = [row(text) for text in sentences(900, seed=1, length=20)]
     written(tmp_path, map(row, texts), "test.jsonl")
     written(tmp_path, copied + others, "train.jsonl")
-    found = splits(asked(train=800, validation=0, test=60), {"tiny": str(tmp_path)})
+    found = make_splits(asked(train=800, validation=0, test=60), {"tiny": str(tmp_path)})
     held, learned = (prompts(found.rows[split]) for split in ("test", "train"))
     assert not [one for one in learned for other in held if jaccard(one, other) >= THRESHOLD]
 
@@ -319,7 +320,7 @@ def test_rows_under_one_instruction_cost_no_more_than_others(tmp_path):
     rows = [{**row(shared), "input": text} for text in sentences(3500)]
     source = {"tiny": written(tmp_path, rows)}
     started = time.process_time()
-    splits(asked(train=3000, validation=0, test=500), source)
+    make_splits(asked(train=3000, validation=0, test=500), source)
     assert time.process_time() - started < 10  # 0.6 seconds; a minute, where each was held against all
 
 
@@ -395,9 +396,9 @@ def test_the_order_of_the_source_does_not_matter(order, train, tmp_path_factory)
         + [row(f"well, {t}", "no") for t in texts]
         + [row(t.upper(), "no") for t in texts]
     )
-    first = splits(asked(train=train), {"tiny": written(folder, rows)})
+    first = make_splits(asked(train=train), {"tiny": written(folder, rows)})
     order.shuffle(rows)
-    again = splits(asked(train=train), {"tiny": written(folder, rows)})
+    again = make_splits(asked(train=train), {"tiny": written(folder, rows)})
     assert (again.rows, again.left_out) == (first.rows, first.left_out)
 
 
@@ -408,7 +409,7 @@ def test_memory_is_bounded_and_nothing_else_changes(tmp_path):
     )
     few = asked(train=10, validation=2, test=5)
     source = {"tiny": written(tmp_path, rows)}
-    bounded, whole = splits(few, source), splits(few, source, room=1000)
+    bounded, whole = make_splits(few, source), make_splits(few, source, room=1000)
     assert (bounded.rows, bounded.left_out) == (whole.rows, whole.left_out)
 
 
@@ -416,7 +417,7 @@ def test_a_bound_that_near_duplicates_use_up_is_raised(tmp_path):
     one = sentences(1, length=20)[0]
     rows = [row(reordered(one, seed)) for seed in range(1600)]  # all near each other
     rows += [row(text) for text in sentences(40, seed=3)]
-    found = splits(asked(train=15, validation=0, test=1), {"tiny": written(tmp_path, rows)})
+    found = make_splits(asked(train=15, validation=0, test=1), {"tiny": written(tmp_path, rows)})
     assert len(found.rows["train"]) == 15
     assert found.left_out["near_duplicates"] > 100
 
@@ -429,55 +430,57 @@ def test_nearness_can_be_set_and_switched_off(asked_for, kept, tmp_path):
     rows = [*map(row, texts), *(row(reordered(text)) for text in texts)]
     source = {"tiny": written(tmp_path, rows)}
     sizes = {"train": 60, "validation": 0, "test": 25}
-    spec = data.load_spec(source["tiny"], {"near_duplicates": asked_for, **sizes})
+    spec = splits.load_spec(source["tiny"], {"near_duplicates": asked_for, **sizes})
     assert spec["near_duplicates"] == kept
-    found = splits(spec, {spec["parts"][0]["name"]: source["tiny"]})
+    found = make_splits(spec, {spec["parts"][0]["name"]: source["tiny"]})
     assert bool(found.left_out["near_duplicates"]) == bool(kept)
 
 
 @pytest.mark.parametrize("wrong", [0.3, 1.5, -0.8, float("nan"), True, "on", [0.8]])
 def test_another_nearness_is_refused(wrong, tmp_path):
-    with pytest.raises(data.DataError, match=r"data\.near_duplicates: must be off"):
-        data.load_spec(written(tmp_path, [row("a")]), {"near_duplicates": wrong})
+    with pytest.raises(splits.DataError, match=r"data\.near_duplicates: must be off"):
+        splits.load_spec(written(tmp_path, [row("a")]), {"near_duplicates": wrong})
 
 
 def test_the_remedies_of_an_error_are_remedies(tmp_path):
     texts = sentences(60)
     source = {"tiny": written(tmp_path, [row(text) for t in texts for text in (t, reordered(t))])}
     spec = asked(train=90, validation=0, test=20)
-    with pytest.raises(data.DataError) as caught:
-        splits(spec, source)
+    with pytest.raises(splits.DataError) as caught:
+        make_splits(spec, source)
     text = str(caught.value)
     fewer = int(re.search(r"--set data\.train=(\d+)", text)[1])
     assert "near_duplicates=off" in text and "duplicates" in text
-    assert len(splits({**spec, "train": fewer}, source).rows["train"]) == fewer
-    assert len(splits({**spec, "near_duplicates": 0.0}, source).rows["train"]) == 90
+    assert len(make_splits({**spec, "train": fewer}, source).rows["train"]) == fewer
+    assert len(make_splits({**spec, "near_duplicates": 0.0}, source).rows["train"]) == 90
 
 
 @pytest.mark.parametrize("sizes", [(40, 5, 60), (40, 0, 64), (1, 0, 60), (8, 9, 50), (900, 9, 90)])
 def test_the_numbers_that_an_error_names_do_for_all_splits(sizes, tmp_path):
     source = {"tiny": written(tmp_path, map(row, sentences(60)))}
     spec = asked(*sizes)
-    with pytest.raises(data.DataError) as caught:
-        splits(spec, source)
+    with pytest.raises(splits.DataError) as caught:
+        make_splits(spec, source)
     found = {key: int(n) for key, n in re.findall(r"data\.(\w+)=(\d+)", str(caught.value))}
     assert found and all(0 < n <= spec[key] for key, n in found.items())
-    assert sum(map(len, splits({**spec, **found}, source).rows.values())) == 60
+    assert sum(map(len, make_splits({**spec, **found}, source).rows.values())) == 60
 
 
 def test_a_part_that_is_a_copy_of_another_is_told_so(tmp_path):
     path = written(tmp_path, map(row, sentences(70)))
-    with pytest.raises(data.DataError, match=r"part two: .*70 duplicates \(70 of them of part one\)"):
-        splits(asked(parts=[{"name": "one"}, {"name": "two"}]), {"one": path, "two": path})
+    with pytest.raises(splits.DataError, match=r"part two: .*70 duplicates \(70 of them of part one\)"):
+        make_splits(asked(parts=[{"name": "one"}, {"name": "two"}]), {"one": path, "two": path})
 
 
 def test_a_part_is_blamed_for_its_own_rows_alone(tmp_path):
     good, bad = [row(t) for t in sentences(70)], [row("the same")] * 30 + [row(t) for t in sentences(9, 1)]
     spec = asked(parts=[{"name": "good"}, {"name": "bad"}])
-    with pytest.raises(data.DataError, match=r"part bad: .* 10 distinct .* 29 duplicates"):
-        splits(spec, {"good": written(tmp_path, good, "1.jsonl"), "bad": written(tmp_path, bad, "2.jsonl")})
-    with pytest.raises(data.DataError) as caught:
-        splits({**spec, "test": 70}, {"good": written(tmp_path, bad * 2 + good, "1.jsonl"),
+    with pytest.raises(splits.DataError, match=r"part bad: .* 10 distinct .* 29 duplicates"):
+        make_splits(
+            spec, {"good": written(tmp_path, good, "1.jsonl"), "bad": written(tmp_path, bad, "2.jsonl")}
+        )
+    with pytest.raises(splits.DataError) as caught:
+        make_splits({**spec, "test": 70}, {"good": written(tmp_path, bad * 2 + good, "1.jsonl"),
                                       "bad": written(tmp_path, [row("b")], "2.jsonl")})  # fmt: skip
     assert "39 duplicates" not in str(caught.value).partition("part bad")[2]
 
@@ -493,7 +496,7 @@ def test_pairs_are_the_same_only_if_all_of_them_is(tmp_path):
     rows = [pair(text, f"good {i}", f"bad {i}") for text in sentences(40) for i in range(3)]
     again = [pair(text.upper(), "good 0", "bad 0") for text in sentences(40)[:7]]
     spec = asked(train=70, validation=5, test=20, parts=[{"format": "pairs"}])
-    found = splits(spec, {"tiny": written(tmp_path, rows + again)})
+    found = make_splits(spec, {"tiny": written(tmp_path, rows + again)})
     assert found.left_out["duplicates"] == 7
     assert {split: len(drawn) for split, drawn in found.rows.items()} == {s: spec[s] for s in found.rows}
     assert len({c.id for drawn in found.rows.values() for c in drawn}) == 95
@@ -508,7 +511,7 @@ def test_pairs_differ_where_an_answer_does_in_a_space_or_a_sign(tmp_path):
     answers = [(text, "if a:\nb") for text in better]
     rows = [pair(text, *answer) for text in sentences(20) for answer in answers]
     spec = asked(train=60, validation=0, test=20, parts=[{"format": "pairs"}])
-    assert "duplicates" not in splits(spec, {"tiny": written(tmp_path, rows)}).left_out
+    assert "duplicates" not in make_splits(spec, {"tiny": written(tmp_path, rows)}).left_out
 
 
 # Sources with splits of their own
@@ -522,7 +525,7 @@ def test_a_source_with_its_own_test_split_is_tested_on_that(names, config, tmp_p
         written(tmp_path / config, map(row, texts), f"{name}.jsonl")
     written(tmp_path / "other", map(row, sentences(5, seed=2)), "other-00000-of-00001.jsonl")
     part = {"config": config, "test_split": "test"}
-    found = splits(asked(train=50, parts=[part]), {"tiny": str(tmp_path)})
+    found = make_splits(asked(train=50, parts=[part]), {"tiny": str(tmp_path)})
     assert set(prompts(found.rows["test"])) <= set(test)
     assert set(prompts(found.rows["train"] + found.rows["validation"])) <= set(train)
     assert found.left_out["duplicates"] == 10  # out of training: a test row stays
@@ -549,7 +552,7 @@ def test_what_a_folder_holds_out_is_held_out(files, expected, said, tmp_path):
     texts = {name: sentences(70, seed) for seed, name in enumerate(files)}
     for name, some in texts.items():
         written(tmp_path, map(row, some), f"{name}.jsonl")
-    found = splits(asked(parts=[said]), {"tiny": str(tmp_path)})
+    found = make_splits(asked(parts=[said]), {"tiny": str(tmp_path)})
     for split, name in zip(("train", "validation", "test"), expected.split(), strict=True):
         assert set(prompts(found.rows[split])) <= set(texts[name])
     assert len(set(found.origins["tiny"].values())) == len(set(expected.split()))
@@ -561,7 +564,7 @@ def test_what_save_to_disk_holds_out_is_held_out(missing, tmp_path):
     made = {name: datasets.Dataset.from_list([row(t) for t in some]) for name, some in texts.items()}
     del made[missing]
     datasets.DatasetDict(made).save_to_disk(tmp_path / "dict")
-    found = splits(asked(), {"tiny": str(tmp_path / "dict")})
+    found = make_splits(asked(), {"tiny": str(tmp_path / "dict")})
     for split in texts:
         assert set(prompts(found.rows[split])) <= set(texts["train" if split == missing else split])
 
@@ -571,8 +574,8 @@ def test_a_split_that_ones_own_rows_lack_is_an_error(key, tmp_path):
     for seed, name in enumerate(("training", "test")):
         written(tmp_path, map(row, sentences(70, seed)), f"{name}.jsonl")
     for path in (tmp_path, tmp_path / "test.jsonl"):
-        with pytest.raises(data.DataError, match=r"part tiny: .*no split 'nope'. There are: (te|no)"):
-            splits(asked(parts=[{"path": path.name, key: "nope"}]), {"tiny": str(path)})
+        with pytest.raises(splits.DataError, match=r"part tiny: .*no split 'nope'. There are: (te|no)"):
+            make_splits(asked(parts=[{"path": path.name, key: "nope"}]), {"tiny": str(path)})
 
 
 def test_a_folder_is_a_dataset_of_its_own(tmp_path, monkeypatch):
@@ -582,27 +585,27 @@ def test_a_folder_is_a_dataset_of_its_own(tmp_path, monkeypatch):
     written(tmp_path / "demo", map(row, test), "train.jsonl")
     monkeypatch.chdir(tmp_path / "mine")
     for name in ("../mine", ".", str(tmp_path / "mine"), "../mine/"):
-        spec = data.load_spec(name, {"train": 50, "validation": 5, "test": 20})
-        (place,) = plan.find_sources([], spec, [], data.own_rows(name)).values()
-        found = splits(spec, {"mine": place})
+        spec = splits.load_spec(name, {"train": 50, "validation": 5, "test": 20})
+        (place,) = plan.find_sources([], spec, [], splits.own_rows(name)).values()
+        found = make_splits(spec, {"mine": place})
         assert set(prompts(found.rows["test"])) <= set(test)
         assert set(prompts(found.rows["train"])) <= set(train)
     monkeypatch.chdir(tmp_path)
-    assert data.own_rows("demo") is None and data.own_rows("./demo")  # a spec's name is the spec's
+    assert splits.own_rows("demo") is None and splits.own_rows("./demo")  # a spec's name is the spec's
 
 
 def test_too_small_a_test_file_is_named(tmp_path):
     written(tmp_path, map(row, sentences(60)), "train.jsonl")
     written(tmp_path, map(row, sentences(12, seed=1)), "test.jsonl")
-    with pytest.raises(data.DataError, match=r"its split 'test' has 12 .*--set data\.test=12$"):
-        splits(asked(), {"tiny": str(tmp_path)})
-    assert splits(asked(test=12), {"tiny": str(tmp_path)}).rows["test"]
+    with pytest.raises(splits.DataError, match=r"its split 'test' has 12 .*--set data\.test=12$"):
+        make_splits(asked(), {"tiny": str(tmp_path)})
+    assert make_splits(asked(test=12), {"tiny": str(tmp_path)}).rows["test"]
 
 
 def test_a_copy_without_the_splits_of_the_spec_is_one_source(tmp_path):
     path = written(tmp_path, map(row, sentences(65)), "test.jsonl")
     for location in (path, str(tmp_path)):
-        found = splits(
+        found = make_splits(
             asked(parts=[{"test_split": "test", "validation_split": "validation"}]), {"tiny": location}
         )
         assert sum(map(len, found.rows.values())) == 65
@@ -615,11 +618,11 @@ def test_a_folder_of_save_to_disk_is_a_source(tmp_path):
         for n, texts in (("train", train), ("test", test))
     }
     datasets.DatasetDict(made).save_to_disk(tmp_path / "dict")
-    found = splits(asked(parts=[{"test_split": "test"}]), {"tiny": str(tmp_path / "dict")})
+    found = make_splits(asked(parts=[{"test_split": "test"}]), {"tiny": str(tmp_path / "dict")})
     assert set(prompts(found.rows["test"])) <= set(test)
     assert set(prompts(found.rows["train"])) <= set(train)
     made["train"].select(range(50)).save_to_disk(tmp_path / "one")  # with indices of its own
-    found = splits(asked(train=30, validation=0), {"tiny": str(tmp_path / "one")})
+    found = make_splits(asked(train=30, validation=0), {"tiny": str(tmp_path / "one")})
     assert set(prompts(found.rows["train"] + found.rows["test"])) == set(train[:50])
 
 
@@ -641,17 +644,17 @@ def on_the_hub(monkeypatch, tmp_path):
         return datasets.load_from_disk(folder)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data.from_hub.cache_clear()
+    splits.from_hub.cache_clear()
     yield SimpleNamespace(commit=commit, calls=calls)
-    data.from_hub.cache_clear()
+    splits.from_hub.cache_clear()
 
 
 def test_the_commit_that_was_read_is_told(on_the_hub):
     part = {"hub": "someone/rows", "config": "main"}
-    found = splits(asked(parts=[part]), {})
+    found = make_splits(asked(parts=[part]), {})
     assert found.revisions == {"tiny": on_the_hub.commit}
     assert on_the_hub.calls == [("someone/rows", "main", "train", None)]
-    assert data.hub_identity({**PART, **part})[0][0] == on_the_hub.commit
+    assert splits.hub_identity({**PART, **part})[0][0] == on_the_hub.commit
 
 
 def test_what_the_hub_holds_out_is_held_out(monkeypatch):
@@ -663,16 +666,16 @@ def test_what_the_hub_holds_out_is_held_out(monkeypatch):
         return found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data.from_hub.cache_clear()
-    found = splits(asked(parts=[{"hub": "someone/rows"}]), {})
-    data.from_hub.cache_clear()
+    splits.from_hub.cache_clear()
+    found = make_splits(asked(parts=[{"hub": "someone/rows"}]), {})
+    splits.from_hub.cache_clear()
     assert found.origins == {"tiny": {"test": "test", "validation": "train", "train": "train"}}
     assert set(prompts(found.rows["test"])) <= set(texts["test"])
 
 
 def test_a_split_that_the_hub_lacks_is_an_error_with_a_remedy(on_the_hub):
-    with pytest.raises(data.DataError, match=r"someone/rows.*'test'.*Unknown split.*--source"):
-        splits(asked(parts=[{"hub": "someone/rows", "test_split": "test"}]), {})
+    with pytest.raises(splits.DataError, match=r"someone/rows.*'test'.*Unknown split.*--source"):
+        make_splits(asked(parts=[{"hub": "someone/rows", "test_split": "test"}]), {})
 
 
 @pytest.mark.parametrize(
@@ -699,9 +702,9 @@ def test_failures_of_the_hub_are_told_apart(error, said, monkeypatch, tmp_path):
     assert bool(errors) == issubclass(error, hub.RepositoryNotFoundError)  # a cached copy does offline
 
 
-@pytest.mark.parametrize("name", data.available())
+@pytest.mark.parametrize("name", splits.available())
 def test_every_spec_says_what_it_is(name):
-    for part in data.load_spec(name, {})["parts"]:
+    for part in splits.load_spec(name, {})["parts"]:
         assert all(part[key] for key in ("name", "title", "licence", "mapping"))
         assert bool(part["hub"]) != bool(part["path"])
         assert not part["revision"] or len(part["revision"]) == 40
@@ -735,7 +738,7 @@ def test_no_test_file_is_trained_on_by_the_way_it_is_named(files, expected, tmp_
     texts = {name: sentences(70, seed) for seed, name in enumerate(files.split())}
     for name, some in texts.items():
         written(tmp_path, map(row, some), f"{name}.jsonl")
-    found = splits(asked(), {"tiny": str(tmp_path)})
+    found = make_splits(asked(), {"tiny": str(tmp_path)})
     for split, names in zip(("train", "validation", "test"), expected.split(), strict=True):
         from_files = {text for name in names.split(",") for text in texts[name]}
         assert set(prompts(found.rows[split])) <= from_files
@@ -746,7 +749,9 @@ def test_a_split_that_the_spec_names_is_taken_before_a_usual_one(tmp_path):
     texts = {name: sentences(70, seed) for seed, name in enumerate(names)}
     for name, some in texts.items():
         written(tmp_path, map(row, some), f"{name}-00000-of-00001.jsonl")
-    found = splits(asked(parts=[{"split": "train_sft", "test_split": "test_gen"}]), {"tiny": str(tmp_path)})
+    found = make_splits(
+        asked(parts=[{"split": "train_sft", "test_split": "test_gen"}]), {"tiny": str(tmp_path)}
+    )
     assert found.origins["tiny"] == {"test": "test_gen", "validation": "train_sft", "train": "train_sft"}
     assert set(prompts(found.rows["train"])) <= set(texts["train_sft"])
     assert set(prompts(found.rows["test"])) <= set(texts["test_gen"])
@@ -755,10 +760,10 @@ def test_a_split_that_the_spec_names_is_taken_before_a_usual_one(tmp_path):
 def test_a_file_that_may_be_held_out_is_not_mixed_with_one_that_is(tmp_path):
     written(tmp_path, map(row, sentences(70)), "train_test.jsonl")
     written(tmp_path, map(row, sentences(30, 1)), "test.jsonl")
-    with pytest.raises(data.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
-        splits(asked(), {"tiny": str(tmp_path)})
-    with pytest.raises(data.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
-        data.load_spec(str(tmp_path), {})
-    found = splits(asked(parts=[{"split": "train_test"}]), {"tiny": str(tmp_path)})
+    with pytest.raises(splits.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
+        make_splits(asked(), {"tiny": str(tmp_path)})
+    with pytest.raises(splits.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
+        splits.load_spec(str(tmp_path), {})
+    found = make_splits(asked(parts=[{"split": "train_test"}]), {"tiny": str(tmp_path)})
     assert found.origins["tiny"] == {"test": "test", "validation": "train_test", "train": "train_test"}
     assert not set(prompts(found.rows["train"])) & set(sentences(30, 1))

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 
-from harness.stats import METRICS, Bootstrap, holm, pareto, statistics, student
+from harness.report.stats import METRICS, Bootstrap, holm, pareto, statistics, student
 
 sacrebleu = pytest.importorskip("sacrebleu")
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness import batches
-from harness.formats import Conversation, said
-from harness.rows import DataError
-from harness.study import marked, pieces, study, tokens_of
-from harness.template import COUNTED, Template, tokenize
+from harness.data import batches
+from harness.data.formats import Conversation, said
+from harness.data.rows import DataError
+from harness.data.study import marked, pieces, study, tokens_of
+from harness.data.template import COUNTED, Template, tokenize
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from harness.batches import Batches
-from harness.meter import Meter
+from harness.data.batches import Batches
+from harness.data.template import Row
+from harness.measuring.meter import Meter
 from harness.spec import Hyperparams
-from harness.template import Row
 
 PAD, EOS, BOS, START, END = range(5)  # ids of the special tokens, as they stand in SPECIAL
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
@@ -152,8 +152,8 @@ def computing(precision: str):
 
 
 def decoder(hp, reward: str = "rouge_l"):
-    from harness.generate import Decoder
     from harness.metrics import TextScorer
+    from harness.training.generate import Decoder
 
     return Decoder(tokenizer(), [EOS, END], hp, accelerator(), TextScorer("en", reward))
 
@@ -165,7 +165,7 @@ def batches(rows, hp, seed: int = 0) -> Batches:
 def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambda **_: None):
     """Trains as a run does, from the same base and the same random state. -> model, optimizer, measured."""
     from harness.run import loaded_types, master_weights, one_arithmetic, put_back
-    from harness.train import train
+    from harness.training.loop import train
 
     made = batches(rows, hp, seed)
     base = model() if base is None else base

@@ -5,9 +5,9 @@ from statistics import fmean
 
 from harness.record import RunRecord
 from harness.report.rows import UNTOUCHED, Comparison, Row, seconds
+from harness.report.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
 from harness.report.tables import DECIMALS, NAMES
 from harness.report.text import duration, listed, number, size
-from harness.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
 
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
 FALL = {"bleu4": 1.0, "rouge_l": 0.01}  # at the least, in points: from 0.1 to 0 is no loss of a skill

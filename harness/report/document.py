@@ -2,17 +2,17 @@
 
 from dataclasses import asdict
 
+from harness.data.study import marked
+from harness.data.template import OPENING
 from harness.report import blocks as b
 from harness.report import plots, tables
 from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, flat
 from harness.report.rows import STATUS, Comparison, Row, read_outputs, score
+from harness.report.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
 from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.spec import EVALUATION, RunSpec
-from harness.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
 from harness.store import Store
-from harness.study import marked
-from harness.template import OPENING
 
 MEASURED = (
     "BLEU-4: corpus level, 0 to 100, against one reference. ROUGE-L: F1, 0 to 1, mean over test rows.",

@@ -12,8 +12,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from harness.plain import plain
 from harness.report.rows import Comparison, Row, score, seconds
+from harness.report.stats import pareto
 from harness.report.text import shorten
-from harness.stats import pareto
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is
 # faint on white; the marker tells apart those beyond seven.

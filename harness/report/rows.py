@@ -8,9 +8,9 @@ from statistics import fmean
 import numpy as np
 
 from harness.record import TRAINING, RunRecord
+from harness.report.stats import SEEDS_TO_RANK, statistics
 from harness.report.text import shorten
 from harness.spec import RunSpec
-from harness.stats import SEEDS_TO_RANK, statistics
 from harness.store import Store
 
 UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"

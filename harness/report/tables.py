@@ -15,8 +15,8 @@ from harness.report.rows import (
     tokens_per_second,
     watt_hours,
 )
+from harness.report.stats import METRICS, Bootstrap, Difference
 from harness.report.text import UNKNOWN, number, shorten, spread
-from harness.stats import METRICS, Bootstrap, Difference
 from harness.store import Store
 
 DECIMALS = {"bleu4": 2, "rouge_l": 3, "perplexity": 2, "token_accuracy": 3, "stop_rate": 3,

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 import torch
 from transformers import get_scheduler
 
-from harness import head
-from harness.batches import Batches
-from harness.meter import StepClock
+from harness.data.batches import Batches
+from harness.measuring.meter import StepClock
 from harness.spec import Hyperparams
+from harness.training import head
 
 PIECE = 2**22  # values of a tensor looked at together: 32 MiB as sums of 64 bits
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value -> what reads them as a number

@@ -5,9 +5,9 @@ from collections import Counter
 from itertools import groupby
 from statistics import fmean
 
-from harness.formats import Conversation, said
-from harness.rows import DataError
-from harness.template import Template, is_text
+from harness.data.formats import Conversation, said
+from harness.data.rows import DataError
+from harness.data.template import Template, is_text
 
 SAMPLE = 100  # conversations that the means are over
 READABLE = 1200  # characters of the conversation that is shown, if one is so short

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import data
-from harness.formats import Conversation
-from harness.leaks import unanswered
+from harness.data import splits
+from harness.data.formats import Conversation
+from harness.data.leaks import unanswered
+from harness.data.template import Row, Template, tokenize
 from harness.spec import digest, fingerprint
-from harness.template import Row, Template, tokenize
 
 LIMIT = 2**31  # bytes of the folder; what was not used for longest goes first
 SAMPLE = 100  # test conversations kept beside the token ids, to be shown
-READING = ("rows", "formats", "duplicates", "leaks", "data", "cache")  # the code on the way to the splits
+READING = ("rows", "formats", "duplicates", "leaks", "splits", "cache")  # the code on the way to the splits
 
 
 @dataclass
@@ -48,12 +48,12 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
             return unpacked(*found)
         except (KeyError, TypeError, ValueError):  # whole, but not what is written here
             pass
-    drawn = splits(dataset, locations)
+    drawn = splits_of(dataset, locations)
     left_out, made = dict(drawn.left_out), {}
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         made[split], counts = tokenize(drawn.rows[split], template, max_length)
         left_out |= {f"{split}_{name}": count for name, count in counts.items()}
-    for split in data.SPLITS[:-1]:
+    for split in splits.SPLITS[:-1]:
         scored = unanswered(made[split], made["train"])
         left_out[f"{split}_answered"] = len(made[split]) - len(scored)
         made[split] = scored
@@ -64,17 +64,17 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
     return tokens
 
 
-def splits(dataset: dict, locations: dict) -> data.Splits:
+def splits_of(dataset: dict, locations: dict) -> splits.Splits:
     """data.splits, from the cache where nothing has changed since."""
     key = "splits-" + digest([dataset, identities(dataset, locations), code(READING)])
     if found := load(key):
         try:
             value = found[0]
-            read = {name: [Conversation(**row) for row in value["rows"][name]] for name in data.SPLITS}
-            return data.Splits(**{**value, "rows": read})
+            read = {name: [Conversation(**row) for row in value["rows"][name]] for name in splits.SPLITS}
+            return splits.Splits(**{**value, "rows": read})
         except (KeyError, TypeError):
             pass
-    drawn = data.splits(dataset, locations)
+    drawn = splits.make_splits(dataset, locations)
     keep(key, {**vars(drawn), "rows": {name: list(map(vars, rows)) for name, rows in drawn.rows.items()}}, {})
     return drawn
 
@@ -105,7 +105,9 @@ def tokens_key(dataset: dict, locations: dict, template: Template, max_length: i
 def identities(dataset: dict, locations: dict) -> list:
     """Of every part's source what changes with its content."""
     return [
-        fingerprint(Path(location)) if (location := locations.get(part["name"])) else data.hub_identity(part)
+        fingerprint(Path(location))
+        if (location := locations.get(part["name"]))
+        else splits.hub_identity(part)
         for part in dataset["parts"]
     ]
 

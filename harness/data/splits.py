@@ -11,11 +11,11 @@ from itertools import repeat
 from pathlib import Path
 
 from harness import ROOT
+from harness.data.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
+from harness.data.leaks import Held, digest, prompt
+from harness.data.rows import KINDS, USUAL, DataError, holds, is_rows, labelled, rows_of_dataset, rows_of_file
 from harness.errors import absent, brief, misfit, misfits, read_toml, shown, unknown, writable
-from harness.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
-from harness.leaks import Held, digest, prompt
 from harness.metrics import LANGUAGES, REWARDS
-from harness.rows import KINDS, USUAL, DataError, holds, is_rows, labelled, rows_of_dataset, rows_of_file
 
 FOLDER = ROOT / "datasets_spec"
 SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
@@ -198,8 +198,8 @@ class Pool:
     copies: Counter = field(default_factory=Counter)  # of the duplicates, those of each other part
 
 
-def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
-    """The splits, disjoint as harness.leaks says, the rows of all parts mixed.
+def make_splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
+    """The splits, disjoint as harness.data.leaks says, the rows of all parts mixed.
 
     A row's place is decided by a hash of the seed and its text: the order of the source does not
     matter. Of rows with the same prompt one is kept; of preference pairs all that differ, in one split. A
@@ -224,7 +224,7 @@ def splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
         for pool in from_pools:
             rows = draw(pool, count, held)
             if len(rows) < count and not pool.whole:
-                return splits(dataset, locations, 2 * room)
+                return make_splits(dataset, locations, 2 * room)
             if len(rows) < count:
                 raise DataError(too_few(pool, split, len(rows), dataset, found))
             drawn += rows

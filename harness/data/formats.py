@@ -106,6 +106,8 @@ def said(message: dict) -> str:
 def is_text(messages: list[dict]) -> bool:
     """Plain text to model, as a conversation has it: one message of the assistant, to no question."""
     return len(messages) == 1 and messages[0]["role"] == "assistant"
+
+
 def learned(message: dict) -> bool:
     """Of an answer: its row may say that it is only to be read."""
     return message.get("learned", True)

@@ -14,7 +14,6 @@ import sys
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
-from harness import ROOT
 from harness.errors import brief, redacted, writable
 from harness.plain import plain
 
@@ -288,7 +287,8 @@ def planned(options):
 
 
 def run(options, arguments: list[str]) -> int:
-    from harness import bench, progress
+    from harness import bench
+    from harness.cli import progress
     from harness.store import Store
 
     specs = planned(options)
@@ -388,24 +388,25 @@ def plan(options, arguments: list[str]) -> int:
 
 def unused(spec) -> dict[str, list[str]]:
     """Part -> its columns that no row is made of, where all parts lie on this machine."""
-    from harness import cache
+    from harness.data import cache
 
     sources = spec.locations["sources"]
     if len(sources) < len(spec.dataset["parts"]):
         return {}
-    found = cache.splits(spec.dataset, sources).unused
+    found = cache.splits_of(spec.dataset, sources).unused
     return {part: columns for part, columns in found.items() if columns}
 
 
 def describe_data(dataset: dict) -> str:
-    from harness.data import describe
+    from harness.data.splits import describe
 
     return f"{describe(dataset)} rows of each of {', '.join(part['name'] for part in dataset['parts'])}"
 
 
 def show(options, arguments: list[str]) -> int:
-    from harness import data, method
+    from harness import method
     from harness import plan as planning
+    from harness.data import splits
     from harness.store import Store
 
     errors: list[str] = []
@@ -423,7 +424,7 @@ def show(options, arguments: list[str]) -> int:
             complain(error)
         return BAD_REQUEST
     if options.what in (None, "datasets"):
-        found["datasets"] = {n: title(planning.find_dataset, n, {}) for n in data.available()}
+        found["datasets"] = {n: title(planning.find_dataset, n, {}) for n in splits.available()}
     if options.what in (None, "presets"):
         found["presets"] = {n: title(planning.load_preset, n) for n in planning.available()}
     if options.what in (None, "results"):
@@ -453,9 +454,9 @@ def title(find, *arguments) -> str:
 def look(options, arguments: list[str]) -> int:
     from rich.console import Console
 
-    from harness import preview
+    from harness.cli import preview
+    from harness.data.rows import DataError
     from harness.plan import BadRequest
-    from harness.rows import DataError
 
     try:
         if options.name is None and options.preset is None:
@@ -549,8 +550,3 @@ def complain(text: str) -> None:
     text = redacted(text)
     with suppress(OSError):  # the terminal is gone
         print(plain(f"error: {text}" if not text.startswith("interrupted") else f"\n{text}"), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # in place of the working directory, whose random.py is not Python's
-    sys.exit(main())

@@ -10,8 +10,8 @@ from array import array
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from harness.formats import Conversation, is_text, learned, said
-from harness.rows import DataError
+from harness.data.formats import Conversation, is_text, learned, said
+from harness.data.rows import DataError
 
 COUNTED = {  # what happened to the rows of a split on their way to tokens
     "truncated": "lost the end of their response to max_length",

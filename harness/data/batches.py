@@ -4,8 +4,8 @@ import heapq
 import random
 from math import ceil
 
+from harness.data.template import Row, rows_hash
 from harness.spec import Hyperparams
-from harness.template import Row, rows_hash
 
 WINDOW = 16  # batches sorted by length together: most of the padding gone, the order still random
 

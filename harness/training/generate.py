@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import torch
 from transformers import GenerationConfig
 
-from harness.batches import batches_of, collate
-from harness.head import causal_lm, token_scores
+from harness.data.batches import batches_of, collate
+from harness.data.template import Row
 from harness.spec import Hyperparams
-from harness.template import Row
+from harness.training.head import causal_lm, token_scores
 
 
 @torch.inference_mode()

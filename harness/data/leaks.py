@@ -6,7 +6,7 @@ So a later row is passed over where
 - it answers what a held-out row is asked: an answer of each follows the same turns (`shared_turns`);
 - it asks a held-out question in another place, or answers one by the same LONG words (`shared_questions`);
 - it is plain text with PASSAGE words that follow each other in a held-out one (`shared_passages`);
-- its prompt says nearly what a held-out one says, see harness.duplicates (`near_duplicates`).
+- its prompt says nearly what a held-out one says, see harness.data.duplicates (`near_duplicates`).
 
 System turns stand apart: another one does not make another question. No leak is what the user says in less
 than OPENING words, a greeting; in less than LONG words, if it is but a turn of a held-out row ("yes, that
@@ -22,8 +22,8 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
-from harness.duplicates import MANY, Asked, Numbered, Seen, Words, words_of
-from harness.formats import Conversation, is_text, said
+from harness.data.duplicates import MANY, Asked, Numbered, Seen, Words, words_of
+from harness.data.formats import Conversation, is_text, said
 
 OPENING = 4  # words: "how are you" is nobody's own question
 LONG = 10  # words: "yes, that works for me, thank you" or "i need to find a doctor" may be said by chance

@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness import cache, data, plan
-from harness.batches import height, order, pack
+from harness import plan
+from harness.data import cache, splits
+from harness.data.batches import height, order, pack
+from harness.data.formats import FORMATS, required
+from harness.data.leaks import LEAKS
+from harness.data.study import marked, pieces, study, tokens_of
+from harness.data.template import COUNTED, Row, Template, rows_hash
 from harness.errors import brief
-from harness.formats import FORMATS, required
-from harness.leaks import LEAKS
 from harness.report.text import listed, plain, shorten
 from harness.spec import Hyperparams
-from harness.study import marked, pieces, study, tokens_of
-from harness.template import COUNTED, Row, Template, rows_hash
 
 SAID = ("name", "licence", "format", "mapping")  # of a part
 BINS = 12  # of the histogram, at most
@@ -64,7 +65,7 @@ def look(
     hp = plan.hyperparams({**said["hp"], **values.pop("hp", {})}, errors)
     dataset = plan.find_dataset(name, {**said["data"], **values.pop("data", {})}, errors)
     errors += [f"--set {group}.…: only hp and data have values here" for group in values]
-    locations = plan.find_sources(sources, dataset, errors, data.own_rows(name)) if dataset else {}
+    locations = plan.find_sources(sources, dataset, errors, splits.own_rows(name)) if dataset else {}
     tokenizer = find_tokenizer(model, errors)
     if errors:
         raise plan.BadRequest(errors)
@@ -79,7 +80,7 @@ def look(
         "loss": template.loss,
         "max_length": hp.max_length,
         "parts": [{key: part[key] for key in SAID} for part in dataset["parts"]],
-        "left_out": {what: n for what, n in read.left_out.items() if not what.startswith(data.SPLITS)},
+        "left_out": {what: n for what, n in read.left_out.items() if not what.startswith(splits.SPLITS)},
         "refused": read.refused,
         "unused": read.unused,
         "revisions": read.revisions,
@@ -87,7 +88,7 @@ def look(
         "splits": {},
         "study": study(tokenizer, read.sample, template.loss),
     }
-    for split in reversed(data.SPLITS):
+    for split in reversed(splits.SPLITS):
         made = read.rows[split]
         counts = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
         found["splits"][split] = {"hash": rows_hash(made), **lengths(made), **counts}
@@ -105,8 +106,8 @@ def mappings() -> str:
         "| dataset | source | licence | source field → template field | in words |",
         "|---|---|---|---|---|",
     ]
-    for name in data.available():
-        dataset = data.load_spec(name, {})
+    for name in splits.available():
+        dataset = splits.load_spec(name, {})
         for part in dataset["parts"]:
             columns = {field: columns[0] for field, columns in FORMATS[part["format"]].items()} | part[
                 "fields"

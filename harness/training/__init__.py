@@ -1,0 +1,1 @@
+"""The training path: the one loop, the one LM head, the one decoder, the one evaluation."""
