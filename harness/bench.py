@@ -20,11 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import ROOT, method
+from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import redacted
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
-from harness.store import EVENTS, Store, save
+from harness.store import EVENTS, RESULT, SPEC, Store, save
 
 LOG = "log.txt"
 LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
@@ -109,8 +110,6 @@ def untouched(spec: RunSpec) -> bool:
 
 
 def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None = None) -> RunRecord:
-    from harness.run import RESULT, SPEC
-
     with held() as signals:
         folder = store.attempt(spec)
         started, kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
@@ -123,7 +122,7 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
 
         log = (folder / LOG).open("wb", buffering=0)
         child = subprocess.Popen(
-            [*PYTHON, "harness.run", str(folder.resolve())],
+            [*PYTHON, "harness.child", str(folder.resolve())],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -317,8 +316,6 @@ def keep_log(output, log) -> None:
 
 def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[str, str]:
     """Status and error of a child that left no result. `starved`: the kernel killed for want of memory."""
-    from harness.run import AGAIN, exhausted, out_of_memory
-
     if reason:
         return "interrupted", f"interrupted; {AGAIN}"
     if code == -signal.SIGKILL and not starved:

@@ -28,7 +28,7 @@ class LoRA(Method):
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise ValueError("rank must be at least 1, alpha above 0, dropout from 0 to below 1")
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         from peft import get_peft_model
 
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {"all-linear"}

@@ -14,6 +14,7 @@ from pathlib import Path
 import fabricate
 import pytest
 import torch
+from harness.run import save_model
 from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
@@ -25,7 +26,6 @@ from harness.measuring.meter import Meter
 from harness.method import Method
 from harness.plan import Request, plan
 from harness.record import RunRecord
-from harness.run import save_model
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
 

@@ -146,7 +146,7 @@ def test_a_window_of_plain_text_is_not_learned_and_scored(world):
 
 def test_a_plan_reads_the_source_for_the_run(world, monkeypatch):
     cache.splits_of(world.dataset, world.locations)
-    monkeypatch.setattr(splits, "splits", None)  # called no more
+    monkeypatch.setattr(splits, "make_splits", None)  # called no more
     assert world.tokens().rows["train"]
 
 
@@ -204,7 +204,7 @@ def test_any_change_makes_it_again(change, world):
     assert world.made == 6
 
 
-@pytest.mark.parametrize("name", ["rows", "formats", "duplicates", "leaks", "data", "template", "cache"])
+@pytest.mark.parametrize("name", ["rows", "formats", "duplicates", "leaks", "splits", "template", "cache"])
 def test_other_code_makes_it_again(name, world):
     world.code = f"{name}.py"
     world.tokens()

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from harness.run import load_base, optimizer_bytes, sizes
+from harness.training.generate import Decoder, likelihoods
 from tiny import fit, hyperparams, losses, trained_weights
 
 from harness.measuring.meter import Meter
 from harness.method import LIMITS, available, build, card, code_hash, find, resolve
-from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
-from harness.training.generate import Decoder, likelihoods
 from harness.training.loop import check, fingerprints, train
 
 ROOT = Path(__file__).resolve().parents[1]

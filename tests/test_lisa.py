@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import torch
+from harness.run import optimizer_bytes, sizes
 from tiny import copy_of, fit, hyperparams
 
 from harness.method import available, build, resolve
-from harness.run import optimizer_bytes, sizes
 from methods.full import Full
 from methods.lisa import LISA
 

@@ -12,6 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
+from harness.run import load_base, master_weights, sizes
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import loftq_utils
 from tiny import fit, hyperparams, trained_weights
@@ -20,7 +21,6 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from harness import ROOT
 from harness.method import Unsupported, available, card, resolve
-from harness.run import load_base, master_weights, sizes
 from harness.spec import RunSpec
 from methods import loftq
 from methods.dora import DoRA

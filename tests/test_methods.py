@@ -8,12 +8,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from galore_torch import GaLoreAdamW
 from galore_torch.galore_projector import GaLoreProjector
+from harness.run import load_base, optimizer_bytes, sizes
 from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, losses, trained_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from harness.method import Unsupported, adam, available, build, options, resolve
-from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
 from harness.training import generate, head
 from methods import galore

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from harness.training.generate import left_padded
 from scipy.stats import chisquare
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
-from harness.training.generate import left_padded
 from harness.training.head import token_logps
 from harness.training.loop import accumulate
 from methods.grpo import GRPO, advantages

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 from apollo_torch import APOLLOAdamW
+from harness.run import optimizer_bytes
 from test_methods import GEMMA_3_1B, gradients_of, on_meta, shapes, stepped
 from tiny import fit, hyperparams, losses, trained_weights
 from torch import nn
 
 from harness.method import adam, build
-from harness.run import optimizer_bytes
 from methods import apollo
 from methods.apollo import APOLLO, apollo_adamw, random_basis
 from methods.full import Full

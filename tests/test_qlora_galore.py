@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 from bitsandbytes.nn import Linear4bit
+from harness.run import optimizer_bytes, sizes
 from test_methods import GEMMA_3_1B, on_meta
 from tiny import fit, hyperparams, losses, trained_weights
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from harness.method import Unsupported, build
-from harness.run import optimizer_bytes, sizes
 from methods.qlora_galore import ATTENTION, WEIGHTS, QLoRAGaLore
 
 ROWS = tiny.rows(16, seed=3)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from harness.run import sizes
 from safetensors.torch import load_file
 from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, trained_weights
 from transformers import (
@@ -20,7 +21,6 @@ from transformers import (
 )
 
 from harness.method import Unsupported, available, build, resolve
-from harness.run import sizes
 from harness.training import generate, head
 from methods import reft
 from methods.reft import LoReFT

@@ -9,13 +9,6 @@ import time
 import pytest
 import tiny
 import torch
-from test_batches import MODELS
-from test_cli import BITFIT
-
-from harness import plan
-from harness.data import splits
-from harness.method import FOLDER, build, resolve
-from harness.record import Phase, RunRecord, answers_hash
 from harness.run import (
     check_finite,
     diagnose,
@@ -25,8 +18,15 @@ from harness.run import (
     one_arithmetic,
     untouched,
 )
-from harness.store import OUTPUTS, RECORD
 from harness.training.generate import likelihoods
+from test_batches import MODELS
+from test_cli import BITFIT
+
+from harness import plan
+from harness.data import splits
+from harness.method import FOLDER, build, resolve
+from harness.record import Phase, RunRecord, answers_hash
+from harness.store import OUTPUTS, RECORD
 from harness.training.head import arithmetic
 from harness.training.loop import Diverged, check, fingerprints, validation_points
 

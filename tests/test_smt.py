@@ -5,12 +5,12 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from harness.run import load_base, master_weights, optimizer_bytes, sizes
 from tiny import GEMMA_3_1B, LLAMA_32_1B, copy_of, fit, hyperparams
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from harness.method import Method, available, build, resolve
-from harness.run import load_base, master_weights, optimizer_bytes, sizes
 from harness.spec import RunSpec
 from harness.training import generate, head
 from methods import smt
