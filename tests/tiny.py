@@ -188,9 +188,9 @@ def decoder(hp) -> Decoder:
 
 def attached(method, base=None, examples=(), hp=None, seed: int = 0):
     """-> a model with the method on it, and the run that it was given."""
-    made = run(examples, hp, seed, method)
+    base, made = base or model(), run(examples, hp, seed, method)
     torch.manual_seed(seed)
-    return method.attach(model() if base is None else base, made), made
+    return method.attach(base, made), made
 
 
 def fit(method, hp, examples, seed: int = 0, base=None, validation=(), on_step=lambda **_: None):
