@@ -239,9 +239,8 @@ def test_a_variant_is_a_method_as_any_other():
                                               ("road", "group_size")])  # fmt: skip
 def test_sizes_that_do_not_fit_a_model_are_made_to_unless_asked_for(name, option):
     _, run = attached(method(name))
-    assert run.record.notes[option] == math.gcd(
-        *(s for m in linears() for s in (m.in_features, m.out_features))
-    )
+    sizes = (size for m in linears() for size in (m.in_features, m.out_features))
+    assert run.record.notes[option] == math.gcd(*sizes)
     model, run = attached(method(name, **{option: 16}))
     assert getattr(model.peft_config["default"], option) == 16
     assert option not in run.record.notes

@@ -84,7 +84,7 @@ def test_a_step_is_adamws_by_hand(options, load_base):
     """Two steps: adapters by AdamW, the attention by AdamW in the first gradient's strongest directions, its
     change times `scale`; both decay. The singular vectors are torch's, the moments worked out here."""
     method = QLoRAGaLore(rank=4, subspace=6, **options)
-    hp = hyperparams(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-6)
+    hp = hyperparams(max_steps=2, learning_rate=1e-2, weight_decay=0.1, epsilon=1e-6)
     model, run = tiny.attached(method, method.load(load_base), ROWS, hp)
     optimizer, moments = method.optimizer(model.train(), run), {}
     for step, examples in enumerate(run.batches, 1):
