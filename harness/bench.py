@@ -89,8 +89,9 @@ def bench(
             if not tried:
                 try_imports(specs[number - 1 :])
                 tried = True
-            if before := next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None):
-                spec.locations["before"] = str(store.path(before))
+            if before := next((s for s in specs if is_base(s) and s.evaluation == spec.evaluation), None):
+                locations = {**spec.locations, "before": str(store.path(before))}
+                spec = replace(spec, locations=locations)
             progress.start(spec, number, len(specs))
             record = run(spec, store, command, progress, limit)
         progress.end(record, cached)
@@ -101,11 +102,11 @@ def lacks(record: RunRecord, specs: list[RunSpec], store: Store) -> bool:
     """A run that found no answers of the untouched model, where there are some now."""
     if record.hashes.get("before", "") is not None:
         return False
-    bases = (s for s in specs if untouched(s) and s.evaluation == record.spec.evaluation)
+    bases = (s for s in specs if is_base(s) and s.evaluation == record.spec.evaluation)
     return any((found := store.find(base)) and found.ok for base in bases)
 
 
-def untouched(spec: RunSpec) -> bool:
+def is_base(spec: RunSpec) -> bool:
     return spec.method == "base"
 
 
@@ -146,17 +147,22 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
             if child.returncode == 0:
                 error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
             record = RunRecord(spec, status, error, command=command, started=started)
-        if record.ok and child.returncode:  # all was measured: it ended while its model was being saved
-            record.warnings[-1] += f": {how(child.returncode)}"
-        if reason == "timeout" and not record.ok:
-            record.status = "timeout"
-            record.error = (
-                f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
-                "data.test or hp.max_new_tokens"
-            )
+        told(record, child.returncode, limit if reason == "timeout" else None)
         (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
         store.keep(spec, record)
     return record
+
+
+def told(record: RunRecord, code: int, limit: float | None) -> None:
+    """Adds to a record what its process could not know: that it ended while saving, or took too long."""
+    if record.ok and code:  # all was measured: it ended while its model was being saved
+        record.warnings[-1] += f": {how(code)}"
+    if limit and not record.ok:
+        record.status = "timeout"
+        record.error = (
+            f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
+            "data.test or hp.max_new_tokens"
+        )
 
 
 @contextmanager
