@@ -6,15 +6,15 @@ Bytes, seconds and joules only. Unknown is null: never 0, never NaN.
 import json
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Never, Required, TypedDict
 
+from harness import migrate
 from harness.metrics import METRICS
-from harness.shape import Amount, Annotated, Count, Share, check, parse
+from harness.shape import Amount, Annotated, Count, check, parse
 from harness.spec import RunSpec, digest, folder_name
 
-SCHEMA = 1
+SCHEMA = 2
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
 PHASES = ("load", "attach", "train", "rollout", "validate", "evaluate", "generate", "save")
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
@@ -41,7 +41,7 @@ class Card(TypedDict, total=False):
     title: str
     axis: str
     objective: str
-    aim: Literal[tuple(METRICS)]
+    aim: str
     baseline: str
     summary: str
     formula: str
@@ -57,7 +57,7 @@ class Hashes(TypedDict, total=False):
     given: list[str]
     learned: list[str]
     before: str | None
-    outputs: str
+    outputs: str | None
 
 
 class Tokens(TypedDict, total=False):
@@ -97,20 +97,9 @@ class Point(TypedDict, total=False):
     loss: Annotated[float, (-1e100, 1e100)] | None  # far beyond fp32; no plot has an axis beyond 1e300
 
 
-class Score(TypedDict, total=False):
-    value: Required[float | None]
-    signature: str
-
-
-RANGES = {"bleu4": (0.0, 100.0), "perplexity": (0.0, sys.float_info.max)}  # of other metrics: 0 to 1
-SCORES = TypedDict("SCORES", {
-    name: TypedDict(name, {"value": Annotated[float, RANGES.get(name, (0.0, 1.0))] | None}, total=False)
-    for name in METRICS
-}, total=False)  # fmt: skip
-
-
 class Output(TypedDict, total=False):
-    """A line of outputs.jsonl: one test row, the answer to it, and what every score is made of."""
+    """A line of outputs.jsonl: one test row, the answer to it, and what every score is made of. `sums`: by
+    metric, the numbers that are slow to compute."""
 
     id: Required[str]
     part: Required[str]
@@ -121,10 +110,8 @@ class Output(TypedDict, total=False):
     tokens: Required[Count]  # of the reference, end mark included
     nll: Required[Annotated[float, (-1.0, 1e300)] | None]  # of them all; rounding can leave it below 0
     correct: Required[Count]
-    bleu: Required[tuple[(Count,) * 10]]
-    rouge_l: Required[Share]
-    reward: Required[Share]
     margin: float | None
+    sums: dict[str, list[float]]
 
 
 @dataclass
@@ -145,8 +132,9 @@ class RunRecord:
     `study`: a test conversation in each form it could be written in, see harness.data.study.
     `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
-    `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.
-    `start`: the scores of a method's own start, where it starts at no baseline.
+    `signatures`: how each metric was computed. `start`: the sums over the test rows of a method's own start,
+    by metric, where it starts at no baseline.
+    `scores`: metric -> value, which the store derives from the outputs; null: it is not finite, or not known.
     """
 
     spec: RunSpec
@@ -169,12 +157,13 @@ class RunRecord:
     sizes: dict[str, Count | None] = field(default_factory=dict)
     training: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
-    scores: dict[str, Score] = field(default_factory=dict)
-    start: dict[str, Score] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+    start: dict[str, list[float | None]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    # In which it is kept; not in the JSON, which says it by what was asked.
-    folder: str = field(default="", compare=False)
+    # Not in the JSON, as they follow from the outputs and from what was asked
+    scores: dict[str, float | None] = field(default_factory=dict, compare=False)
+    folder: str = field(default="", compare=False)  # in which it is kept
 
     @property
     def ok(self) -> bool:
@@ -194,7 +183,7 @@ class RunRecord:
 
     def to_json(self) -> str:
         value = asdict(self)
-        del value["folder"]
+        del value["scores"], value["folder"]
         value["spec"] = self.spec.asked()
         return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -204,16 +193,16 @@ class RunRecord:
         value = parse(text)
         if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
             raise ValueError("not a run record")
-        if value["schema"] != SCHEMA:
-            newer = value["schema"] > SCHEMA
-            raise ValueError(
-                f"schema {value['schema']}, this version reads {SCHEMA}: "
-                + ("upgrade tuneoff" if newer else "run it again")
-            )
-        value = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        if not 1 <= value["schema"] <= SCHEMA:
+            raise ValueError(f"schema {value['schema']}, this version reads 1 to {SCHEMA}: upgrade tuneoff")
+        try:
+            value = migrate.record(value)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"not a record of schema {value['schema']}: {error!r}") from error
+        value = {f.name: value[f.name] for f in fields(cls) if f.compare and f.name in value}
         check(value, cls, "record")
-        for name in ("scores", "start"):
-            check(value.get(name, {}), SCORES, f"record.{name}")
+        if (aim := value.get("card", {}).get("aim")) not in (None, *METRICS):
+            raise ValueError(f"record.card.aim must be one of {', '.join(METRICS)}, not {aim[:60]!r}")
         asked = value["spec"]
         if not NAME.fullmatch(asked["method"]):
             raise ValueError(f"{asked['method']!r} is no method's name")

@@ -213,9 +213,10 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             head.check(model.eval(), sample.to(accelerator.device))
             if hp.packing:
                 check_packing(model, rows["train"], hp.max_length, tokenizer.pad_token_id)
-    scorer = metrics.TextScorer(spec.dataset["language"], spec.dataset["reward"])
+    reward, _ = metrics.reward(spec.dataset)
+    record.signatures = {name: metric.signature(spec.dataset) for name, metric in metrics.METRICS.items()}
     stops = stop_tokens(tokenizer, model, rows["train"])
-    decoder = generate.Decoder(tokenizer, stops, hp, accelerator, scorer, meter)
+    decoder = generate.Decoder(tokenizer, stops, hp, accelerator, reward, meter)
     pad = tokenizer.pad_token_id
 
     def validate() -> float | None:
@@ -235,14 +236,12 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         check_finite(likelihoods, spec)
         with meter.phase("generate"):
             answers = decoder.answers(model, asked, report)
-        return [
+        outputs = [
             {"id": row.id, "part": row.part, "prompt": row.prompt, "reference": row.reference}
-            | answer | likelihood | scorer.score(answer["output"], row.reference)
+            | answer | likelihood
             for row, answer, likelihood in zip(asked, answers, likelihoods, strict=True)
         ]  # fmt: skip
-
-    def summary(outputs: list[dict]) -> dict:
-        return metrics.summarise(outputs, scorer.signature(), spec.dataset["reward"])
+        return [{**output, "sums": metrics.kept_sums(output, spec.dataset)} for output in outputs]
 
     if spec.trains:
         from harness.training.loop import check, fingerprints, train
@@ -261,7 +260,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             raise ValueError(f"{spec.method} attached nothing to train")
         record.tokens["attach"] = int(sum(read))
         if not chosen.starts_at_base:
-            record.start = summary(test())
+            record.start = metrics.total(test(), spec.dataset)
         record.validation = [{"step": 0, "loss": validate()}]
         told, start = step_report(report, batches), fingerprints(trained)
         optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
@@ -288,7 +287,6 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             output["margin"] = found[output["id"]] - generate.mean_loss([output])
         append(folder / OUTPUTS, output)
     record.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    record.scores = summary(outputs)
     if spec.trains:
         save_model(chosen, model, tokenizer, record, folder, meter)
 

@@ -5,9 +5,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from harness.metrics import summarise
+from harness.metrics import METRICS, scores, total
 from harness.record import Phase, RunRecord
-from harness.spec import Hyperparams, RunSpec
+from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import OUTPUTS, RECORD
 
 TEXT = "the a cat dog sat ran on under mat tree and then saw nothing but rain all day long"
@@ -55,6 +55,7 @@ def record(method: str, seed: int = 0, model: str = "google/gemma-3-1b-it", **ch
         "why": {"performance": "It fits well.", "efficiency": "Few parameters.",
                 "generalisation": "Little is forgotten."},
     })  # fmt: skip
+    found.signatures = dict.fromkeys(METRICS, "") | {"bleu4": "nrefs:1|case:mixed|tok:13a"}
     found.started = f"2025-11-20T1{seed}:{order:02}:00+00:00"
     found.hashes = {"method_code": "c0de", "train": "7a", "validation": "7b", "test": "7c"}
     found.environment = {
@@ -104,8 +105,9 @@ def outputs(method: str, seed: int = 0, rows: int = 90) -> list[dict]:
         found.append({
             "id": f"{part}:{i:012x}", "part": part, "prompt": f"Say something about {reference[0]}.",
             "reference": " ".join(reference), "output": " ".join(output), "tokens": tokens,
-            "nll": tokens * (2.2 - skill), "correct": hits, "bleu": counts(output, reference),
-            "rouge_l": hits / tokens, "reward": hits / tokens, "margin": skill - 0.5,
+            "nll": tokens * (2.2 - skill), "correct": hits, "margin": skill - 0.5,
+            "sums": {"bleu4": counts(output, reference), "rouge_l": [hits / tokens, 1],
+                     "reward": [hits / tokens, 1]},
             "new_tokens": tokens, "stopped": luck.random() < 0.9,
         })  # fmt: skip
     return found
@@ -119,13 +121,14 @@ def counts(output: list[str], reference: list[str]) -> list[int]:
 
 
 def keep(folder: Path, found: RunRecord, test: list[dict] | None = None) -> RunRecord:
-    """Writes one run. A finished one gets outputs and the scores that they have."""
+    """Writes one run. A finished one gets outputs, and the scores that they have."""
     place = folder / found.spec.folder
     place.mkdir(parents=True, exist_ok=True)
     if found.ok:
         test = outputs(found.spec.method, found.spec.seed) if test is None else test
         (place / OUTPUTS).write_text("".join(json.dumps(o) + "\n" for o in test), "utf-8")
-        found.scores = found.scores or (summarise(test, "nrefs:1|case:mixed|tok:13a") if test else {})
+        found.hashes = {**found.hashes, "outputs": content_hash(place / OUTPUTS)}
+        found.scores = scores(total(test, DATASET)) if test else {}
     (place / RECORD).write_text(found.to_json(), "utf-8")
     return found
 

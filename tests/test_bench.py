@@ -398,7 +398,7 @@ def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError, SafetensorError, KeyboardInterrupt, SystemExit])
 def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
-    record = fabricate.record("lora", phases={}, scores={"bleu4": {"value": 1.0}})
+    record = fabricate.record("lora", phases={}, signatures={"bleu4": "x"})
 
     class Breaks(Method):
         def save(self, model, folder):
@@ -408,7 +408,8 @@ def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
 
     breaks = Breaks()
     save_model(breaks, None, None, record, tmp_path, Meter(torch.device("cpu")))
-    assert breaks.found.ok and breaks.found.scores == record.scores and "save" not in breaks.found.phases
+    assert breaks.found.ok and breaks.found.signatures == record.signatures
+    assert "save" not in breaks.found.phases
     assert "was not saved" in breaks.found.warnings[-1]
     assert record.ok and record.warnings[-1].endswith(f"was not saved: {error.__name__}: for hf_[hidden]")
     assert not (tmp_path / "model").exists(), "half a model is none"
@@ -430,10 +431,10 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):
-    measured = RunRecord(SPEC, "ok", scores={"bleu4": {"value": 1.0}}, warnings=["was not saved"])
+    measured = RunRecord(SPEC, "ok", signatures={"bleu4": "x"}, warnings=["was not saved"])
     code = f"open(sys.argv[1] + '/result.json', 'w').write({measured.to_json()!r})\n"
     record, _ = child(tmp_path, code + "os.kill(os.getpid(), signal.SIGKILL)")
-    assert record.ok and record.scores == measured.scores
+    assert record.ok and record.signatures == measured.signatures
     assert record.warnings == ["was not saved: signal SIGKILL"]
 
 

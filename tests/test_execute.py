@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 
-from harness import run
+from harness import run, store
 from harness.measuring.meter import Meter
+from harness.metrics import scores
 from harness.plan import Request, plan
 from harness.record import Phase, RunRecord
 from harness.report.rows import comparisons, tokens_per_second
@@ -58,11 +59,8 @@ def finished(files, folder, method, *settings, rows="rows", before=None) -> RunR
     run.execute(spec, record, folder)
     record.status = "ok"
     (folder / RECORD).write_text(record.to_json())
+    store.score(record, [json.loads(line) for line in (folder / OUTPUTS).read_text().splitlines()])
     return record
-
-
-def value_of(scores: dict) -> dict:
-    return {metric: score["value"] for metric, score in scores.items()}
 
 
 def entered(folder) -> list[str]:
@@ -79,10 +77,11 @@ def test_a_start_that_no_other_row_has_is_scored_and_a_training_that_hardly_move
     method, files, tmp_path
 ):
     still = finished(files, tmp_path / "still", method, HARDLY)
-    assert value_of(still.scores) == pytest.approx(value_of(still.start), rel=1e-3)
+    start = {name: value for name, value in scores(still.start).items() if value is not None}
+    assert {name: still.scores[name] for name in start} == pytest.approx(start, rel=1e-3)
     moved = finished(files, tmp_path / "moved", method)
     assert moved.start == still.start
-    assert moved.scores["perplexity"]["value"] != pytest.approx(moved.start["perplexity"]["value"], rel=1e-2)
+    assert moved.scores["perplexity"] != pytest.approx(scores(moved.start)["perplexity"], rel=1e-2)
     phases = entered(tmp_path / "moved")
     between = phases[phases.index("attach") : phases.index("train")]
     assert {"evaluate", "generate"} <= {*between}  # apart from the training, and before it
@@ -99,9 +98,9 @@ def test_loftqs_start_is_its_own_base_and_not_the_four_bit_model(files, tmp_path
     found = {name: finished(files, tmp_path / name, name) for name in names}
     (comparison,) = comparisons(list(found.values()))
     rows = {row.spec.method: row for row in comparison.rows}
-    nf4 = found["base_nf4"].scores["bleu4"]["value"]
+    nf4 = found["base_nf4"].scores["bleu4"]
     assert comparison.own_scores(rows["qlora"], "bleu4") == [nf4]
-    assert comparison.own_scores(rows["loftq"], "bleu4") == [found["loftq"].start["bleu4"]["value"]]
+    assert comparison.own_scores(rows["loftq"], "bleu4") == [scores(found["loftq"].start)["bleu4"]]
     assert comparison.own_base(rows["qlora"]) is rows["base_nf4"]
     assert comparison.own_base(rows["loftq"]) is None
     assert comparison.own_scores(rows["base"], "bleu4") == []
@@ -167,8 +166,8 @@ def test_a_model_that_learned_the_references_prefers_them(rows, files, tmp_path)
     outputs = [json.loads(line) for line in (tmp_path / "full" / OUTPUTS).read_text().splitlines()]
     margins = [output["margin"] for output in outputs if "margin" in output]
     assert len(margins) == 8 and min(margins) > 1
-    assert after.scores["preference_accuracy"]["value"] == 1.0
-    assert after.scores["perplexity"]["value"] < before.scores["perplexity"]["value"] / 2
+    assert after.scores["preference_accuracy"] == 1.0
+    assert after.scores["perplexity"] < before.scores["perplexity"] / 2
 
 
 def test_a_prompt_that_was_learned_and_scored_is_in_the_record(files, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["spec", "errors", "plain", "shape", "metrics"],
+    ["spec", "errors", "plain", "shape", "metrics", "migrate"],
     ["record"],
     ["store", "measuring", "doctor", "data"],
     ["training"],

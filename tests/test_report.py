@@ -97,7 +97,7 @@ def test_the_briefs_table_has_its_columns_and_every_row(usual):
     assert base["BLEU-4 (before)"] == base["BLEU-4 (after)"] == qlora["BLEU-4 (before)"]
     assert own["BLEU-4 (before)"] == own["BLEU-4 (after)"] != base["BLEU-4 (after)"]
     assert base["Peak memory (GiB)"] == base["Training time (h)"] == "–"
-    values = [r.scores["bleu4"]["value"] for r in Store(usual).load()[0] if r.spec.method == "galore"]
+    values = [r.scores["bleu4"] for r in Store(usual).load()[0] if r.spec.method == "galore"]
     assert galore["BLEU-4 (after)"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
@@ -134,7 +134,7 @@ def test_failed_runs_stay_with_their_status(tmp_path):
 
 
 def test_a_store_of_failures_alone_still_reports(tmp_path):
-    names = ("card", "hashes", "environment", "phases", "tokens", "sizes", "scores")
+    names = ("card", "hashes", "environment", "phases", "tokens", "sizes")
     nothing = {name: {} for name in names}
     nothing |= {name: [] for name in ("training", "validation", "step_seconds")}
     for method in ("base", "qlora"):
@@ -148,7 +148,6 @@ def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     results = tmp_path / "r"
     fabricate.keep(results, fabricate.record("base"))
     found = fabricate.record("qlora", sizes={"optimizer_bytes": None}, tokens={}, step_seconds=[])
-    found.scores = {"perplexity": {"value": None}}
     found.training[3]["loss"] = None
     for phase in found.phases.values():
         phase.peak_allocated = phase.peak_host = phase.joules = None
@@ -297,8 +296,8 @@ def spoiled(method: str, seed: int = 0, **changes) -> list[dict]:
     test = fabricate.outputs(method, seed)
     for output in test:
         output["nll"] = 24.0 * output["tokens"]
-        output["bleu"][2:6] = [0, 0, 0, 0]
-        output["rouge_l"] = output["reward"] = 0.0
+        output["sums"]["bleu4"][2:6] = [0, 0, 0, 0]
+        output["sums"]["rouge_l"] = output["sums"]["reward"] = [0.0, 1]
     return [{**output, **changes} for output in test]
 
 
@@ -310,8 +309,8 @@ def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     base = next(r for r in Store(results).load()[0] if r.spec.method == "base").scores
     said = (
         f"scored on the same 90 test rows. Worse than the untouched model by far: LoRA (perplexity "
-        f"26,489,122,130 against {base['perplexity']['value']:.2f}, BLEU-4 0.00 against "
-        f"{base['bleu4']['value']:.2f} and ROUGE-L 0.000 against {base['rouge_l']['value']:.3f}) and "
+        f"26,489,122,130 against {base['perplexity']:.2f}, BLEU-4 0.00 against "
+        f"{base['bleu4']:.2f} and ROUGE-L 0.000 against {base['rouge_l']:.3f}) and "
         "DoRA (perplexity too large to write against"
     )
     assert said in lead.replace("\\", "")
@@ -319,7 +318,7 @@ def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     for method in ("base", "qlora"):  # neither can do anything
         test = [output | {"nll": 24.0 * output["tokens"]} for output in spoiled(method)]
         for output in test[: 3 * (method == "base")]:
-            output["bleu"][2] = 1
+            output["sums"]["bleu4"][2] = 1
         fabricate.keep(tmp_path / "poor", fabricate.record(method), test)
     for folder in (fabricate.results(tmp_path / "usual"), tmp_path / "poor"):
         assert "by far" not in rendered(tmp_path, folder)[0]

@@ -152,10 +152,10 @@ def computing(precision: str):
 
 
 def decoder(hp, reward: str = "rouge_l"):
-    from harness.metrics import TextScorer
+    from harness import metrics
     from harness.training.generate import Decoder
 
-    return Decoder(tokenizer(), [EOS, END], hp, accelerator(), TextScorer("en", reward))
+    return Decoder(tokenizer(), [EOS, END], hp, accelerator(), metrics.reward({"reward": reward})[0])
 
 
 def batches(rows, hp, seed: int = 0) -> Batches:

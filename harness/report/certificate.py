@@ -41,8 +41,8 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     rest = {key: {name: e.get(key) for name, e in environments.items()} for key in others}
     checks.append(same("Package versions and machine", rest, shown=True))
     signatures = {
-        metric: {name: (r.scores.get(metric) or {}).get("signature") for name, r in names.items()}
-        for metric in sorted({metric for r in names.values() for metric in r.scores})
+        metric: {name: r.signatures.get(metric) for name, r in names.items()}
+        for metric in sorted({metric for r in names.values() for metric in r.signatures})
     }
     checks.append(same("Way of measuring each score", signatures, shown=True))
     checks.append(code(comparison))

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from harness.data.study import marked
 from harness.data.template import OPENING
+from harness.metrics import METRICS, compared
 from harness.report import blocks as b
 from harness.report import plots, tables
 from harness.report.answer import answer, too_long
@@ -148,7 +149,8 @@ def results(comparison: Comparison) -> list[b.Block]:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
     for name, rows in objectives.items():
         own = rows[0].aim == "preference_accuracy" and not comparison.pairs
-        said = f"Techniques with the {name} objective. It aims at {tables.NAMES[rows[0].aim].lower()}, not at"
+        aim = METRICS[rows[0].aim].label.lower()
+        said = f"Techniques with the {name} objective. It aims at {aim}, not at"
         found += [
             b.Prose(
                 f"{said} the likelihood of references, so they are not ranked with the others." + own * OWN
@@ -229,11 +231,12 @@ def figures(comparison: Comparison, suffix: str) -> list[b.Block]:
     if comparison.random_weights:
         add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
     else:
+        labels = listed([metric.label for metric in compared()])
         add(
             "scores",
-            "BLEU-4 and ROUGE-L against peak memory and training time. Large markers are means, small "
-            "dots seeds; the grey steps join the techniques that no other beats in both (the Pareto "
-            "front); the dashed line is the untouched model.",
+            f"{labels} against peak memory and training time. Large markers are means, small dots seeds; "
+            "the grey steps join the techniques that no other beats in both (the Pareto front); the dashed "
+            "line is the untouched model.",
             plots.scores_by_cost(comparison),
         )
         for objective in sorted({row.objective for row in comparison.trained}):
@@ -420,10 +423,10 @@ def fairness(comparison: Comparison, checks: list) -> list[b.Block]:
 
 def measuring(comparison: Comparison) -> list[b.Block]:
     signatures = {
-        f"{tables.NAMES.get(metric, metric)}: {value['signature']}"
+        f"{METRICS[metric].label}: {record.signatures[metric]}"
         for record in comparison.records
         for metric, value in record.scores.items()
-        if value and value.get("signature")
+        if value is not None and metric in record.signatures
     }
     energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
     text = [TEXT_MEASURED] if comparison.plain_text else []

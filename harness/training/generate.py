@@ -39,9 +39,9 @@ class Decoder:
     counts the tokens that it made outside of the evaluation; `text_of` and `reward` judge them.
     """
 
-    def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator, scorer=None, meter=None):
+    def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator, judge=None, meter=None):
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
-        self.scorer, self.meter = scorer, meter
+        self.judge, self.meter = judge, meter
         self.sampled = 0
 
     def answers(self, model, rows: list[Row], report=lambda **_: None) -> list[dict]:
@@ -73,7 +73,7 @@ class Decoder:
 
     def reward(self, row: Row, ids: list[int]) -> float:
         """What the dataset's spec says an answer to this row earns, 0 to 1."""
-        return self.scorer.reward(self.text_of(ids), row.reference)
+        return self.judge(self.text_of(ids), row.reference)
 
     @torch.inference_mode()
     def continuations(
