@@ -19,11 +19,18 @@ def output(value: dict) -> dict:
 
 
 def from_1(value: dict) -> dict:
-    """Scores stood in a record; now they are derived from its outputs, and their signatures stand there."""
+    """Scores stood in a record; now they are derived from its outputs, and their signatures stand there. What
+    was read of the data stood among the tokens, and an altered commit had a + behind it."""
     scores, start = value.get("scores", {}), value.get("start", {})
+    tokens, environment = value.get("tokens", {}), value.get("environment", {})
+    commit = environment.get("commit")
     return {
         **value,
         "schema": 2,
+        "tokens": tokens,
+        "data": {**tokens, "rows": tokens.get("splits", {})},
+        "provenance": environment
+        | ({"commit": commit.rstrip("+"), "dirty": commit.endswith("+")} if commit else {}),
         "signatures": {name: score["signature"] for name, score in scores.items() if "signature" in score},
         "start": {name: sums_of(name, s["value"]) for name, s in start.items() if s["value"] is not None},
         "hashes": {"outputs": None, **value.get("hashes", {})},  # early ones have none

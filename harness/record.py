@@ -33,6 +33,76 @@ class Phase:
     joules: Amount | None = None  # energy of the whole card
 
 
+@dataclass
+class Tokens:
+    """What a training read; null where nothing was trained."""
+
+    trained: Count | None = None  # by the model, in steps; padding is not in it
+    attach: Count | None = None  # by the model, before the first step
+    padded: Count | None = None
+    supervised: Count | None = None  # those that carried loss
+    sampled: Count | None = None  # made by the model, to be trained on
+    rows: Count | None = None  # distinct ones
+
+
+@dataclass
+class Data:
+    """What the dataset came to for this model."""
+
+    rows: dict[str, Count] = field(default_factory=dict)  # split -> how many
+    left_out: dict[str, Count] = field(default_factory=dict)  # why -> rows that were left out or cut
+    refused: list[Any] = field(default_factory=list)  # some rows that could not be read, and why
+    answered: dict[str, Count] = field(
+        default_factory=dict
+    )  # split -> rows whose prompt a training row answers
+    unused: dict[str, list[str]] = field(default_factory=dict)  # part -> its columns that were not read
+    revisions: dict[str, Any] = field(default_factory=dict)  # part -> of its source on the hub
+    origins: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> our split -> its source's
+    template: str | None = None  # how a conversation was written
+    loss: Literal["all", "last"] | None = None  # the answers of a conversation that carry loss
+    plain_text: bool = False  # no row asks anything
+
+
+@dataclass
+class Sizes:
+    """Of the model in training. Bytes are as they lie in memory."""
+
+    parameters: Count | None = None  # a 4-bit weight counts its values
+    trainable: Count | None = None
+    weight_bytes: Count | None = None
+    trainable_bytes: Count | None = None
+    optimizer_bytes: Count | None = None
+    saved_bytes: Count | None = None  # of the weights on disk; null where they were not saved
+
+
+@dataclass
+class Provenance:
+    """With what a run was made: the code, the packages, the machine. By an allow-list."""
+
+    version: str | None = None  # of Tuneoff
+    commit: str | None = None  # of Tuneoff's own repository; null where it runs from no such
+    dirty: bool | None = None  # the code was changed since that commit
+    model_revision: str | None = None  # the hub's commit
+    precision: str | None = None
+    attention: str | None = None
+    device: str | None = None
+    device_bytes: Count | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    cpu: str | None = None
+    threads: Count | None = None
+    waiting: str | None = None  # how OpenMP's idle threads wait
+    allocator: str | None = None  # settings of torch's allocator
+    platform: str | None = None
+    python: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)  # name -> version
+
+    @property
+    def code(self) -> str | None:
+        """The commit, with a + where it was changed since; where it is unknown, the version."""
+        return self.commit + "+" * bool(self.dirty) if self.commit else self.version
+
+
 # What stands in a record's lists and dicts, as far as anybody relies on it
 
 
@@ -58,23 +128,6 @@ class Hashes(TypedDict, total=False):
     learned: list[str]
     before: str | None
     outputs: str | None
-
-
-class Tokens(TypedDict, total=False):
-    trained: Count
-    attach: Count
-    padded: Count
-    supervised: Count
-    sampled: Count
-    rows: Count
-    left_out: dict[str, Count]
-    unused: dict[str, list[str]]
-    origins: dict[str, dict[str, str]]
-    splits: dict[str, Count]
-    answered: dict[str, Count]
-    template: str
-    loss: Literal["all", "last"]
-    plain_text: bool
 
 
 class Form(TypedDict):
@@ -125,12 +178,8 @@ class RunRecord:
     outputs that rejected answers were taken from (null: none were there; absent: none were needed);
     `outputs`: of outputs.jsonl, as the run left it.
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
-    `tokens`: trained (read by the model in steps), attach (read before the first), padded, supervised
-    (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out and
-    splits count rows; answered, the held-out rows whose prompt a training row answers; unused names the
-    columns of a part that were not read. `notes`: what the run found out about its method.
+    `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.data.study.
-    `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
     `signatures`: how each metric was computed. `start`: the sums over the test rows of a method's own start,
     by metric, where it starts at no baseline.
@@ -148,20 +197,21 @@ class RunRecord:
     weights: str = ""  # the master-weight policy as it was applied
     hashes: Hashes = field(default_factory=dict)
     arithmetic: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
     step_seconds: list[Amount] = field(default_factory=list)
     warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time
-    tokens: Tokens = field(default_factory=dict)
+    tokens: Tokens = field(default_factory=Tokens)
+    data: Data = field(default_factory=Data)
     study: Study | dict[str, Never] = field(default_factory=dict)
-    sizes: dict[str, Count | None] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
     training: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
     signatures: dict[str, str] = field(default_factory=dict)
     start: dict[str, list[float | None]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    # Not in the JSON, as they follow from the outputs and from what was asked
+    # DERIVED from the outputs and from what was asked
     scores: dict[str, float | None] = field(default_factory=dict, compare=False)
     folder: str = field(default="", compare=False)  # in which it is kept
 
@@ -183,7 +233,8 @@ class RunRecord:
 
     def to_json(self) -> str:
         value = asdict(self)
-        del value["scores"], value["folder"]
+        for name in DERIVED:
+            del value[name]
         value["spec"] = self.spec.asked()
         return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -199,7 +250,7 @@ class RunRecord:
             value = migrate.record(value)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"not a record of schema {value['schema']}: {error!r}") from error
-        value = {f.name: value[f.name] for f in fields(cls) if f.compare and f.name in value}
+        value = {name: item for name, item in value.items() if name not in DERIVED}
         check(value, cls, "record")
         if (aim := value.get("card", {}).get("aim")) not in (None, *METRICS):
             raise ValueError(f"record.card.aim must be one of {', '.join(METRICS)}, not {aim[:60]!r}")
@@ -209,10 +260,20 @@ class RunRecord:
         value["folder"] = folder_name(asked)  # of what was asked then: a later version may ask for more
         try:
             value["spec"] = RunSpec.from_json(asked)
-            value["phases"] = {name: Phase(**phase) for name, phase in value.get("phases", {}).items()}
         except TypeError as error:
             raise ValueError(f"not a run record: {error}") from error
-        return cls(**value)
+        value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
+        parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance}
+        value |= {name: made(kind, value[name]) for name, kind in parts.items() if name in value}
+        return made(cls, value)
+
+
+DERIVED = ("scores", "folder")  # of a record: not in its JSON
+
+
+def made(kind, value: dict):
+    """A dataclass of what it knows: a later version may have written more."""
+    return kind(**{f.name: value[f.name] for f in fields(kind) if f.name in value})
 
 
 def answers_hash(outputs: list[dict]) -> str | None:

@@ -24,14 +24,14 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 
-from harness import ROOT, method
+from harness import ROOT, __version__, method
 from harness.data import cache, leaks, splits
 from harness.data.batches import Batches, collate, pack
 from harness.data.rows import DataError
 from harness.data.study import study
 from harness.data.template import COUNTED, Row, Template, rows_hash
 from harness.errors import redacted
-from harness.record import RunRecord, answers_hash
+from harness.record import Data, Provenance, RunRecord, Sizes, answers_hash
 from harness.spec import RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, RECORD, append, save
 
@@ -172,7 +172,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             "device memory are not its own"
         )
     record.phases = meter.phases
-    record.environment = environment(accelerator.device, precision)
+    record.provenance = provenance(accelerator.device, precision)
     seed_everything(spec.seed)
     # cuDNN's attention builds a plan for each new length, a tenth of a second: more than a small step.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -192,22 +192,22 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
                     f"hp.max_length={hp.max_length} tokens, {why['refused']} the chat template refuses"
                     + (f", {why['answered']} are answered in training" if why["answered"] else "")
                 )
-        record.tokens = {
-            "left_out": {what: count for what, count in read.left_out.items() if count},
-            "refused": read.refused,
-            "unused": read.unused,
-            "revisions": read.revisions,
-            "origins": read.origins,
-            "splits": {split: len(rows[split]) for split in splits.SPLITS},
-            "answered": {split: leaks.answered(rows[split], rows["train"]) for split in splits.SPLITS[:-1]},
-            "template": template.kind,
-            "loss": template.loss,
-            "plain_text": all(not row.prompt for row in rows["train"]),
-        }
+        record.data = Data(
+            rows={split: len(rows[split]) for split in splits.SPLITS},
+            left_out={what: count for what, count in read.left_out.items() if count},
+            refused=read.refused,
+            answered={split: leaks.answered(rows[split], rows["train"]) for split in splits.SPLITS[:-1]},
+            unused=read.unused,
+            revisions=read.revisions,
+            origins=read.origins,
+            template=template.kind,
+            loss=template.loss,
+            plain_text=all(not row.prompt for row in rows["train"]),
+        )
         record.study = study(tokenizer, read.sample, template.loss)
         model = chosen.load(load)
-        record.environment["attention"] = model.config._attn_implementation
-        record.environment["model_revision"] = getattr(model.config, "_commit_hash", None)
+        record.provenance.attention = model.config._attn_implementation
+        record.provenance.model_revision = getattr(model.config, "_commit_hash", None)
         with accelerator.autocast():
             sample = torch.tensor([list((r.prompt_ids + r.response_ids)[:8]) for r in rows["test"][:1]])
             head.check(model.eval(), sample.to(accelerator.device))
@@ -255,25 +255,25 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             one_arithmetic(model, trained)
             if hp.gradient_checkpointing:
                 head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
-        record.sizes = sizes(model)
+        record.sizes = Sizes(**sizes(model))
         if not trained:
             raise ValueError(f"{spec.method} attached nothing to train")
-        record.tokens["attach"] = int(sum(read))
+        record.tokens.attach = int(sum(read))
         if not chosen.starts_at_base:
             record.start = metrics.total(test(), spec.dataset)
         record.validation = [{"step": 0, "loss": validate()}]
         told, start = step_report(report, batches), fingerprints(trained)
         optimizer = train(chosen, model, batches, hp, accelerator, meter, record, told, validate)
         check(start, fingerprints(trained), record.training)
-        record.sizes["optimizer_bytes"] = optimizer_bytes(optimizer)
-        record.tokens["sampled"] = decoder.sampled
+        record.sizes.optimizer_bytes = optimizer_bytes(optimizer)
+        record.tokens.sampled = decoder.sampled
         record.notes = chosen.notes
         del optimizer
         model.zero_grad()
         put_back(trained)
         model = chosen.keep(load, model)  # what is kept is what is scored
     else:
-        record.sizes = sizes(model.requires_grad_(False))
+        record.sizes = Sizes(**sizes(model.requires_grad_(False)))
     outputs = test()
     before = outputs if spec.method == "base" else untouched(spec.locations.get("before"))
     if any(row.prompt and not row.rejected_ids for row in rows["test"]):
@@ -540,7 +540,7 @@ def save_model(chosen, model, tokenizer, record: RunRecord, folder: Path, meter)
             tokenizer.save_pretrained(folder / MODEL)
         sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
         if sizes:
-            record.sizes["saved_bytes"] = sum(sizes)
+            record.sizes.saved_bytes = sum(sizes)
             record.warnings.pop()
         else:
             record.warnings[-1] += ": it wrote no weights"
@@ -592,28 +592,28 @@ def optimizer_bytes(optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in held.values())
 
 
-def environment(device, precision: str) -> dict:
+def provenance(device, precision: str) -> Provenance:
     """By an allow-list: never the whole of os.environ."""
     import torch
 
     cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(0) if cuda else None
-    return {
-        "device": properties.name if cuda else "cpu",
-        "device_bytes": properties.total_memory if cuda else None,
-        "driver": driver() if cuda else None,
-        "cuda": torch.version.cuda,
-        "precision": precision,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "waiting": ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+    return Provenance(
+        device=properties.name if cuda else "cpu",
+        device_bytes=properties.total_memory if cuda else None,
+        driver=driver() if cuda else None,
+        cuda=torch.version.cuda,
+        precision=precision,
+        cpu=cpu_name(),
+        threads=torch.get_num_threads(),
+        waiting=", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
         or "as the library does",
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES if installed(name)},
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-        "commit": commit(),
-    }
+        platform=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        packages={name: version(name) for name in PACKAGES if installed(name)},
+        allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        **source(),
+    )
 
 
 def driver() -> str | None:
@@ -635,15 +635,22 @@ def cpu_name() -> str:
     return f"{names[0]}, {len(names)} threads" if names else platform.processor()
 
 
-def commit() -> str | None:
-    """Of this code, with a + where it was changed since."""
+def source() -> dict:
+    """Of Tuneoff's own code: its version; the commit and whether it was changed since, where its files belong
+    to a repository: one that merely lies around an installation is another's."""
     git = ["git", "-C", str(ROOT)]
+
+    def ask(*command: str) -> str | None:
+        done = subprocess.run([*git, *command], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return head.stdout.strip() + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None
+        own = ask("ls-files", "--error-unmatch", "harness/__init__.py") is not None
+        commit = ask("rev-parse", "--short=12", "HEAD") if own else None
+        dirty = bool(ask("status", "--porcelain", "-uno", ".")) if commit else None
+    except OSError:  # no git
+        commit = dirty = None
+    return {"version": __version__, "commit": commit, "dirty": dirty}
 
 
 if __name__ == "__main__":

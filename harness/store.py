@@ -31,7 +31,7 @@ class Store:
     def find(self, spec: RunSpec) -> RunRecord | None:
         """The record of this spec, if its run is here whole, with its model if one was saved."""
         record, _ = self.standing(spec.folder)
-        saved = record.sizes.get("saved_bytes") if record else None
+        saved = record.sizes.saved_bytes if record else None
         files = (self.folder / spec.folder / MODEL).rglob("*.safetensors")
         try:
             return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
@@ -78,7 +78,7 @@ class Store:
             check(output, Output, f"{OUTPUTS}, line {number}")
             if output["correct"] > output["tokens"]:
                 raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
-        rows = record.tokens.get("splits", {}).get("test", len(outputs))
+        rows = record.data.rows.get("test", len(outputs))
         if rows != len(outputs) or rows != len({output["id"] for output in outputs}):
             raise ValueError(f"{OUTPUTS} has not one output for each of {rows} test rows")
         score(record, outputs)

@@ -24,7 +24,7 @@ from harness.errors import redacted
 from harness.measuring.meter import Meter
 from harness.method import Method
 from harness.plan import Request, plan
-from harness.record import RunRecord
+from harness.record import RunRecord, Sizes
 from harness.run import save_model
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
@@ -424,10 +424,10 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
         def save_pretrained(self, folder):
             (folder / "tokenizer.json").write_text("{}")
 
-    record = fabricate.record("lora", sizes={})
+    record = fabricate.record("lora", sizes=Sizes())
     save_model(Saves(), None, Saves(), record, tmp_path, Meter(torch.device("cpu")))
     assert [w.endswith("was not saved: it wrote no weights") for w in record.warnings] == [True] * warnings
-    assert record.sizes == ({} if warnings else {"saved_bytes": 4})
+    assert record.sizes == Sizes(saved_bytes=None if warnings else 4)
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):
@@ -480,7 +480,7 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         assert record.ok, record.error
         assert record.scores["bleu4"] and len(record.training) == 12
         assert [w for w in record.warnings if "was not saved: " in w and "o space" in w], record.warnings
-        assert record.environment["waiting"] and "saved_bytes" not in record.sizes
+        assert record.provenance.waiting and record.sizes.saved_bytes is None
         folder = next(disk.glob("full_disk*"))
         assert len((folder / "outputs.jsonl").read_text().splitlines()) == 12
         assert not (folder / "model").exists(), "half a model is none"

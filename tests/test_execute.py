@@ -127,10 +127,10 @@ def test_the_tokens_of_a_warm_up_are_counted_as_its_seconds_are(files, tmp_path)
     """SMT's warm-up of two steps reads what a training of two steps does."""
     warmed = finished(files, tmp_path / "smt", "smt", "smt.warmup=2", "smt.share=0.1", "hp.max_steps=3")
     plain = finished(files, tmp_path / "lora", "lora")
-    assert warmed.tokens["attach"] == plain.tokens["trained"]
-    assert plain.tokens["attach"] == 0
+    assert warmed.tokens.attach == plain.tokens.trained
+    assert plain.tokens.attach == 0
     warmed.phases = {"attach": Phase(2.0), "train": Phase(3.0)}
-    assert tokens_per_second(warmed) == (warmed.tokens["attach"] + warmed.tokens["trained"]) / 5
+    assert tokens_per_second(warmed) == (warmed.tokens.attach + warmed.tokens.trained) / 5
 
 
 def test_every_pass_of_eva_counts_and_answers_drawn_in_attach_do_not(files, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_every_pass_of_eva_counts_and_answers_drawn_in_attach_do_not(files, tmp_
     assert sum(counted) == sum(read) > 2 * sum(made.tokens)
 
     drawn = finished(files, tmp_path / "orpo", "orpo", "orpo.answer_tokens=5")
-    assert drawn.tokens["attach"] == 0 < drawn.tokens["sampled"]
+    assert drawn.tokens.attach == 0 < drawn.tokens.sampled
 
 
 # Preference
@@ -172,8 +172,8 @@ def test_a_model_that_learned_the_references_prefers_them(rows, files, tmp_path)
 
 def test_a_prompt_that_was_learned_and_scored_is_in_the_record(files, tmp_path, monkeypatch):
     found = finished(files, tmp_path / "clean", "full")
-    assert found.tokens["answered"] == {"test": 0, "validation": 0}
-    assert found.tokens["splits"] == {"train": 32, "validation": 4, "test": 8}
+    assert found.data.answered == {"test": 0, "validation": 0}
+    assert found.data.rows == {"train": 32, "validation": 4, "test": 8}
     token_rows = run.cache.token_rows
 
     def leaking(*asked):
@@ -183,4 +183,4 @@ def test_a_prompt_that_was_learned_and_scored_is_in_the_record(files, tmp_path, 
 
     monkeypatch.setattr(run.cache, "token_rows", leaking)
     found = finished(files, tmp_path / "leaking", "full")
-    assert found.tokens["answered"] == {"test": 3, "validation": 0}
+    assert found.data.answered == {"test": 3, "validation": 0}

@@ -56,7 +56,7 @@ def shortened(folder: Path) -> Path:
             value = json.loads(RunRecord.from_json((path / RECORD).read_text("utf-8")).to_json())
             value |= {name: value[name][:6] for name in ("training", "step_seconds")}
             value["hashes"] |= {n: h[:6] for n, h in value["hashes"].items() if isinstance(h, list)}
-            value["tokens"]["splits"]["test"] = len(outputs)
+            value["data"]["rows"]["test"] = len(outputs)
             write(folder / path.name, value, outputs)
             value["hashes"]["outputs"] = content_hash(folder / path.name / OUTPUTS)
             write(folder / path.name, value, outputs)

@@ -316,7 +316,7 @@ def test_a_pass_reads_every_chosen_answer_and_every_rejected_one():
                 ]
                 assert (labels[~mask.bool()] == -100).all()
     total = sum(row.length + len(row.prompt_ids) + len(worse[row.id]) for row in rows)
-    assert fit(ORPO(answer_tokens=6), hp, rows)[2]["tokens"]["trained"] == total
+    assert fit(ORPO(answer_tokens=6), hp, rows)[2]["tokens"].trained == total
 
 
 def test_pairs_in_the_data_are_used_as_they_are_and_only_rows_that_are_read_are_answered():

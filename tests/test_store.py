@@ -26,7 +26,7 @@ ROWS = 9
 def kept(folder: Path, method: str = "lora", seed: int = 0, **changes) -> RunRecord:
     """A whole run with its model."""
     found = fabricate.record(method, seed, **changes)
-    found.sizes["saved_bytes"] = SAVED
+    found.sizes.saved_bytes = SAVED
     fabricate.keep(folder, found, fabricate.outputs(method, seed, ROWS))
     if found.ok:
         found.hashes["outputs"] = content_hash(folder / found.spec.folder / OUTPUTS)
@@ -134,14 +134,14 @@ FAULTS = {  # what is done to a run -> what is said of it
     ),
     "an output less": (with_outputs(lambda text: text.partition("\n")[2]), "was changed"),
     "fewer rows than were tested": (
-        with_(lambda r: r["tokens"].update(splits={"test": ROWS + 1})),
+        with_(lambda r: r["data"].update(rows={"test": ROWS + 1})),
         "has not one output for each of 10 test rows",
     ),
     "one row for another": (one_row_for_another, "has not one output for each of 9 test rows"),
     "no training": (with_(lambda r: r.update(phases={})), "its phase train is missing"),
     "no time": (with_(lambda r: r["phases"].update(train={})), "its phase train is missing"),
     "a text for a count": (with_(lambda r: r["tokens"].update(attach="7")), "tokens.attach must be"),
-    "a text for columns": (with_(lambda r: r["tokens"].update(unused="x")), "tokens.unused must be"),
+    "a text for columns": (with_(lambda r: r["data"].update(unused="x")), "data.unused must be"),
 }
 
 
@@ -191,7 +191,7 @@ def attempted(store: Store, spec, command: str) -> RunRecord:
     test = fabricate.outputs(spec.method, spec.seed, ROWS)
     (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
     found.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    found.sizes.pop("saved_bytes", None)
+    found.sizes.saved_bytes = None
     return found
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 from harness.data.batches import Batches
 from harness.data.template import Row
 from harness.measuring.meter import Meter
+from harness.record import Tokens
 from harness.spec import Hyperparams
 
 PAD, EOS, BOS, START, END = range(5)  # ids of the special tokens, as they stand in SPECIAL
@@ -175,7 +176,7 @@ def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambd
     if types:
         master_weights(trained, "bf16")
         one_arithmetic(trained, types)
-    measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
+    measured = SimpleNamespace(training=[], validation=[], tokens=Tokens(), hashes={}, arithmetic={})
     optimizer = train(
         method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
         validate and (lambda: validate(trained)),

@@ -131,7 +131,7 @@ class Comparison:
 
     @property
     def plain_text(self) -> bool:
-        return any(record.tokens.get("plain_text") for record in self.records)
+        return any(record.data.plain_text for record in self.records)
 
     @property
     def pairs(self) -> bool:
@@ -281,8 +281,8 @@ def step_seconds(record: RunRecord) -> float | None:
 
 
 def tokens_per_second(record: RunRecord) -> float | None:
-    tokens, time = record.tokens.get("trained"), seconds(record)
-    return (tokens + record.tokens.get("attach", 0)) / time if tokens and time else None
+    tokens, time = record.tokens, seconds(record)
+    return (tokens.trained + (tokens.attach or 0)) / time if tokens.trained and time else None
 
 
 def watt_hours(record: RunRecord) -> float | None:

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 
 from harness.metrics import METRICS, Metric, compared
-from harness.record import PHASES
+from harness.record import PHASES, Sizes
 from harness.report.blocks import Example, Table
 from harness.report.rows import (
     GIB,
@@ -88,10 +88,9 @@ def cost(comparison: Comparison) -> Table:
                "Tokens/s", "Energy (Wh)"]  # fmt: skip
     rows = []
     for row in comparison.rows:
-        sizes = row.done[0].sizes if row.done else {}
-        trainable, parameters = sizes.get("trainable"), sizes.get("parameters")
-        trainable = trainable if row.spec.trains else None
-        held = [sizes.get(f"{name}_bytes") for name in ("weight", "optimizer", "saved")]
+        sizes = row.done[0].sizes if row.done else Sizes()
+        parameters, trainable = sizes.parameters, sizes.trainable if row.spec.trains else None
+        held = [sizes.weight_bytes, sizes.optimizer_bytes, sizes.saved_bytes]
         steps = [1000 * s for s in row.values(step_seconds)] if row.spec.trains else []
         rows.append([
             row.label,

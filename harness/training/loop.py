@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from transformers import get_scheduler
@@ -76,7 +77,7 @@ def train(method, model, batches: Batches, hp: Hyperparams, accelerator, meter, 
         settle()
         record.step_seconds = clock.read()
         head.causal_lm(model).reading = None
-        record.tokens |= reading.tokens()
+        record.tokens = replace(record.tokens, **reading.tokens())
         record.hashes |= reading.hashes()
     return optimizer
 
