@@ -23,7 +23,6 @@ pytest.importorskip("matplotlib")
 from harness import report
 from harness.bench import follow
 from harness.cli.progress import Lines, outcome
-from harness.metrics import summarise
 from harness.record import RunRecord
 from harness.report import brief_table, comparisons, document
 from harness.spec import content_hash, folder_name
@@ -44,8 +43,8 @@ STRANGE = [
 # Whoever changes one of these changes what a run says: the report must say so, or refuse the run. Only a
 # hyperparameter that is left out of a renamed run has its default, as where a version did not ask for it.
 SAID = re.compile(
-    r"^(?!remove \.spec\.hp\.)\w+ \.(spec|status|card\.title|scores\.\w+\.value|phases\.train\.seconds)\b"
-    r"|^\w+ \.\d+\.(id|part|prompt|reference|tokens|nll|correct|bleu\.[2-9]|rouge_l|stopped|reward)\b"
+    r"^(?!remove \.spec\.hp\.)\w+ \.(spec|status|card\.title|phases\.train\.seconds)\b"
+    r"|^\w+ \.\d+\.(id|part|prompt|reference|tokens|nll|correct|sums|stopped)\b"
 )
 
 
@@ -53,12 +52,11 @@ def shortened(folder: Path) -> Path:
     """Three of the runs, with few test rows and steps."""
     for path in sorted(REFERENCE.iterdir()):
         if path.name.startswith(("base-", "qlora-s0", "galore-s0")):
-            outputs = [json.loads(line) for line in (path / OUTPUTS).read_text("utf-8").splitlines()][::15]
-            value = json.loads((path / RECORD).read_text("utf-8"))
+            outputs = Store(REFERENCE).outputs(RunRecord.from_json((path / RECORD).read_text("utf-8")))[::15]
+            value = json.loads(RunRecord.from_json((path / RECORD).read_text("utf-8")).to_json())
             value |= {name: value[name][:6] for name in ("training", "step_seconds")}
             value["hashes"] |= {n: h[:6] for n, h in value["hashes"].items() if isinstance(h, list)}
-            value["scores"] = summarise(outputs, value["scores"]["bleu4"]["signature"])
-            value["tokens"]["splits"]["test"] = len(outputs)
+            value["data"]["rows"]["test"] = len(outputs)
             write(folder / path.name, value, outputs)
             value["hashes"]["outputs"] = content_hash(folder / path.name / OUTPUTS)
             write(folder / path.name, value, outputs)

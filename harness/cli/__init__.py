@@ -323,7 +323,7 @@ def run(options, arguments: list[str]) -> int:
                 "status": r.status,
                 "error": r.error,
                 "cached": r.spec.folder in cached,
-                "scores": {name: score["value"] for name, score in r.scores.items()},
+                "scores": r.scores,
             }
             for r in records
         ]
