@@ -24,8 +24,8 @@ class Store:
         self.folder = Path(folder)
 
     def path(self, spec: RunSpec) -> Path:
-        """Where its run is: in the folder of its own name, else in that of a spec of an earlier version, which
-        had fewer words for the same, as what it did not ask for has its default."""
+        """Where its run is: in the folder of its own name, else in that of an earlier version's spec, which
+        asked for less: what it did not name has its default."""
         folder = self.folder.resolve()
         own = folder / spec.folder
         earlier = [] if os.path.lexists(own) else folder.glob(f"{spec.method}-s{spec.seed}-*")
