@@ -26,15 +26,24 @@ class Store:
         self.folder = Path(folder)
 
     def path(self, spec: RunSpec) -> Path:
-        return (self.folder / spec.folder).resolve()
+        """Where its run is: in the folder of its own name, else in that of an earlier version's spec, which
+        asked for less: what it did not name has its default."""
+        folder = self.folder.resolve()
+        own = folder / spec.folder
+        earlier = [] if os.path.lexists(own) else folder.glob(f"{spec.method}-s{spec.seed}-*")
+        for path in sorted(path for path in earlier if RUN.fullmatch(path.name)):
+            with suppress(OSError, ValueError):
+                if RunRecord.from_json(self.text(path.name, RECORD)).spec == spec:
+                    return path
+        return own
 
     # Reading: nothing that a record says is believed before `read` has looked at all of the run
 
     def find(self, spec: RunSpec) -> RunRecord | None:
         """The record of this spec, if its run is here whole, with its model if one was saved."""
-        record, _ = self.standing(spec.folder)
+        record, _ = self.standing(self.path(spec).name)
         saved = record.sizes.saved_bytes if record else None
-        files = (self.folder / spec.folder / MODEL).rglob("*.safetensors")
+        files = (self.folder / record.folder / MODEL).rglob("*.safetensors") if record else ()
         try:
             return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
         except OSError:  # a link to nothing

@@ -29,6 +29,7 @@ from harness.spec import content_hash, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+RECORDS = Path(__file__).with_name("records")
 EXAMPLES = int(os.environ.get("TUNEOFF_FUZZ", "250"))
 WRITTEN, DRAWN = (
     10,
@@ -201,6 +202,23 @@ def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, monkeyp
         (folder / name / OUTPUTS).write_bytes(outputs)
     assert written(store) == untouched
     print(EXAMPLES, counts)
+
+
+def test_damaged_records_of_an_earlier_schema_are_read_or_named(tmp_path):
+    draw, store = random.Random(0), Store(tmp_path)
+    runs = [path.parent for path in sorted(RECORDS.rglob(RECORD))]
+    for _ in range(EXAMPLES):
+        run = draw.choice(runs)
+        record = json.loads((run / RECORD).read_text("utf-8"))
+        outputs = [json.loads(line) for line in (run / OUTPUTS).read_text("utf-8").splitlines()]
+        if draw.random() < 0.7:
+            record, what = damage(record, draw)
+        else:
+            outputs, what = damage(outputs, draw)
+        write(tmp_path / run.name, record, outputs)
+        with limited():
+            found, reason = store.standing(run.name)
+        assert bool(found) != bool(reason), what
 
 
 def renamed(place: Path, value) -> Path:
