@@ -54,7 +54,7 @@ class Run:
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
     def collate(self, examples: list[Row], history: bool = True) -> dict:
-        """-> a micro-batch, with labels on every answer that is to be learned, or without history the last."""
+        """-> a micro-batch, labels on every answer that is to be learned; without history, on the last."""
         packed = self.hp.max_length if self.hp.packing else 0
         return collate(examples, self.pad, self.device, history, packed)
 
