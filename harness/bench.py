@@ -22,6 +22,7 @@ from pathlib import Path
 from harness import ROOT, method
 from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import redacted
+from harness.measuring import machine
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
@@ -191,7 +192,7 @@ ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUNBUFFERED": "1",
 }
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = len(machine.cores())
 # A thread that waits spins, beside a busy neighbour for a core that is not there: one is left to it.
 THREADS = {"OMP_NUM_THREADS": str(max(1, CORES - 1))}
 
@@ -215,7 +216,7 @@ def try_imports(specs: list[RunSpec]) -> None:
             needs.setdefault(need, []).append(name)
     try:
         child = subprocess.run(
-            [*PYTHON, "harness.doctor", *needs],
+            [*PYTHON, "harness.packages", *needs],
             env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -12,8 +12,7 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness import method
-from harness.doctor import installed
+from harness import method, packages
 from harness.errors import redacted
 from harness.record import RunRecord
 from harness.spec import RunSpec
@@ -54,7 +53,7 @@ def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
     )
     record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
     record.overrides = {name: list(value) for name, value in cls.overrides.items()}
-    if missing := [name for name in cls.needs if not installed(name)]:
+    if missing := [name for name in cls.needs if not packages.found(name)]:
         needed = " ".join(missing)
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")
     chosen, errors = method.build(cls, spec.options)

@@ -26,7 +26,7 @@ class Phase:
     """The cost of one phase. Peaks are the highest over the phase, not the growth in it."""
 
     seconds: Amount = 0.0
-    peak_allocated: Count | None = None  # bytes of live tensors on the GPU: the method's own demand
+    peak_allocated: Count | None = None  # bytes of live tensors: the method's own demand
     peak_reserved: Count | None = None  # bytes the allocator held, fragmentation included
     peak_device: Count | None = None  # bytes the card lost to this process, context included
     peak_host: Count | None = None  # bytes of resident memory of this process
@@ -101,6 +101,20 @@ class Provenance:
     def code(self) -> str | None:
         """The commit, with a + where it was changed since; where it is unknown, the version."""
         return self.commit + "+" * bool(self.dirty) if self.commit else self.version
+
+
+@dataclass
+class Memory:
+    """Bytes of live tensors at the highest moment of a training."""
+
+    weights: Count  # the model's, frozen ones and buffers too, and what a method holds beside them
+    gradients: Count
+    moments: Count  # the optimizer's state
+    activations: Count  # all others
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.gradients + self.moments + self.activations
 
 
 # What stands in a record's lists and dicts, as far as anybody relies on it
@@ -199,6 +213,8 @@ class RunRecord:
     arithmetic: dict[str, dict[str, str | None]] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
+    memory: Memory | None = None  # null on a GPU, whose allocator knows the sum alone
+    disturbed: list[str] | None = None  # by whom or what the training was; null where nothing is known of it
     step_seconds: list[Amount] = field(default_factory=list)
     warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time
     tokens: Tokens = field(default_factory=Tokens)
@@ -263,8 +279,8 @@ class RunRecord:
         except TypeError as error:
             raise ValueError(f"not a run record: {error}") from error
         value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
-        parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance}
-        value |= {name: made(kind, value[name]) for name, kind in parts.items() if name in value}
+        parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance, "memory": Memory}
+        value |= {name: made(kind, value[name]) for name, kind in parts.items() if value.get(name)}
         return made(cls, value)
 
 

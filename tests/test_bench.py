@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
 from harness import bench as running
-from harness import doctor
+from harness import packages
 from harness.cli import progress
 from harness.errors import redacted
 from harness.method import Method
@@ -304,7 +304,7 @@ def test_a_signal_is_not_lost_where_the_record_cannot_be_kept():
 @pytest.fixture
 def stubs(tmp_path):
     """Modules that are nothing, in place of the heavy ones. -> the environment that finds them."""
-    for name in doctor.IMPORTED:
+    for name in packages.IMPORTED:
         path = tmp_path / "stubs" / (name.replace(".", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "__init__.py").touch()

@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["spec", "errors", "plain", "shape", "metrics", "migrate"],
+    ["spec", "errors", "plain", "shape", "metrics", "migrate", "packages"],
     ["record"],
-    ["store", "measuring", "doctor", "data"],
-    ["method"],
+    ["store", "measuring", "data"],
+    ["method", "doctor"],
     ["trial", "training"],
     ["plan", "child"],
     ["bench", "report"],

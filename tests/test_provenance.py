@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 import harness
+from harness import packages
 from harness.record import Provenance
-from harness.training import environment
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def place(tmp_path, monkeypatch):
     (root / "harness").mkdir(parents=True)
     (root / "harness" / "__init__.py").write_text("")
     (tmp_path / "paper.tex").write_text("1")
-    monkeypatch.setattr(environment, "ROOT", root)
+    monkeypatch.setattr(packages, "ROOT", root)
     for key, value in (("GIT_CONFIG_GLOBAL", "/dev/null"), ("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))):
         monkeypatch.setenv(key, value)
     git(tmp_path, "init", "--quiet")
@@ -38,21 +38,21 @@ def commit(folder) -> str:
 
 
 def test_the_repository_around_an_installation_is_another_programs(place):
-    assert environment.source() == {"version": harness.__version__, "commit": None, "dirty": None}
+    assert packages.source() == {"version": harness.__version__, "commit": None, "dirty": None}
 
 
 def test_a_commit_is_of_our_own_files_and_says_whether_they_were_changed(place):
     git(place, "add", "lib")
     own = commit(place)
     (place / "paper.tex").write_text("2")  # beside us, in the same repository
-    assert environment.source() == {"version": harness.__version__, "commit": own, "dirty": False}
-    (environment.ROOT / "harness" / "__init__.py").write_text("changed = True")
-    assert environment.source()["dirty"] is True
+    assert packages.source() == {"version": harness.__version__, "commit": own, "dirty": False}
+    (packages.ROOT / "harness" / "__init__.py").write_text("changed = True")
+    assert packages.source()["dirty"] is True
 
 
 def test_without_git_the_version_says_which_code_it_was(place, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert environment.source() == {"version": harness.__version__, "commit": None, "dirty": None}
+    assert packages.source() == {"version": harness.__version__, "commit": None, "dirty": None}
 
 
 def test_the_code_is_named_by_its_commit_else_by_its_version():

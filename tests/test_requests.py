@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pytest
 
-from harness import cli, doctor, errors, method, plan, trial
+from harness import cli, doctor, errors, method, packages, plan, trial
 from harness.data import cache
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -410,12 +410,25 @@ def test_the_doctor_examines_a_broken_installation(monkeypatch):
     assert any("disk" in what for what in found), "the other probes are made"
 
 
-def test_the_doctor_looks_for_what_the_project_needs():
+def test_the_floors_are_pyprojects_in_a_clone_and_the_metadatas_where_it_is_installed(monkeypatch, tmp_path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = project["dependencies"] + project["optional-dependencies"]["4bit"]
-    floors = dict(line.split(">=") for line in needed)
-    assert set(floors) <= set(doctor.FLOORS)
-    assert {name: doctor.FLOORS[name] for name in floors} == floors
+    assert packages.floors() == dict(line.split(">=") for line in needed)
+    said = ["torch>=2.11", 'bitsandbytes>=0.50; extra == "4bit"', 'trl>=1.16; extra == "oracles"']
+    monkeypatch.setattr(packages, "requires", lambda name: said)
+    monkeypatch.setattr(packages, "ROOT", tmp_path)
+    for other in (None, "[project]\nname = 'another'\ndependencies = ['torch>=9']\n", "[tool.ruff]\n", "["):
+        if other:
+            (tmp_path / "pyproject.toml").write_text(other)
+        assert packages.floors() == {"torch": "2.11", "bitsandbytes": "0.50"}, other
+
+
+def test_the_pins_of_requirements_are_no_older_than_the_floors():
+    pins = dict(
+        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line
+    )
+    assert packages.floors().keys() <= pins.keys()
+    assert not [name for name, floor in packages.floors().items() if packages.older(pins[name], floor)]
 
 
 @pytest.mark.parametrize(("found", "floor", "older"), [
@@ -423,4 +436,4 @@ def test_the_doctor_looks_for_what_the_project_needs():
     ("5.17.0rc1", "5.17", False), ("0.1.1", "0.1.2", True), ("3", "3.1", True), ("2.4.6", "2", False),
 ])  # fmt: skip
 def test_versions_are_compared_by_number(found, floor, older):
-    assert doctor.older(found, floor) == older
+    assert packages.older(found, floor) == older

@@ -7,14 +7,18 @@ does not slow what is measured; the card's own gauge alone is sampled, ten times
 
 import ctypes
 import gc
+import itertools
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from harness.record import Phase
+from harness.measuring import machine
+from harness.measuring.contention import Contention
+from harness.record import TRAINING, Phase
 
 SAMPLE_SECONDS = 0.1  # NVML answers within 10 ms; a phase's level lasts far longer
 
@@ -25,15 +29,15 @@ class Meter:
     `on_enter(name)` is called at each border, for progress.
     """
 
-    def __init__(self, device: torch.device, on_enter=lambda name: None):
-        self.cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, on_enter: Callable[[str], object] = lambda name: None):
         self.phases: dict[str, Phase] = {}
         self.on_enter = on_enter
         self.stack: list[str] = []
-        self.card = Card() if self.cuda else None
+        self.contention = Contention(cuda := device.type == "cuda")
+        self.card = Card(self.contention.look) if cuda else None
 
     @contextmanager
-    def phase(self, name: str):
+    def phase(self, name: str) -> Iterator[Phase]:
         if self.stack:
             self.close(self.stack[-1])
         self.stack.append(name)
@@ -52,26 +56,29 @@ class Meter:
                 self.open()
 
     def open(self) -> None:
-        if self.cuda:
+        if self.card:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self.card.reset()
-            self.joules = self.card.joules()
+            self.joules = machine.card_joules()
         reset_host_peak()
+        if self.stack[-1] in TRAINING:
+            self.contention.open()
         self.start = time.perf_counter()
 
     def close(self, name: str) -> None:
         phase = self.phases[name]
-        if self.cuda:
+        if self.card:
             torch.cuda.synchronize()
         phase.seconds += time.perf_counter() - self.start
+        self.contention.close()
         phase.peak_host = highest(phase.peak_host, host_peak())
-        if self.cuda:
+        if self.card:
             phase.peak_allocated = highest(phase.peak_allocated, torch.cuda.max_memory_allocated())
             reserved = torch.cuda.max_memory_reserved()
             phase.peak_reserved = highest(phase.peak_reserved, reserved)
             phase.peak_device = highest(phase.peak_device, self.card.peak(reserved))
-            after = self.card.joules()
+            after = machine.card_joules()
             if after is not None and self.joules is not None:
                 phase.joules = (phase.joules or 0.0) + after - self.joules
 
@@ -82,10 +89,10 @@ class StepClock:
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.seconds: list[float] = []
-        self.pairs = []
+        self.pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def step(self):
+    def step(self) -> Iterator[None]:
         if self.cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -105,49 +112,32 @@ class StepClock:
 
 
 class Card:
-    """What the whole card says through NVML: bytes used beyond what was used at the start, joules.
+    """The most that the whole card has held beyond what was used at the start. Null where NVML is missing.
 
-    All of it is None where NVML or its counter is missing (virtual or partitioned cards).
+    `each_second` is called as often.
     """
 
-    def __init__(self):
-        self.handle, self.highest, self.before = None, None, None
-        try:
-            import pynvml
+    def __init__(self, each_second: Callable[[], None]):
+        self.before = self.highest = machine.card_bytes_used()
+        if self.before is not None:
+            threading.Thread(target=self.watch, args=(each_second,), daemon=True).start()
 
-            pynvml.nvmlInit()
-            uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            self.before = self.used()
-        except Exception:  # NVML raises many kinds; whichever it is, the gauge is unknown
-            self.handle = None
-            return
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def used(self) -> int:
-        return self.nvml.nvmlDeviceGetMemoryInfo(self.handle).used
-
-    def watch(self) -> None:
-        while True:
-            self.highest = highest(self.highest, self.used())
+    def watch(self, each_second: Callable[[], None]) -> None:
+        for look in itertools.count():
+            self.highest = highest(self.highest, machine.card_bytes_used())
+            if look % round(1 / SAMPLE_SECONDS) == 0:
+                each_second()
             time.sleep(SAMPLE_SECONDS)
 
     def reset(self) -> None:
-        if self.handle:
-            self.highest = self.used()
+        self.highest = machine.card_bytes_used()
 
     def peak(self, reserved: int) -> int | None:
-        """Unknown where it is below what this process holds: then another one has left the card since."""
-        if not self.handle:
+        """Bytes; unknown where it is below what this process holds: then another has left the card since."""
+        most = highest(self.highest, machine.card_bytes_used())
+        if self.before is None or most is None:
             return None
-        taken = highest(self.highest, self.used()) - self.before
-        return taken if taken >= reserved else None
-
-    def joules(self) -> float | None:
-        try:
-            return self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000
-        except Exception:  # not counted on this card
-            return None
+        return most - self.before if most - self.before >= reserved else None
 
 
 def highest(*values: int | None) -> int | None:

@@ -20,14 +20,14 @@ from harness.data.splits import SPLITS
 from harness.data.study import study
 from harness.data.template import COUNTED, Row, Template, rows_hash
 from harness.errors import redacted
+from harness.measuring import machine
 from harness.measuring.meter import Meter, host_peak
 from harness.method import Method
 from harness.record import Data, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, append, leave
 from harness.training import evaluation, weights
-from harness.training.environment import provenance
-from harness.training.loop import train
+from harness.training.loop import rehearsed, train
 from harness.training.model import (
     check_model,
     limit_hub,
@@ -40,8 +40,6 @@ from harness.training.model import (
 )  # fmt: skip
 from harness.training.reading import tokens_read
 from harness.training.run import Run
-
-BUSY_BYTES = 2**30  # a driver and a desktop hold less
 
 
 def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> None:
@@ -76,12 +74,12 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
         cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
     )
     meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
-    if meter.card and meter.card.before and meter.card.before > BUSY_BYTES:
+    if meter.card and meter.card.before and meter.card.before > machine.BUSY_BYTES:
         record.warnings.append(
             f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
             "device memory are not its own"
         )
-    record.phases, record.provenance = meter.phases, provenance(accelerator.device, precision)
+    record.phases, record.provenance = meter.phases, machine.provenance(precision)
     seed_everything(spec.seed)
     # cuDNN's attention builds a plan for each new length, a tenth of a second: more than a small step.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -151,8 +149,13 @@ def trained(model, run: Run):
         record.start = metrics.total(evaluation.test(model, run), run.dataset)
     record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
     start = weights.fingerprints(types)
+    record.memory = rehearsed(model, run)
     run.report = with_progress(run)
     loop = train(model, run)
+    if record.memory:  # where no allocator counts
+        record.phases["train"].peak_allocated = record.memory.peak
+    alike = [] if record.tokens.sampled else record.step_seconds[record.warmup_steps :]
+    record.disturbed = run.meter.contention.reasons(alike)
     weights.check(start, weights.fingerprints(types), record.training)
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     del loop

@@ -9,6 +9,8 @@ import torch
 from transformers import get_scheduler
 
 from harness.measuring.meter import StepClock
+from harness.measuring.tensors import LiveTensors, rehearse
+from harness.record import Memory
 from harness.spec import Hyperparams
 from harness.training import evaluation, head
 from harness.training.reading import Reading
@@ -77,6 +79,23 @@ class Loop:
         self.optimizer.zero_grad()
         self.done += 1
         return {"step": self.done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+
+
+def rehearsed(model, run: "Run") -> Memory | None:
+    """What two steps on the widest examples hold in live tensors; null where that cannot be rehearsed."""
+
+    def width(examples: list) -> int:
+        return max(len(rows) * max(row.length for row in rows) for rows in run.micro_batches(examples))
+
+    def measure() -> Memory:
+        run.report = run.meter.on_enter = lambda *_, **__: None  # a rehearsal is shown to nobody
+        loop, widest = Loop(model, run), max(run.batches, key=width)
+        with LiveTensors(model, loop.optimizer) as live:
+            loop.step(widest)
+            loop.step(widest)
+        return live.memory()
+
+    return rehearse(measure)
 
 
 def settle(entry: dict | None, run: "Run") -> None:

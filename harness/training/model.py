@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from harness.data.batches import collate, pack
 from harness.data.template import Row, Template
+from harness.measuring import machine
 from harness.method import Unsupported
 from harness.spec import RunSpec
 from harness.training import head
@@ -14,7 +15,7 @@ from harness.training import head
 
 def resolve_precision(asked: str) -> str:
     """auto: bf16 where the device truly computes in it (a T4 only emulates it), else fp32."""
-    real = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    real = machine.computes_bf16()
     if asked == "bf16" and torch.cuda.is_available() and not real:
         raise Unsupported("this card has no bf16 arithmetic: use --set hp.precision=fp32")
     return ("bf16" if real else "fp32") if asked == "auto" else asked

@@ -1,0 +1,181 @@
+"""What this machine is and how it fares: each fact one function, which a run's record, its meter and the
+doctor all ask. Unknown is null.
+
+Torch and NVML are imported where they are asked: the doctor works where they are missing.
+"""
+
+import math
+import os
+import platform
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness import packages
+from harness.record import Provenance
+
+BUSY_BYTES = 2**30  # of a card: a driver, a desktop and an idle program hold less
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # of OpenMP's threads
+GROUPS = Path("/sys/fs/cgroup")  # what Linux allows a container, in its second version or its first
+TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of the kernel's counters, a second
+
+
+def provenance(precision: str) -> Provenance:
+    """With what a run is made, by an allow-list: never the whole of os.environ."""
+    import torch
+
+    card = card_properties()
+    return Provenance(
+        device=card.name if card else "cpu",
+        device_bytes=card.total_memory if card else None,
+        driver=driver() if card else None,
+        cuda=torch.version.cuda,
+        precision=precision,
+        cpu=cpu(),
+        threads=torch.get_num_threads(),
+        waiting=waiting(),
+        platform=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        packages=packages.recorded(),
+        allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        **packages.source(),
+    )
+
+
+# The processor
+
+
+def cpu() -> str:
+    """Its name, and how many threads all of it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} threads" if names else platform.processor()
+
+
+def cores() -> set[int]:
+    """The numbers of those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def quota() -> float:
+    """Cores' worth of time that a container may use; infinite where none is set."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # "max" is no number
+            most, period = (int(n) for n in " ".join((GROUPS / file).read_text() for file in files).split())
+            return most / period if most > 0 else math.inf
+    return math.inf
+
+
+def waiting() -> str:
+    """How idle threads wait: spinning ones take a core from others."""
+    return ", ".join(f"{n}={os.environ[n]}" for n in WAITING if n in os.environ) or "as the library does"
+
+
+def busy_seconds() -> tuple[float, float] | None:
+    """Since the start of the machine, summed over the cores that this process may use: CPU seconds that
+    anybody has worked, and those that a hypervisor gave to other machines."""
+    try:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        ours = {f"cpu{core}" for core in cores()}
+        times = [[int(ticks) for ticks in rest[:8]] for name, *rest in lines if name in ours]
+        columns = [sum(column) / TICK for column in zip(*times, strict=True)]
+        user, nice, system, _, _, interrupts, soft, stolen = columns
+    except (OSError, ValueError):
+        return None
+    return user + nice + system + interrupts + soft, stolen
+
+
+def seconds_of(process: int) -> float:
+    """CPU seconds of a process so far, all its threads together; 0 where there is none such."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+# The card
+
+
+def card_properties() -> Any:
+    """Torch's, of the card that runs use: its name, total_memory (bytes), uuid; null where there is none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+
+
+def computes_bf16() -> bool:
+    """Truly: a T4 only emulates it."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@cache
+def nvml() -> tuple[Any, Any]:
+    """-> the driver's own library, and its handle of this card: by UUID, as it counts cards otherwise than
+    CUDA does. Raises what NVML likes where it is missing, or the card is virtual or a part of one."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{card_properties().uuid}")
+
+
+def ask(question: str, *more: int) -> Any:
+    """What NVML answers of this card; null where it does not know."""
+    try:
+        library, card = nvml()
+        return getattr(library, question)(card, *more)
+    except Exception:  # NVML raises many kinds; whichever it is, the answer is unknown
+        return None
+
+
+def driver() -> str | None:
+    try:
+        return nvml()[0].nvmlSystemGetDriverVersion()
+    except Exception:  # as above
+        return None
+
+
+def card_bytes_used() -> int | None:
+    """Of the whole card, by whomever."""
+    answer = ask("nvmlDeviceGetMemoryInfo")
+    return answer and answer.used
+
+
+def card_joules() -> float | None:
+    """Of the whole card, since its driver was loaded."""
+    answer = ask("nvmlDeviceGetTotalEnergyConsumption")
+    return answer and answer / 1000
+
+
+def card_bytes_of_others() -> int | None:
+    """What other computing processes hold. In a container ours has another number there: it is taken for the
+    largest."""
+    answer = ask("nvmlDeviceGetComputeRunningProcesses")
+    if answer is None:
+        return None
+    held = {process.pid: process.usedGpuMemory or 0 for process in answer}
+    ours = os.getpid() if os.getpid() in held else max(held, key=lambda p: held[p], default=None)
+    return sum(size for process, size in held.items() if process != ours)
+
+
+def card_clock() -> tuple[int, int] | None:
+    """MHz of its processors now, and at most."""
+    now, most = ask("nvmlDeviceGetClockInfo", 1), ask("nvmlDeviceGetMaxClockInfo", 1)  # 1: NVML_CLOCK_SM
+    return (now, most) if now and most else None
+
+
+SLOWED = {0x08: "the hardware", 0x20: "heat", 0x40: "heat", 0x80: "the power supply"}  # NVML's bits
+
+
+def card_slowed_by() -> set[str]:
+    """What holds its clocks down. Its power limit is not named: a busy card's ordinary pace."""
+    reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
+    return {name for bit, name in SLOWED.items() if reasons & bit}
