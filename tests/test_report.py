@@ -16,8 +16,9 @@ pytest.importorskip("pandas")
 from harness.record import Data, Provenance, Sizes, Tokens
 from harness.report import brief_table, render
 from harness.report.certificate import certificate
+from harness.report.comparison import comparisons
+from harness.report.differences import noise_floor
 from harness.report.plots import place_labels
-from harness.report.rows import comparisons
 from harness.report.tables import choose
 from harness.report.text import markdown, plain, shorten, spread
 from harness.spec import Hyperparams
@@ -112,9 +113,51 @@ def test_the_answer_says_the_difference_with_its_interval(usual, tmp_path):
     assert "Not everything was the same" not in text
 
 
+def test_the_same_run_again_shows_the_noise_and_is_no_seed(tmp_path):
+    results = fabricate.results(tmp_path / "r")
+    again = [fabricate.record("qlora", 1, repeat=n) for n in (1, 2)]
+    again[0].phases["train"].seconds *= 1.1
+    records = Store(results).load()[0] + again
+    [comparison] = comparisons(records)
+    assert [len(t.records) for t in comparison.trained] == [3, 3]
+    (technique,) = (t for t in comparison.trained if t.repeats)
+    run = next(r for r in technique.records if r.spec.seed == 1)
+    again[0].scores, again[1].scores = dict(run.scores), {**run.scores, "bleu4": run.scores["bleu4"] + 0.5}
+    table = noise_floor(comparison)
+    assert table.columns == [
+        "The same run again",
+        "Runs",
+        "BLEU-4",
+        "ROUGE-L",
+        "Peak memory",
+        "Training time",
+    ]
+    assert table.rows == [["QLoRA (seed 1)", "3", "0.50", "0.000", "0.0%", "10.0%"]]
+    assert noise_floor(comparisons(Store(results).load()[0])[0]) is None
+
+
+def test_a_run_that_was_disturbed_has_no_time(tmp_path):
+    results = fabricate.results(tmp_path / "r")
+    busy = "other processes took 0.9 of 2 cores"
+    fabricate.keep(results, fabricate.record("qlora", 1, disturbed=[busy]))
+    fabricate.keep(results, fabricate.record("qlora", 0, disturbed=[]))
+    text, _ = rendered(tmp_path, results)
+    lead, rest = text.split("## Results")
+    assert "Times of disturbed runs are not ranked: QLoRA (1 run)." in lead
+    assert "least memory" in lead and "least training time" not in lead
+    assert "1 of 3 runs disturbed" in rest.split("## More on quality")[0]
+    fine, details = certified(*Store(results).load()[0])["Nothing else kept the machine busy"]
+    assert (
+        fine is False
+        and f"QLoRA (seed 1): {busy}" in details
+        and "not recorded for QLoRA (seed 2)" in details
+    )
+    assert "| Nothing else kept the machine busy | NO |" in rest
+
+
 def test_one_seed_ranks_nothing(tmp_path):
     text, _ = rendered(tmp_path, fabricate.results(tmp_path / "r", seeds=(0,)))
-    assert "Single seed: no ranking" in text
+    assert "Single seed: no ranking, which takes 3. Measured were QLoRA (BLEU-4 2" in text
     assert "highest" not in text.split("## Results")[0] and "least memory" not in text
 
 
@@ -409,7 +452,7 @@ def test_declared_deviations_are_footnotes(tmp_path):
 
 def test_options_that_differ_name_the_rows():
     records = [fabricate.record("lora", options={"rank": r, "alpha": 16}) for r in (8, 64)]
-    assert [row.label for row in comparisons(records)[0].rows] == ["LoRA (rank 8)", "LoRA (rank 64)"]
+    assert [t.label for t in comparisons(records)[0].techniques] == ["LoRA (rank 8)", "LoRA (rank 64)"]
 
 
 def test_bases_join_every_comparison_evaluated_alike():

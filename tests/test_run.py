@@ -23,7 +23,7 @@ from harness.method import FOLDER, build, resolve
 from harness.metrics import scores
 from harness.plan import Request, beyond, plan
 from harness.record import Phase, RunRecord, answers_hash
-from harness.report.rows import comparisons, tokens_per_second
+from harness.report.comparison import comparisons, tokens_per_second
 from harness.report.tables import quality
 from harness.spec import RunSpec
 from harness.store import EVENTS, OUTPUTS, RECORD, append, score
@@ -207,13 +207,13 @@ def test_what_starts_at_a_base_row_is_not_scored_twice(run):
 def test_loftqs_start_is_its_own_base_and_not_the_four_bit_model(run):
     found = {name: run(name)[0] for name in ("base", "base_nf4", "qlora", "loftq")}
     (comparison,) = comparisons(list(found.values()))
-    rows = {row.spec.method: row for row in comparison.rows}
+    techniques = {t.spec.method: t for t in comparison.techniques}
     nf4 = found["base_nf4"].scores["bleu4"]
-    assert comparison.own_scores(rows["qlora"], "bleu4") == [nf4]
-    assert comparison.own_scores(rows["loftq"], "bleu4") == [scores(found["loftq"].start)["bleu4"]]
-    assert comparison.own_base(rows["qlora"]) is rows["base_nf4"]
-    assert comparison.own_base(rows["loftq"]) is None
-    assert comparison.own_scores(rows["base"], "bleu4") == []
+    assert comparison.own_scores(techniques["qlora"], "bleu4") == [nf4]
+    assert comparison.own_scores(techniques["loftq"], "bleu4") == [scores(found["loftq"].start)["bleu4"]]
+    assert comparison.own_base(techniques["qlora"]) is techniques["base_nf4"]
+    assert comparison.own_base(techniques["loftq"]) is None
+    assert comparison.own_scores(techniques["base"], "bleu4") == []
     assert "BLEU-4 (own base)" in quality(comparison).columns
 
 

@@ -4,19 +4,24 @@ import numpy as np
 import pytest
 
 from harness.metrics import METRICS, scores, total
-from harness.report.stats import Bootstrap, holm, pareto, student
+from harness.report.stats import Family, Sample
 
 sacrebleu = pytest.importorskip("sacrebleu")
+MEAN = METRICS["rouge_l"].value
 
 
-def rows(values, metric: str = "rouge_l") -> dict[str, np.ndarray]:
-    """Test rows with these values of a metric."""
-    return {metric: np.array([[value, 1] for value in values], dtype=float).reshape(-1, 2)}
+def scored(seeds: list, value=MEAN) -> Sample:
+    """A technique of which each seed scores each test row so much."""
+    return Sample.of_rows([np.stack([row, np.ones(len(row))], 1) for row in np.asarray(seeds, float)], value)
 
 
-def interval(a: list, b: list, **options):
-    sample = Bootstrap({"a": list(map(rows, a)), "b": list(map(rows, b))}, **options)
-    return sample.difference("rouge_l", "a", "b")
+def difference(a: list, b: list, **options):
+    return Family({"a": scored(a), "b": scored(b)}, [("a", "b")], **options).difference("a", "b")
+
+
+def all_pairs(names) -> list[tuple]:
+    names = list(names)
+    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
 
 
 @pytest.mark.parametrize("words, length", [("a b c", 12), ("a b c d e f g h", 5), ("abcdefghijklmnop", 2)])
@@ -56,89 +61,121 @@ def test_corpus_scores_weigh_tokens_not_rows():
     assert found["token_accuracy"] == pytest.approx(0.8)
 
 
+def test_a_rows_pull_on_a_mean_is_its_distance_from_it():
+    row = np.random.default_rng(0).random(40)
+    assert scored([row]).pulls[0] == pytest.approx(row - row.mean())
+
+
+def test_the_error_of_bleu_is_what_sacrebleu_finds_by_resampling():
+    luck, words = random.Random(0), ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree"]
+    references = [[luck.choice(words) for _ in range(luck.randint(6, 15))] for _ in range(200)]
+    outputs = [[w if luck.random() < 0.6 else luck.choice(words) for w in r] for r in references]
+    texts = [[" ".join(words) for words in side] for side in (outputs, references)]
+    sentence = sacrebleu.BLEU(effective_order=True)
+    counts = [sentence.sentence_score(o, [r]) for o, r in zip(*texts, strict=True)]
+    sums = np.array([[c.sys_len, c.ref_len, *c.counts, *c.totals] for c in counts], dtype=float)
+    sample = Sample.of_rows([sums], METRICS["bleu4"].value)
+    resampled = sacrebleu.BLEU().corpus_score(texts[0], [texts[1]], n_bootstrap=1000)
+    assert sample.point == pytest.approx(resampled.score)
+    assert 1.96 * sample.pulls.std() / 200**0.5 == pytest.approx(resampled._ci, rel=0.1)
+
+
 def test_identical_runs_differ_by_exactly_nothing():
-    run = np.random.default_rng(0).random(50)
-    d = interval([run] * 3, [run] * 3)
-    assert (d.value, d.low, d.high, d.p) == (0, 0, 0, 1)
-    runs = [np.random.default_rng(i).random(50) for i in range(3)]
-    d = interval(runs, runs)  # the seeds vary, the rows drawn are the same
-    assert d.value == 0 and d.p == 1 and d.low == -d.high
+    row = np.random.default_rng(0).random(50)
+    d = difference([row] * 3, [row] * 3)
+    assert (d.value, d.low, d.high, d.sign) == (0, 0, 0, 0)
+    seeds = [np.random.default_rng(i).random(50) for i in range(3)]
+    d = difference(seeds, seeds)
+    assert d.value == 0 and d.low == -d.high and d.sign == 0
 
 
-def test_the_same_seed_draws_the_same_interval():
-    a, b = (np.random.default_rng(i).random((2, 80)) for i in (0, 1))
-    assert interval(a, b) == interval(a, b)
+def test_the_same_samples_have_the_same_interval():
+    a, b = np.random.default_rng(0).random((2, 3, 80))
+    assert difference(a, b) == difference(a, b)
 
 
-@pytest.mark.parametrize("seeds, seed_noise", [(1, 0.0), (3, 0.02), (3, 0.1)])
-def test_interval_covers_the_true_difference_as_often_as_it_says(seeds, seed_noise):
-    rng = np.random.default_rng(7)
-    hits = 0
-    for trial in range(120):
-        shared = rng.normal(0, 0.3, 150)  # hard and easy rows, for both alike
-        a, b = (
-            [mean + shared + rng.normal(0, 0.1, 150) + rng.normal(0, seed_noise) for _ in range(seeds)]
-            for mean in (0.55, 0.50)
-        )
-        d = interval(a, b, resamples=200, seed=trial)
-        hits += d.low <= 0.05 <= d.high
-    assert 0.89 <= hits / 120 <= 1.0
+def test_one_way_round_is_the_other_with_its_sign_turned():
+    a, b = np.random.default_rng(0).random((2, 3, 80))
+    family = Family({"a": scored(a), "b": scored(b)}, [("a", "b")])
+    d, turned = family.difference("a", "b"), family.difference("b", "a")
+    assert (turned.value, turned.low, turned.high) == pytest.approx((-d.value, -d.high, -d.low))
+
+
+def test_one_pair_of_single_seeds_is_scipys_paired_t():
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.random.default_rng(1).normal(0, 1, (2, 25))
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    d = difference([a], [b], draws=100_000)
+    assert (d.low, d.high) == pytest.approx((expected.low, expected.high), rel=0.02, abs=0.01)
+
+
+def test_all_pairs_of_single_seeds_are_tukeys():
+    """Where rows are many and techniques do not share them, the greatest of all differences is known."""
+    stats = pytest.importorskip("scipy.stats")
+    rows = np.random.default_rng(2).normal(0, 1, (6, 4000))
+    family = Family({i: scored([row]) for i, row in enumerate(rows)}, all_pairs(range(6)), draws=50_000)
+    assert family.critical == pytest.approx(stats.studentized_range.ppf(0.95, 6, np.inf) / 2**0.5, rel=0.02)
+
+
+def test_chance_of_a_row_in_a_seed_counts_once():
+    """Seeds that differ by no more than their rows say: the variance is that of the mean over them."""
+    rng = np.random.default_rng(3)
+    seeds = rng.normal(0, 1, (3, 60))
+    seeds += 0.3 - seeds.mean(1, keepdims=True)  # all seeds score the same: less than chance would have it
+    family = Family({"a": scored(seeds), "b": scored([np.zeros(60)])}, [("a", "b")])
+    assert family.width[0] / family.critical == pytest.approx(seeds.mean(0).std(ddof=1) / 60**0.5)
+    seeds += np.array([[-1.0], [0.0], [1.0]])  # much more: what their spread says
+    family = Family({"a": scored(seeds), "b": scored([np.zeros(60)])}, [("a", "b")])
+    of_technique = seeds.mean(0).var(ddof=1) / 60 - family.own_rows[0] / 3
+    assert family.width[0] / family.critical == pytest.approx((of_technique + 1 / 3) ** 0.5)
+
+
+def test_seeds_alone_are_the_sample_of_a_cost():
+    """No technique is taken to be steadier than all are together, and an unsteady one not to be steadier."""
+    samples = {"a": [0.0, 0.1, 0.2], "b": [1.0, 1.01, 1.02], "c": [2.0, 2.0, 2.0]}
+    family = Family({k: Sample.of_seeds(v) for k, v in samples.items()}, all_pairs(samples))
+    shared = (0.1**2 + 0.01**2) / 3
+    assert family.larger(family.spread) == pytest.approx([0.01, shared, shared])
+    assert family.width[2] / family.critical == pytest.approx((2 * shared / 3) ** 0.5)  # b and c
+    exact = Family({k: Sample.of_seeds([v] * 3) for k, v in {"a": 1.0, "b": 2.0}.items()}, [("a", "b")])
+    assert exact.difference("a", "b").sign == -1
 
 
 def test_pairing_removes_what_both_sides_share():
-    rng = np.random.default_rng(3)
-    shared = rng.normal(0, 1, 400)
-    d = interval([shared + 0.01], [shared])
-    assert d.high - d.low < 1e-9 and d.separable
+    shared = np.random.default_rng(3).normal(0, 1, 400)
+    d = difference([shared + 0.01], [shared])
+    assert d.high - d.low < 1e-9 and d.sign == 1
 
 
-def test_ties_are_what_cannot_be_told_from_the_best():
-    rng = np.random.default_rng(5)
-    means = {"good": 0.60, "alike": 0.595, "poor": 0.30}
-    runs = {n: [rows(m + rng.normal(0, 0.2, 300)) for _ in range(3)] for n, m in means.items()}
-    best, tied = Bootstrap(runs).ties("rouge_l", list(means))
-    assert {best, *tied} == {"good", "alike"}
-
-
-def test_lower_perplexity_is_better():
-    low, high = (rows([nats] * 20, "perplexity") for nats in (1.0, 2.0))
-    assert Bootstrap({"low": [low], "high": [high]}).ties("perplexity", ["low", "high"]) == ("low", [])
+def test_the_detectable_difference_of_one_pair_is_the_text_books():
+    """2.80 standard errors: 1.96 for the level, 0.84 for the power."""
+    a, b = np.random.default_rng(4).normal(0, 1, (2, 2000))
+    family = Family({"a": scored([a]), "b": scored([b])}, [("a", "b")], draws=50_000)
+    error = (a - b).std() / 2000**0.5
+    assert family.detectable()[0] == pytest.approx(2.80 * error, rel=0.02)
+    assert family.power(2.80 * error)[0] == pytest.approx(0.8, abs=0.01)
 
 
 def test_unknown_scores_stay_unknown():
-    known, unknown = rows(np.ones(9)), rows([1, None, 1, 1, 1, 1, 1, 1, 1])
-    d = Bootstrap({"a": [known], "b": [unknown]}).difference("rouge_l", "a", "b")
-    assert np.isnan(d.value) and not d.separable
+    family = Family({"a": scored([np.ones(9)]), "b": scored([[1, None, *[1] * 7]])}, [("a", "b")])
+    d = family.difference("a", "b")
+    assert np.isnan(d.value) and d.sign == 0 and not family.pairs
 
 
 def test_runs_over_other_rows_are_refused():
-    for runs in ({}, {"a": [rows([])]}, {"a": [rows([1, 2])], "b": [rows([1])]}):
-        with pytest.raises(ValueError, match="same test rows"):
-            Bootstrap(runs)
+    with pytest.raises(ValueError, match="same test rows"):
+        Family({"a": scored([[1, 2]]), "b": scored([[1, 2, 3]])}, [("a", "b")])
 
 
-def test_student_is_scipys():
-    scipy = pytest.importorskip("scipy.stats")
-    for freedom in (1, 2, 3.7, 30, 6000):
-        width, p = student(1.7, freedom)
-        assert width == pytest.approx(scipy.t.ppf(0.975, freedom), rel=1e-4)
-        assert p == pytest.approx(2 * scipy.t.sf(1.7, freedom), abs=1e-5)
-
-
-def test_holm_steps_down():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    adjusted = holm([0.02, float("nan")])
-    assert adjusted[0] == pytest.approx(0.02) and np.isnan(adjusted[1])
-    assert holm([]) == []
-
-
-def test_pareto_front_is_what_nothing_beats():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        points = rng.integers(0, 5, (8, 2)).astype(float)
-        expected = [
-            not any((c <= cost and g > gain) or (c < cost and g >= gain) for c, g in points)
-            for cost, gain in points
-        ]
-        assert pareto(points[:, 0], points[:, 1]).tolist() == expected
-    assert pareto([1.0, np.nan], [1.0, 2.0]).tolist() == [True, False]
+@pytest.mark.parametrize("seeds, unsteady", [(1, 0.0), (3, 0.0), (3, 0.02), (3, 0.1)])
+def test_all_intervals_hold_as_often_as_they_say(seeds, unsteady):
+    """Five techniques with shared easy and hard rows; `unsteady`: how much their seeds vary."""
+    rng, means = np.random.default_rng(7), np.linspace(0.4, 0.6, 5)
+    held, benches = 0, 150
+    for _ in range(benches):
+        rows = rng.normal(0, 0.3, 120) + rng.normal(0, 0.1, (5, 1, 120)) + means[:, None, None]
+        runs = rows + rng.normal(0, 0.1, (5, seeds, 120)) + rng.normal(0, unsteady, (5, seeds, 1))
+        family = Family({i: scored(of) for i, of in enumerate(runs)}, all_pairs(range(5)), draws=500)
+        seen = {pair: family.difference(*pair) for pair in family.pairs}
+        held += all(d.low <= means[a] - means[b] <= d.high for (a, b), d in seen.items())
+    assert 0.90 <= held / benches <= 0.99  # 95 % give or take three standard errors

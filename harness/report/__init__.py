@@ -16,8 +16,8 @@ from markupsafe import Markup
 from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.blocks import Block, Plot, Title
+from harness.report.comparison import comparisons
 from harness.report.document import document
-from harness.report.rows import comparisons
 from harness.report.tables import brief
 from harness.report.text import markdown
 from harness.store import Store, save

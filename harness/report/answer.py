@@ -1,88 +1,84 @@
 """What can be concluded, in plain words and with its uncertainty; nothing that cannot."""
 
-from math import inf, isfinite
-from statistics import fmean
+from math import inf
 
-from harness.metrics import METRICS, Metric, compared
+from harness.metrics import METRICS, compared
 from harness.record import RunRecord
-from harness.report.rows import UNTOUCHED, Comparison, Row, seconds
-from harness.report.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
+from harness.report.comparison import SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique
+from harness.report.stats import CONFIDENCE
 from harness.report.text import duration, listed, number, size
+from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
 
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
 FALL = 0.01  # of a metric's range, at the least: from 0.1 BLEU-4 to 0 is no loss of a skill
 MANY = 0.1  # share of the test rows that the lead speaks of
+UNITS = {MEMORY.name: size, TIME.name: duration}
 
 
-def answer(comparison: Comparison, sample: Bootstrap | None) -> str:
-    sentences = [opening(comparison), *worse(comparison, sample), unreached(comparison)]
-    done = [row for row in comparison.trained if row.done]
-    ranked = [row for row in done if row.ranked]
+def answer(comparison: Comparison, verdicts: Verdicts) -> str:
+    sentences = [opening(comparison), *worse(comparison, verdicts), unreached(comparison)]
+    done = [t for t in comparison.trained if t.done]
     if not comparison.trained:
         sentences.append("No technique has been run yet.")
     elif not done:
         sentences.append("None of them has a result.")
     elif comparison.random_weights:
         sentences.append("The weights were drawn at random, so that only the cost columns mean anything.")
-    elif not sample:
-        sentences.append("Without the test outputs of two rows there is no interval, and no ranking.")
+    elif not verdicts.metrics:
+        sentences.append("Without the test outputs of two runs there is no interval, and no ranking.")
     else:
-        sentences += [*gains(comparison, sample, ranked), no_ranking(done, ranked)]
-        for rows in comparison.objectives.values():
-            equals = [row for row in ranked if row in rows]
-            if len([row for row in equals if row.sums]) > 1:
-                sentences += [ranking(sample, metric, equals) for metric in compared()]
-    if len(ranked) > 1:
-        if comparison.on_gpu:  # resident memory is Python's and its libraries' for the most part
-            sentences.append(cheapest(ranked, comparison.peak_memory, "least memory", size))
-        sentences.append(cheapest(ranked, seconds, "least training time", duration))
-    for row in comparison.rows:
-        if not row.done:
-            sentences.append(f"{row.label} has no result: {row.status}.")
-    others = [row for row in done if row.objective != "sft"]
+        sentences += [gains(comparison, verdicts.metrics[0]), no_ranking(comparison, done)]
+    for objective in comparison.objectives:
+        among = f" of the {objective} techniques" if len(comparison.objectives) > 1 else ""
+        sentences += [highest(standing, objective, among) for standing in verdicts.metrics]
+        sentences += [cheapest(standing, objective, among) for standing in verdicts.costs]
+    sentences.append(disturbed(comparison))
+    sentences += [f"{t.label} has no result: {t.status}." for t in comparison.techniques if not t.done]
+    others = [t for t in done if t.objective != "sft"]
     if others and not comparison.random_weights:
         sentences.append(f"Other objectives, not ranked with the rest: {listed(aims(comparison, others))}.")
     return " ".join(filter(None, sentences))
 
 
 def opening(comparison: Comparison) -> str:
-    spec, rows = comparison.spec, comparison.trained
-    if not rows:
+    spec, techniques = comparison.spec, comparison.trained
+    if not techniques:
         return f"{spec.model}, untouched, on {data_title(comparison)}."
-    seeds = sorted({len(row.records) for row in rows})
+    seeds = sorted({len(t.records) for t in techniques})
     ends = dict.fromkeys((seeds[0], seeds[-1]))
     tested = f"{len(comparison.parts):,} " if comparison.parts else ""
-    scored = any(row.done for row in rows)
+    scored = any(t.done for t in techniques)
     return (
-        f"{count(len(rows), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}, "
+        f"{count(len(techniques), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}, "
         f"{' to '.join(map(str, ends))} seed{'s' * (seeds != [1])} each"
         + (f", and were scored on the same {tested}test rows." if scored else ".")
-        if len(rows) > 1 else
-        f"{rows[0].label} fine-tuned {spec.model} on {data_title(comparison)} with "
+        if len(techniques) > 1 else
+        f"{techniques[0].label} fine-tuned {spec.model} on {data_title(comparison)} with "
         f"{count(seeds[0], 'seed')}" + (f" and was scored on {tested}test rows." if scored else ".")
     )  # fmt: skip
 
 
-def worse(comparison: Comparison, sample: Bootstrap | None) -> list[str]:
+def worse(comparison: Comparison, verdicts: Verdicts) -> list[str]:
     """Who is worse than the untouched model by far, in any seed's perplexity or clearly in a score."""
     base = comparison.base(UNTOUCHED)
     if comparison.random_weights or not base or not base.done:
         return []
     found = []
-    for row in comparison.trained:
+    for technique in comparison.trained:
         said = []
-        before, values = base.values(perplexity), row.values(perplexity)
+        before, values = base.values(perplexity), technique.values(perplexity)
         if before and values and max(values) > FAR * max(before):
             most = number(max(values)) if max(values) < inf else "too large to write"
             said.append(f"perplexity {most} against {number(max(before))}")
-        for metric in compared() if sample and row.sums and base.sums else ():
-            value, level = (sample.point(metric.name, side.label) for side in (row, base))
+        for standing in verdicts.metrics:
+            metric = METRICS[standing.quantity.name]
+            value, level = (standing.point(side.label) for side in (technique, base))
             far = FAR * value < level and level - value >= FALL * metric.range[1]
-            if far and sample.difference(metric.name, row.label, base.label).separable:
+            if far and standing.verdict(technique.label, base.label).difference.sign < 0:
                 shown = (number(score, metric.decimals) for score in (value, level))
                 said.append(f"{metric.label} {' against '.join(shown)}")
         if said:
-            found.append(f"{row.label} ({listed(said)})")
+            found.append(f"{technique.label} ({listed(said)})")
     return [f"Worse than the untouched model by far: {listed(found)}."] if found else []
 
 
@@ -115,82 +111,96 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'s' * (n != 1)}"
 
 
-def no_ranking(done: list[Row], ranked: list[Row]) -> str:
-    """Says who is not ranked, and why."""
-    rest = [row for row in done if not row.ranked]
+def no_ranking(comparison: Comparison, done: list[Technique]) -> str:
+    """Who is not ranked, why, and what was measured."""
+    rest = [t for t in done if not t.ranked]
     if not rest:
         return ""
-    reasons = {row.unranked_because for row in rest}
-    if not ranked and reasons == {"single seed"}:
-        return f"Single seed: no ranking, which takes {SEEDS_TO_RANK}."
-    named = listed([f"{row.label} ({row.unranked_because})" for row in rest])
+    if len(rest) == len(done) and {t.unranked_because for t in rest} == {"single seed"}:
+        named = listed([f"{t.label} ({measured(comparison, t)})" for t in rest], len(rest))
+        return f"Single seed: no ranking, which takes {SEEDS_TO_RANK}. Measured were {named}."
+    facts = {t.label: filter(None, (t.unranked_because, measured(comparison, t))) for t in rest}
+    named = listed([f"{label} ({'; '.join(known)})" for label, known in facts.items()], len(rest))
     return f"Not ranked, as that takes {SEEDS_TO_RANK} seeds that all stayed finite: {named}."
 
 
-def gains(comparison: Comparison, sample: Bootstrap, ranked: list[Row]) -> list[str]:
+def measured(comparison: Comparison, technique: Technique) -> str:
+    """Nothing of what diverged: its other seeds say too much good of it."""
+    if technique.diverged:
+        return ""
+    means = {m: technique.mean(lambda r, m=m: comparison.score(r, m.name)) for m in compared()}
+    return ", ".join(f"{m.label} {number(mean, m.decimals)}" for m, mean in means.items())
+
+
+def gains(comparison: Comparison, standing: Standing) -> str:
     """Against the untouched model, which needs no other method to be compared with."""
-    rows = [row for row in ranked if row.sums]
-    base = comparison.before(rows[0]) if rows else None
-    if not base or not base.sums:
-        return []
-    found = sample.differences("bleu4", [(row.label, base.label) for row in rows])
     groups = {"rose with": [], "fell with": [], "did not measurably change with": []}
-    for row, d in zip(rows, found, strict=True):
-        change = f"{row.label} ({number(d.value, 2, signed=True)})"
-        verb = ("rose with" if d.value > 0 else "fell with") if d.separable else list(groups)[2]
-        groups[verb].append(change)
+    verbs = dict(zip((1, -1, 0), groups, strict=True))
+    for technique in comparison.trained:
+        before = comparison.before(technique)
+        if technique.ranked and before and technique.label in standing.entrants:
+            verdict = standing.verdict(technique.label, before.label)
+            if verdict.word:
+                change = number(verdict.difference.value, standing.quantity.decimals, signed=True)
+                groups[verbs[verdict.sign]].append(f"{technique.label} ({change})")
     told = [f"{verb} {listed(names)}" for verb, names in groups.items() if names]
-    return [f"Against the untouched model, BLEU-4 {listed(told)}."]
+    return f"Against the untouched model, {standing.quantity.label} {listed(told)}." if told else ""
 
 
-def ranking(sample: Bootstrap, metric: Metric, ranked: list[Row]) -> str:
-    names = [row.label for row in ranked if row.sums]
-    names = [name for name in names if isfinite(sample.point(metric.name, name))]
+def highest(standing: Standing, objective: str, among: str) -> str:
+    names = standing.ranked(objective)
     if len(names) < 2:
         return ""
-    best, tied = sample.ties(metric.name, names)
-    value = number(sample.point(metric.name, best), metric.decimals)
-    behind = sorted(set(names) - {best, *tied}, key=lambda name: -sample.point(metric.name, name))
+    best, quantity, tied = names[0], standing.quantity, standing.tied(names[0], objective)
+    if standing.alike(objective) == [names]:
+        return f"In {quantity.label}, {listed(names)} are tied: test rows and seeds cannot tell them apart."
+    most = "highest" if quantity.better == "higher" else "lowest"
+    value = number(standing.point(best), quantity.decimals)
+    text = f"{best} has the {most} {quantity.label}{among}, {value}"
+    text += f", but is tied with {listed(tied)}" if tied else ""
+    behind = next((name for name in names if name not in (best, *tied)), None)
     if not behind:
-        everyone = listed([best, *tied])
-        return f"In {metric.label}, {everyone} are tied: test rows and seeds cannot tell them apart."
-    d = sample.difference(metric.name, best, behind[0])
-    lead = (
-        f"{number(d.value, metric.decimals)} ahead of {behind[0]} ({CONFIDENCE:.0%} CI "
-        f"{number(d.low, metric.decimals)} to {number(d.high, metric.decimals)})"
-    )
-    if tied:
-        return (
-            f"{best} has the highest {metric.label}, {value}, but is tied with {listed(tied)}; it is {lead}."
-        )
-    return f"{best} has the highest {metric.label}, {value}, {lead}."
+        return text + "."
+    first, second = (best, behind) if quantity.better == "higher" else (behind, best)
+    d = standing.verdict(first, second).difference
+    ahead, low, high = (number(v, quantity.decimals) for v in (d.value, d.low, d.high))
+    link = "; it is" if tied else ","
+    return f"{text}{link} {ahead} ahead of {behind} ({CONFIDENCE:.0%} CI {low} to {high})."
 
 
-def aims(comparison: Comparison, rows: list[Row]) -> list[str]:
-    """`ORPO (preference accuracy 0.012 to 0.950)`: before and after, of what each aims at."""
-    found = []
-    for row in rows:
-        before, metric = comparison.before(row), METRICS[row.aim]
-        values = [r.mean(lambda r, m=row.aim: comparison.score(r, m)) if r else None for r in (before, row)]
-        known = [number(v, metric.decimals) for v in values if v is not None]
-        found.append(f"{row.label} ({metric.label.lower()} {' to '.join(known)})" if known else row.label)
-    return found
-
-
-def cheapest(ranked: list[Row], of, what: str, unit) -> str:
-    """Methods whose ranges over seeds meet share the place."""
-    values = {row.label: row.values(of) for row in ranked}
-    values = {name: v for name, v in values.items() if v}
-    if len(values) < 2:
+def cheapest(standing: Standing, objective: str, among: str) -> str:
+    """Those that cannot be told from the best share the place."""
+    names, quantity = standing.ranked(objective), standing.quantity
+    if len(names) < 2:
         return ""
-    order = sorted(values, key=lambda name: fmean(values[name]))
-    first = [name for name in order if min(values[name]) <= max(values[order[0]])]
-    least, most = fmean(values[order[0]]), fmean(values[order[-1]])
-    text = f"{listed(first)} took the {what} ({unit(least)})"
-    if order[-1] in first:
-        return f"No technique took clearly less {what.partition(' ')[2]} than all others."
-    if not least:
+    tied = standing.tied(names[0], objective)
+    if len(tied) == len(names) - 1:
+        return f"No technique took clearly less {quantity.label.lower()} than all others{among}."
+    least, most = standing.point(names[0]), standing.point(names[-1])
+    what = quantity.label.lower().removeprefix("peak ")
+    text = f"{listed([names[0], *tied])} took the least {what}{among} ({UNITS[quantity.name](least)})"
+    if names[-1] in tied:
         return text + "."
     ratio = most / least
     more = f"{ratio:.2g} times as much" if ratio >= 1.1 else f"{ratio - 1:.0%} more"
-    return f"{text}, {order[-1]} the most, {more}."
+    return f"{text}, {names[-1]} the most, {more}."
+
+
+def disturbed(comparison: Comparison) -> str:
+    named = [
+        f"{t.label} ({count(sum(bool(r.disturbed) for r in t.done), 'run')})"
+        for t in comparison.trained if any(r.disturbed for r in t.done)
+    ]  # fmt: skip
+    return f"Times of disturbed runs are not ranked: {listed(named)}." if named else ""
+
+
+def aims(comparison: Comparison, techniques: list[Technique]) -> list[str]:
+    """`ORPO (preference accuracy 0.012 to 0.950)`: before and after, of what each aims at."""
+    found = []
+    for technique in techniques:
+        metric, sides = METRICS[technique.aim], (comparison.before(technique), technique)
+        values = [s.mean(lambda r, m=metric: comparison.score(r, m.name)) if s else None for s in sides]
+        known = [number(v, metric.decimals) for v in values if v is not None]
+        said = f"{technique.label} ({metric.label.lower()} {' to '.join(known)})"
+        found.append(said if known else technique.label)
+    return found

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from harness.record import RunRecord
-from harness.report.rows import Comparison
+from harness.report.comparison import Comparison
 from harness.report.text import listed
 from harness.spec import digest
 
@@ -14,9 +14,9 @@ DECISIVE = ("precision", "attention", "device", "code")  # of the provenance: a 
 def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     """(what should be the same, whether it is or null where nobody noted it, details) a check."""
     names = {
-        f"{row.label} (seed {r.spec.seed})" if row.spec.trains else row.label: r
-        for row in comparison.rows
-        for r in row.done
+        f"{technique.label} (seed {r.spec.seed})" if technique.spec.trains else technique.label: r
+        for technique in comparison.techniques
+        for r in technique.done
     }
     trained = {name: r for name, r in names.items() if r.spec.trains}
     checks = [
@@ -48,6 +48,7 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     }
     checks.append(same("Way of measuring each score", signatures, shown=True))
     checks.append(code(comparison))
+    checks.append(undisturbed(trained))
     return checks
 
 
@@ -153,9 +154,10 @@ def code(comparison: Comparison) -> tuple[str, bool | None, str]:
         if found := record.hashes.get("method_code"):
             newest[record.spec.method] = found
     stale = [
-        row.label
-        for row in comparison.rows
-        if {r.hashes.get("method_code") for r in row.records} - {None, newest.get(row.spec.method)}
+        technique.label
+        for technique in comparison.techniques
+        if {r.hashes.get("method_code") for r in technique.records}
+        - {None, newest.get(technique.spec.method)}
     ]
     if stale:
         return what, False, f"{listed(stale)}: stale, as the method has changed since; run again"
@@ -172,3 +174,14 @@ def facts(record: RunRecord) -> dict[str, str | int | None]:
         | {"code": record.provenance.code}
         | packages
     )
+
+
+def undisturbed(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
+    """Whether a machine was the run's own while it trained; else its time is not ranked."""
+    what = "Nothing else kept the machine busy"
+    busy = [f"{name}: {', '.join(record.disturbed)}" for name, record in runs.items() if record.disturbed]
+    unknown = [name for name, record in runs.items() if record.disturbed is None]
+    if len(unknown) == len(runs):
+        return what, None, UNKNOWN
+    missing = [f"{UNKNOWN} for {listed(unknown, 4)}"] if unknown else []
+    return what, not busy if busy or not missing else None, "; ".join(busy + missing)

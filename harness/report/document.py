@@ -1,17 +1,19 @@
 """The report's order: the answer first, then the numbers, then why they can be believed."""
 
 from dataclasses import asdict
+from math import expm1, isfinite
 
 from harness.data.study import marked
 from harness.data.template import OPENING
 from harness.metrics import METRICS, compared
 from harness.report import blocks as b
-from harness.report import plots, tables
+from harness.report import differences, plots, tables
 from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
-from harness.report.rows import STATUS, Comparison, Row, read_outputs, score
-from harness.report.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
+from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, read_outputs, score
+from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
+from harness.report.verdicts import Verdicts
 from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
 
@@ -54,6 +56,27 @@ CORRUPT = (
     "Nothing of these was used, and nothing was deleted. The command that made one of them runs it again and "
     "sets aside what stands there now."
 )
+RANKS = (
+    "A rank is the places that the verdicts below leave to a technique: behind all that beat it, before all "
+    "that it beats. Techniques that share a letter cannot be told apart."
+)
+FAMILY = (
+    f"Intervals of {CONFIDENCE:.0%} that hold at once: of each score and cost, all pairs of comparable "
+    "techniques and each against the untouched models are one family. Other test rows and other seeds are "
+    "the chance; rows are shared by all, and a technique's seeds are taken to vary as they did or as those "
+    "of all did, whichever is more. The verdict is a difference where the interval excludes 0, else a tie, "
+    f"and takes {SEEDS_TO_RANK} seeds. Costs are compared by their ratios, over seeds."
+)
+SINGLE = " Where a technique has a single seed its intervals speak of other test rows alone."
+NOISE = (
+    "The noise floor: a run of this bench repeated unchanged, and how far apart it came out. A difference "
+    "below it may have no reason."
+)
+SCATTER = (
+    " against peak memory and training time. Large markers are means, small dots seeds; the grey steps are "
+    "the Pareto front as far as it is known: each technique on it is known to gain more than all that cost "
+    "less; the dashed line is the untouched model."
+)
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
@@ -70,16 +93,16 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
     """One comparison, whole. `suffix`: of its plots' names."""
     if not comparison.random_weights:
         read_outputs(comparison, store)
-    sample = tables.bootstrap(comparison)
+    verdicts = Verdicts(comparison)
     checks = certificate(comparison)
     return [
         b.Title(comparison.title),
-        b.Lead(answer(comparison, sample)),
+        b.Lead(answer(comparison, verdicts)),
         *notices(comparison, checks, corrupt),
         *results(comparison),
         *hybrids(comparison),
-        *significance(comparison, sample),
-        *figures(comparison, suffix),
+        *significance(comparison, verdicts),
+        *figures(comparison, verdicts, suffix),
         b.Heading("Cost of each phase"),
         phases(comparison),
         *generations(comparison, store),
@@ -125,10 +148,10 @@ def preferences(comparison: Comparison) -> list[str]:
             f"Preference accuracy is left out: the untouched model had other answers for {named}; {again}."
         )
     without = [
-        f"{row.label} (seed {r.spec.seed})"
-        for row in comparison.rows for r in row.done if score(r, "preference_accuracy") is None
+        f"{t.label} (seed {r.spec.seed})"
+        for t in comparison.techniques for r in t.done if score(r, "preference_accuracy") is None
     ]  # fmt: skip
-    if without and len(without) < sum(len(row.done) for row in comparison.rows):
+    if without and len(without) < sum(len(t.done) for t in comparison.techniques):
         found.append(
             f"{listed(without, 4)} had no answers of the untouched model to prefer references to; {again}."
         )
@@ -147,15 +170,15 @@ def results(comparison: Comparison) -> list[b.Block]:
     objectives = comparison.objectives
     if "sft" in objectives or not objectives:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
-    for name, rows in objectives.items():
-        own = rows[0].aim == "preference_accuracy" and not comparison.pairs
-        aim = METRICS[rows[0].aim].label.lower()
+    for name, techniques in objectives.items():
+        own = techniques[0].aim == "preference_accuracy" and not comparison.pairs
+        aim = METRICS[techniques[0].aim].label.lower()
         said = f"Techniques with the {name} objective. It aims at {aim}, not at"
         found += [
             b.Prose(
                 f"{said} the likelihood of references, so they are not ranked with the others." + own * OWN
             ),
-            tables.brief(comparison, [*comparison.bases, *rows], marks, rows[0].aim),
+            tables.brief(comparison, [*comparison.bases, *techniques], marks, techniques[0].aim),
         ]
     found[-1].notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
     if beyond := comparison.out_of_reach:
@@ -165,8 +188,8 @@ def results(comparison: Comparison) -> list[b.Block]:
     if not comparison.random_weights:
         quality = tables.quality(comparison)
         if "BLEU-4 (own base)" in quality.columns:
-            own = {comparison.own_base(row).label for row in comparison.rows if comparison.own_base(row)}
-            if started := [row.label for row in comparison.rows if any(r.start for r in row.done)]:
+            own = {comparison.own_base(t).label for t in comparison.techniques if comparison.own_base(t)}
+            if started := [t.label for t in comparison.techniques if any(r.start for r in t.done)]:
                 own.add(f"of {listed(started)} its own start, scored before the first step")
             quality.notes = [
                 f"Own base: the model that a method starts from where that is not the untouched one "
@@ -178,9 +201,9 @@ def results(comparison: Comparison) -> list[b.Block]:
             found += [b.Heading("Scores on each part of the data"), by_part]
     found += [b.Heading("More on cost"), tables.cost(comparison)]
     lost = [
-        f"{row.label} (seed {r.spec.seed}): {r.error or STATUS[r.status]}"
-        for row in comparison.rows
-        for r in row.records
+        f"{technique.label} (seed {r.spec.seed}): {r.error or STATUS[r.status]}"
+        for technique in comparison.techniques
+        for r in technique.records
         if not r.ok
     ]
     return found + ([b.Heading("Runs without a result"), b.Listing(lost)] if lost else [])
@@ -189,12 +212,12 @@ def results(comparison: Comparison) -> list[b.Block]:
 def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
     """Label -> footnote mark, and the footnotes: the shared hyperparameters a method has left."""
     marks, notes = {}, []
-    for row in comparison.rows:
-        for name, (value, reason) in sorted(row.newest.overrides.items()):
+    for technique in comparison.techniques:
+        for name, (value, reason) in sorted(technique.newest.overrides.items()):
             mark = str(len(notes) + 1).translate(tables.SUPERSCRIPT)
-            marks[row.label] = f"{marks[row.label]} {mark}" if row.label in marks else f" {mark}"
+            marks[technique.label] = f"{marks.get(technique.label, '')} {mark}"
             shared = getattr(comparison.spec.hp, name, UNKNOWN)
-            notes.append(f"{mark} {row.label}: {words(name)} {value} instead of {shared}: {reason}")
+            notes.append(f"{mark} {technique.label}: {words(name)} {value} instead of {shared}: {reason}")
     return marks, notes
 
 
@@ -202,26 +225,36 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def significance(comparison: Comparison, sample) -> list[b.Block]:
-    if not sample:
+def significance(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
+    if not verdicts.standings:
         return []
-    seeds = min((len(row.done) for row in comparison.trained if row.done), default=0)
-    limits = "" if seeds > 1 else (
-        " Where a technique has a single seed the interval speaks of other test rows alone."
-    )  # fmt: skip
-    return [
+    found: list[b.Block] = []
+    if ranks := differences.ranks(comparison, verdicts):
+        found += [b.Heading("Ranks"), b.Prose(RANKS), *ranks]
+    single = any(len(t.done) == 1 for t in comparison.trained)
+    found += [
         b.Heading("Differences"),
-        b.Prose(
-            f"{CONFIDENCE:.0%} confidence intervals: a paired bootstrap over the test rows "
-            f"({RESAMPLES:,} resamples, the same rows for both sides) and the spread over seeds. "
-            f"The verdicts of a table hold together (Holm's correction), and take {SEEDS_TO_RANK} seeds."
-            + limits
-        ),
-        *tables.differences(comparison, sample),
+        b.Prose(FAMILY + SINGLE * single + smallest(verdicts)),
+        *differences.differences(comparison, verdicts),
     ]
+    if floor := differences.noise_floor(comparison):
+        found += [b.Prose(NOISE), floor]
+    return found
 
 
-def figures(comparison: Comparison, suffix: str) -> list[b.Block]:
+def smallest(verdicts: Verdicts) -> str:
+    """The true differences that the bench could have seen."""
+    found = []
+    for standing in verdicts.standings.values():
+        quantity, least = standing.quantity, standing.detectable()
+        if isfinite(least):
+            amount = f"{100 * expm1(least):.2g}%" if quantity.cost else number(least, quantity.decimals)
+            found.append(f"{amount} {differences.inside(quantity.label)}")
+    told = "Between two techniques, the smallest difference that this bench could have seen (with a power of"
+    return f" {told} {POWER:.0%}) is {listed(found)}." if found else ""
+
+
+def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.Block]:
     found = []
 
     def add(name: str, caption: str, images: dict[str, bytes] | None) -> None:
@@ -232,14 +265,10 @@ def figures(comparison: Comparison, suffix: str) -> list[b.Block]:
         add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
     else:
         labels = listed([metric.label for metric in compared()])
-        add(
-            "scores",
-            f"{labels} against peak memory and training time. Large markers are means, small dots seeds; "
-            "the grey steps join the techniques that no other beats in both (the Pareto front); the dashed "
-            "line is the untouched model.",
-            plots.scores_by_cost(comparison),
-        )
-        for objective in sorted({row.objective for row in comparison.trained}):
+        add("scores", labels + SCATTER, plots.scores_by_cost(comparison, verdicts))
+        if fronts := differences.fronts(comparison, verdicts):
+            found += [b.Prose("Pareto fronts, as far as differences are verdicts:"), b.Listing(fronts)]
+        for objective in sorted({technique.objective for technique in comparison.trained}):
             add(
                 f"loss-{safe(objective)}",
                 f"Loss of the {objective} objective. Thick lines are means over seeds (training: also "
@@ -314,10 +343,10 @@ def first(values):
 def padding(comparison: Comparison) -> str:
     """Its share of what the steps read. Methods with steps of their own, such as pairs, read otherwise."""
     shares = {}
-    for row in comparison.trained:
-        tokens = row.newest.tokens
+    for technique in comparison.trained:
+        tokens = technique.newest.tokens
         if tokens.trained is not None and (read := tokens.trained + (tokens.padded or 0)):
-            shares.setdefault(f"{(tokens.padded or 0) / read:.1%}", []).append(row.label)
+            shares.setdefault(f"{(tokens.padded or 0) / read:.1%}", []).append(technique.label)
     if len(shares) == 1:
         return f"{next(iter(shares))} of what the steps read"
     return "; ".join(f"{share} for {listed(labels)}" for share, labels in shares.items())
@@ -356,13 +385,13 @@ def chat_template(comparison: Comparison) -> list[b.Block]:
 
 def cards(comparison: Comparison) -> list[b.Block]:
     found: list[b.Block] = []
-    methods: dict[str, list[Row]] = {}
-    for row in comparison.trained:
-        methods.setdefault(row.spec.method, []).append(row)
-    for rows in methods.values():
-        row, card = rows[0], rows[0].card
+    methods: dict[str, list[Technique]] = {}
+    for technique in comparison.trained:
+        methods.setdefault(technique.spec.method, []).append(technique)
+    for techniques in methods.values():
+        technique, card = techniques[0], techniques[0].card
         options = "; ".join(
-            ", ".join(f"{words(k)} {v}" for k, v in sorted(r.spec.options.items())) for r in rows
+            ", ".join(f"{words(k)} {v}" for k, v in sorted(r.spec.options.items())) for r in techniques
         )
         why = card.get("why") or {}
         facts = [
@@ -371,14 +400,14 @@ def cards(comparison: Comparison) -> list[b.Block]:
             ("What it changes", card.get("axis")),
             ("Objective", card.get("objective")),
             ("Options", options),
-            ("Weights", row.newest.weights),
-            ("This run found", "; ".join(f"{k}: {noted(v)}" for k, v in row.newest.notes.items())),
+            ("Weights", technique.newest.weights),
+            ("This run found", "; ".join(f"{k}: {noted(v)}" for k, v in technique.newest.notes.items())),
             ("It cannot do", "; ".join(f"{k}: {v}" for k, v in (card.get("cannot") or {}).items())),
             *((name.capitalize(), why.get(name)) for name in ("performance", "efficiency", "generalisation")),
         ]
         found.append(
             b.Card(
-                card.get("title") or row.spec.method,
+                card.get("title") or technique.spec.method,
                 card.get("formula") or "",
                 [(k, v) for k, v in facts if v],
             )
@@ -393,17 +422,19 @@ def noted(value) -> str:
 def hybrids(comparison: Comparison) -> list[b.Block]:
     """Each hybrid beside the techniques that it joins: why it should be good, and what was measured."""
     found = []
-    for row in comparison.trained:
-        parents = [r for r in comparison.trained if r.spec.method in (row.card.get("hybrid") or ())]
-        if row.card.get("hybrid"):
-            why = row.card.get("why") or {}
+    for technique in comparison.trained:
+        parents = [r for r in comparison.trained if r.spec.method in (technique.card.get("hybrid") or ())]
+        if technique.card.get("hybrid"):
+            aim = technique.aim
+            why = technique.card.get("why") or {}
             found += [
                 b.Prose(
-                    f"{row.label}: {row.card.get('summary')} Why it should be good, before any measurement:"
+                    f"{technique.label}: {technique.card.get('summary')} Why it should be good, before any "
+                    "measurement:"
                 ),
                 b.Listing([f"{name.capitalize()}: {text}" for name, text in why.items()]),
                 b.Prose("What was measured, beside the techniques that it joins and that were run:"),
-                tables.brief(comparison, [*parents, row], aim=row.aim if row.aim != "bleu4" else ""),
+                tables.brief(comparison, [*parents, technique], aim="" if aim == "bleu4" else aim),
             ]
     return [b.Heading("Hybrids"), *found] if found else []
 
@@ -416,10 +447,10 @@ def fairness(comparison: Comparison, checks: list) -> list[b.Block]:
         b.Table(["The same for all rows", "", "Details"], rows, words=(0, 1, 2)),
     ]
     warned = {}
-    for row in comparison.rows:
-        for record in row.records:
+    for technique in comparison.techniques:
+        for record in technique.records:
             for warning in record.warnings:
-                warned.setdefault(warning, []).append(f"{row.label} (seed {record.spec.seed})")
+                warned.setdefault(warning, []).append(f"{technique.label} (seed {record.spec.seed})")
     if warned:
         found += [b.Prose("Warnings of the runs themselves:")]
         found += [b.Listing([f"{text} ({listed(runs, 4)})" for text, runs in warned.items()])]

@@ -12,9 +12,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from harness.metrics import compared
 from harness.plain import plain
-from harness.report.rows import Comparison, Row, score, seconds
-from harness.report.stats import pareto
+from harness.report.comparison import Comparison, Technique, score, seconds
 from harness.report.text import shorten
+from harness.report.verdicts import MEMORY, TIME, Verdicts
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is
 # faint on white; the marker tells apart those beyond seven.
@@ -68,27 +68,31 @@ def drawn(draw):
 def looks(comparison: Comparison) -> dict[str, dict]:
     """Label -> colour and marker: the same in every plot of a comparison."""
     return {
-        row.label: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
-        for i, row in enumerate(comparison.trained)
+        technique.label: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
+        for i, technique in enumerate(comparison.trained)
     }
 
 
 @drawn
-def scores_by_cost(comparison: Comparison) -> Figure | None:
+def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
     """Each compared metric (rows) against memory and training time (columns)."""
     metrics = compared()
-    costs = {comparison.gauge: comparison.peak_memory, time_unit(comparison): scaled_time(comparison)}
-    rows = [
-        row for row in comparison.trained if any(row.values(lambda r, m=m: score(r, m.name)) for m in metrics)
+    costs = {MEMORY: (comparison.gauge, comparison.peak_memory),
+             TIME: (time_unit(comparison), scaled_time(comparison))}  # fmt: skip
+    techniques = [
+        t for t in comparison.trained if any(t.values(lambda r, m=m: score(r, m.name)) for m in metrics)
     ]
-    if not rows:
+    if not techniques:
         return None
     figure = Figure(figsize=(9.4, 3.6 * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
-    for (i, metric), (j, (unit, cost)) in product(enumerate(metrics), enumerate(costs.items())):
-        before = comparison.before(rows[0])
+    for (i, metric), (j, (quantity, (unit, cost))) in product(enumerate(metrics), enumerate(costs.items())):
+        before = comparison.before(techniques[0])
         level = before.mean(lambda r, m=metric.name: score(r, m)) if before else None
-        scatter(axes[i, j], rows, cost, lambda r, m=metric.name: score(r, m), looks(comparison), level)
+        place = scatter(axes[i, j], techniques, cost, lambda r, m=metric.name: score(r, m), looks(comparison))
+        for objective in comparison.objectives:
+            draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, objective))
+        draw_level(axes[i, j], level)
         if j == 0:
             axes[i, j].set_ylabel(metric.label)
         if i == len(metrics) - 1:
@@ -105,12 +109,12 @@ def scores_by_cost(comparison: Comparison) -> Figure | None:
 @drawn
 def cost_alone(comparison: Comparison) -> Figure | None:
     """Memory against time, for weights whose scores mean nothing."""
-    rows = [row for row in comparison.trained if row.values(comparison.peak_memory)]
-    if not rows:
+    techniques = [t for t in comparison.trained if t.values(comparison.peak_memory)]
+    if not techniques:
         return None
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
-    scatter(ax, rows, scaled_time(comparison), comparison.peak_memory, looks(comparison), None, front=False)
+    scatter(ax, techniques, scaled_time(comparison), comparison.peak_memory, looks(comparison))
     ax.set_xlabel(time_unit(comparison))
     ax.set_ylabel(comparison.gauge)
     ax.margins(x=0.16, y=0.16)
@@ -119,33 +123,38 @@ def cost_alone(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def scatter(ax, rows: list[Row], cost, gain, look, level: float | None, front: bool = True) -> None:
-    """A dot a seed, a marker at the mean, the front through the means, a line at the level before."""
+def scatter(ax, techniques: list[Technique], cost, gain, look) -> dict[str, tuple[float, float]]:
+    """A dot a seed, a marker at the mean. -> label -> where its marker is."""
+    means = {}
     ax.to_label = []
-    for row in rows:
-        points = [(cost(r), gain(r)) for r in row.done]
+    for technique in techniques:
+        points = [(cost(r), gain(r)) for r in technique.done]
         points = np.array([p for p in points if None not in p], dtype=float)
         if not len(points):
             continue
-        style = look[row.label]
-        x, y = points.mean(0)
+        style = look[technique.label]
+        x, y = means[technique.label] = tuple(points.mean(0))
         if len(points) > 1:
             ax.scatter(*points.T, s=14, color=style["color"], alpha=0.45, linewidths=0, zorder=3)
         ax.scatter(x, y, s=52, **style, edgecolors="white", linewidths=0.8, zorder=4)
-        ax.to_label.append((x, y, shorten(plain(row.label), 32), points))
+        ax.to_label.append((x, y, shorten(plain(technique.label), 32), points))
     costs = [x for x, *_ in ax.to_label]
     if costs and max(costs) > WIDE * min(costs) > 0:
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
-    if front and len(ax.to_label) > 1:
-        means = np.array([(x, y) for x, y, _, _ in ax.to_label])
-        best = means[pareto(means[:, 0], means[:, 1])]
-        best = best[np.argsort(best[:, 0])]
-        corners = np.stack([best[1:, 0], best[:-1, 1]], axis=1)
-        steps = np.insert(best, range(1, len(best)), corners, axis=0)
-        ax.plot(*steps.T, color=FAINT, linewidth=1, zorder=2)
+    return means
+
+
+def draw_front(ax, place: dict[str, tuple[float, float]], steps: list[tuple[str, str]]) -> None:
+    """From each technique on the front to the next, by way of what the next costs."""
+    for (x, y), (next_x, next_y) in ((place[a], place[b]) for a, b in steps if a in place and b in place):
+        ax.plot([x, next_x, next_x], [y, y, next_y], color=FAINT, linewidth=1, zorder=2)
+
+
+def draw_level(ax, level: float | None) -> None:
+    """The untouched model's score."""
     if level is not None:
         ax.axhline(level, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
         ax.annotate("before", (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
@@ -200,26 +209,28 @@ def overlap(a, b) -> float:
 @drawn
 def loss_curves(comparison: Comparison, objective: str) -> Figure | None:
     """Training and validation loss of the methods of one objective: mean line, thin line a seed."""
-    rows = [row for row in comparison.trained if row.objective == objective and row.done]
-    if not any(r.training or r.validation for row in rows for r in row.done):
+    techniques = [t for t in comparison.trained if t.objective == objective and t.done]
+    if not any(r.training or r.validation for technique in techniques for r in technique.done):
         return None
     look = looks(comparison)
     figure = Figure(figsize=(9.4, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     for ax, curve, title in ((left, "training", "Training loss"), (right, "validation", "Validation loss")):
-        for row in rows:
-            colour = look[row.label]["color"]
-            seeds = [series(getattr(record, curve)) for record in row.done]
+        for technique in techniques:
+            colour = look[technique.label]["color"]
+            seeds = [series(getattr(record, curve)) for record in technique.done]
             seeds = [s for s in seeds if len(s)]
             if not seeds:
                 continue
             for s in seeds if len(seeds) > 1 else []:
                 ax.plot(*s.T, color=colour, linewidth=0.6, alpha=0.35)
             steps, losses = mean_curve(seeds)
-            mark = {"marker": look[row.label]["marker"], "markersize": 4} if curve == "validation" else {}
+            mark = (
+                {"marker": look[technique.label]["marker"], "markersize": 4} if curve == "validation" else {}
+            )
             window = len(steps) // 50 if curve == "training" else 0
             ax.plot(steps, smooth(losses, window), color=colour, linewidth=1.8, **mark,
-                    label=shorten(plain(row.label), 32))  # fmt: skip
+                    label=shorten(plain(technique.label), 32))  # fmt: skip
         ax.set_title(title)
         ax.set_xlabel("Optimizer step")
         ax.xaxis.get_major_locator().set_params(integer=True)

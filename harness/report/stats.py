@@ -1,127 +1,174 @@
-"""Uncertainty: a paired bootstrap over test rows, the spread over seeds, intervals, ties; Pareto fronts.
+"""Differences with simultaneous intervals, where test rows and seeds are the chance. NumPy only.
 
-Every metric is a function of sums over test rows, so all resamples of a run are one matrix product.
-NumPy only.
+A score is a function of sums over test rows. Other rows would have given another score, and so would
+other seeds; both are in an interval, and what belongs to a row in a seed counts once. All rows are shared,
+so that differences are paired. All differences of a quantity are one family: their intervals hold at once.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from harness.metrics import METRICS
+CONFIDENCE = 0.95  # that all intervals of a family hold
+POWER = 0.8  # of the smallest difference that a bench could have seen; the convention since Cohen 1988
+DRAWS = 5000  # simulated benches: 5 % of them are known to 0.3 %
 
-RESAMPLES = 1000  # sacrebleu's default; a standard error is then known to about 2%
-CONFIDENCE = 0.95  # of an interval; 1 - CONFIDENCE is the level of a verdict
-Sums = dict[str, np.ndarray]  # the numbers of each test row, by metric (rows, width)
-SEEDS_TO_RANK = 3  # seeds: fewer say nothing of how a method varies from run to run
+
+@dataclass(frozen=True)
+class Sample:
+    """One technique in one quantity.
+
+    `values` (seeds,): one a seed. `pulls` (seeds, rows): how far each test row pulls the value of each
+    seed, of mean 0; without rows where the seeds alone are the sample, as for costs.
+    """
+
+    values: np.ndarray
+    pulls: np.ndarray
+
+    @classmethod
+    def of_rows(cls, seeds: list[np.ndarray], value: Callable[[np.ndarray], np.ndarray]) -> "Sample":
+        """From the sums of each test row, (rows, k) a seed. `value`: sums (..., k) -> score (...).
+
+        A row's pull is the jackknife's: what the score loses when that row is left out, times rows - 1.
+        """
+        sums = np.stack(seeds)  # (seeds, rows, k)
+        whole, others = sums.sum(1), max(sums.shape[1] - 1, 1)
+        with np.errstate(all="ignore"):
+            values, without = value(whole), value(whole[:, None] - sums)
+            pulls = others * (without.mean(1, keepdims=True) - without)
+        return cls(values, pulls if sums.shape[1] > 1 else np.zeros_like(pulls))
+
+    @classmethod
+    def of_seeds(cls, values: list[float]) -> "Sample":
+        return cls(np.array(values, dtype=float), np.zeros((len(values), 0)))
+
+    @property
+    def known(self) -> bool:
+        return bool(len(self.values) and np.isfinite(self.values).all() and np.isfinite(self.pulls).all())
+
+    @property
+    def point(self) -> float:
+        """The mean over seeds."""
+        return float(self.values.mean()) if len(self.values) else np.nan
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Score of one row less that of another, in the metric's unit. NaN where a score is unknown."""
+    """One less the other, in the quantity's unit, and the ends of its interval. NaN where unknown."""
 
-    value: float
-    low: float  # the interval's ends
-    high: float
-    p: float  # two-sided, that there is no difference
+    value: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
 
     @property
-    def separable(self) -> bool:
-        return self.p < 1 - CONFIDENCE
+    def sign(self) -> int:
+        """1 or -1 where the interval excludes 0, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
 
-class Bootstrap:
-    """Scores of several methods, each with its seeds, on resampled test rows.
+class Family:
+    """The differences of some pairs of samples, judged together.
 
-    `runs`: name -> what `harness.metrics.row_sums` gives of each of its seeds, all over the same test rows.
-    The same rows are drawn for all runs, which is what makes a difference paired.
-    Raises ValueError for runs over different numbers of rows, or over none.
+    Each difference is divided by its standard error; the greatest of the family, over benches drawn from
+    what this one has seen and put through the same steps, gives the one critical value that all intervals
+    share. So few seeds, and many pairs, make all of them wider.
+    Raises ValueError for samples over different numbers of test rows.
     """
 
-    def __init__(self, runs: dict[str, list[Sums]], resamples: int = RESAMPLES, seed: int = 0):
-        lengths = {len(rows) for seeds in runs.values() for sums in seeds for rows in sums.values()}
-        if len(lengths) != 1 or 0 in lengths:
-            raise ValueError("a paired bootstrap needs runs over the same test rows")
-        self.rows = lengths.pop()
-        rng = np.random.default_rng(seed)
-        drawn = (rng.integers(self.rows, size=self.rows) for _ in range(resamples))
-        weights = np.stack([np.bincount(d, minlength=self.rows) for d in drawn]).astype(float)
-        self.seeds, self.resampled = {}, {}  # (name, metric) -> scores (seeds,), (resamples,)
-        for name, seeds in runs.items():
-            for metric in seeds[0]:
-                rows = np.stack([sums[metric] for sums in seeds])  # (seeds, rows, width)
-                with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-                    self.seeds[name, metric] = METRICS[metric].value(rows.sum(1))
-                    self.resampled[name, metric] = METRICS[metric].value(weights @ rows).mean(0)
+    def __init__(self, samples: dict[str, Sample], pairs: list[tuple[str, str]], draws: int = DRAWS):
+        if len({s.pulls.shape[1] for s in samples.values()}) > 1:
+            raise ValueError("paired differences need samples over the same test rows")
+        self.samples = {name: s for name, s in samples.items() if s.known}
+        self.pairs = [pair for pair in pairs if set(pair) <= set(self.samples)]
+        self.place = {pair: i for i, pair in enumerate(self.pairs)}
+        order = {name: i for i, name in enumerate(self.samples)}
+        self.ends = np.array([[order[a], order[b]] for a, b in self.pairs], dtype=int).reshape(-1, 2).T
+        self.points = np.array([s.point for s in self.samples.values()])
+        self.rows_covariance()
+        self.seeds = np.array([len(s.values) for s in self.samples.values()])
+        spread = [s.values.var(ddof=1) if len(s.values) > 1 else 0.0 for s in self.samples.values()]
+        self.spread = np.array(spread)
+        freedom = (
+            self.seeds - 1
+        ).sum()  # few seeds may understate: the mean of what may be true is so much more
+        more = freedom / max(freedom - 2, 1)
+        errors, standard = self.simulate(np.maximum(more * self.larger(self.spread), self.own_rows), draws)
+        studentised = np.divide(np.abs(errors), standard, out=np.zeros_like(errors), where=standard > 0)
+        self.critical = float(np.quantile(studentised.max(1, initial=0.0), CONFIDENCE))
+        self.width = self.critical * np.sqrt(self.variance(self.larger(self.spread)))
+        self.draws = draws
 
-    def point(self, metric: str, name: str) -> float:
-        """The mean over seeds."""
-        return float(self.seeds[name, metric].mean())
+    def rows_covariance(self) -> None:
+        """Of the means over seeds, as far as test rows are the chance; and what of one seed's value is
+        chance of its own on each row, which its spread over seeds holds too."""
+        samples = list(self.samples.values())
+        self.rows = samples[0].pulls.shape[1] if samples else 0
+        means = np.stack([s.pulls.mean(0) for s in samples]) if samples else np.zeros((0, 0))
+        pairs = max(self.rows * (self.rows - 1), 1)
+        self.covariance = means @ means.T / pairs
+        own = [((s.pulls - mean) ** 2).sum() / max(len(s.values) - 1, 1)
+               for s, mean in zip(samples, means, strict=True)]  # fmt: skip
+        self.own_rows = np.array(own) / pairs
 
-    def difference(self, metric: str, one: str, other: str) -> Difference:
-        """`one` less `other`.
+    def shared(self, spread: np.ndarray) -> np.ndarray:
+        """(..., techniques) variance over seeds as it was seen -> as it is if the seeds of all vary alike: by
+        one multiple of their own chance on rows, and not by less than that; without rows, by one amount."""
+        freedom, unit = self.seeds - 1, self.own_rows if self.rows else np.ones(len(self.seeds))
+        told = (freedom > 0) & (unit > 0)
+        ratio = np.divide(spread, unit, out=np.zeros_like(spread), where=told)
+        multiple = (ratio * freedom).sum(-1, keepdims=True) / max((freedom * told).sum(), 1)
+        return np.where(freedom > 0, np.maximum(multiple * unit, self.own_rows), 0.0)
 
-        Other rows, and other seeds of either, could have given another result: their variances add
-        up, and Student's t allows for the seeds being few (Welch and Satterthwaite, who let one
-        method vary more than the other). Chance that belongs to a row in a seed counts in both, so
-        an interval is rather too wide than too narrow.
-        """
-        a, b = self.seeds[one, metric], self.seeds[other, metric]
-        value = self.point(metric, one) - self.point(metric, other)
-        of_rows = np.var(self.resampled[one, metric] - self.resampled[other, metric])
-        if not np.isfinite(value + of_rows):
-            return Difference(np.nan, np.nan, np.nan, np.nan)
-        parts = [(of_rows, max(self.rows - 1, 1))]  # variance, degrees of freedom
-        parts += [(s.var(ddof=1) / len(s), len(s) - 1) for s in (a, b) if len(s) > 1]
-        total = sum(variance for variance, _ in parts)
-        if total == 0:
-            return Difference(value, value, value, float(value == 0))
-        freedom = total**2 / sum(variance**2 / free for variance, free in parts)
-        width, p = student(abs(value) / total**0.5, freedom)
-        return Difference(value, value - width * total**0.5, value + width * total**0.5, p)
+    def larger(self, spread: np.ndarray) -> np.ndarray:
+        """The same as it is taken to be: three seeds say little of one technique, all together say more, and
+        a technique that is less steady than the others is not made steadier by them."""
+        return np.maximum(spread, self.shared(spread))
 
-    def differences(self, metric: str, pairs: list[tuple[str, str]]) -> list[Difference]:
-        """One a pair, with p corrected for their number."""
-        found = [self.difference(metric, one, other) for one, other in pairs]
-        return [replace(d, p=p) for d, p in zip(found, holm([d.p for d in found]), strict=True)]
+    def variance(self, of_seed: np.ndarray, rows: np.ndarray | float = 1.0) -> np.ndarray:
+        """(..., pairs) of each difference. `rows` (..., 1): the rows' part is so many times as large."""
+        a, b = self.ends
+        row_part = self.covariance[a, a] + self.covariance[b, b] - 2 * self.covariance[a, b]
+        beyond = self.beyond(of_seed)
+        return np.maximum(row_part, 0) * rows + beyond[..., a] + beyond[..., b]
 
-    def ties(self, metric: str, names: list[str]) -> tuple[str, list[str]]:
-        """The best of the names, and those that cannot be told from it: (best, [tied, ...]).
+    def beyond(self, of_seed: np.ndarray) -> np.ndarray:
+        """(..., techniques) of the mean over seeds, less what the rows' part holds already."""
+        return np.where(self.seeds > 1, of_seed - self.own_rows, 0.0) / self.seeds
 
-        Corrected for all pairs, not only those with the best, as which one that is was seen first.
-        """
-        sign = -1 if METRICS[metric].better == "lower" else 1
-        ranking = sorted(names, key=lambda name: -sign * self.point(metric, name))
-        pairs = [(a, b) for i, a in enumerate(ranking) for b in ranking[i + 1 :]]
-        found = zip(pairs, self.differences(metric, pairs), strict=True)
-        return ranking[0], [b for (a, b), d in found if a == ranking[0] and not d.separable]
+    def simulate(self, of_seed: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
+        """Benches without any true difference -> their errors and standard errors, (draws, pairs)."""
+        rng = np.random.default_rng(0)
+        count, (a, b) = len(self.samples), self.ends
+        values, vectors = np.linalg.eigh(self.covariance)
+        errors = rng.standard_normal((draws, count)) * np.sqrt(values.clip(0)) @ vectors.T
+        errors += rng.standard_normal((draws, count)) * np.sqrt(self.beyond(of_seed))
+        freedom, rows = np.maximum(self.seeds - 1, 1), max(self.rows - 1, 1)
+        spread = of_seed * rng.chisquare(freedom, (draws, count)) / freedom
+        row_part = rng.chisquare(rows, (draws, 1)) / rows
+        return errors[:, a] - errors[:, b], np.sqrt(self.variance(self.larger(spread), row_part))
 
+    def difference(self, one: str, other: str) -> Difference:
+        """`one` less `other`; unknown for a pair that the family does not hold."""
+        sign = 1 if (one, other) in self.place else -1
+        i = self.place.get((one, other) if sign > 0 else (other, one))
+        if i is None:
+            return Difference()
+        value, width = sign * float(self.points[self.ends[:, i]] @ [1, -1]), float(self.width[i])
+        return Difference(value, value - width, value + width)
 
-def student(t: float, freedom: float) -> tuple[float, float]:
-    """-> the t of a CONFIDENCE interval, and the two-sided p of a t. `freedom` at least 1."""
-    angle = np.linspace(0, np.pi / 2, 20001)  # with t = sqrt(freedom) tan(angle) the density is
-    density = np.cos(angle) ** (max(freedom, 1.0) - 1)  # cos^(freedom - 1): finite, and ends
-    within = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    within /= within[-1]
-    width = np.tan(np.interp(CONFIDENCE, within, angle)) * freedom**0.5
-    p = 1 - np.interp(np.arctan(t / freedom**0.5), angle, within)
-    return float(width), float(p)
+    @cached_property
+    def repeated(self) -> tuple[np.ndarray, np.ndarray]:
+        """This bench again, its seeds as steady as those of all were: errors, standard errors."""
+        return self.simulate(self.shared(self.spread), self.draws)
 
+    def power(self, difference: float) -> np.ndarray:
+        """(pairs,) how often such a bench would tell a pair apart that truly differs so much."""
+        errors, standard = self.repeated
+        return (np.abs(errors + difference) > self.critical * standard).mean(0)
 
-def holm(p: list[float]) -> list[float]:
-    """p-values made larger so that all verdicts hold together (Holm 1979). NaN stays and is free."""
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p)  # NaN last
-    tests = np.isfinite(p).sum()
-    adjusted = np.full(len(p), np.nan)
-    known = order[:tests]
-    adjusted[known] = np.maximum.accumulate(p[known] * np.arange(tests, 0, -1)).clip(max=1)
-    return adjusted.tolist()
-
-
-def pareto(costs: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """(n,), (n,) -> (n,) bool: the points that no other beats in cost without losing in gain."""
-    costs, gains = np.asarray(costs, dtype=float), np.asarray(gains, dtype=float)
-    no_worse = (costs[None] <= costs[:, None]) & (gains[None] >= gains[:, None])
-    better = (costs[None] < costs[:, None]) | (gains[None] > gains[:, None])
-    return np.isfinite(costs) & np.isfinite(gains) & ~(no_worse & better).any(1)
+    def detectable(self) -> np.ndarray:
+        """(pairs,) the true difference that such a bench would find with POWER."""
+        errors, standard = self.repeated
+        return np.quantile(self.critical * standard - errors, POWER, axis=0)

@@ -1,58 +1,63 @@
 """The tables of a comparison: what was measured, as cells of text."""
 
-from itertools import combinations
-
 import numpy as np
 
 from harness.metrics import METRICS, Metric, compared
 from harness.record import PHASES, Sizes
 from harness.report.blocks import Example, Table
-from harness.report.rows import (
+from harness.report.comparison import (
     GIB,
     Comparison,
-    Row,
+    Technique,
     seconds,
     step_seconds,
     tokens_per_second,
     watt_hours,
 )
-from harness.report.stats import Bootstrap, Difference
 from harness.report.text import UNKNOWN, number, shorten, spread
 from harness.store import Store
 
 EXAMPLES = 10  # test rows shown side by side; the brief asks for 5 to 10
-ALL_PAIRS = 6  # techniques of which every pair is shown: 15 lines
 LONGEST = 700  # characters of a shown text
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def brief(
-    comparison: Comparison, chosen: list[Row], marks: dict[str, str] | None = None, aim: str = ""
+    comparison: Comparison, chosen: list[Technique], marks: dict[str, str] | None = None, aim: str = ""
 ) -> Table:
     """The table that the brief asks for, of some rows. `marks`: label -> footnote mark. `aim`: the
     metric of another objective, shown first."""
     metrics = [*([METRICS[aim]] if aim else []), *compared()]
     rows = []
-    for row in chosen:
-        name = row.label + (marks or {}).get(row.label, "")
-        cells = [f"{name} – {row.status}" if row.status else name]
+    for technique in chosen:
+        name = technique.label + (marks or {}).get(technique.label, "")
+        cells = [f"{name} – {technique.status}" if technique.status else name]
         for metric in metrics:
-            cells += before_and_after(comparison, row, metric)
-        cells += [spread(row.values(comparison.peak_memory)), hours(row.values(seconds))]
+            cells += before_and_after(comparison, technique, metric)
+        cells += [
+            spread(technique.values(comparison.peak_memory)),
+            hours(technique.values(seconds)) + disturbed(technique),
+        ]
         rows.append(cells)
     scores = [f"{metric.label} ({when})" for metric in metrics for when in ("before", "after")]
     return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows)
 
 
-def before_and_after(comparison: Comparison, row: Row, metric: Metric) -> list[str]:
+def before_and_after(comparison: Comparison, technique: Technique, metric: Metric) -> list[str]:
     """Two cells; random weights have no scores worth showing."""
     if comparison.random_weights:
         return [UNKNOWN, UNKNOWN]
-    before = comparison.before(row)
+    before = comparison.before(technique)
     values = (
-        side.values(lambda r: comparison.score(r, metric.name)) if side else [] for side in (before, row)
+        side.values(lambda r: comparison.score(r, metric.name)) if side else []
+        for side in (before, technique)
     )
     return [spread(v, metric.decimals) for v in values]
+
+
+def disturbed(technique: Technique) -> str:
+    runs = sum(bool(record.disturbed) for record in technique.done)
+    return f", {runs} of {len(technique.done)} runs disturbed" if runs else ""
 
 
 def hours(times: list[float]) -> str:
@@ -70,14 +75,14 @@ def quality(comparison: Comparison) -> Table:
         metrics.remove(METRICS["reward"])
     columns = ["Technique", *(f"{m.label} ({when})" for m in metrics for when in ("before", "after"))]
     own = [*compared(), METRICS["perplexity"]]
-    with_own = any(comparison.own_scores(row, m.name) for row in comparison.rows for m in own)
+    with_own = any(comparison.own_scores(t, m.name) for t in comparison.techniques for m in own)
     if with_own:
         columns += [f"{m.label} (own base)" for m in own]
     rows = []
-    for row in comparison.rows:
-        cells = [row.label, *(c for m in metrics for c in before_and_after(comparison, row, m))]
+    for technique in comparison.techniques:
+        cells = [technique.label, *(c for m in metrics for c in before_and_after(comparison, technique, m))]
         if with_own:
-            cells += [spread(comparison.own_scores(row, m.name), m.decimals) for m in own]
+            cells += [spread(comparison.own_scores(technique, m.name), m.decimals) for m in own]
         rows.append(cells)
     return without_unknown(Table(columns, rows))
 
@@ -87,21 +92,21 @@ def cost(comparison: Comparison) -> Table:
                "Weights (GiB)", "Optimizer state (GiB)", "Saved (GiB)", "Step, median (ms)",
                "Tokens/s", "Energy (Wh)"]  # fmt: skip
     rows = []
-    for row in comparison.rows:
-        sizes = row.done[0].sizes if row.done else Sizes()
-        parameters, trainable = sizes.parameters, sizes.trainable if row.spec.trains else None
+    for technique in comparison.techniques:
+        sizes = technique.done[0].sizes if technique.done else Sizes()
+        parameters, trainable = sizes.parameters, sizes.trainable if technique.spec.trains else None
         held = [sizes.weight_bytes, sizes.optimizer_bytes, sizes.saved_bytes]
-        steps = [1000 * s for s in row.values(step_seconds)] if row.spec.trains else []
+        steps = [1000 * s for s in technique.values(step_seconds)] if technique.spec.trains else []
         rows.append([
-            row.label,
-            row.status or "ok",
-            f"{len(row.done)} of {len(row.records)}",
+            technique.label,
+            technique.status or "ok",
+            f"{len(technique.done)} of {len(technique.records)}",
             number(trainable, 0),
             number(100 * trainable / parameters if trainable and parameters else None, 3),
             *(spread([] if size is None else [size / GIB]) for size in held),
             spread(steps),
-            spread(row.values(tokens_per_second)),
-            spread(row.values(watt_hours)),
+            spread(technique.values(tokens_per_second)),
+            spread(technique.values(watt_hours)),
         ])  # fmt: skip
     return without_unknown(Table(columns, rows, words=(0, 1)))
 
@@ -119,10 +124,10 @@ def phases(comparison: Comparison) -> Table:
     gauges = {"peak_allocated": "Allocated", "peak_reserved": "Reserved",
               "peak_device": "Device", "peak_host": "Host"}  # fmt: skip
     rows = []
-    for row in comparison.rows:
-        label = row.label
+    for technique in comparison.techniques:
+        label = technique.label
         for name in PHASES:
-            measured = [r.phases[name] for r in row.records if name in r.phases]
+            measured = [r.phases[name] for r in technique.records if name in r.phases]
             if not measured:
                 continue
             cells = [label, name, number(float(np.median([p.seconds for p in measured])), 2)]
@@ -135,82 +140,19 @@ def phases(comparison: Comparison) -> Table:
     return without_unknown(Table(columns, rows, words=(0, 1)))
 
 
-def bootstrap(comparison: Comparison) -> Bootstrap | None:
-    """Over all rows whose test outputs are there; none where fewer than two are."""
-    runs = {row.label: row.sums for row in comparison.rows if row.sums}
-    return Bootstrap(runs) if len(runs) > 1 and not comparison.random_weights else None
-
-
-def differences(comparison: Comparison, sample: Bootstrap) -> list[Table]:
-    """Against the untouched model, against each method's own base, and against each other: those of one
-    objective, and where they are many, all against the first."""
-    rows = [row for row in comparison.trained if row.sums]
-    first = compared()[0]
-    rows.sort(key=lambda row: -sample.point(first.name, row.label))
-    equals = [[row for row in rows if row in group] for group in comparison.objectives.values()]
-    few = all(len(group) <= ALL_PAIRS for group in equals)
-    others = [pair for group in equals for pair in combinations(group, 2) if few or pair[0] is group[0]]
-    sides = {
-        "Against the untouched model": [(row, comparison.before(row)) for row in rows],
-        "Against the technique's own base": [(row, comparison.own_base(row)) for row in rows],
-        "Against each other" if few else f"The highest {first.label} against the others": others,
-    }
-    return [
-        difference_table(title, sample, known)
-        for title, pairs in sides.items()
-        if (known := [(a, b) for a, b in pairs if b and b.sums])
-    ]
-
-
-def difference_table(title: str, sample: Bootstrap, pairs: list[tuple[Row, Row]]) -> Table:
-    """Only what may be ranked has a verdict, and counts among the verdicts to correct for."""
-    ranked = [pair for pair in pairs if not unranked(*pair)]
-    columns, cells = [title], [[f"{a.label} − {b.label}"] for a, b in pairs]
-    for metric in compared():
-        columns += [metric.label, "Verdict"]
-        verdicts = sample.differences(metric.name, [(a.label, b.label) for a, b in ranked])
-        verdicts = {id(pair): d for pair, d in zip(ranked, verdicts, strict=True)}
-        for pair, row in zip(pairs, cells, strict=True):
-            found = verdicts.get(id(pair)) or sample.difference(metric.name, *(r.label for r in pair))
-            row += [interval(found, metric.decimals), unranked(*pair) or verdict(found)]
-    return Table(columns, cells, words=tuple(range(0, len(columns), 2)))
-
-
-def unranked(a: Row, b: Row) -> str:
-    """Why a pair is not ranked, or nothing. An untouched model has no seeds to vary."""
-    for row in (a, b):
-        if row.spec.trains and not row.ranked:
-            return f"no ranking: {row.unranked_because}"
-    return ""
-
-
-def verdict(difference: Difference) -> str:
-    if difference.p != difference.p:
-        return UNKNOWN
-    word = ("higher" if difference.value > 0 else "lower") if difference.separable else "tied"
-    return f"{word}, {'p < 0.001' if difference.p < 0.001 else f'p = {difference.p:.3f}'}"
-
-
-def interval(difference: Difference, decimals: int) -> str:
-    value, low, high = (
-        number(v, decimals, signed=True) for v in (difference.value, difference.low, difference.high)
-    )
-    return f"{value} ({low} to {high})" if value != UNKNOWN else UNKNOWN
-
-
 def by_part(comparison: Comparison) -> Table | None:
     """The compared metrics on each part of the test rows, mean over seeds; none for a single part."""
     parts = list(dict.fromkeys(comparison.parts))
-    rows = [row for row in comparison.rows if row.sums]
-    if len(parts) < 2 or not rows:
+    techniques = [t for t in comparison.techniques if t.sums]
+    if len(parts) < 2 or not techniques:
         return None
     of_part = {part: np.array(comparison.parts) == part for part in parts}
     cells = []
-    for row in rows:
-        cells.append([row.label])
+    for technique in techniques:
+        cells.append([technique.label])
         for metric in compared():
             for part in parts:
-                scores = [float(metric.value(s[metric.name][of_part[part]].sum(0))) for s in row.sums]
+                scores = [float(metric.value(s[metric.name][of_part[part]].sum(0))) for s in technique.sums]
                 cells[-1].append(spread(scores, metric.decimals))
     parts = [f"{part} ({sum(of_part[part])} rows)" for part in parts]
     return Table(["Technique", *(f"{m.label}, {p}" for m in compared() for p in parts)], cells)
@@ -218,25 +160,25 @@ def by_part(comparison: Comparison) -> Table | None:
 
 def examples(comparison: Comparison, store: Store) -> list[Example]:
     """The same test rows for all, each method's lowest seed."""
-    rows = [row for row in comparison.rows if row.outputs_of and row.sums]
-    if not rows:
+    techniques = [t for t in comparison.techniques if t.outputs_of and t.sums]
+    if not techniques:
         return []
-    judged = [row for row in rows if row.spec.trains] or rows
-    rouge = {row.label: METRICS["rouge_l"].value(row.sums[0]["rouge_l"]) for row in rows}
-    quality = np.mean([rouge[row.label] for row in judged], axis=0)
+    judged = [t for t in techniques if t.spec.trains] or techniques
+    rouge = {t.label: METRICS["rouge_l"].value(t.sums[0]["rouge_l"]) for t in techniques}
+    quality = np.mean([rouge[t.label] for t in judged], axis=0)
     chosen = choose(comparison.parts, quality, EXAMPLES)
     texts = {}
-    for row in rows:
-        outputs = store.outputs(row.outputs_of)
-        texts[row.label] = [outputs[i] for i in chosen]
+    for technique in techniques:
+        outputs = store.outputs(technique.outputs_of)
+        texts[technique.label] = [outputs[i] for i in chosen]
     found = []
     for k, i in enumerate(chosen):
-        first = texts[rows[0].label][k]
+        first = texts[techniques[0].label][k]
         answers = [
-            (row.label, f"ROUGE-L {number(rouge[row.label][i], 3)}"
-             + ("" if texts[row.label][k].get("stopped", True) else ", cut at the length limit"),
-             shorten(str(texts[row.label][k].get("output") or ""), LONGEST))
-            for row in rows
+            (technique.label, f"ROUGE-L {number(rouge[technique.label][i], 3)}"
+             + ("" if texts[technique.label][k].get("stopped", True) else ", cut at the length limit"),
+             shorten(str(texts[technique.label][k].get("output") or ""), LONGEST))
+            for technique in techniques
         ]  # fmt: skip
         found.append(
             Example(

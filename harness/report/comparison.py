@@ -1,4 +1,4 @@
-"""Records become comparisons, and a comparison's rows: one a technique, with all of its seeds."""
+"""Records become comparisons, and a comparison's techniques: each with all of its seeds."""
 
 import re
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import numpy as np
 
 from harness.metrics import row_sums, scores
 from harness.record import TRAINING, RunRecord
-from harness.report.stats import SEEDS_TO_RANK
 from harness.report.text import shorten
 from harness.spec import RunSpec
 from harness.store import Store
 
 UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"
 GIB = 2**30
+SEEDS_TO_RANK = 3  # seeds: fewer say nothing of how a method varies from run to run
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 STATUS = {
     "oom_gpu": "out of GPU memory",
@@ -29,14 +29,15 @@ STATUS = {
 
 
 @dataclass
-class Row:
-    """A method with its options. `sums`: of each seed that is done the numbers of each test row, by metric
-    (rows, width)."""
+class Technique:
+    """What is compared: a method with its options. `sums`: of each seed that is done the numbers of each test
+    row, by metric (rows, width)."""
 
     label: str
     records: list[RunRecord]  # one a seed, by seed
     sums: list[dict[str, np.ndarray]] = field(default_factory=list)
     outputs_of: RunRecord | None = None  # the lowest seed's, for examples
+    repeats: list[RunRecord] = field(default_factory=list)  # the same runs again: no sample, but the noise
 
     @property
     def spec(self) -> RunSpec:
@@ -66,11 +67,15 @@ class Row:
     @property
     def ranked(self) -> bool:
         """A seed that diverged is not averaged away: such a method is not ranked at all."""
-        return len(self.done) >= SEEDS_TO_RANK and not any(r.status == "diverged" for r in self.records)
+        return len(self.done) >= SEEDS_TO_RANK and not self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        return any(record.status == "diverged" for record in self.records)
 
     @property
     def unranked_because(self) -> str:
-        if any(r.status == "diverged" for r in self.records):
+        if self.diverged:
             return "a seed diverged"
         return "single seed" if len(self.done) == 1 else f"{len(self.done)} seeds"
 
@@ -98,32 +103,32 @@ class Row:
 class Comparison:
     """Rows that differ in method, options and seed alone. Untouched models come first."""
 
-    rows: list[Row]
+    techniques: list[Technique]
     warnings: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)  # of each test row; from the outputs
     reference_tokens: np.ndarray | None = None  # (test rows,), end marks included; from the outputs
 
     @property
     def records(self) -> list[RunRecord]:
-        return [record for row in self.rows for record in row.records]
+        return [record for technique in self.techniques for record in technique.records]
 
     @property
-    def bases(self) -> list[Row]:
-        return [row for row in self.rows if not row.spec.trains]
+    def bases(self) -> list[Technique]:
+        return [t for t in self.techniques if not t.spec.trains]
 
     @property
-    def trained(self) -> list[Row]:
-        return [row for row in self.rows if row.spec.trains]
+    def trained(self) -> list[Technique]:
+        return [t for t in self.techniques if t.spec.trains]
 
     @property
-    def objectives(self) -> dict[str, list[Row]]:
+    def objectives(self) -> dict[str, list[Technique]]:
         """Objective -> its techniques: likelihood of references first, as most have it."""
-        names = sorted({row.objective for row in self.trained}, key=lambda name: (name != "sft", name))
-        return {name: [row for row in self.trained if row.objective == name] for name in names}
+        names = sorted({t.objective for t in self.trained}, key=lambda name: (name != "sft", name))
+        return {name: [t for t in self.trained if t.objective == name] for name in names}
 
     @property
     def spec(self) -> RunSpec:
-        return self.rows[-1].spec
+        return self.techniques[-1].spec
 
     @property
     def random_weights(self) -> bool:
@@ -143,11 +148,11 @@ class Comparison:
         """Digest of the untouched model's answers -> the runs whose preferences are over them; none: over the
         pairs of the data alone."""
         found: dict[str | None, list[str]] = {}
-        for row in self.rows:
-            for record in row.done:
+        for technique in self.techniques:
+            for record in technique.done:
                 if "before" in record.hashes and score(record, "preference_accuracy") is not None:
                     answers = record.hashes["before"]
-                    found.setdefault(answers, []).append(f"{row.label} (seed {record.spec.seed})")
+                    found.setdefault(answers, []).append(f"{technique.label} (seed {record.spec.seed})")
         return found
 
     def score(self, record: RunRecord, metric: str) -> float | None:
@@ -178,26 +183,27 @@ class Comparison:
     def gauge(self) -> str:
         return "Peak memory (GiB)" if self.on_gpu else "Peak host memory (GiB)"
 
-    def base(self, method: str) -> Row | None:
-        return next((row for row in self.bases if row.spec.method == method), None)
+    def base(self, method: str) -> Technique | None:
+        return next((t for t in self.bases if t.spec.method == method), None)
 
-    def before(self, row: Row) -> Row | None:
+    def before(self, technique: Technique) -> Technique | None:
         """The untouched model; an untouched model is its own before."""
-        return self.base(UNTOUCHED) if row.spec.trains else row
+        return self.base(UNTOUCHED) if technique.spec.trains else technique
 
-    def own_base(self, row: Row) -> Row | None:
+    def own_base(self, technique: Technique) -> Technique | None:
         """The model a method starts from, where that is not the untouched one: a 4-bit one. A method that
         starts at neither scored its own start, see `own_scores`."""
-        name = row.card.get("baseline")
-        if not row.spec.trains or not name or name == UNTOUCHED or any(r.start for r in row.records):
+        name = technique.card.get("baseline")
+        own_start = any(record.start for record in technique.records)
+        if not technique.spec.trains or not name or name == UNTOUCHED or own_start:
             return None
         return self.base(name)
 
-    def own_scores(self, row: Row, metric: str) -> list[float]:
+    def own_scores(self, technique: Technique, metric: str) -> list[float]:
         """One a seed of what a method starts from, where that is not the untouched model."""
-        if own := self.own_base(row):
+        if own := self.own_base(technique):
             return own.values(lambda r: score(r, metric))
-        return row.values(lambda r: scores(r.start).get(metric))
+        return technique.values(lambda r: scores(r.start).get(metric))
 
     def peak_memory(self, record: RunRecord) -> float | None:
         """GiB over attach and train; null for a model that was not trained."""
@@ -220,38 +226,45 @@ def comparisons(records: list[RunRecord]) -> list[Comparison]:
         evaluation = group[0].spec.evaluation
         bases = [r for r in records if not r.spec.trains and r.spec.evaluation == evaluation]
         bases.sort(key=lambda r: r.spec.method != UNTOUCHED)
-        found.append(
-            (max(r.started for r in group), Comparison(rows_of(bases + [r for r in group if r.spec.trains])))
-        )
+        trained = [r for r in group if r.spec.trains]
+        found.append((max(r.started for r in group), Comparison(techniques_of(bases + trained))))
     return [comparison for _, comparison in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def rows_of(records: list[RunRecord]) -> list[Row]:
-    """In the order of their first record; the same method with other options is another row."""
-    groups: dict[tuple, dict[int, RunRecord]] = {}
+def techniques_of(records: list[RunRecord]) -> list[Technique]:
+    """In the order of their first record; the same method with other options is another technique."""
+    groups: dict[tuple, dict[int, list[RunRecord]]] = {}
     for record in records:
         key = (record.spec.method, tuple(sorted((k, repr(v)) for k, v in record.spec.options.items())))
-        seeds = groups.setdefault(key, {})
-        earlier = seeds.get(record.spec.seed)
-        if earlier is None or record.ok or not earlier.ok:
-            seeds[record.spec.seed] = record
-    rows = [Row("", [seeds[seed] for seed in sorted(seeds)]) for seeds in groups.values()]
-    for row in rows:
-        row.label = label(row, rows)
-    return rows
+        groups.setdefault(key, {}).setdefault(record.spec.seed, []).append(record)
+    techniques = []
+    for seeds in groups.values():
+        runs = [run_and_repeats(seeds[seed]) for seed in sorted(seeds)]
+        repeats = [repeat for _, rest in runs for repeat in rest]
+        techniques.append(Technique("", [run for run, _ in runs], repeats=repeats))
+    for technique in techniques:
+        technique.label = label(technique, techniques)
+    return techniques
 
 
-def label(row: Row, rows: list[Row]) -> str:
-    """A method's title, with the options in which its rows differ."""
-    same = [r.spec.options for r in rows if r.spec.method == row.spec.method]
+def run_and_repeats(records: list[RunRecord]) -> tuple[RunRecord, list[RunRecord]]:
+    """Of one seed: the newest run that is done, and what was run again to see the noise."""
+    first = min(record.repeat for record in records)
+    runs = [record for record in records if record.repeat == first]
+    run = next((record for record in reversed(runs) if record.ok), runs[-1])
+    return run, [record for record in records if record.repeat > first]
+
+
+def label(technique: Technique, techniques: list[Technique]) -> str:
+    """A method's title, with the options in which its techniques differ."""
+    same = [r.spec.options for r in techniques if r.spec.method == technique.spec.method]
     names = sorted({name for options in same for name in options})
     differing = [n for n in names if len({repr(options.get(n)) for options in same}) > 1]
-    chosen = ", ".join(f"{n.replace('_', ' ')} {row.spec.options.get(n)}" for n in differing)
-    title = row.card.get("title") or row.spec.method
-    if any(
-        title == (r.card.get("title") or r.spec.method) and r.spec.method != row.spec.method for r in rows
-    ):
-        title = f"{title} ({row.spec.method})"
+    chosen = ", ".join(f"{n.replace('_', ' ')} {technique.spec.options.get(n)}" for n in differing)
+    title = technique.card.get("title") or technique.spec.method
+    others = [t for t in techniques if t.spec.method != technique.spec.method]
+    if any(title == (t.card.get("title") or t.spec.method) for t in others):
+        title = f"{title} ({technique.spec.method})"
     return f"{title} ({chosen})" if chosen else title
 
 
@@ -292,25 +305,25 @@ def watt_hours(record: RunRecord) -> float | None:
 
 
 def read_outputs(comparison: Comparison, store: Store) -> None:
-    """Gives the rows the numbers of their tests. A run on other test rows stays without, with a warning."""
+    """Gives the techniques the numbers of their test rows; a warning for a run on other rows."""
     tested = None
-    for row in comparison.rows:
+    for technique in comparison.techniques:
         found = []
-        for record in row.done:
+        for record in technique.done:
             outputs = store.outputs(record)
             these = [[o.get(name) for name in TEST_ROW] for o in outputs]
             if not outputs:
-                comparison.warnings.append(f"{row.label} (seed {record.spec.seed}): no test outputs")
+                comparison.warnings.append(f"{technique.label} (seed {record.spec.seed}): no test outputs")
                 continue
             if tested is None:
                 tested, comparison.parts = these, [str(o.get("part") or "") for o in outputs]
             if these != tested:
                 comparison.warnings.append(
-                    f"{row.label} (seed {record.spec.seed}) was tested on other rows than the others"
+                    f"{technique.label} (seed {record.spec.seed}) was tested on other rows than the others"
                 )
                 continue
             found.append(row_sums(outputs, record.spec.dataset))
             comparison.reference_tokens = np.array([output["tokens"] for output in outputs])
-            row.outputs_of = row.outputs_of or record
-        if len(found) == len(row.done):
-            row.sums = found
+            technique.outputs_of = technique.outputs_of or record
+        if len(found) == len(technique.done):
+            technique.sums = found

@@ -1,0 +1,195 @@
+"""One set of verdicts a comparison: who is told apart from whom, in each metric, in memory and in time.
+
+Computed once. Lead, tables, ranks, fronts and plots only read it, so that no two of them can disagree.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from harness.metrics import compared
+from harness.record import RunRecord
+from harness.report.comparison import SEEDS_TO_RANK, Comparison, Technique, seconds
+from harness.report.stats import DRAWS, Difference, Family, Sample
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What techniques are compared in. A cost is judged by its ratios, as the same load makes all slower."""
+
+    name: str
+    label: str
+    better: str = "higher"
+    decimals: int = 3
+    cost: bool = False
+
+
+MEMORY = Quantity("peak_memory", "Peak memory", "lower", cost=True)
+TIME = Quantity("seconds", "Training time", "lower", cost=True)
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """Who is compared in a quantity. `group`: all of one are compared with each other. `before`: the
+    untouched models that it is compared with. `unranked`: why it gets no verdict; empty where it does."""
+
+    label: str
+    sample: Sample
+    group: str | None = None
+    before: tuple[str, ...] = ()
+    unranked: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`word`: higher, lower, tied, or why there is none. The first two where the interval excludes 0."""
+
+    difference: Difference
+    word: str
+
+    @property
+    def sign(self) -> int:
+        """1 for higher, -1 for lower, 0 for all else."""
+        return {"higher": 1, "lower": -1}.get(self.word, 0)
+
+
+class Standing:
+    """The verdicts in one quantity: one family of all pairs of a group, and each against its befores."""
+
+    def __init__(self, quantity: Quantity, entrants: list[Entrant], draws: int = DRAWS):
+        self.quantity = quantity
+        self.entrants = {e.label: e for e in entrants if e.sample.known}
+        known = list(self.entrants.values())
+        pairs = [(a.label, b.label) for a, b in combinations(known, 2) if a.group and a.group == b.group]
+        pairs += [(e.label, b) for e in known for b in dict.fromkeys(e.before) if b in self.entrants]
+        self.family = Family({e.label: e.sample for e in known}, pairs, draws)
+        self.pairs = set(pairs)
+
+    def point(self, label: str) -> float:
+        """The mean over seeds, in the quantity's own unit; the geometric mean of a cost."""
+        point = self.entrants[label].sample.point if label in self.entrants else np.nan
+        return float(np.exp(point)) if self.quantity.cost else point
+
+    def verdict(self, one: str, other: str) -> Verdict:
+        """Of `one` against `other`. A cost's difference is of logarithms."""
+        difference = self.family.difference(one, other)
+        if not np.isfinite(difference.value):
+            return Verdict(difference, "")
+        reasons = [self.entrants[label].unranked for label in (one, other)]
+        if reason := next(filter(None, reasons), ""):
+            return Verdict(difference, f"no ranking: {reason}")
+        return Verdict(difference, {1: "higher", -1: "lower", 0: "tied"}[difference.sign])
+
+    def beats(self, one: str, other: str) -> bool:
+        return self.verdict(one, other).sign == (1 if self.quantity.better == "higher" else -1)
+
+    def ranked(self, group: str) -> list[str]:
+        """From the best on, by what was measured."""
+        sign = -1 if self.quantity.better == "higher" else 1
+        members = [e for e in self.entrants.values() if e.group == group and not e.unranked]
+        return [e.label for e in sorted(members, key=lambda e: sign * e.sample.point)]
+
+    def rank(self, label: str, group: str) -> tuple[int, int, int]:
+        """(first, last, of how many): the places that its verdicts leave to it."""
+        others = [other for other in self.ranked(group) if other != label]
+        ahead = sum(self.beats(other, label) for other in others)
+        behind = sum(self.beats(label, other) for other in others)
+        return 1 + ahead, 1 + len(others) - behind, 1 + len(others)
+
+    def tied(self, label: str, group: str) -> list[str]:
+        """The others of its group that cannot be told from it."""
+        others = [other for other in self.ranked(group) if other != label]
+        return [other for other in others if self.verdict(label, other).word == "tied"]
+
+    def alike(self, group: str) -> list[list[str]]:
+        """The largest sets of which no two can be told apart, best first; one may be in several."""
+        names = self.ranked(group)
+        ties = {name: set(self.tied(name, group)) for name in names}
+        found = []
+
+        def grow(inside: set, open_: set, closed: set) -> None:  # Bron and Kerbosch 1973
+            if not open_ and not closed:
+                found.append([name for name in names if name in inside])
+            for name in [n for n in names if n in open_]:
+                grow(inside | {name}, open_ & ties[name], closed & ties[name])
+                open_, closed = open_ - {name}, closed | {name}
+
+        grow(set(), set(names), set())
+        return sorted(found, key=lambda members: [names.index(name) for name in members])
+
+    def detectable(self) -> float:
+        """The true difference of two ranked techniques that such a bench would have told apart in 8 of 10
+        repetitions: the median of their pairs. NaN without such a pair."""
+        groups = [(self.entrants[a], self.entrants[b]) for a, b in self.family.pairs]
+        chosen = [a.group == b.group and not (a.unranked or b.unranked) for a, b in groups]
+        return float(np.median(self.family.detectable()[chosen])) if any(chosen) else np.nan
+
+
+class Verdicts:
+    """Of a comparison. `standings`: by name of metric, and of what each technique cost."""
+
+    def __init__(self, comparison: Comparison):
+        found = []
+        for m in [] if comparison.random_weights else compared():
+            found.append(Standing(Quantity(m.name, m.label, m.better, m.decimals), scored(comparison, m)))
+        if comparison.on_gpu:  # resident memory is Python's and its libraries' for the most part
+            found.append(Standing(MEMORY, paid(comparison, comparison.peak_memory)))
+        found.append(Standing(TIME, paid(comparison, undisturbed_seconds)))
+        self.standings = {s.quantity.name: s for s in found if s.family.pairs}
+        self.metrics = [s for s in self.standings.values() if not s.quantity.cost]
+        self.costs = [s for s in self.standings.values() if s.quantity.cost]
+
+    def front(self, cost: str, gain: str, group: str) -> list[str]:
+        """From the cheapest on: those of which each is known to gain more than all that cost less, and
+        to cost less than all that gain more."""
+        cost, gain = self.standings.get(cost), self.standings.get(gain)
+        if not cost or not gain:
+            return []
+        names = [name for name in cost.ranked(group) if name in gain.ranked(group)]
+
+        def beaten(name: str, by: str) -> bool:
+            better, worse = ([s.beats(*pair) for s in (cost, gain)] for pair in ((by, name), (name, by)))
+            return any(better) and not any(worse)
+
+        return [name for name in names if not any(beaten(name, other) for other in names)]
+
+    def steps(self, cost: str, gain: str, group: str) -> list[tuple[str, str]]:
+        """Neighbours on the front of which the second is known to cost more, and to gain more."""
+        costs, gains = self.standings.get(cost), self.standings.get(gain)
+        neighbours = pairwise(self.front(cost, gain, group))
+        return [(a, b) for a, b in neighbours if costs.beats(a, b) and gains.beats(b, a)]
+
+
+def scored(comparison: Comparison, metric) -> list[Entrant]:
+    """All whose test outputs are there."""
+    found = []
+    for technique in comparison.techniques:
+        if technique.sums:
+            sample = Sample.of_rows([seed[metric.name] for seed in technique.sums], metric.value)
+            before = [comparison.before(technique), comparison.own_base(technique)]
+            labels = tuple(b.label for b in before if b and b is not technique)
+            found.append(entrant(technique, sample, labels))
+    return found
+
+
+def undisturbed_seconds(record: RunRecord) -> float | None:
+    """A run that was disturbed says nothing of its method's time."""
+    return None if record.disturbed else seconds(record)
+
+
+def paid(comparison: Comparison, of) -> list[Entrant]:
+    """Those that can be ranked in a cost, whose sample are the seeds alone. `of`: record -> cost."""
+    found = []
+    for technique in comparison.trained:
+        values = [value for value in technique.values(of) if value > 0]
+        if technique.ranked and len(values) >= SEEDS_TO_RANK:
+            found.append(entrant(technique, Sample.of_seeds(np.log(values))))
+    return found
+
+
+def entrant(technique: Technique, sample: Sample, before: tuple[str, ...] = ()) -> Entrant:
+    if not technique.spec.trains:
+        return Entrant(technique.label, sample)  # it has no seeds to vary, and is ranked with nothing
+    unranked = "" if technique.ranked else technique.unranked_because
+    return Entrant(technique.label, sample, technique.objective, before, unranked)
