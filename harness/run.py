@@ -27,10 +27,10 @@ from pathlib import Path
 from harness import ROOT, method
 from harness.data import cache, leaks, splits
 from harness.data.batches import Batches, collate, pack
-from harness.data.rows import DataError
 from harness.data.study import study
 from harness.data.template import COUNTED, Row, Template, rows_hash
-from harness.errors import redacted
+from harness.errors import BadRequest
+from harness.plain import redacted
 from harness.record import RunRecord, answers_hash
 from harness.spec import RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, RECORD, append, save
@@ -187,7 +187,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             record.hashes[split] = rows_hash(rows[split])
             if spec.dataset[split] and not rows[split]:
                 why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
-                raise DataError(
+                raise BadRequest(
                     f"no {split} row is left: {why['too_long']} prompts fill "
                     f"hp.max_length={hp.max_length} tokens, {why['refused']} the chat template refuses"
                     + (f", {why['answered']} are answered in training" if why["answered"] else "")

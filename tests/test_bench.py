@@ -20,9 +20,9 @@ from test_cli import BITFIT, ROOT, SMALL, bench, records
 from harness import bench as running
 from harness import doctor
 from harness.cli import progress
-from harness.errors import redacted
 from harness.measuring.meter import Meter
 from harness.method import Method
+from harness.plain import redacted
 from harness.plan import Request, plan
 from harness.record import RunRecord
 from harness.run import save_model

@@ -3,6 +3,7 @@
 import json
 import os
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.data import cache, leaks, splits
-from harness.data.splits import DATASET, PART
+from harness.data.spec import DatasetSpec, PartSpec
 from harness.data.template import Row, Template, rows_hash
+
+DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
 ROWS = [{"instruction": f"Add one to {i}.", "input": "x" * (i % 3), "output": str(i + 1)} for i in range(40)]
 PAIRS = [{"prompt": f"Add one to {i}.", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(20)]
@@ -146,7 +149,7 @@ def test_a_window_of_plain_text_is_not_learned_and_scored(world):
 
 def test_a_plan_reads_the_source_for_the_run(world, monkeypatch):
     cache.splits_of(world.dataset, world.locations)
-    monkeypatch.setattr(splits, "splits", None)  # called no more
+    monkeypatch.setattr(splits, "make_splits", None)  # called no more
     assert world.tokens().rows["train"]
 
 
@@ -204,7 +207,7 @@ def test_any_change_makes_it_again(change, world):
     assert world.made == 6
 
 
-@pytest.mark.parametrize("name", ["rows", "formats", "duplicates", "leaks", "data", "template", "cache"])
+@pytest.mark.parametrize("name", ["rows", "formats", "duplicates", "leaks", "splits", "template", "cache"])
 def test_other_code_makes_it_again(name, world):
     world.code = f"{name}.py"
     world.tokens()

@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
+from harness.method import build
 from harness.training.generate import left_padded
 from harness.training.head import token_logps
 from harness.training.loop import accumulate
@@ -727,7 +728,7 @@ def test_two_updates_on_a_draw_read_every_second_step_and_are_clipped():
                                    {"answer_tokens": 0}])  # fmt: skip
 def test_options_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
-        GRPO(**wrong)
+        build(GRPO, wrong)
     for wrong in ({"weight": -0.1}, {"answer_tokens": 0}):
         with pytest.raises(ValueError, match="weight must not be negative, answer_tokens"):
             ORPO(**wrong)
