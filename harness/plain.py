@@ -18,6 +18,21 @@ def plain(value) -> str:
     return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters, then how many more there were."""
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit].rstrip()}… ({len(text) - limit:,} characters more)"
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """`A, B and C`; beyond `most`, the number of the others."""
+    names = list(names)
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 # Secrets
 
 HIDDEN = "[hidden]"

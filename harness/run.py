@@ -25,10 +25,19 @@ from itertools import accumulate
 from pathlib import Path
 
 from harness import ROOT, method
-from harness.data import cache, leaks, splits
-from harness.data.batches import Batches, collate, pack
-from harness.data.study import study
-from harness.data.template import COUNTED, Row, Template, rows_hash
+from harness.data import (
+    COUNTED,
+    SPLITS,
+    Batches,
+    Row,
+    Template,
+    answered,
+    collate,
+    pack,
+    rows_hash,
+    study,
+    token_rows,
+)
 from harness.errors import BadRequest
 from harness.plain import redacted
 from harness.record import RunRecord, answers_hash
@@ -140,9 +149,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     missing = [name for name in cls.needs if not installed(name)]
     if missing:
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    chosen, errors = method.build(cls, spec.options)
-    if errors:
-        raise ValueError("; ".join(errors))
+    chosen = method.build(cls, spec.options)
     hp = cls.own(spec.hp)
 
     import torch
@@ -181,9 +188,9 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     with meter.phase("load"):
         tokenizer = load_tokenizer(spec)
         template = Template(tokenizer, spec.dataset["template"], spec.dataset.get("loss", "all"))
-        read = cache.token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
+        read = token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
         rows = read.rows
-        for split in splits.SPLITS:
+        for split in SPLITS:
             record.hashes[split] = rows_hash(rows[split])
             if spec.dataset[split] and not rows[split]:
                 why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
@@ -198,8 +205,8 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
             "unused": read.unused,
             "revisions": read.revisions,
             "origins": read.origins,
-            "splits": {split: len(rows[split]) for split in splits.SPLITS},
-            "answered": {split: leaks.answered(rows[split], rows["train"]) for split in splits.SPLITS[:-1]},
+            "splits": {split: len(rows[split]) for split in SPLITS},
+            "answered": {split: answered(rows[split], rows["train"]) for split in SPLITS[:-1]},
             "template": template.kind,
             "loss": template.loss,
             "plain_text": all(not row.prompt for row in rows["train"]),

@@ -33,8 +33,8 @@ from harness.data import (
     tokens_of,
 )
 from harness.errors import Problems, shown
+from harness.plain import listed, plain, shorten
 from harness.plan import DRAWN, Request, find_dataset, find_sources, local_folder, read_request, unreachable
-from harness.report.text import listed, plain, shorten
 from harness.spec import Hyperparams
 
 SAID = ("name", "licence", "format", "mapping")  # of a part

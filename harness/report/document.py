@@ -2,8 +2,7 @@
 
 from dataclasses import asdict
 
-from harness.data.study import marked
-from harness.data.template import OPENING
+from harness.data import OPENING, marked
 from harness.report import blocks as b
 from harness.report import plots, tables
 from harness.report.answer import answer, too_long

@@ -5,8 +5,7 @@ from contextlib import nullcontext
 import torch
 from transformers import GenerationConfig
 
-from harness.data.batches import batches_of, collate
-from harness.data.template import Row
+from harness.data import Row, batches_of, collate
 from harness.spec import Hyperparams
 from harness.training.head import causal_lm, token_scores
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from transformers import get_scheduler
 
-from harness.data.batches import Batches
+from harness.data import Batches
 from harness.measuring.meter import StepClock
 from harness.spec import Hyperparams
 from harness.training import head
