@@ -210,6 +210,36 @@ def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def files(folder: Path) -> dict[Path, tuple]:
+    """Every file and folder, with what changes when it is written, or used by the cache."""
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in [folder, *folder.rglob("*")]}
+
+
+def test_a_plan_writes_nothing_anywhere(tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    (home / "temporary").mkdir(parents=True)
+    here.mkdir()
+    (here / "bitfit.py").write_text(BITFIT)
+    rows = [{"instruction": f"say {i}", "output": f"the number {i}"} for i in range(40)]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = {
+        "HOME": home,
+        "XDG_CACHE_HOME": home,
+        "TMPDIR": home / "temporary",
+        "TUNEOFF_CACHE": home / "rows",
+    }
+    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's own
+    environment.pop("HF_HOME", None)
+    asked = ["--methods", "bitfit", "lora", "--plugins", "bitfit.py", "--model", ROOT / "demo/model"]
+    asked += ["--dataset", "rows.jsonl", "--set", "data.train=9", "data.validation=2", "data.test=4"]
+    before = files(tmp_path)
+    run = bench("plan", *asked, cwd=here, env=environment)
+    assert run.returncode == 0 and "will run" in run.stdout, run.stderr
+    changed = {path for path, state in files(tmp_path).items() if before.get(path) != state}
+    assert changed <= {home / "temporary"}, "what its plugin's trial writes there is gone again"
+
+
 def test_all_errors_are_told_at_once(tmp_path):
     run = bench("--methods", "qlor", "--set", "hp.epochs=-1", "--source", "x=y", cwd=tmp_path)
     assert run.stderr.count("error: ") == 3
