@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,12 @@ def test_these_rooms_do_without_torch(room):
         "[m.resolve(name, source) for name, source in m.available().items()]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_installation_has_every_folder():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES}
+    assert folders <= set(packages)
 
 
 def test_every_room_stands_in_contributing():
