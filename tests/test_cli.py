@@ -44,6 +44,15 @@ def home(tmp_path_factory):
         + "\n    def loss(self, model, batch):\n        return super().loss(model, batch) * float('nan')\n"
     )
     (folder / "diverging.py").write_text(diverging)
+    (folder / "harness" / "data").mkdir(parents=True)
+    for name in (
+        "methods",
+        "random",
+        "torch",
+        "datasets",
+        "harness/spec",
+    ):  # no run is made of what lies here
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the current folder')")
     plugins = ["--plugins", "bitfit.py", "diverging.py"]
     run = bench("--methods", "bitfit", "diverging", "--seeds", 0, 1, *plugins, *SMALL, cwd=folder)
     return folder, run
@@ -243,6 +252,28 @@ def test_a_plan_writes_nothing_anywhere(tmp_path):
 def test_all_errors_are_told_at_once(tmp_path):
     run = bench("--methods", "qlor", "--set", "hp.epochs=-1", "--source", "x=y", cwd=tmp_path)
     assert run.stderr.count("error: ") == 3
+
+
+@pytest.mark.parametrize(("script", "name"), [("run_bench.py", "run_bench.py"), ("tuneoff", "tuneoff")])
+def test_it_calls_itself_as_it_was_called(script, name, tmp_path):
+    file = tmp_path / script
+    file.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "run_bench.py").read_text())
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "random.py").write_text("raise SystemExit('random.py of the current folder')")
+    for arguments, said in ((["plan", "--help"], f"usage: {name} plan"), (["--version"], "tuneoff 0")):
+        command = [sys.executable, "-P", str(file), *arguments]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert run.stdout.startswith(said)
+
+
+def test_the_module_runs_where_others_of_its_imports_names_lie(tmp_path):
+    for name in ("harness", "methods", "torch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "random.py").write_text("raise SystemExit('random.py of the current folder')")
+    command = [sys.executable, "-m", "harness.cli", "list", "methods"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert run.returncode == 0 and "lora" in run.stdout, run.stderr
 
 
 def test_help_imports_nothing_heavy():
