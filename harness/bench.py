@@ -20,12 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import ROOT, method
+from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import BadRequest
 from harness.plain import redacted
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
-from harness.store import EVENTS, Store, save
+from harness.store import EVENTS, RESULT, SPEC, Store, save
 
 LOG = "log.txt"
 LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
@@ -89,8 +90,9 @@ def bench(
             if not tried:
                 try_imports(specs[number - 1 :])
                 tried = True
-            if before := next((s for s in specs if untouched(s) and s.evaluation == spec.evaluation), None):
-                spec.locations["before"] = str(store.path(before))
+            if before := next((s for s in specs if is_base(s) and s.evaluation == spec.evaluation), None):
+                locations = {**spec.locations, "before": str(store.path(before))}
+                spec = replace(spec, locations=locations)
             progress.start(spec, number, len(specs))
             record = run(spec, store, command, progress, limit)
         progress.end(record, cached)
@@ -101,17 +103,15 @@ def lacks(record: RunRecord, specs: list[RunSpec], store: Store) -> bool:
     """A run that found no answers of the untouched model, where there are some now."""
     if record.hashes.get("before", "") is not None:
         return False
-    bases = (s for s in specs if untouched(s) and s.evaluation == record.spec.evaluation)
+    bases = (s for s in specs if is_base(s) and s.evaluation == record.spec.evaluation)
     return any((found := store.find(base)) and found.ok for base in bases)
 
 
-def untouched(spec: RunSpec) -> bool:
+def is_base(spec: RunSpec) -> bool:
     return spec.method == "base"
 
 
 def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None = None) -> RunRecord:
-    from harness.run import RESULT, SPEC
-
     with held() as signals:
         folder = store.attempt(spec)
         started, kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
@@ -124,7 +124,7 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
 
         log = (folder / LOG).open("wb", buffering=0)
         child = subprocess.Popen(
-            [*PYTHON, "harness.run", str(folder.resolve())],
+            [*PYTHON, "harness.child", str(folder.resolve())],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -148,17 +148,22 @@ def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None
             if child.returncode == 0:
                 error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
             record = RunRecord(spec, status, error, command=command, started=started)
-        if record.ok and child.returncode:  # all was measured: it ended while its model was being saved
-            record.warnings[-1] += f": {how(child.returncode)}"
-        if reason == "timeout" and not record.ok:
-            record.status = "timeout"
-            record.error = (
-                f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
-                "data.test or hp.max_new_tokens"
-            )
+        told(record, child.returncode, limit if reason == "timeout" else None)
         (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
         store.keep(spec, record)
     return record
+
+
+def told(record: RunRecord, code: int, limit: float | None) -> None:
+    """Adds to a record what its process could not know: that it ended while saving, or took too long."""
+    if record.ok and code:  # all was measured: it ended while its model was being saved
+        record.warnings[-1] += f": {how(code)}"
+    if limit and not record.ok:
+        record.status = "timeout"
+        record.error = (
+            f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
+            "data.test or hp.max_new_tokens"
+        )
 
 
 @contextmanager
@@ -318,8 +323,6 @@ def keep_log(output, log) -> None:
 
 def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[str, str]:
     """Status and error of a child that left no result. `starved`: the kernel killed for want of memory."""
-    from harness.run import AGAIN, exhausted, out_of_memory
-
     if reason:
         return "interrupted", f"interrupted; {AGAIN}"
     if code == -signal.SIGKILL and not starved:

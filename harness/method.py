@@ -10,22 +10,18 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import chdir, redirect_stdout, suppress
+from contextlib import chdir, redirect_stdout
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from harness import ROOT
 from harness.errors import BadRequest, Problems, brief, unknown  # noqa: F401
-from harness.plain import redacted, redacted_in
 from harness.record import NAME as RECORDED
-from harness.record import finite
 from harness.shape import (  # noqa: F401, the kinds of options among them
     Count,
     Fraction,
@@ -33,12 +29,13 @@ from harness.shape import (  # noqa: F401, the kinds of options among them
     NotNegative,
     Positive,
     Range,
-    check,
     fitting,
     misfits,
-    parse,
 )
 from harness.spec import Hyperparams
+
+if TYPE_CHECKING:
+    from harness.training.run import Run
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -111,42 +108,52 @@ class Method:
         """-> model. `load_base(**kwargs)` passes its arguments on to `from_pretrained`."""
         return load_base()
 
-    def attach(self, model, batches):
-        """-> the model to train, in which what has requires_grad is trained. `batches` iterates
-        over the optimizer steps of the training, each a list of micro-batches."""
+    def attach(self, model, run: "Run"):
+        """-> the model to train, in which what has requires_grad is trained."""
         return model.requires_grad_(True)
 
-    def prepare(self, model, micro_batches: list[dict]) -> list[dict]:
-        """-> what a step trains on in place of its micro-batches: pairs, or sampled answers."""
-        return micro_batches
+    def prepare(self, model, examples: list, run: "Run") -> list[dict]:
+        """-> the micro-batches of a step that was planned with these examples: they themselves, pairs, or
+        answers that are drawn here."""
+        return [run.collate(part) for part in run.micro_batches(examples)]
 
-    def optimizer(self, model, hp: Hyperparams):
+    def optimizer(self, model, run: "Run"):
         """-> torch.optim.Optimizer over the trainable parameters (all of them in fp32)."""
         from torch.optim import AdamW
 
-        return AdamW(self.parameter_groups(model, hp), fused=True, **adam(hp))
+        return AdamW(self.parameter_groups(model, run), fused=True, **adam(run.hp))
 
     def decays(self, name: str, parameter) -> bool:
         """Whether weight decay reaches a trained parameter: the matrices, not their scales, norms, biases."""
         return parameter.ndim >= 2
 
-    def parameter_groups(self, model, hp: Hyperparams) -> list[dict]:
+    def parameter_groups(self, model, run: "Run") -> list[dict]:
         """The trainable parameters as an optimizer takes them: those that decay, then those that do not."""
-        found = {True: [], False: []}
+        groups = {True: [], False: []}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                found[self.decays(name, parameter)].append(parameter)
-        groups = [{"params": found[decays], "weight_decay": hp.weight_decay * decays} for decays in found]
-        return [group for group in groups if group["params"]]
+                groups[self.decays(name, parameter)].append(parameter)
+        return [
+            {"params": parameters, "weight_decay": run.hp.weight_decay * decays}
+            for decays, parameters in groups.items()
+            if parameters
+        ]
 
-    def loss(self, model, batch):
+    def loss(self, model, batch: dict, run: "Run"):
         """-> scalar: the mean over the batch's target tokens (or rows, see `mean_over`), by which the
         loop weighs it."""
-        from harness.training.head import token_logps
+        return -run.token_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
 
-        return -token_logps(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+    def state(self) -> dict:
+        """What this method itself holds from one step to the next, beside the model, the optimizer and
+        run.rng: nested dicts and lists of tensors and JSON values."""
+        return {}
 
-    def keep(self, load_base, model):
+    def restore_state(self, state: dict, model, run: "Run") -> None:
+        """Takes back what `state` gave, its tensors on the run's device. The model is attached, its weights
+        and the optimizer's state are those of that step."""
+
+    def keep(self, model, run: "Run"):
         """-> the trained model as `save` keeps it, which is the one that is scored. Its weights are back in
         the types that they were loaded in."""
         return model
@@ -170,26 +177,6 @@ class Method:
         """-> a plain transformers model of the same outputs. Raises Unsupported where that is not
         exact."""
         return model.merge_and_unload() if hasattr(model, "peft_config") else model
-
-    def note(self, what: str, value: float | str) -> None:
-        """Keeps something that this run found out about its method; the report prints it."""
-        self.notes[redacted(str(what))] = redacted_in(recordable(value))
-
-    @cached_property
-    def notes(self) -> dict:
-        return {}
-
-
-def recordable(value):
-    """As a record holds it: a tensor's number as one, what JSON has as it is, else a short text."""
-    try:
-        found = parse(json.dumps(finite(value.item() if hasattr(value, "item") else value)))
-        check(found, Any)
-        return found
-    except Exception:  # whatever a stranger's value does
-        with suppress(Exception):
-            return brief(value)
-        return type(value).__name__
 
 
 def adam(hp: Hyperparams) -> dict:
@@ -279,15 +266,16 @@ def named(cls: type[Method], name: str) -> type[Method]:
 
 def build(cls: type[Method], options: dict) -> Method:
     """The method with its options. Raises BadRequest with each that cannot be."""
-    problems, known = Problems(), {f.name for f in fields(cls)}
-    kinds = {name: kind for name, kind in get_type_hints(cls, include_extras=True).items() if name in known}
-    values = fitting(options, kinds, f"option of {cls.name}", f"{cls.name}.", problems)
+    problems, own = Problems(), getattr(cls, "name", cls.__name__)
+    hints = get_type_hints(cls, include_extras=True)
+    kinds = {option.name: hints[option.name] for option in fields(cls)}
+    values = fitting(options, kinds, f"option of {own}", f"{own}.", problems)
     problems.refuse()
     try:
         made = cls(**values)
     except ValueError as error:
-        raise BadRequest(f"{cls.name}: {error}") from error
-    problems += misfits(asdict(made), dict, f"{cls.name}'s options")
+        raise BadRequest(f"{own}: {error}") from error
+    problems += misfits(asdict(made), dict, f"{own}'s options")
     problems.refuse()
     return made
 

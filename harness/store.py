@@ -10,11 +10,13 @@ from pathlib import Path
 from uuid import uuid4
 
 from harness.metrics import METRICS, summarise
+from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import check, parse
 from harness.spec import RunSpec, content_hash
 
 RECORD, OUTPUTS, EVENTS, MODEL = "record.json", "outputs.jsonl", "events.jsonl", "model"
+SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
 ATTEMPT, EARLIER, ASIDE = ".{}", ".{}.earlier", "{}.aside-{}"  # what may stand beside it
 
@@ -182,3 +184,9 @@ def append(path: Path, value: dict) -> None:
     """Adds one line of JSON; whoever follows the file sees it at once."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def leave(record: RunRecord, folder: Path) -> None:
+    """What a run has measured so far, as its bench will find it."""
+    record.warnings = [redacted(warning) for warning in record.warnings]
+    save(folder / RESULT, record.to_json())

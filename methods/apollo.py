@@ -16,6 +16,7 @@ AdamW's by weight.
 
 from dataclasses import dataclass
 
+from harness.method import adam
 from methods.galore import GaLore, project, projected_adamw
 
 GROWTH = 1.01  # of the update's norm from one step to the next, at most: Fira's limiter
@@ -36,12 +37,12 @@ class APOLLO(GaLore):
         if self.scaling not in ("channel", "tensor"):
             raise ValueError(f"scaling is channel or tensor, not {self.scaling!r}")
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         """The groups are GaLore's: the linear layers of the decoder, and the rest as AdamW has it."""
-        groups = super().optimizer(model, hp).param_groups
+        groups = super().optimizer(model, run).param_groups
         for group in groups:
             group["scaling"] = self.scaling
-        return apollo_adamw()(groups, hp.learning_rate, (hp.beta1, hp.beta2), hp.epsilon)
+        return apollo_adamw()(groups, seed=run.seed, **adam(run.hp))
 
 
 def apollo_adamw():
@@ -49,11 +50,11 @@ def apollo_adamw():
     import torch
 
     class ApolloAdamW(projected_adamw()):
-        def __init__(self, params, lr, betas, eps):
+        def __init__(self, params, lr, betas, eps, seed):
             super().__init__(params, lr, betas, eps)
             everything = (p for group in self.param_groups for p in group["params"])
             self.numbers = {p: number for number, p in enumerate(everything)}  # each has its own subspaces
-            self.seed = torch.initial_seed()  # the run's
+            self.seed = seed
 
         def update(self, p, group):
             if "rank" not in group:

@@ -22,9 +22,9 @@ from methods.lora import adapted_layers
 class DoRALoftQ(LoftQ, DoRA):
     hybrid = ("dora", "loftq")
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         """PEFT took the lengths of the rows before LoftQ changed them: they are taken again."""
-        model = super().attach(model, batches)
+        model = super().attach(model, run)
         for layer in adapted_layers(model).values():
             layer.lora_magnitude_vector["default"].update_layer(
                 base_layer=layer.base_layer,

@@ -38,28 +38,27 @@ class EVA(LoRA):
 
         return super().config(init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho), **more)
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         from peft import initialize_lora_eva_weights
-
-        from harness.training.head import causal_lm
 
         passes = count(1)
 
         def forward(model, inputs):  # through the decoder alone: logits are not needed
             if next(passes) > PASSES:
                 raise Unsupported(f"EVA's directions still turn after {PASSES} batches: use lora or pissa")
-            causal_lm(model).get_decoder()(**inputs, use_cache=False)
+            model.get_base_model().get_decoder()(**inputs, use_cache=False)
 
-        model = super().attach(model, batches)
-        initialize_lora_eva_weights(model, self.inputs(batches), forward_fn=forward, show_progress_bar=False)
+        model = super().attach(model, run)
+        initialize_lora_eva_weights(model, self.inputs(run), forward_fn=forward, show_progress_bar=False)
         ranks = [layer.r["default"] for layer in adapted_layers(model).values()]
-        self.note("layers with an adapter, and their ranks", f"{len(ranks)}: {min(ranks)} to {max(ranks)}")
+        run.note("layers with an adapter, and their ranks", f"{len(ranks)}: {min(ranks)} to {max(ranks)}")
         return model
 
-    def inputs(self, batches) -> list[dict]:
+    def inputs(self, run) -> list[dict]:
         """Rows of the first batch one by one, as PEFT compares all inputs of its first forward number by
         number; then whole batches. PEFT's randomised SVD needs twice as many tokens as directions."""
-        first, *rest = islice(chain.from_iterable(batches), BATCHES)
+        parts = chain.from_iterable(map(run.micro_batches, run.batches))
+        first, *rest = map(run.collate, islice(parts, BATCHES))
         wanted = ("input_ids", "attention_mask")
         made = [{key: first[key][i : i + 1] for key in wanted} for i in range(len(first["input_ids"]))]
         made += [{key: batch[key] for key in wanted} for batch in rest]

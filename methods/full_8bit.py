@@ -20,7 +20,7 @@ class Full8bit(Method):
     axis = "optimizer"
     needs = ("bitsandbytes",)
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(self.parameter_groups(model, hp), **adam(hp))
+        return AdamW8bit(self.parameter_groups(model, run), **adam(run.hp))

@@ -28,21 +28,21 @@ class GaLore(Method):
         if self.rank < 1 or self.gap < 1 or self.scale <= 0:
             raise ValueError("rank and gap must be at least 1, scale above 0")
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         """The linear layers of the decoder are projected; embeddings, head and norms are not."""
         from torch import nn
 
         head = model.get_output_embeddings()
         linear = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
         groups = []
-        for group in self.parameter_groups(model, hp):
+        for group in self.parameter_groups(model, run):
             projected = [p for p in group["params"] if p in linear]
             whole = [p for p in group["params"] if p not in linear]
             groups += [
                 {**group, "params": projected, "rank": self.rank, "gap": self.gap, "scale": self.scale}
             ]
             groups += [{**group, "params": whole}]
-        return projected_adamw()([group for group in groups if group["params"]], **adam(hp))
+        return projected_adamw()([group for group in groups if group["params"]], **adam(run.hp))
 
 
 def projected_adamw():

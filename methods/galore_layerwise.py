@@ -22,12 +22,12 @@ class GaLoreLayerwise(GaLore):
     }
     cannot = {"accumulation": "each micro-batch's gradient is used at once"}
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         import weakref
 
         import torch
 
-        optimizer = super().optimizer(model, hp)
+        optimizer = super().optimizer(model, run)
         alive = weakref.ref(optimizer)  # the weights outlive it, and must not keep its moments
 
         def updater(group: int):

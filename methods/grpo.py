@@ -46,62 +46,64 @@ class GRPO(LoRA):
                 "group must be at least 2, updates and answer_tokens 1, clip above 0, kl not negative"
             )
 
-    def attach(self, model, batches):
-        self.batches, self.steps, self.rewards, self.flat = batches, 0, [], []
-        return super().attach(model, batches)
+    def attach(self, model, run):
+        self.done, self.drawn, self.rewards, self.flat = 0, [], [], []
+        return super().attach(model, run)
 
-    def prepare(self, model, micro_batches):
-        if self.steps % self.updates == 0:
-            self.drawn = self.draw(model, micro_batches)
-        self.steps += 1
+    def prepare(self, model, examples, run):
+        if self.done % self.updates == 0:
+            self.drawn = self.draw(model, examples, run)
+        self.done += 1
         return self.drawn
 
-    def draw(self, model, micro_batches) -> list[dict]:
-        """Answers to every row of the step, as micro-batches with `advantages` (B,)."""
+    def draw(self, model, examples, run) -> list[dict]:
+        """Answers to the prompt of every example, as micro-batches with `advantages` (B,)."""
         import torch
 
-        decoder = self.batches.decoder
-        rows = [row for batch in micro_batches for row in batch["rows"]]
-        groups = decoder.sample(model, rows, self.answer_tokens, copies=self.group, temperature=1.0)
+        groups = run.sample(model, examples, self.answer_tokens, copies=self.group, temperature=1.0)
         rewards = torch.tensor(
-            [[decoder.reward(row, ids) for ids in group] for row, group in zip(rows, groups, strict=True)],
+            [[run.reward(e, ids) for ids in group] for e, group in zip(examples, groups, strict=True)],
             dtype=torch.float32,
-        )  # (rows, group)
-        self.tell(rewards)
+        )  # (examples, group)
+        self.tell(rewards, run)
         answers = [
-            replace(row, response_ids=array("i", ids))
-            for row, group in zip(rows, groups, strict=True)
+            replace(example, response_ids=array("i", ids))
+            for example, group in zip(examples, groups, strict=True)
             for ids in group
         ]
-        earned = advantages(rewards).flatten()
-        size = len(micro_batches[0]["rows"])
-        drawn = []
-        for start in range(0, len(answers), size):
-            batch = self.batches.collate(answers[start : start + size])
-            batch["advantages"] = earned[start : start + size].to(batch["labels"].device)
-            drawn.append(batch)
-        return drawn
+        batches = [run.collate(part, history=False) for part in run.micro_batches(answers)]
+        earned = advantages(rewards).flatten().split([len(batch["labels"]) for batch in batches])
+        return [{**b, "advantages": a.to(run.device)} for b, a in zip(batches, earned, strict=True)]
 
-    def tell(self, rewards) -> None:
+    def tell(self, rewards, run) -> None:
         self.rewards.append(rewards.mean().item())
         self.flat.append((rewards == rewards[:, :1]).all(1).float().mean().item())
         tenth = max(1, len(self.rewards) // 10)
-        self.note("mean reward of drawn answers, first tenth of the draws", mean(self.rewards[:tenth]))
-        self.note("mean reward of drawn answers, last tenth of the draws", mean(self.rewards[-tenth:]))
-        self.note("share of groups with equal rewards: nothing to learn", mean(self.flat))
+        run.note("mean reward of drawn answers, first tenth of the draws", mean(self.rewards[:tenth]))
+        run.note("mean reward of drawn answers, last tenth of the draws", mean(self.rewards[-tenth:]))
+        run.note("share of groups with equal rewards: nothing to learn", mean(self.flat))
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, run):
         import torch
 
-        from harness.training.head import token_logps
-
-        logps = token_logps(model, batch)  # (B, T-1)
+        logps = run.token_logps(model, batch)  # (B, T-1)
         batch.setdefault("old", logps.detach())  # of the first update on this draw
         if self.kl and "base" not in batch:
             with torch.no_grad(), model.disable_adapter():
-                batch["base"] = token_logps(model, batch)
+                batch["base"] = run.token_logps(model, batch)
         answers = batch["labels"][:, 1:] != -100
         return self.objective_of(logps, batch["old"], batch.get("base"), batch["advantages"], answers)
+
+    def state(self):
+        """Of the draw at hand only while further updates go on it; its rows but as ids, to be counted."""
+        open_draw = self.drawn if self.done % self.updates else []
+        drawn = [{**batch, "rows": [example.id for example in batch["rows"]]} for batch in open_draw]
+        return {"done": self.done, "rewards": self.rewards, "flat": self.flat, "drawn": drawn}
+
+    def restore_state(self, state, model, run):
+        examples = {example.id: example for step in run.batches for example in step}
+        self.done, self.rewards, self.flat = state["done"], state["rewards"], state["flat"]
+        self.drawn = [{**batch, "rows": [examples[id] for id in batch["rows"]]} for batch in state["drawn"]]
 
     def objective_of(self, logps, old, base, advantages, answers):
         """All (B, T-1) but advantages (B,); base may be None. -> scalar, the mean over answers of the

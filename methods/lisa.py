@@ -33,38 +33,40 @@ class LISA(Method):
         if self.layers < 1 or self.period < 1:
             raise ValueError("layers and period must be at least 1")
 
-    def attach(self, model, batches):
-        self.steps = len(batches)
-        return super().attach(model, batches)
-
-    def optimizer(self, model, hp):
-        import torch
-
+    def optimizer(self, model, run):
         layers = getattr(model.get_decoder(), "layers", None)
         if layers is None:
             raise Unsupported("this architecture does not call its list of layers `layers`: use full")
-        optimizer = super().optimizer(model, hp)
-        draw = torch.Generator().manual_seed(torch.initial_seed())  # the run's seed; global state stays
-        done = 0
-
-        def switch() -> None:
-            drawn = set(torch.randperm(len(layers), generator=draw)[: self.layers].tolist())
-            for i, layer in enumerate(layers):
-                layer.requires_grad_(i in drawn)
-                if i not in drawn:
-                    for parameter in layer.parameters():
-                        optimizer.state.pop(parameter, None)
+        optimizer = super().optimizer(model, run)
+        self.done = 0
 
         def after_step(*_) -> None:
-            nonlocal done
-            done += 1
-            if (
-                done % self.period == 0 and done < self.steps
-            ):  # at the end the last period's state is measured
-                switch()
+            self.done += 1
+            if self.done % self.period == 0 and self.done < run.steps:  # else the last period's is measured
+                self.draw(layers, run.rng)
+                for parameter in model.parameters():
+                    if not parameter.requires_grad:
+                        optimizer.state.pop(parameter, None)
 
-        switch()
+        self.draw(layers, run.rng)
         optimizer.register_step_post_hook(after_step)
         active = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.note("parameters trained at a time", active)
+        run.note("parameters trained at a time", active)
         return optimizer
+
+    def draw(self, layers, rng) -> None:
+        import torch
+
+        self.train_only(layers, torch.randperm(len(layers), generator=rng)[: self.layers].tolist())
+
+    def train_only(self, layers, drawn: list[int]) -> None:
+        self.drawn = drawn
+        for i, layer in enumerate(layers):
+            layer.requires_grad_(i in drawn)
+
+    def state(self):
+        return {"done": self.done, "drawn": self.drawn}
+
+    def restore_state(self, state, model, run):
+        self.done = state["done"]
+        self.train_only(model.get_decoder().layers, state["drawn"])

@@ -35,16 +35,12 @@ class LoftQ(QLoRA):
         if self.iterations < 1:
             raise ValueError("iterations must be at least 1; 0 would be qlora")
 
-    def load(self, load_base):
-        """Both models: reading the second is no part of the training, but it is there as that begins."""
-        self.originals = load_base()
-        return super().load(load_base)
-
-    def attach(self, model, batches):
+    def attach(self, model, run):
+        """With the base model beside it: reading that is no part of the training, but it is there."""
         import torch
 
-        originals, self.originals = self.originals, None  # freed with this hook
-        model = super().attach(model, batches)
+        originals = run.load_base()
+        model = super().attach(model, run)
         check_rank(model, self.rank)
         squares = 0
         layers = {n: m for n, m in adapted_layers(model).items() if hasattr(m.weight, "quant_state")}
@@ -53,8 +49,8 @@ class LoftQ(QLoRA):
             squares += torch.stack(self.start(layer, original.weight.detach().float())) ** 2
             original.weight = None  # freed as soon as it is used
         before, after = (squares[:2] / squares[2]).sqrt().tolist()
-        self.note("relative error of the 4-bit weights, ||W - Q|| / ||W|| with plain NF4", before)
-        self.note("relative error of the start, ||W - Q - s B A|| / ||W||", after)
+        run.note("relative error of the 4-bit weights, ||W - Q|| / ||W|| with plain NF4", before)
+        run.note("relative error of the start, ||W - Q - s B A|| / ||W||", after)
         return model
 
     def start(self, layer, weight) -> tuple:

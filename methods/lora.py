@@ -24,7 +24,7 @@ class LoRA(Method):
 
     axis = "parameterisation"
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         from peft import get_peft_model
 
         names = {name.rpartition(".")[2] for name, _ in model.named_modules()} | {"all-linear"}
@@ -54,7 +54,7 @@ def adapted_layers(model) -> dict:
     return {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
 
 
-def check_rank(model, rank: Natural) -> None:
+def check_rank(model, rank: int) -> None:
     """Refuses a rank for which a layer has too few singular vectors to start at."""
     for name, layer in adapted_layers(model).items():
         if rank > (most := min(layer.in_features, layer.out_features)):

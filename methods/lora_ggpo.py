@@ -43,30 +43,39 @@ class LoRAGGPO(LoRA):
         if min(self.sigma, self.beta, self.rho, self.decay) < 0 or self.decay >= 1:
             raise ValueError("sigma, beta and rho must be at least 0, decay from 0 to below 1")
 
-    def attach(self, model, batches):
-        import torch
+    def attach(self, model, run):
         from peft.tuners.lora import LoraLayer
 
-        model = super().attach(model, batches)
+        model = super().attach(model, run)
         kind = Noise if self.variant == "ggpo" else Momentum
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self.seed, self.forwards = torch.initial_seed(), 0
+        self.seed, self.forwards = run.seed, 0
         self.perturbations = [kind(self, layer, index) for index, layer in enumerate(layers)]
         return model
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, run):
         self.forwards += 1  # a checkpointed layer that is computed again draws the same noise again
-        return super().loss(model, batch)
+        return super().loss(model, batch, run)
 
-    def optimizer(self, model, hp):
-        optimizer = super().optimizer(model, hp)
+    def optimizer(self, model, run):
+        optimizer = super().optimizer(model, run)
         for perturbation in self.perturbations:
             perturbation.follow(optimizer)
         return optimizer
 
+    def state(self):
+        return {"forwards": self.forwards, "layers": [p.state() for p in self.perturbations]}
+
+    def restore_state(self, state, model, run):
+        self.forwards = state["forwards"]
+        for perturbation, kept in zip(self.perturbations, state["layers"], strict=True):
+            vars(perturbation).update(kept)
+
 
 class Perturbation:
     """Of one adapted layer, which it shifts while that is training."""
+
+    held = ()  # names of what goes from one step to the next
 
     def __init__(self, method, layer, index):
         self.method, self.index = method, index
@@ -81,9 +90,14 @@ class Perturbation:
         left, right = torch.cat([of_b, self.b], 1), torch.cat([self.a, of_a])
         return self.s * left.detach(), right.detach()
 
+    def state(self):
+        return {name: getattr(self, name) for name in self.held}
+
 
 class Noise(Perturbation):
     """ggpo: noise of each row's own size. It is a constant to the gradient, as in the PR."""
+
+    held = ("size",)
 
     def __init__(self, method, layer, index):
         import torch
@@ -128,6 +142,7 @@ class Momentum(Perturbation):
     never touched, may be in 4 bits, and backward keeps no matrix of its size."""
 
     factors = mean = None
+    held = ("factors", "mean")
 
     def __init__(self, method, layer, index):
         super().__init__(method, layer, index)

@@ -26,15 +26,15 @@ class LoRAPlus(LoRA):
         if self.ratio <= 0:
             raise ValueError("ratio must be above 0")
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         """A first: its learning rate is the one that the run reports."""
         from torch.optim import AdamW
 
         fast = {p for name, p in model.named_parameters() if ".lora_B." in name}
-        groups = self.parameter_groups(model, hp)
+        groups = self.parameter_groups(model, run)
         slow = [{**g, "params": [p for p in g["params"] if p not in fast]} for g in groups]
         groups = slow + [
-            {**g, "params": [p for p in g["params"] if p in fast], "lr": hp.learning_rate * self.ratio}
+            {**g, "params": [p for p in g["params"] if p in fast], "lr": run.hp.learning_rate * self.ratio}
             for g in groups
         ]
-        return AdamW([g for g in groups if g["params"]], fused=True, **adam(hp))
+        return AdamW([g for g in groups if g["params"]], fused=True, **adam(run.hp))

@@ -14,7 +14,6 @@ import re
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
-from itertools import count
 from math import gcd
 from typing import Any
 
@@ -32,6 +31,7 @@ REFUSED = [  # option, the values that cannot be (None: any), and why
 ]
 DIVISORS = ("block_size", "vector_length", "group_size")  # options that must divide a layer's sizes
 SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # AdaLoRA's running means over its parameters
 VECTORS = (  # what a weight's change is made of, though held as a vector: it decays
     "fourierft_spectrum", "frod_lambda_s", "S_low", "shira_weight", "supertuning_values", "tinylora_v",
     "unilora_theta_d", "vera_lambda", "waveft_spectrum",
@@ -117,21 +117,23 @@ class Peft(Method):
         defaults = {name: value for name, value in defaults.items() if name in known}
         return cls(task_type="CAUSAL_LM", **{**defaults, **self.chosen()})
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         from peft import get_peft_model
 
         try:
-            config = self.config(**self.defaults(model), **schedule(len(batches)), **seeds())
+            config = self.config(
+                **self.defaults(model, run), **schedule(run.steps), **dict.fromkeys(SEEDS, run.seed)
+            )
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise Unsupported(f"PEFT's {self.kind} does not fit this model or training: {error}") from error
         if not self.starts_at_base:
-            self.note("start", "drawn at random by PEFT, not the base model")
+            run.note("start", "drawn at random by PEFT, not the base model")
         if weight := getattr(config, "orth_reg_weight", 0):
-            self.note("weight of the orthogonality term in the training loss", weight)
+            run.note("weight of the orthogonality term in the training loss", weight)
         return adapted
 
-    def defaults(self, model) -> dict:
+    def defaults(self, model, run) -> dict:
         """What PEFT leaves open, or fixes so that it does not fit every model."""
         from torch import nn
 
@@ -155,7 +157,7 @@ class Peft(Method):
         for option in DIVISORS:
             if option in options and getattr(self, option) is None:
                 found[option] = gcd(options[option], *sizes)
-                self.note(option, found[option])
+                run.note(option, found[option])
         return found
 
     def decays(self, name, parameter):
@@ -163,15 +165,32 @@ class Peft(Method):
             return any(part in name for part in VECTORS)
         return super().decays(name, parameter)
 
-    def optimizer(self, model, hp):
-        made = super().optimizer(model, hp)
-        if hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA prunes ranks by their gradients
-            steps = count(1)  # from 1: the last pruning is due when total_step steps are done
-            made.register_step_post_hook(lambda *_: model.base_model.update_and_allocate(next(steps)))
+    def optimizer(self, model, run):
+        made = super().optimizer(model, run)
+        self.adalora = model.base_model if hasattr(model.base_model, "update_and_allocate") else None
+        if self.adalora:  # it prunes ranks by their gradients
+            self.done = 0
+            made.register_step_post_hook(self.prune)
         return made
 
-    def loss(self, model, batch):
-        loss = super().loss(model, batch)
+    def prune(self, *_) -> None:
+        self.done += 1  # from 1: the last pruning is due when total_step steps are done
+        self.adalora.update_and_allocate(self.done)
+
+    def state(self):
+        if not self.adalora:
+            return {}
+        allocator, config = self.adalora.rankallocator, self.adalora.peft_config["default"]
+        running = {name: getattr(allocator, name) for name in IMPORTANCE}
+        return {"done": self.done, "rank_pattern": config.rank_pattern, **running}
+
+    def restore_state(self, state, model, run):
+        if self.adalora:
+            self.done, self.adalora.peft_config["default"].rank_pattern = state["done"], state["rank_pattern"]
+            vars(self.adalora.rankallocator).update({name: state[name] for name in IMPORTANCE})
+
+    def loss(self, model, batch, run):
+        loss = super().loss(model, batch, run)
         weight = getattr(model.peft_config["default"], "orth_reg_weight", 0)
         return loss + weight * non_orthogonality(model) if weight else loss
 
@@ -224,12 +243,6 @@ def schedule(steps: int) -> dict:
     """AdaLoRA's phases: ranks are kept, pruned to the budget, then trained on. Its authors' scripts
     spend 8 to 15 % of the steps before the pruning and 31 to 58 % after; PEFT's default is none."""
     return {"total_step": steps, "tinit": steps // 10, "tfinal": 3 * steps // 10}
-
-
-def seeds() -> dict:
-    import torch
-
-    return dict.fromkeys(SEEDS, torch.initial_seed())
 
 
 def non_orthogonality(model):

@@ -29,19 +29,19 @@ class PiSSA(LoRA):
     def config(self, **more):
         return super().config(init_lora_weights="pissa", **more)
 
-    def attach(self, model, batches):
-        model = super().attach(model, batches)
+    def attach(self, model, run):
+        model = super().attach(model, run)
         check_rank(model, self.rank)
         self.folder = TemporaryDirectory()  # removed with the method
         model.save_pretrained(Path(self.folder.name) / START)
         return model
 
-    def keep(self, load_base, model):
+    def keep(self, model, run):
         """Converted before it is scored: W and what is left of it are rounded otherwise."""
         with TemporaryDirectory() as folder:
             self.save(model, Path(folder))
             self.folder = None
-            return self.restore(load_base, Path(folder))
+            return self.restore(run.load_base, Path(folder))
 
     def save(self, model, folder: Path) -> None:
         """As B A - B0 A0, a plain LoRA of twice the rank on the untouched base: no loader has to find the

@@ -49,7 +49,7 @@ class QLoRAGaLore(Method):
     def load(self, load_base):
         return load_nf4(load_base, skip=ATTENTION)
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         from bitsandbytes.nn import Linear4bit
 
         mlp = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, Linear4bit)}
@@ -59,18 +59,18 @@ class QLoRAGaLore(Method):
                 f"it needs attention layers named {', '.join(ATTENTION)} and linear layers beside them, "
                 "as Gemma, Llama, Mistral and Qwen have them. Use qlora or galore"
             )
-        model = LoRA(rank=self.rank, alpha=self.alpha, targets=",".join(sorted(mlp))).attach(model, batches)
+        model = LoRA(rank=self.rank, alpha=self.alpha, targets=",".join(sorted(mlp))).attach(model, run)
         for weight in attention.values():
             weight.requires_grad_(True)
         return model
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         attention = list(attention_weights(model).values())
         chosen = set(attention)
         adapters = [p for p in model.parameters() if p.requires_grad and p not in chosen]
         projection = {"rank": self.subspace, "gap": self.gap, "scale": self.scale}
         groups = [{"params": adapters}, {"params": attention, **projection}]
-        return projected_adamw()([{**g, "weight_decay": hp.weight_decay} for g in groups], **adam(hp))
+        return projected_adamw()([{**g, "weight_decay": run.hp.weight_decay} for g in groups], **adam(run.hp))
 
     def save(self, model, folder: Path) -> None:
         from safetensors.torch import save_file

@@ -52,25 +52,29 @@ class LoReFT(Method):
         if self.layers != "all" and not all(i.strip().isdecimal() for i in indices):
             raise ValueError(f'layers must be "all" or indices like 3,9,18, not {self.layers!r}')
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
+        return self.intervene(model)
+
+    def intervene(self, causal):
+        """-> the model with its edits as `causal.reft`, which find their places in each forward."""
         from torch import nn
 
-        from harness.training.head import causal_lm
-
-        causal = causal_lm(model.requires_grad_(False))
+        causal.requires_grad_(False)
         width = causal.config.get_text_config().hidden_size
         if self.rank > width:
             raise ValueError(f"rank is {self.rank}, but this model's states have {width} values")
         groups = 1 if self.tied or not (self.first and self.last) else 2
         causal.reft = nn.ModuleDict()
         causal.reft.places = []  # of the forward's edited tokens, for each group; kept for a recomputation
-        causal.get_decoder().register_forward_pre_hook(partial(locate, self, causal), with_kwargs=True)
+        decoder = causal.get_decoder()
+        decoder.reads = ("prompt_lengths",)  # of a batch, where a prompt and its answer are read together
+        decoder.register_forward_pre_hook(partial(locate, self, causal), with_kwargs=True)
         for index, block in self.chosen(blocks(causal)).items():
             # Made on the CPU: the same start for a seed on every device.
             edits = nn.ModuleList([intervention()(width, self.rank, self.dropout) for _ in range(groups)])
             causal.reft[str(index)] = edits.to(next(block.parameters()).device)
             block.register_forward_hook(partial(edit, causal.reft, str(index)))
-        return model
+        return causal
 
     def chosen(self, blocks) -> dict:
         """Index -> block, of the layers that are edited."""
@@ -88,21 +92,17 @@ class LoReFT(Method):
     def save(self, model, folder):
         from safetensors.torch import save_file
 
-        from harness.training.head import causal_lm
-
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.contiguous() for name, value in causal_lm(model).reft.state_dict().items()}
+        weights = {name: value.contiguous() for name, value in model.reft.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
         (folder / OPTIONS).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
     def restore(self, load_base, folder):
         from safetensors.torch import load_file
 
-        from harness.training.head import causal_lm
-
         saved = type(self)(**json.loads((folder / OPTIONS).read_text("utf-8")))
-        model = saved.attach(saved.load(load_base), [])
-        causal_lm(model).reft.load_state_dict(load_file(folder / WEIGHTS))
+        model = saved.intervene(saved.load(load_base))
+        model.reft.load_state_dict(load_file(folder / WEIGHTS))
         return model.eval()
 
     def merge(self, model):
@@ -146,17 +146,19 @@ def intervention():
 
 
 def locate(method, causal, decoder, args, kwargs):
-    """Before a forward: finds the tokens to edit, so that they are the same ones however they are padded."""
+    """Before a forward: finds the tokens to edit, so that they are the same ones however they are padded.
+    Of a prompt and its answer together, prompt_lengths (B,) says where the one ends: the decoder has no such
+    argument of its own."""
     import inspect
 
     import torch
 
+    lengths = kwargs.pop("prompt_lengths", None)
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     inputs = given.get("input_ids")
     if inputs is None:
         inputs = given["inputs_embeds"]
     shape, mask, past = inputs.shape[:2], given.get("attention_mask"), given.get("past_key_values")
-    lengths = getattr(causal, "prompt_lengths", None)
     if lengths is not None:  # a prompt and its answer, padded on the right
         prompt = torch.arange(shape[1], device=inputs.device) < lengths[:, None]
     elif past is not None and past.get_seq_length() > 0:  # decoding: the prompt was edited when it was read
@@ -165,11 +167,11 @@ def locate(method, causal, decoder, args, kwargs):
                 "LoReFT reads a prompt whole: pieces of it do not tell which tokens are its last"
             )
         causal.reft.places = []
-        return
+        return args, kwargs
     elif kwargs.get("use_cache") is False:
         raise ValueError(
-            "LoReFT cannot tell a prompt from its answer without a cache: use use_cache=True, or set the "
-            "model's prompt_lengths"
+            "LoReFT cannot tell a prompt from its answer without a cache: use use_cache=True, or give "
+            "the decoder prompt_lengths"
         )
     elif mask is None:
         prompt = torch.ones(shape, dtype=torch.bool, device=inputs.device)
@@ -181,6 +183,7 @@ def locate(method, causal, decoder, args, kwargs):
     if len(next(iter(causal.reft.values()))) == 1:
         ends = [ends[0] | ends[1]]
     causal.reft.places = [end.nonzero(as_tuple=True) for end in ends]
+    return args, kwargs
 
 
 def first_and_last(prompt, first, last):

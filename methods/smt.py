@@ -43,16 +43,16 @@ class SMT(Method):
         if self.score not in ("abs_mean", "mean_abs"):
             raise ValueError("score must be abs_mean or mean_abs")
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         linear = decoder_linears(model)
         targets = self.targeted(linear)
         side = self.side(targets)
         count = max(1, int(self.share * sum(m.weight.numel() for m in linear.values()) / side**2))
-        sums = self.gradient_sums(model, targets, batches)
+        sums = self.gradient_sums(model, targets, run)
         chosen = top_blocks({name: self.scores(total, side) for name, total in sums.items()}, count)
         for name, places in chosen.items():
             model.set_submodule(name, sparse_linear()(targets[name], places, side))
-        self.describe(targets, chosen, side)
+        self.describe(targets, chosen, side, run)
         return model
 
     def targeted(self, linear: dict) -> dict:
@@ -79,7 +79,7 @@ class SMT(Method):
                 )
         return self.block
 
-    def gradient_sums(self, model, targets: dict, batches) -> dict:
+    def gradient_sums(self, model, targets: dict, run) -> dict:
         """Name -> the sum of a target's gradients over the warm-up, at the weights of the base.
 
         Summed in host memory, in fp32, as the authors do; on the device a gradient is freed once summed.
@@ -90,27 +90,18 @@ class SMT(Method):
             total += weight.grad.to(total)
             weight.grad = None
 
-        model.requires_grad_(False).train()
+        model.requires_grad_(False)
         sums, hooks = {}, []
         for name, module in targets.items():
             sums[name] = torch.zeros(module.weight.shape)
             weight = module.weight.requires_grad_(True)
             hooks.append(weight.register_post_accumulate_grad_hook(partial(take, sums[name])))
-        if (
-            batches and batches.hp.gradient_checkpointing
-        ):  # else the warm-up would need more than the training
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        for micro_batches in islice(batches, self.warmup):
-            tokens = [(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]
-            for batch, count in zip(micro_batches, tokens, strict=True):
-                reduced = model.dtype == torch.bfloat16
-                with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=reduced):
-                    loss = self.loss(model, batch) * (count / sum(tokens))
-                loss.backward()
+        for examples in islice(run.batches, self.warmup):
+            run.accumulate(model, self.prepare(model, examples, run))
         for hook in hooks:
             hook.remove()
         model.requires_grad_(False)
-        self.note("warm-up, steps of gradients before the training", min(self.warmup, len(batches)))
+        run.note("warm-up, steps of gradients before the training", min(self.warmup, run.steps))
         return sums
 
     def scores(self, total, side: int):
@@ -118,17 +109,17 @@ class SMT(Method):
         blocks = tiles(total, side)
         return blocks.abs().mean((2, 3)) if self.score == "abs_mean" else blocks.mean((2, 3)).abs()
 
-    def describe(self, targets: dict, chosen: dict, side: int) -> None:
+    def describe(self, targets: dict, chosen: dict, side: int, run) -> None:
         spread = dict.fromkeys(map(last, targets), 0)
         for name, places in chosen.items():
             spread[last(name)] += len(places)
-        self.note("side of a block, in weights", side)
-        self.note("trained blocks", sum(spread.values()))
-        self.note("trained blocks by layer", ", ".join(f"{name} {n}" for name, n in spread.items()))
+        run.note("side of a block, in weights", side)
+        run.note("trained blocks", sum(spread.values()))
+        run.note("trained blocks by layer", ", ".join(f"{name} {n}" for name, n in spread.items()))
 
-    def optimizer(self, model, hp):
+    def optimizer(self, model, run):
         """AdamW over the blocks. The weights take them over after each step, not at every forward."""
-        optimizer = super().optimizer(model, hp)
+        optimizer = super().optimizer(model, run)
         layers = sparse_layers(model).values()
         optimizer.register_step_post_hook(lambda *_: [layer.write() for layer in layers])
         return optimizer

@@ -47,9 +47,9 @@ def of_lengths(lengths) -> list[Row]:
 
 
 def steps(hp, rows=None, seed=0):
-    made = Batches(rows or tiny.rows(50), hp, seed, tiny.PAD, "cpu")
-    read = [[row.id for batch in step for row in batch["rows"]] for step in made]
-    return made.hashes, read
+    rows = rows or tiny.rows(50)
+    read = [[row.id for batch in step for row in batch["rows"]] for step in tiny.steps(rows, hp, seed)]
+    return Batches(rows, hp, seed).hashes, read
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"packing": True}, {"learning_rate": 1.0}])
@@ -142,7 +142,7 @@ def test_a_training_with_packing_has_the_losses_of_one_without(micro):
     hp = tiny.hyperparams(micro_batch_size=micro, max_length=64)
     found = [tiny.fit(Full(), h, rows)[2] for h in (hp, replace(hp, packing=True))]
     assert tiny.losses(found[1]) == pytest.approx(tiny.losses(found[0]), rel=1e-4)
-    apart, packed = (measured["tokens"] for measured in found)
+    apart, packed = (record.tokens for record in found)
     assert packed["trained"] == apart["trained"] and packed["supervised"] == apart["supervised"]
     assert packed["padded"] <= apart["padded"]
 

@@ -13,21 +13,20 @@ from pathlib import Path
 
 import fabricate
 import pytest
-import torch
+import tiny
 from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
 from harness import bench as running
 from harness import doctor
 from harness.cli import progress
-from harness.measuring.meter import Meter
 from harness.method import Method
 from harness.plain import redacted
 from harness.plan import Request, plan
 from harness.record import RunRecord
-from harness.run import save_model
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
+from harness.training.execute import save_model
 
 FAULTS = {  # a method's own code, as it breaks -> the status that must stand in its record
     "no_memory": ("import torch; raise torch.OutOfMemoryError('CUDA out of memory')", "oom_gpu"),
@@ -407,7 +406,9 @@ def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
             raise error(f"for {TOKEN}")
 
     breaks = Breaks()
-    save_model(breaks, None, None, record, tmp_path, Meter(torch.device("cpu")))
+    run = tiny.run(method=breaks)
+    run.record = record
+    save_model(None, run, tmp_path)
     assert breaks.found.ok and breaks.found.scores == record.scores and "save" not in breaks.found.phases
     assert "was not saved" in breaks.found.warnings[-1]
     assert record.ok and record.warnings[-1].endswith(f"was not saved: {error.__name__}: for hf_[hidden]")
@@ -420,13 +421,11 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
         def save(self, model, folder):
             (folder / name).write_text("1234")
 
-        def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{}")
-
-    record = fabricate.record("lora", sizes={})
-    save_model(Saves(), None, Saves(), record, tmp_path, Meter(torch.device("cpu")))
-    assert [w.endswith("was not saved: it wrote no weights") for w in record.warnings] == [True] * warnings
-    assert record.sizes == ({} if warnings else {"saved_bytes": 4})
+    run = tiny.run(method=Saves())
+    save_model(None, run, tmp_path)
+    told = [warning.endswith("was not saved: it wrote no weights") for warning in run.record.warnings]
+    assert told == [True] * warnings
+    assert run.record.sizes == ({} if warnings else {"saved_bytes": 4})
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):
@@ -451,16 +450,16 @@ def fill():
                 pass
 
 class Full(Method):
-    def attach(self, model, batches):
+    def attach(self, model, run):
         fill()
         self.steps = 0
-        return super().attach(model, batches)
+        return super().attach(model, run)
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, run):
         self.steps += 1
         if self.steps == 3:
             (Path(sys.argv[1]) / "fill").unlink()
-        return super().loss(model, batch)
+        return super().loss(model, batch, run)
 
 """
 

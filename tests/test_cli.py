@@ -41,7 +41,8 @@ def home(tmp_path_factory):
     (folder / "bitfit.py").write_text(BITFIT)
     diverging = (
         BITFIT
-        + "\n    def loss(self, model, batch):\n        return super().loss(model, batch) * float('nan')\n"
+        + "\n    def loss(self, model, batch, run):\n"
+        + "        return super().loss(model, batch, run) * float('nan')\n"
     )
     (folder / "diverging.py").write_text(diverging)
     (folder / "harness" / "data").mkdir(parents=True)

@@ -1,7 +1,9 @@
 """What holds for every method there is: each file of methods/, two PEFT variants, and a plugin."""
 
+import copy
 import json
 import re
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,19 +13,20 @@ import tiny
 import torch
 from tiny import fit, hyperparams, losses, trained_weights
 
-from harness.measuring.meter import Meter
+from harness.data.batches import Batches
 from harness.method import LIMITS, available, build, card, code_hash, find, resolve
-from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
-from harness.training.generate import Decoder, likelihoods
-from harness.training.loop import check, fingerprints, train
+from harness.training.loop import Loop, train
+from harness.training.model import load_base, optimizer_bytes, sizes
+from harness.training.run import Run
+from harness.training.weights import check, fingerprints
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 ROWS = tiny.rows(16, seed=1)
 HP = hyperparams(max_steps=4, max_new_tokens=6)
 UNTOUCHED = ("base", "base_nf4")
-VARIANTS = ("peft.vera", "peft.ia3")
+VARIANTS = ("peft.vera", "peft.ia3", "peft.adalora")
 OPTIONS = {  # the tiny model is 64 wide and trains four steps: what is meant for larger ones is made smaller
     "galore": {"rank": 4, "gap": 2},
     "galore_layerwise": {"rank": 4, "gap": 2},
@@ -60,7 +63,7 @@ def names() -> list[str]:
 @pytest.fixture(autouse=True)
 def reward(monkeypatch):
     """Random rows have no references to earn anything by: here an answer of many different tokens does."""
-    monkeypatch.setattr(Decoder, "reward", lambda self, row, ids: len(set(ids)) / len(ids) + ids[0] / 1000)
+    monkeypatch.setattr(Run, "reward", lambda self, row, ids: len(set(ids)) / len(ids) + ids[0] / 1000)
 
 
 @pytest.fixture(params=names())
@@ -74,8 +77,8 @@ def trained(request, plugin):
     return resolve(request.param, find(request.param, available([plugin])))
 
 
-def make(cls):
-    return build(cls, OPTIONS.get(cls.name, {}))
+def make(cls, **options):
+    return build(cls, {**OPTIONS.get(cls.name, {}), **options})
 
 
 def base_loader(folder, dtype=torch.float32):
@@ -91,12 +94,15 @@ def run(cls, folder, rows=ROWS, hp=HP, seed=0):
     return chosen, base, model, optimizer, measured
 
 
+def attached(chosen, folder):
+    return tiny.attached(chosen, chosen.load(base_loader(folder)), ROWS, chosen.own(HP))[0]
+
+
 def log_probabilities(model) -> torch.Tensor:
     from harness.training.head import token_logps
 
-    ((batch, *_), *_) = tiny.batches(ROWS[:4], hyperparams())
     with torch.no_grad():
-        return token_logps(model.eval(), batch)
+        return token_logps(model.eval(), tiny.batch(ROWS[:4]))
 
 
 def test_a_card_says_what_the_report_needs(cls):
@@ -113,19 +119,14 @@ def test_a_card_says_what_the_report_needs(cls):
 
 
 def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, folder):
-    chosen = make(trained)
-    torch.manual_seed(0)
-    start = trained_weights(chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP)))
-    chosen = make(trained)
+    start, chosen, seen = trained_weights(attached(make(trained), folder)), make(trained), {}
     base = chosen.load(base_loader(folder))
-    torch.manual_seed(0)
-    seen = {}
 
     class Watched(type(chosen)):
-        def optimizer(self, model, hp):
+        def optimizer(self, model, run):
             seen.update({n: (p, p.detach().clone()) for n, p in model.named_parameters()
                          if not p.requires_grad})  # fmt: skip
-            return super().optimizer(model, hp)
+            return super().optimizer(model, run)
 
     chosen.__class__ = Watched
     model, _, measured = fit(chosen, chosen.own(HP), ROWS, base=base)
@@ -142,23 +143,23 @@ def test_what_is_frozen_stays_bit_identical_and_what_is_trained_moves(trained, f
     assert len(still) < len(start)
     # None is taken for one that trained nothing.
     of = [fingerprints({side[n]: side[n].dtype for n in start}) for side in (start, after)]
-    check(*of, measured["training"])
+    check(*of, measured.training)
 
 
 def test_it_starts_at_its_baseline_or_says_that_it_does_not(trained, folder):
     """Else its gain would be taken from another model than the one that it started from."""
     chosen, baseline = make(trained), resolve(trained.baseline, available()[trained.baseline])()
     untouched = log_probabilities(baseline.load(base_loader(folder)))
-    model = chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP))
+    model = attached(chosen, folder)
     difference = (log_probabilities(model) - untouched).abs().max().item()
     assert (difference < 1e-4) == chosen.starts_at_base, difference
 
 
 def test_weight_decay_reaches_matrices_and_no_norm_length_scale_or_rotation(trained, folder):
     chosen = make(trained)
-    model = chosen.attach(chosen.load(base_loader(folder)), tiny.batches(ROWS, HP))
+    model, run = tiny.attached(chosen, chosen.load(base_loader(folder)), ROWS, replace(HP, weight_decay=0.1))
     named = {p: n for n, p in model.named_parameters()}
-    groups = chosen.optimizer(model, hyperparams(weight_decay=0.1)).param_groups
+    groups = chosen.optimizer(model, run).param_groups
     found = {named[p]: group["weight_decay"] for group in groups for p in group["params"]}
     assert found
     for n, decay in found.items():
@@ -173,18 +174,58 @@ def test_the_same_seed_gives_the_same_curve_and_the_loss_is_finite(trained, fold
     assert all(abs(loss) < 100 for loss in first)
 
 
+def test_with_its_state_it_goes_on_as_if_it_had_not_stopped(trained, folder):
+    """To the bit, from the middle of a period, a draw or a pruning, in fresh objects."""
+    whole, _ = steps(Loop(*begun(trained, folder)), range(4))
+    losses, loop = steps(Loop(*begun(trained, folder)), range(1 if trained.name == "grpo" else 2))
+    kept = {name: value for name, value in loop.model.state_dict().items() if value.is_floating_point()}
+    states = loop.optimizer.state_dict(), loop.scheduler.state_dict(), loop.run.method.state()
+    kept, (optimizer, scheduler, own) = copy.deepcopy((kept, states))
+    rng, everywhere = loop.run.rng.get_state(), torch.get_rng_state()
+    assert plain(own)
+    loop = Loop(*begun(trained, folder))
+    with torch.no_grad():
+        for name, value in loop.model.state_dict().items():
+            if name in kept:
+                value.copy_(kept[name])
+    loop.optimizer.load_state_dict(optimizer)
+    loop.scheduler.load_state_dict(scheduler)
+    loop.run.method.restore_state(own, loop.model, loop.run)
+    loop.run.rng.set_state(rng)
+    torch.set_rng_state(everywhere)
+    assert losses + steps(loop, range(len(losses), 4))[0] == whole
+
+
+def begun(cls, folder):
+    options = {"grpo": {"updates": 2}, "peft.adalora": {"init_r": 6, "target_r": 2, "deltaT": 1}}
+    chosen = make(cls, **options.get(cls.name, {}))
+    return tiny.attached(chosen, chosen.load(base_loader(folder)), ROWS, chosen.own(HP))
+
+
+def steps(loop: Loop, which: range) -> tuple[list[float], Loop]:
+    examples = list(loop.run.batches)
+    return [loop.step(examples[i])["loss"].item() for i in which], loop
+
+
+def plain(value) -> bool:
+    """What safetensors and JSON can hold."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    scalar = isinstance(value, torch.Tensor | str | int | float | None)
+    return all(map(plain, inside)) if isinstance(value, dict | list | tuple) else scalar
+
+
 def test_a_method_is_given_the_same_batches_as_any_other(trained, folder):
     chosen, given = make(trained), []
 
     class Watched(type(chosen)):
-        def prepare(self, model, micro_batches):
-            given.extend(batch["input_ids"].tolist() for batch in micro_batches)
-            return super().prepare(model, micro_batches)
+        def prepare(self, model, examples, run):
+            given.append([example.id for example in examples])
+            return super().prepare(model, examples, run)
 
     chosen.__class__ = Watched
-    hp = chosen.own(HP)
-    fit(chosen, hp, ROWS, base=chosen.load(base_loader(folder)))
-    assert given == [batch["input_ids"].tolist() for step in tiny.batches(ROWS, hp) for batch in step]
+    fit(chosen, chosen.own(HP), ROWS, base=chosen.load(base_loader(folder)))
+    planned = [[example.id for example in step] for step in Batches(ROWS, HP, 0)]
+    assert given[-len(planned) :] == planned  # a warm-up of its own goes before
 
 
 def test_what_is_saved_gives_the_same_outputs_again(trained, folder, tmp_path):
@@ -202,16 +243,15 @@ def test_in_bf16_the_model_that_is_scored_is_the_one_that_is_kept(trained, folde
     load, chosen = base_loader(folder, torch.bfloat16), make(trained)
     with tiny.computing("bf16"):
         model, _, measured = fit(chosen, chosen.own(HP), ROWS, base=chosen.load(load))
-        model = chosen.keep(load, model)
+        model = chosen.keep(model, SimpleNamespace(load_base=load))
         expected = scored(model)
         chosen.save(model, tmp_path)
         assert scored(make(trained).restore(load, tmp_path)) == expected
-    assert measured["arithmetic"] == {"training": {"residual stream": "bfloat16", "products": "bfloat16"}}
+    assert measured.arithmetic == {"training": {"residual stream": "bfloat16", "products": "bfloat16"}}
 
 
 def scored(model) -> list:
-    found = likelihoods(model, ROWS, tiny.PAD, HP, tiny.accelerator())
-    return [found, tiny.decoder(HP).answers(model, ROWS[:6])]
+    return [tiny.likelihoods(model, ROWS, HP), tiny.decoder(HP).answers(model, ROWS[:6])]
 
 
 def test_merging_keeps_the_outputs_or_is_refused_with_the_declared_reason(trained, folder):
@@ -296,15 +336,12 @@ def peak_bytes(name: str, folder, options: dict) -> tuple[int, int]:
     the optimizer's state. From the allocator's own events: a process's resident memory has Python in it."""
     chosen = build(resolve(name, available()[name]), options)
     hp = chosen.own(hyperparams(max_steps=2, batch_size=2, micro_batch_size=2))
-    made = tiny.batches(tiny.rows(4), hp)
-    model = chosen.attach(chosen.load(base_loader(folder)), made)
+    model, made = tiny.attached(chosen, chosen.load(base_loader(folder)), tiny.rows(4), hp)
     held = sizes(model)["weight_bytes"]
-    record = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
-        optimizer = train(chosen, model, made, hp, tiny.accelerator(), Meter(torch.device("cpu")), record,
-                          lambda **_: None, None)  # fmt: skip
+        optimizer = train(model, made).optimizer
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     growth = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return held + max(growth), optimizer_bytes(optimizer)

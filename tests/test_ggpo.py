@@ -31,7 +31,7 @@ NONE = {
 
 
 def batch():
-    return next(iter(tiny.batches(ROWS, HP)))[0]
+    return tiny.batch(ROWS[:8])
 
 
 def adapted(model) -> list:
@@ -105,8 +105,7 @@ def test_evaluation_saving_and_merging_are_without_it(variant, tmp_path):
     method = STRONG[variant]
     trained, _, _ = fit(method, HP, ROWS)
     weights = {n: v for n, v in copy_of(trained).items() if "lora_" in n}
-    torch.manual_seed(0)
-    plain = LoRA().attach(tiny.model(), [])
+    plain, _ = tiny.attached(LoRA())
     plain.load_state_dict(weights, strict=False)
     expected = logits(plain)
     assert torch.equal(logits(trained), expected)
@@ -125,12 +124,11 @@ def test_evaluation_saving_and_merging_are_without_it(variant, tmp_path):
 def by_hand(method, steps: int, size: float = 1.0, clip: float = 0.05, base=None, autocast=False, seed=0):
     """Trains without the loop, from a B that is not zero. -> the model, its optimizer, and per layer what it
     was before each step: W', and G before and after the clipping. `size` is a factor of the loss."""
-    base = tiny.model() if base is None else base
-    torch.manual_seed(seed)
-    model = method.attach(base, []).train()
+    model, run = tiny.attached(method, base, hp=hyperparams(learning_rate=1e-2), seed=seed)
+    model.train()
     for layer in adapted(model):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
-    optimizer = method.optimizer(model, hyperparams(learning_rate=1e-2))
+    optimizer = method.optimizer(model, run)
     seen = {layer: [] for layer in adapted(model)}
 
     def carried(layer):
@@ -139,7 +137,7 @@ def by_hand(method, steps: int, size: float = 1.0, clip: float = 0.05, base=None
 
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = size * method.loss(model, batch())
+            loss = size * method.loss(model, batch(), run)
         loss.backward()
         whole = {layer: carried(layer) for layer in seen}
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -262,10 +260,10 @@ def test_mgpo_in_bf16_shifts_by_its_length():
 
 
 def gradients(method, model, checkpointing=False):
-    if checkpointing:
-        head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
-    model.train().zero_grad()
-    method.loss(model, batch()).backward()
+    run = tiny.run(hp=hyperparams(gradient_checkpointing=checkpointing), method=method)
+    model.zero_grad()
+    run.accumulate(model, [batch()])
+    assert head.causal_lm(model).is_gradient_checkpointing == checkpointing
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -274,13 +272,12 @@ def test_mgpos_gradient_is_loras_on_the_shifted_weights():
     model, _, seen = by_hand(method, 2)
     shifts = {n: shift_of(m) for n, m in model.named_modules() if m in seen}
     found = gradients(method, model)
-    torch.manual_seed(0)
-    dense = LoRA().attach(tiny.model(), [])
+    dense, _ = tiny.attached(LoRA())
     dense.load_state_dict(model.state_dict())
     with torch.no_grad():
         for n, shift in shifts.items():
             dense.get_submodule(n).base_layer.weight += shift
-    expected, unshifted = gradients(LoRA(), dense), gradients(LoRA(), LoRA().attach(tiny.model(), []))
+    expected, unshifted = gradients(LoRA(), dense), gradients(LoRA(), tiny.attached(LoRA())[0])
     assert found.keys() == expected.keys() == unshifted.keys()
     for n, gradient in expected.items():
         torch.testing.assert_close(found[n], gradient, atol=1e-5, rtol=1e-3)
@@ -326,7 +323,7 @@ def test_micro_batches_share_mgpos_shift_and_draw_ggpos_anew(variant):
     model, _, seen = by_hand(method, 2)
     layer, other = list(seen)[:2]
     before, beside = shift_of(layer), shift_of(other)
-    method.loss(model.train(), batch())
+    method.loss(model.train(), batch(), tiny.run())
     assert torch.equal(shift_of(layer), before) == (variant == "mgpo")
     assert not torch.equal(before, beside)  # q_proj and k_proj draw apart
     if variant == "ggpo":

@@ -43,9 +43,7 @@ def small_chunks(monkeypatch):
 
 
 def batch(count: int = 6, **lengths) -> dict:
-    rows = tiny.rows(count, seed=3, **lengths)
-    (step,) = tiny.batches(rows, tiny.hyperparams(batch_size=count, micro_batch_size=count))
-    return step[0]
+    return tiny.batch(tiny.rows(count, seed=3, **lengths))
 
 
 def test_logps_and_hits_are_those_of_the_models_own_logits(model, small_chunks):
@@ -67,7 +65,7 @@ def test_logps_and_hits_are_those_of_the_models_own_logits(model, small_chunks):
 
 def test_loss_and_gradient_are_those_of_the_models_own_loss(model, small_chunks):
     tensors = batch()
-    loss = LoRA().loss(model, tensors)  # the inherited one: the masked mean
+    loss = LoRA().loss(model, tensors, tiny.run())  # the inherited one: the masked mean
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -100,7 +98,8 @@ def test_a_batch_without_targets_has_no_scores():
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,lm_head"])
 def test_an_adapter_is_read_through_even_on_the_head(targets, small_chunks):
-    model = LoRA(targets=targets).attach(tiny.model(CONFIGS["gemma3 untied"]), []).eval()
+    model, _ = tiny.attached(LoRA(targets=targets), tiny.model(CONFIGS["gemma3 untied"]))
+    model.eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -135,7 +134,7 @@ def test_the_logits_of_a_batch_are_never_held(small_chunks):
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     with Largest() as largest:
-        LoRA().loss(model, tensors).backward()
+        LoRA().loss(model, tensors, tiny.run()).backward()
     assert max(rows for rows, _ in seen) <= 5
     assert sum(rows for rows, _ in seen) == 2 * 8 * 40  # forward and once more in backward; no prompt, no pad
     assert largest.elements < full / 1.5

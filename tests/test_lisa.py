@@ -7,7 +7,7 @@ from tiny import copy_of, fit, hyperparams
 
 from harness.errors import BadRequest
 from harness.method import available, build, resolve
-from harness.run import optimizer_bytes, sizes
+from harness.training.model import optimizer_bytes, sizes
 from methods.full import Full
 from methods.lisa import LISA
 
@@ -21,13 +21,13 @@ def base():
     return tiny.model(CONFIG)
 
 
-def run(method, hp, seed: int = 0, model=None):
+def watched(method, hp, seed: int = 0, model=None):
     """-> model, optimizer, and of each step: the layers of which a weight moved, those of which all did,
     and those with a gradient. None stands for what is outside the layers."""
     seen, inner = [], method.optimizer
 
-    def watched(model, hp):
-        optimizer, named, last = inner(model, hp), dict(model.named_parameters()), copy_of(model)
+    def optimizer_of(model, run):
+        optimizer, named, last = inner(model, run), dict(model.named_parameters()), copy_of(model)
 
         def look(*_):
             still = {layer(n) for n, p in named.items() if torch.equal(p, last[n])}
@@ -39,7 +39,7 @@ def run(method, hp, seed: int = 0, model=None):
         optimizer.register_step_post_hook(look)
         return optimizer
 
-    method.optimizer = watched
+    method.optimizer = optimizer_of
     trained, optimizer, _ = fit(method, hp, ROWS, seed, base=model or base())
     return trained, optimizer, seen
 
@@ -55,7 +55,7 @@ def test_drawn_layers_and_the_rest_move_and_no_other_does(tied):
     """Each step, weight decay included; the same layers through a period, others after it."""
     config = tiny.gemma(num_hidden_layers=DEPTH, layer_types=CONFIG.layer_types, tie_word_embeddings=tied)
     hp = hyperparams(max_steps=12, weight_decay=0.1, **CONSTANT)
-    _, _, seen = run(LISA(layers=2, period=3), hp, model=tiny.model(config))
+    _, _, seen = watched(LISA(layers=2, period=3), hp, model=tiny.model(config))
     assert len(seen) == 12
     for step in seen:
         assert step["moved"] == step["wholly"] == step["gradients"]  # of a frozen layer no gradient arises
@@ -78,12 +78,12 @@ def test_with_all_layers_it_is_full_fine_tuning_bit_for_bit(layers):
 def test_moments_are_held_for_what_trains_alone(steps):
     """At the end of a period too: the last step draws no more, so that what is measured was in use."""
     method = LISA(layers=2, period=3)
-    trained, optimizer, _ = fit(method, hyperparams(max_steps=steps), ROWS, base=base())
+    trained, optimizer, record = fit(method, hyperparams(max_steps=steps), ROWS, base=base())
     layers = trained.model.layers
     one = sizes(layers[0])["parameters"]
     active = sizes(trained)["parameters"] - (DEPTH - 2) * one
     assert optimizer_bytes(optimizer) == 8 * active
-    assert method.notes == {"parameters trained at a time": active}
+    assert record.notes == {"parameters trained at a time": active}
     drawn = [i for i in range(DEPTH) if next(layers[i].parameters()) in optimizer.state]
     assert len(drawn) == 2
     for i, layer in enumerate(layers):
@@ -95,7 +95,7 @@ def test_a_layer_drawn_twice_running_keeps_its_moments_and_others_start_anew(mon
     """Of six steps, in periods of two: layer 0 trains in all, layer 1 leaves and comes back."""
     draws = iter([[0, 1], [0, 2], [0, 1]])
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.tensor(next(draws)))
-    _, optimizer, seen = run(LISA(layers=2, period=2), hyperparams(max_steps=6, **CONSTANT))
+    _, optimizer, seen = watched(LISA(layers=2, period=2), hyperparams(max_steps=6, **CONSTANT))
     assert [step["moved"] - {None} for step in seen] == [{0, 1}] * 2 + [{0, 2}] * 2 + [{0, 1}] * 2
     parameters = optimizer.param_groups[0]["params"]
     steps = sorted({int(optimizer.state[p]["step"]) for p in parameters if p in optimizer.state})
@@ -107,12 +107,12 @@ def test_a_returned_layer_starts_as_adamw_does(monkeypatch):
     draws = iter([[0], [1], [0]])
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.tensor(next(draws)))
     hp = hyperparams(max_steps=3)
-    method, model = LISA(layers=1, period=1), base()
-    made, weight = tiny.batches(ROWS, hp), model.model.layers[0].mlp.down_proj.weight
-    optimizer = method.optimizer(method.attach(model, made), hp)
-    for micro_batches in made:
+    method = LISA(layers=1, period=1)
+    model, run = tiny.attached(method, base(), ROWS, hp)
+    optimizer, weight = method.optimizer(model, run), model.model.layers[0].mlp.down_proj.weight
+    for examples in run.batches:
         before = weight.detach().clone()
-        method.loss(model, micro_batches[0]).backward()
+        method.loss(model, run.collate(examples), run).backward()
         gradient = weight.grad
         optimizer.step()
         optimizer.zero_grad()
@@ -121,7 +121,7 @@ def test_a_returned_layer_starts_as_adamw_does(monkeypatch):
 
 
 def choices(seed: int) -> list[frozenset]:
-    _, _, seen = run(LISA(layers=2, period=1), hyperparams(max_steps=8, **CONSTANT), seed)
+    _, _, seen = watched(LISA(layers=2, period=1), hyperparams(max_steps=8, **CONSTANT), seed)
     return [frozenset(step["moved"]) for step in seen]
 
 
@@ -133,10 +133,9 @@ def test_the_seed_decides():
 
 def test_layers_are_drawn_uniformly():
     """600 draws of 2 of 6: each layer 200 times, with a deviation of 11.5."""
-    method, model = LISA(layers=2, period=1), base()
-    method.steps = 600
-    torch.manual_seed(3)
-    optimizer = method.optimizer(model.requires_grad_(True), hyperparams())
+    method = LISA(layers=2, period=1)
+    model, run = tiny.attached(method, base(), ROWS, hyperparams(max_steps=600), seed=3)
+    optimizer = method.optimizer(model, run)
     counts = torch.zeros(DEPTH)
     for _ in range(600):
         drawn = torch.tensor([next(layer.parameters()).requires_grad for layer in model.model.layers])
@@ -147,10 +146,10 @@ def test_layers_are_drawn_uniformly():
 
 
 def test_the_global_random_state_is_untouched():
-    method, model, hp = LISA(layers=1, period=1), base(), hyperparams(max_steps=4)
-    torch.manual_seed(5)
+    method = LISA(layers=1, period=1)
+    model, run = tiny.attached(method, base(), ROWS, hyperparams(max_steps=4), seed=5)
     before = torch.get_rng_state()
-    optimizer = method.optimizer(method.attach(model, tiny.batches(ROWS, hp)), hp)
+    optimizer = method.optimizer(model, run)
     for _ in range(4):
         optimizer.step()
     assert torch.equal(torch.get_rng_state(), before)
@@ -158,15 +157,12 @@ def test_the_global_random_state_is_untouched():
 
 def test_recomputed_activations_give_the_same_gradients():
     def gradients(checkpointing: bool):
-        hp = hyperparams(max_steps=1)
-        method, made = LISA(), tiny.batches(ROWS, hp)
-        torch.manual_seed(0)
-        model = method.attach(base(), made).train()
-        method.optimizer(model, hp)
+        method = LISA()
+        model, run = tiny.attached(method, base(), ROWS)
+        method.optimizer(model.train(), run)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        for micro_batches in made:
-            method.loss(model, micro_batches[0]).backward()
+        method.loss(model, tiny.batch(ROWS[:8]), run).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     plain, again = gradients(False), gradients(True)

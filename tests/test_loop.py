@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
+from harness.data.batches import Batches
 from harness.method import Method
-from harness.training import generate
-from harness.training.loop import PIECE, Diverged, check, fingerprints, validation_points
+from harness.training.loop import validation_points
+from harness.training.weights import PIECE, Diverged, check, fingerprints
 from methods.dora import DoRA
 from methods.full import Full
 from methods.grpo import GRPO
@@ -52,8 +53,8 @@ class InOrder:
 
 def by_trainer(kind: str, method, hp, folder):
     """The training of `fit`, by another library's trainer. -> model, losses, learning rates, norms."""
-    made = tiny.batches(EVEN, hp)
-    order = [EVEN[i] for step in made.steps for i in step]
+    model, run = tiny.attached(method, examples=EVEN, hp=hp)
+    order = [row for step in run.batches for row in step]
     dataset = Dataset.from_list([
         {
             "input_ids": [*row.prompt_ids, *row.response_ids],
@@ -61,9 +62,6 @@ def by_trainer(kind: str, method, hp, folder):
         }
         for row in order
     ])  # fmt: skip
-    base = tiny.model()
-    torch.manual_seed(0)
-    model = method.attach(base, made)
     common = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -74,7 +72,7 @@ def by_trainer(kind: str, method, hp, folder):
         "num_train_epochs": 1,
         "learning_rate": hp.learning_rate,
         "lr_scheduler_type": hp.schedule,
-        "warmup_steps": math.ceil(hp.warmup_ratio * len(made)),
+        "warmup_steps": math.ceil(hp.warmup_ratio * run.steps),
         "weight_decay": hp.weight_decay,
         "max_grad_norm": hp.max_grad_norm,
         "optim": "adamw_torch",
@@ -138,15 +136,15 @@ def test_training_equals_another_trainer_step_by_step(kind, method, micro_batch_
     theirs, their_losses, rates, norms = by_trainer(kind, method, hp, tmp_path)
     assert len(losses(measured)) == 7
     assert losses(measured) == pytest.approx(their_losses, abs=5e-6)
-    assert [step["grad_norm"] for step in measured["training"]] == pytest.approx(norms, rel=1e-5)
-    assert [step["learning_rate"] for step in measured["training"]] == pytest.approx(rates)
+    assert [step["grad_norm"] for step in measured.training] == pytest.approx(norms, rel=1e-5)
+    assert [step["learning_rate"] for step in measured.training] == pytest.approx(rates)
     # A hundredth of one step at the peak rate: Adam turns the rounding of a tiny gradient into a move.
     same(trained_weights(trained), trained_weights(theirs), 1e-5)
 
 
 def test_those_micro_batches_carry_unequal_loss():
     """Else the comparison above could not tell token-weighted accumulation from a plain mean."""
-    for step in tiny.batches(EVEN, hyperparams(micro_batch_size=4)):
+    for step in tiny.steps(EVEN, hyperparams(micro_batch_size=4)):
         counts = [int((batch["labels"] != -100).sum()) for batch in step]
         assert len(set(counts)) == len(counts) == 2
 
@@ -160,9 +158,9 @@ def by_hand(hp, steps: int):
     parameters = list(model.parameters())
     m, v = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
     norms, warmup = [], math.ceil(hp.warmup_ratio * steps)
-    for t, (batch,) in enumerate(tiny.batches(ROWS, hp), 1):
+    for t, (batch,) in enumerate(tiny.steps(ROWS, hp), 1):
         model.zero_grad()
-        model(**batch).loss.backward()
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss.backward()
         norm = math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in parameters))
         norms.append(norm)
         shrink = min(1.0, hp.max_grad_norm / (norm + 1e-6)) if hp.max_grad_norm else 1.0
@@ -191,7 +189,7 @@ def test_training_equals_a_loop_by_hand(max_grad_norm):
     hp = hyperparams(max_grad_norm=max_grad_norm, weight_decay=0.1, epsilon=1e-3, beta2=0.9, epochs=2.0)
     trained, _, measured = fit(Full(), hp, ROWS)
     theirs, norms = by_hand(hp, 6)
-    found = [step["grad_norm"] for step in measured["training"]]
+    found = [step["grad_norm"] for step in measured.training]
     assert found == pytest.approx(norms, rel=1e-5)
     assert min(norms) > 0.5  # the norm reported is the one before clipping
     same(trained_weights(trained), trained_weights(theirs), 2e-6)
@@ -202,8 +200,8 @@ def test_the_learning_rate_is_the_cosine_formula(count, ratio):
     hp = hyperparams(max_steps=count, warmup_ratio=ratio, learning_rate=3e-4)
     _, _, measured = fit(LoRA(), hp, ROWS)
     expected = [3e-4 * cosine(step, count, math.ceil(ratio * count)) for step in range(1, count + 1)]
-    assert [step["learning_rate"] for step in measured["training"]] == pytest.approx(expected, abs=1e-12)
-    assert [step["step"] for step in measured["training"]] == list(range(1, count + 1))
+    assert [step["learning_rate"] for step in measured.training] == pytest.approx(expected, abs=1e-12)
+    assert [step["step"] for step in measured.training] == list(range(1, count + 1))
 
 
 def test_no_step_of_a_short_training_is_lost():
@@ -222,7 +220,7 @@ def test_accumulation_changes_nothing(size):
     whole, _, expected = fit(LoRA(), hyperparams(max_steps=6), ROWS)
     cut, _, found = fit(LoRA(), hyperparams(max_steps=6, micro_batch_size=size), ROWS)
     assert losses(found) == pytest.approx(losses(expected), abs=1e-5)
-    norms = [[s["grad_norm"] for s in measured["training"]] for measured in (found, expected)]
+    norms = [[s["grad_norm"] for s in measured.training] for measured in (found, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     same(trained_weights(cut), trained_weights(whole), 1e-5)
 
@@ -236,9 +234,9 @@ class Breaks(Method):
     def __init__(self, at: int, value: float):
         self.at, self.value, self.calls = at, value, 0
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, run):
         self.calls += 1
-        return super().loss(model, batch) + (self.value if self.calls == self.at else 0.0)
+        return super().loss(model, batch, run) + (self.value if self.calls == self.at else 0.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -257,10 +255,10 @@ class Explodes(Method):
     def __init__(self, at: int, size: float):
         self.at, self.size, self.calls = at, size, 0
 
-    def loss(self, model, batch):
+    def loss(self, model, batch, run):
         self.calls += 1
         moved = sum((p - p.detach()).sum() for p in model.parameters())
-        return super().loss(model, batch) + moved * (self.size if self.calls == self.at else 0.0)
+        return super().loss(model, batch, run) + moved * (self.size if self.calls == self.at else 0.0)
 
 
 @pytest.mark.parametrize(("size", "norm"), [(1e30, "inf"), (math.nan, "nan")])
@@ -314,21 +312,15 @@ def test_a_learning_rate_far_too_high_diverges_for_real():
 def test_validation_changes_no_step_even_with_dropout():
     held_out = tiny.rows(5, seed=9)
 
-    def validate(model):
-        hp = hyperparams(eval_batch_size=2)
-        scores = generate.likelihoods(model, held_out, tiny.PAD, hp, tiny.accelerator())
-        assert not model.training
-        return generate.mean_loss(scores)
-
     def run(points, dropout):
-        hp = hyperparams(max_steps=6, validations=points)
-        return fit(LoRA(dropout=dropout), hp, ROWS, validate=validate)[2]
+        hp = hyperparams(max_steps=6, validations=points, eval_batch_size=2)
+        return fit(LoRA(dropout=dropout), hp, ROWS, validation=held_out)[2]
 
     with_it, without = run(3, 0.3), run(0, 0.3)
     assert losses(with_it) == losses(without)
-    assert [v["step"] for v in with_it["validation"]] == [2, 4, 6]
-    assert all(math.isfinite(v["loss"]) for v in with_it["validation"])
-    assert not without["validation"]
+    assert [v["step"] for v in with_it.validation] == [2, 4, 6]
+    assert all(math.isfinite(v["loss"]) for v in with_it.validation)
+    assert not without.validation
     assert losses(run(0, 0.0)) != losses(without)  # the dropout was on
 
 
@@ -336,12 +328,12 @@ def test_the_model_is_put_back_to_training_after_a_validation():
     states = []
 
     class Watches(LoRA):
-        def loss(self, model, batch):
+        def loss(self, model, batch, run):
             states.append(model.training)
-            return super().loss(model, batch)
+            return super().loss(model, batch, run)
 
     hp = hyperparams(max_steps=6, validations=3)
-    fit(Watches(), hp, ROWS, validate=lambda model: (model.eval(), 0.0)[1])
+    fit(Watches(), hp, ROWS, validation=ROWS[:2])
     assert states == [True] * 6
 
 
@@ -367,21 +359,20 @@ def test_the_same_seed_is_bit_equal_and_another_is_not():
 def test_the_order_of_the_rows_depends_on_the_seed_alone():
     hp = hyperparams(epochs=2.0)
     torch.manual_seed(1)
-    first = tiny.batches(ROWS, hp, seed=0)
+    first = Batches(ROWS, hp, seed=0)
     torch.manual_seed(2)
-    again = tiny.batches(ROWS, replace(hp, micro_batch_size=3), seed=0)
+    again = Batches(ROWS, replace(hp, micro_batch_size=3), seed=0)
     assert first.steps == again.steps
     assert first.hashes == again.hashes
-    assert first.steps != tiny.batches(ROWS, hp, seed=1).steps
-    assert first.hashes != tiny.batches(ROWS, hp, seed=1).hashes
+    assert first.steps != Batches(ROWS, hp, seed=1).steps
+    assert first.hashes != Batches(ROWS, hp, seed=1).hashes
 
 
 @pytest.mark.parametrize("micro_batch_size", [8, 3])
 @pytest.mark.parametrize("count", [24, 22, 20, 17])
 def test_every_row_is_read_once_an_epoch(count, micro_batch_size):
     hp = hyperparams(epochs=2.0, micro_batch_size=micro_batch_size)
-    made = tiny.batches(EVEN[:count], hp)
-    steps = list(made)
+    made, steps = Batches(EVEN[:count], hp, 0), tiny.steps(EVEN[:count], hp)
     assert len(steps) == len(made) == len(made.hashes) == 6
     assert sorted(map(len, made.steps), reverse=True) == [8] * 4 + [count - 16] * 2
     whole = sorted((*row.prompt_ids, *row.response_ids) for row in EVEN[:count])
@@ -397,9 +388,9 @@ def test_every_row_is_read_once_an_epoch(count, micro_batch_size):
 
 
 def test_a_part_of_an_epoch_and_a_number_of_steps_are_kept():
-    assert len(tiny.batches(ROWS, hyperparams(epochs=0.5))) == 2
-    assert len(tiny.batches(ROWS, hyperparams(max_steps=7))) == 7
-    assert len(tiny.batches(ROWS, hyperparams(max_steps=2, epochs=5.0))) == 2
+    assert tiny.run(ROWS, hyperparams(epochs=0.5)).steps == 2
+    assert tiny.run(ROWS, hyperparams(max_steps=7)).steps == 7
+    assert tiny.run(ROWS, hyperparams(max_steps=2, epochs=5.0)).steps == 2
 
 
 def test_the_batches_of_a_training_are_read_alike_by_every_method():
@@ -407,13 +398,13 @@ def test_the_batches_of_a_training_are_read_alike_by_every_method():
     read = {}
 
     class Notes(LoRA):
-        def loss(self, model, batch):
+        def loss(self, model, batch, run):
             read.setdefault(type(self).__name__, []).append(batch["input_ids"].tolist())
-            return super().loss(model, batch)
+            return super().loss(model, batch, run)
 
     class NotesFull(Notes):
-        def attach(self, model, batches):
-            for _ in batches:
+        def attach(self, model, run):
+            for _ in run.batches:
                 torch.rand(3)  # a method that draws numbers must not shift the order
             return model.requires_grad_(True)
 
@@ -421,22 +412,21 @@ def test_the_batches_of_a_training_are_read_alike_by_every_method():
     fit(Notes(), hp, ROWS)
     fit(NotesFull(), hp, ROWS)
     assert read["Notes"] == read["NotesFull"]
-    assert read["Notes"] == [batch["input_ids"].tolist() for (batch,) in tiny.batches(ROWS, hp)]
+    assert read["Notes"] == [batch["input_ids"].tolist() for (batch,) in tiny.steps(ROWS, hp)]
 
 
 def test_tokens_are_counted_as_the_tensors_have_them():
     hp = hyperparams(epochs=2.0, micro_batch_size=3)
-    made = tiny.batches(ROWS, hp)
-    read = [batch for step in made for batch in step]
+    read = [batch for step in tiny.steps(ROWS, hp) for batch in step]
     trained = sum(int(b["attention_mask"].sum()) for b in read)
     _, _, measured = fit(Full(), hp, ROWS)
-    assert measured["tokens"] == {
+    assert measured.tokens == {
         "trained": trained,
         "supervised": sum(int((b["labels"] != -100).sum()) for b in read),
         "padded": sum(b["input_ids"].numel() for b in read) - trained,
         "rows": len(ROWS),
     }
-    assert sum(made.tokens) == trained
+    assert sum(Batches(ROWS, hp, 0).tokens) == trained
 
 
 def test_a_step_hash_tells_where_the_response_begins():
@@ -444,7 +434,7 @@ def test_a_step_hash_tells_where_the_response_begins():
     row = next(row for row in ROWS if len(row.response_ids) > 1)
     ids = [*row.prompt_ids, *row.response_ids]
     moved = replace(row, prompt_ids=tiny.array(ids[:-1]), response_ids=tiny.array(ids[-1:]))
-    assert tiny.batches([row], hp).hashes != tiny.batches([moved], hp).hashes
+    assert Batches([row], hp, 0).hashes != Batches([moved], hp, 0).hashes
 
 
 # What was read, as it was read
@@ -473,15 +463,15 @@ def given_by_hand(step, learned=False) -> str:
 @pytest.mark.parametrize("method", [Full(), LoRA()], ids=["full", "lora"])
 def test_what_a_step_was_given_is_hashed_however_it_is_cut(method, changes):
     hp = hyperparams(epochs=2.0, **changes)
-    steps = [[ROWS[i] for i in step] for step in tiny.batches(ROWS, hp).steps]
-    hashes = fit(method, hp, ROWS)[2]["hashes"]
+    steps = Batches(ROWS, hp, 0)
+    hashes = fit(method, hp, ROWS)[2].hashes
     assert hashes["given"] == [given_by_hand(step) for step in steps]
     assert hashes["learned"] == [given_by_hand(step, learned=True) for step in steps]
 
 
 def read_by(method, rows=ROWS, **changes):
     measured = fit(method, hyperparams(**{"max_steps": 3, "max_new_tokens": 4, **changes}), rows)[2]
-    return measured["hashes"], measured["tokens"]
+    return measured.hashes, measured.tokens
 
 
 def changed(rows, **changes):
@@ -520,12 +510,12 @@ def test_what_a_method_adds_changes_or_leaves_out_is_in_its_hash():
 
 def test_what_goes_past_the_one_head_is_counted_but_not_certified():
     class Own(Method):
-        def loss(self, model, batch):
+        def loss(self, model, batch, run):
             return model(**{k: v for k, v in batch.items() if k in ("input_ids", "labels")}).loss
 
     class Twice(Method):
-        def loss(self, model, batch):
-            return (super().loss(model, batch) + super().loss(model, batch)) / 2
+        def loss(self, model, batch, run):
+            return (super().loss(model, batch, run) + super().loss(model, batch, run)) / 2
 
     hashes, tokens = read_by(Own())
     expected, counts = read_by(Full())

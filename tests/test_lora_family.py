@@ -4,7 +4,7 @@ import gc
 import inspect
 import weakref
 from functools import partial
-from itertools import chain, pairwise
+from itertools import islice, pairwise
 from math import sqrt
 
 import bitsandbytes
@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from harness import ROOT
 from harness.method import Unsupported, available, build, card, resolve
-from harness.run import load_base, master_weights, sizes
 from harness.spec import RunSpec
+from harness.training.model import load_base, sizes
+from harness.training.weights import master_weights
 from methods import loftq
 from methods.dora import DoRA
 from methods.dora_loftq import DoRALoftQ
@@ -53,18 +54,17 @@ def loader(folder, dtype=torch.float32):
     return lambda **more: load_base(spec, dtype, torch.device("cpu"), **more)
 
 
-def batches(hp=None, rows=ROWS):
-    return tiny.batches(rows, hp or hyperparams())
-
-
-def started(method, folder, dtype=torch.float32):
-    return method.attach(method.load(loader(folder, dtype)), batches())
+def started(method, load):
+    """-> a method's own base with the method on it, and the run that it was given."""
+    run = tiny.run(ROWS, method=method)
+    run.loader = load
+    return method.attach(method.load(load), run), run
 
 
 def logits(model) -> torch.Tensor:
-    ((tensors, *_), *_) = batches(rows=ROWS[:4])
+    batch = tiny.batch(ROWS[:4])
     with torch.no_grad():
-        return model.eval()(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
+        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 def factors(layer) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -110,7 +110,7 @@ def test_merged_weights_give_the_same_outputs(name):
 def test_on_a_four_bit_base_merging_is_refused_with_its_reason(name, folder):
     method = FOUR_BIT[name]()
     with pytest.raises(Unsupported, match="rounded to 4 bits"):
-        method.merge(started(method, folder))
+        method.merge(started(method, loader(folder))[0])
     assert "rounded to 4 bits" in method.cannot["merging"]
 
 
@@ -142,10 +142,11 @@ def test_bf16_bases_start_learn_and_come_back(name, folder, tmp_path):
     """As on a GPU: frozen weights in bf16, adapters in fp32, autocast."""
     cls = {**FAMILY, **FOUR_BIT}[name]
     method = cls()
-    model = started(method, folder, torch.bfloat16)
+    model, run = started(method, loader(folder, torch.bfloat16))
+    run.hp = FAST
     master_weights(model, "bf16")
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    optimizer = method.optimizer(model, FAST)
+    optimizer = method.optimizer(model, run)
 
     def computed(model):
         with torch.autocast("cpu", torch.bfloat16):
@@ -153,9 +154,9 @@ def test_bf16_bases_start_learn_and_come_back(name, folder, tmp_path):
 
     untouched = computed(method.load(loader(folder, torch.bfloat16)))
     start = computed(model)
-    for (tensors,) in list(batches())[:2]:
+    for examples in islice(run.batches, 2):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = method.loss(model.train(), tensors)
+            loss = method.loss(model.train(), run.collate(examples), run)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -170,7 +171,8 @@ def test_bf16_bases_start_learn_and_come_back(name, folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["rslora", "lora_plus", "eva"])
 def test_these_start_at_the_base_exactly(name, folder):
-    assert torch.equal(logits(started(FAMILY[name](), folder)), logits(tiny.model()))
+    model, _ = started(FAMILY[name](), loader(folder))
+    assert torch.equal(logits(model), logits(tiny.model()))
 
 
 def test_options_that_cannot_be_are_refused():
@@ -184,8 +186,8 @@ def test_options_that_cannot_be_are_refused():
 @pytest.mark.parametrize("cls", [LoftQ, PiSSA])
 def test_a_rank_above_a_layers_size_is_refused_by_name(cls, folder):
     with pytest.raises(ValueError, match=r"k_proj has only 32 singular vectors, not 33"):
-        started(cls(rank=33), folder)
-    started(cls(rank=32), folder)
+        started(cls(rank=33), loader(folder))
+    started(cls(rank=32), loader(folder))
 
 
 # LoftQ
@@ -296,7 +298,7 @@ def test_the_truncation_is_the_svds_and_balanced(shape):
 @pytest.mark.parametrize("cls", [LoftQ, DoRALoftQ])
 @pytest.mark.parametrize("alpha", [4.0, 16.0])
 def test_the_started_model_computes_with_q_plus_the_difference(cls, alpha, folder):
-    model = started(cls(alpha=alpha), folder)
+    model, _ = started(cls(alpha=alpha), loader(folder))
     plain = tiny.model()
     errors = torch.zeros(3)
     for name, layer in adapted_layers(model).items():
@@ -317,7 +319,8 @@ def test_loftq_starts_nearer_to_the_model_than_its_four_bit_base():
     def outputs(method):
         load = loader(demo)
         with torch.no_grad():
-            return (method.attach(method.load(load), []) if method else load()).eval()(input_ids=ids).logits
+            model = started(method, load)[0] if method else load()
+            return model.eval()(input_ids=ids).logits
 
     whole = outputs(None)
     near, far = ((outputs(m) - whole).square().mean().sqrt() for m in (LoftQ(rank=16), QLoRA(rank=16)))
@@ -330,7 +333,8 @@ def test_the_notes_are_the_errors_over_all_layers_together(cls, folder):
     plain, four_bit = tiny.model(), method.load(loader(folder))
     before = {n: bitsandbytes.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
               for n, m in four_bit.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}  # fmt: skip
-    layers = adapted_layers(method.attach(four_bit, []))
+    model, run = tiny.attached(method, four_bit)
+    layers = adapted_layers(model)
     weights = {n: plain.get_submodule(n).weight.detach() for n in layers}
 
     def norm(tensors):
@@ -339,14 +343,14 @@ def test_the_notes_are_the_errors_over_all_layers_together(cls, folder):
     whole = norm(weights.values())
     plain_error = norm(weights[n] - before[n] for n in layers) / whole
     start_error = norm(weights[n] - quantised(m) - difference(m) for n, m in layers.items()) / whole
-    found = list(method.notes.values())
+    found = list(run.record.notes.values())
     assert found == pytest.approx([plain_error.item(), start_error.item()], rel=1e-4)
     assert found[1] < found[0] == pytest.approx(0.092, abs=0.002)  # of NF4 on normal weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loftq_holds_as_many_bytes_as_qlora(dtype, folder):
-    models = [started(cls(), folder, dtype) for cls in (QLoRA, LoftQ)]
+    models = [started(cls(), loader(folder, dtype))[0] for cls in (QLoRA, LoftQ)]
     found = [sizes(model) for model in models]
     held = [f.pop("weight_bytes") for f in found]  # with a few digits of text: the mean of the scales
     assert found[0] == found[1] and abs(held[0] - held[1]) < 2 * 14
@@ -378,8 +382,7 @@ def test_each_original_is_freed_as_soon_as_it_is_used(folder, monkeypatch):
         return original(self, layer, weight)
 
     monkeypatch.setattr(LoftQ, "start", start)
-    method = LoftQ()
-    model = method.attach(method.load(load), [])
+    model, _ = started(LoftQ(), load)
     assert alive == list(range(14, 0, -1))
     gc.collect()
     assert not any(ref() is not None for ref in seen) and model is not None
@@ -397,8 +400,7 @@ def test_transformers_and_peft_alone_load_a_saved_loftq(folder, tmp_path):
 
 
 def test_only_the_layers_named_are_changed(folder):
-    method = LoftQ(targets="q_proj,v_proj")
-    model = started(method, folder)
+    model, _ = started(LoftQ(targets="q_proj,v_proj"), loader(folder))
     plain = QLoRA().load(loader(folder))
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -408,8 +410,7 @@ def test_only_the_layers_named_are_changed(folder):
 
 
 def test_the_lengths_of_dora_are_those_of_the_new_rows(folder):
-    layers = adapted_layers(started(DoRALoftQ(), folder))
-    old = adapted_layers(started(LoftQ(), folder))
+    layers, old = (adapted_layers(started(cls(), loader(folder))[0]) for cls in (DoRALoftQ, LoftQ))
     for name, layer in layers.items():
         m = layer.lora_magnitude_vector["default"].weight
         assert m.requires_grad and m.dtype == torch.float32
@@ -419,7 +420,7 @@ def test_the_lengths_of_dora_are_those_of_the_new_rows(folder):
 
 def test_dora_loftq_trains_its_three_parts(folder):
     method = DoRALoftQ()
-    before = trained_weights(started(method, folder))
+    before = trained_weights(started(method, loader(folder))[0])
     trained, _, _ = fit(method, FAST, ROWS, base=method.load(loader(folder)))
     after = trained_weights(trained)
     kinds = {n.split(".")[-3 if n.endswith(".weight") else -2] for n in after}
@@ -432,7 +433,7 @@ def test_dora_loftq_trains_its_three_parts(folder):
 
 @pytest.mark.parametrize("alpha", [4.0, 16.0])
 def test_a_layer_adds_alpha_over_rank_times_its_product(alpha):
-    layer = next(iter(adapted_layers(LoRA(rank=4, alpha=alpha).attach(tiny.model(), [])).values()))
+    layer = next(iter(adapted_layers(tiny.attached(LoRA(rank=4, alpha=alpha))[0]).values()))
     nn.init.normal_(layer.lora_B["default"].weight)
     b, a, _ = factors(layer)
     x = torch.randn(5, layer.in_features)
@@ -440,7 +441,7 @@ def test_a_layer_adds_alpha_over_rank_times_its_product(alpha):
 
 
 def test_dropout_leaves_out_its_share_of_the_adapters_inputs_and_only_in_training():
-    model = LoRA(rank=64, alpha=64, dropout=0.25, targets="q_proj").attach(tiny.model(), [])
+    model, _ = tiny.attached(LoRA(rank=64, alpha=64, dropout=0.25, targets="q_proj"))
     layer = next(iter(adapted_layers(model).values()))
     for factor in (layer.lora_A, layer.lora_B):  # of 64 x 64: the adapter adds what it is given
         factor["default"].weight.data = torch.eye(64)
@@ -456,7 +457,7 @@ def test_dropout_leaves_out_its_share_of_the_adapters_inputs_and_only_in_trainin
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_rslora_divides_by_the_root_of_the_rank(rank):
-    model = RsLoRA(rank=rank, alpha=8).attach(tiny.model(), [])
+    model, _ = tiny.attached(RsLoRA(rank=rank, alpha=8))
     assert {layer.scaling["default"] for layer in adapted_layers(model).values()} == {8 / sqrt(rank)}
 
 
@@ -471,13 +472,12 @@ def test_with_the_ratio_one_lora_plus_is_lora_to_the_bit():
 
 
 def test_the_learning_rates_are_those_of_pefts_lora_plus():
-    model = LoRAPlus().attach(tiny.model(), [])
-    hp = hyperparams(learning_rate=1e-3, weight_decay=0.1)
+    model, run = tiny.attached(LoRAPlus(), hp=hyperparams(learning_rate=1e-3, weight_decay=0.1))
 
     def rates(optimizer):
         return {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
-    ours = LoRAPlus(ratio=16).optimizer(model, hp)
+    ours = LoRAPlus(ratio=16).optimizer(model, run)
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     assert rates(ours) == rates(theirs)
     assert set(rates(ours)) == {p for p in model.parameters() if p.requires_grad}
@@ -488,14 +488,14 @@ def test_the_learning_rates_are_those_of_pefts_lora_plus():
 def test_the_rate_that_a_run_reports_is_that_of_a():
     """B's is `ratio` times as large, and would stand in the report as the shared hyperparameter."""
     hp = hyperparams(max_steps=6, learning_rate=1e-3, schedule="linear", warmup_ratio=0.34)
-    measured = fit(LoRAPlus(ratio=16), hp, ROWS)[2]
+    record = fit(LoRAPlus(ratio=16), hp, ROWS)[2]
     expected = [1e-3 * factor for factor in (0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)]
-    assert [step["learning_rate"] for step in measured["training"]] == pytest.approx(expected)
+    assert [step["learning_rate"] for step in record.training] == pytest.approx(expected)
 
 
 def test_the_schedule_acts_on_both_learning_rates():
-    model = LoRAPlus().attach(tiny.model(), [])
-    optimizer = LoRAPlus(ratio=4).optimizer(model, hyperparams(learning_rate=1e-3))
+    model, run = tiny.attached(LoRAPlus(), hp=hyperparams(learning_rate=1e-3))
+    optimizer = LoRAPlus(ratio=4).optimizer(model, run)
     scheduler = get_scheduler("linear", optimizer, 2, 6)
     seen = []
     for _ in range(7):
@@ -513,7 +513,7 @@ def test_the_schedule_acts_on_both_learning_rates():
 @pytest.mark.parametrize("alpha", [4.0, 16.0])
 def test_pissa_starts_at_the_truncated_svd_and_freezes_the_rest(alpha):
     plain = tiny.model()
-    model = PiSSA(rank=4, alpha=alpha).attach(tiny.model(), [])
+    model, _ = tiny.attached(PiSSA(rank=4, alpha=alpha))
     for name, layer in adapted_layers(model).items():
         weight = plain.get_submodule(name).weight.detach()
         u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -546,7 +546,7 @@ def eva_inputs(method, hp) -> dict[str, torch.Tensor]:
     def keep(name, mask):
         return lambda module, args: seen.setdefault(name, []).append(args[0][mask].detach())
 
-    for inputs in method.inputs(batches(hp)):
+    for inputs in method.inputs(tiny.run(ROWS, hp)):
         mask = inputs["attention_mask"].bool()
         handles = [m.register_forward_pre_hook(keep(n, mask)) for n, m in model.named_modules()
                    if isinstance(m, nn.Linear) and n != "lm_head"]  # fmt: skip
@@ -561,8 +561,7 @@ def eva_inputs(method, hp) -> dict[str, torch.Tensor]:
 def test_a_spans_the_main_directions_of_the_layers_inputs(rho):
     hp = hyperparams(epochs=1.0, micro_batch_size=4)
     method = EVA(rank=4, rho=rho)
-    torch.manual_seed(0)
-    layers = adapted_layers(method.attach(tiny.model(), batches(hp)))
+    layers = adapted_layers(tiny.attached(method, examples=ROWS, hp=hp)[0])
     inputs = eva_inputs(method, hp)
     assert layers.keys() <= inputs.keys()
     for name, layer in layers.items():
@@ -582,23 +581,22 @@ def test_a_spans_the_main_directions_of_the_layers_inputs(rho):
 
 def test_eva_gives_ranks_away_and_keeps_their_sum_and_scaling():
     for rho in (1.0, 2.0):
-        method = EVA(rank=4, alpha=8, rho=rho)
-        model = method.attach(tiny.model(), batches())
+        model, run = tiny.attached(EVA(rank=4, alpha=8, rho=rho), examples=ROWS)
         ranks = {name: layer.r["default"] for name, layer in adapted_layers(model).items()}
         assert sum(ranks.values()) == 4 * 14
         assert (set(ranks.values()) == {4}) == (rho == 1)
         assert {layer.scaling["default"] for layer in adapted_layers(model).values()} == {2.0}
-        assert list(method.notes.values()) == [
+        assert list(run.record.notes.values()) == [
             f"{len(ranks)}: {min(ranks.values())} to {max(ranks.values())}"
         ]
 
 
 def test_eva_does_not_see_padding():
     def start(pad):
-        model = tiny.model()
+        model, run = tiny.model(), tiny.run(ROWS)
+        run.pad = pad
         torch.manual_seed(0)
-        made = tiny.Batches(ROWS, hyperparams(), 0, pad, torch.device("cpu"))
-        return trained_weights(EVA(rank=4).attach(model, made))
+        return trained_weights(EVA(rank=4).attach(model, run))
 
     plain, other = start(tiny.PAD), start(77)
     assert plain.keys() == other.keys()
@@ -607,24 +605,23 @@ def test_eva_does_not_see_padding():
 
 
 def test_eva_goes_through_training_rows_alone_and_not_through_all():
-    hp = hyperparams(epochs=200.0, batch_size=2, micro_batch_size=2)
-    inputs = EVA(rank=1).inputs(batches(hp))
+    run = tiny.run(ROWS, hyperparams(epochs=200.0, batch_size=2, micro_batch_size=2))
+    inputs = EVA(rank=1).inputs(run)
     assert len(inputs) <= 101
     assert {tuple(i) for i in inputs} == {("input_ids", "attention_mask")}
     rows = {(*row.prompt_ids, *row.response_ids) for row in ROWS}
     for one in inputs:
         for ids, mask in zip(one["input_ids"], one["attention_mask"], strict=True):
             assert tuple(ids[mask.bool()].tolist()) in rows
-    first = next(iter(batches(hp)))[0]["input_ids"]
-    assert len(list(chain(*(i["input_ids"] for i in inputs)))) == 200 and len(first) == 2
+    assert sum(len(one["input_ids"]) for one in inputs) == 200 < 2 * run.steps
 
 
 def test_eva_refuses_batches_too_small_for_its_rank():
     with pytest.raises(Unsupported, match="batches of 128 tokens"):
-        EVA(rank=32).attach(tiny.model(), batches(hyperparams(batch_size=1, micro_batch_size=1)))
+        tiny.attached(EVA(rank=32), examples=ROWS, hp=hyperparams(batch_size=1, micro_batch_size=1))
 
 
 def test_eva_gives_up_directions_that_never_settle(monkeypatch):
     monkeypatch.setattr("methods.eva.PASSES", 1)
     with pytest.raises(Unsupported, match="still turn after 1 batches"):
-        EVA(rank=4).attach(tiny.model(), batches())
+        tiny.attached(EVA(rank=4), examples=ROWS)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from harness.errors import BadRequest
 from harness.method import Unsupported, adam, available, build, options, resolve
-from harness.run import load_base, optimizer_bytes, sizes
 from harness.spec import RunSpec
-from harness.training import generate, head
+from harness.training import head
+from harness.training.model import load_base, optimizer_bytes, sizes
 from methods import galore
 from methods.dora import DoRA
 from methods.full import Full
@@ -49,9 +49,9 @@ def linears(model) -> dict[str, nn.Linear]:
 
 
 def logits(model, count: int = 4) -> torch.Tensor:
-    ((tensors, *_), *_) = tiny.batches(ROWS[:count], hyperparams())
+    batch = tiny.batch(ROWS[:count])
     with torch.no_grad():
-        return model.eval()(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
+        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
 # Sizes: closed formulas
@@ -151,13 +151,13 @@ def test_the_published_architectures_are_built_right(config, count):
     ids=lambda value: f"{value}" if isinstance(value, LoRA) else getattr(value, "model_type", ""),
 )
 def test_published_trainable_counts(method, config, count):
-    assert sizes(method.attach(on_meta(config), []))["trainable"] == count
+    assert sizes(method.attach(on_meta(config), tiny.run()))["trainable"] == count
 
 
 def test_galores_published_state_of_gemma():
     """168.7 M moments, 20.0 M of projectors, and full moments of embeddings and norms: 2.95 GiB."""
     model = on_meta(GEMMA_3_1B).requires_grad_(True)
-    groups = GaLore().optimizer(model, hyperparams()).param_groups
+    groups = GaLore().optimizer(model, tiny.run()).param_groups
     projected = [p for g in groups if "rank" in g for p in g["params"]]
     whole = sum(p.numel() for g in groups if "rank" not in g for p in g["params"])
     assert sum(p.numel() for p in projected) == 697_761_792
@@ -176,7 +176,7 @@ def test_an_adapter_starts_at_its_base_exactly(name, folder):
     method = ADAPTERS[name]()
     base = loaded(method, folder)
     before = logits(base)
-    after = logits(method.attach(base, []))
+    after = logits(method.attach(base, tiny.run()))
     # DoRA divides by a norm and multiplies by the same: equal but for rounding.
     torch.testing.assert_close(after, before, atol=2e-5 if name == "dora" else 0.0, rtol=0)
 
@@ -184,8 +184,7 @@ def test_an_adapter_starts_at_its_base_exactly(name, folder):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_frozen_weights_stay_bit_identical_and_all_trained_ones_move(name, folder):
     method = ADAPTERS[name]()
-    torch.manual_seed(0)
-    before = trained_weights(method.attach(loaded(method, folder), []))
+    before = trained_weights(tiny.attached(method, loaded(method, folder))[0])
     base = loaded(method, folder)
     frozen = {n: (p, p.detach().clone()) for n, p in base.named_parameters()}  # names change, weights do not
     trained, _, _ = fit(method, hyperparams(max_steps=4), ROWS, base=base)
@@ -215,8 +214,8 @@ def test_an_adapter_learns_and_can_be_taken_off(name, folder):
     base = loaded(method, folder)
     before = logits(base)
     hp = hyperparams(epochs=12.0, learning_rate=1e-2)
-    trained, _, measured = fit(method, hp, ROWS, base=base)
-    assert losses(measured)[-1] < losses(measured)[0] - 1
+    trained, _, record = fit(method, hp, ROWS, base=base)
+    assert losses(record)[-1] < losses(record)[0] - 1
     assert not torch.allclose(logits(trained), before, atol=0.1)
     with trained.disable_adapter():
         assert torch.equal(logits(trained), before)
@@ -262,16 +261,12 @@ def test_dora_is_its_formula():
 @pytest.mark.parametrize("name", [*ADAPTERS, "full"])
 def test_recomputed_activations_give_the_same_gradients(name, folder):
     method = {**ADAPTERS, "full": Full}[name]()
-    ((tensors, *_), *_) = tiny.batches(ROWS, hyperparams())
 
     def gradients(checkpointing: bool):
-        base = loaded(method, folder)
-        torch.manual_seed(0)
-        model = method.attach(base, []).train()
-        if checkpointing:  # as harness.run does
-            head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
-            assert head.causal_lm(model).is_gradient_checkpointing
-        method.loss(model, tensors).backward()
+        hp = hyperparams(gradient_checkpointing=checkpointing)
+        model, run = tiny.attached(method, loaded(method, folder), ROWS, hp)
+        run.accumulate(model, [run.collate(ROWS)])
+        assert head.causal_lm(model).is_gradient_checkpointing == checkpointing
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     plain, again = gradients(False), gradients(True)
@@ -302,14 +297,14 @@ def test_options_come_as_asked_and_impossible_ones_are_refused():
 
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "q_proj, v_proj"])
 def test_targets_are_the_layers_named(targets):
-    model = LoRA(targets=targets).attach(tiny.model(), [])
+    model = LoRA(targets=targets).attach(tiny.model(), tiny.run())
     adapted = {n.partition(".lora_")[0].rpartition(".")[2] for n in trained_weights(model)}
     assert adapted == {"q_proj", "v_proj"}
 
 
 def test_a_target_that_no_layer_has_is_refused():
     with pytest.raises(ValueError, match="v_porj"):
-        LoRA(targets="q_proj,v_porj").attach(tiny.model(), [])
+        LoRA(targets="q_proj,v_porj").attach(tiny.model(), tiny.run())
 
 
 # QLoRA
@@ -384,22 +379,20 @@ def test_a_large_layer_takes_4_127_bits_a_parameter(tmp_path):
 def test_an_evaluation_changes_neither_gradients_nor_weights_of_qlora(folder):
     """bitsandbytes 0.50 repacks 4-bit weights on AVX512 CPUs, after which gradients are silently wrong."""
     method = QLoRA()
-    base = loaded(method, folder)
-    torch.manual_seed(0)
-    model = method.attach(base, [])
+    model, run = tiny.attached(method, loaded(method, folder))
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "lora_B" in n:
                 p.normal_(std=0.02)
-    ((tensors, *_), *_) = tiny.batches(ROWS, hyperparams())
+    batch = tiny.batch(ROWS)
 
     def gradients():
         model.zero_grad()
-        method.loss(model.train(), tensors).backward()
+        method.loss(model.train(), batch, run).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     weights, before = dequantised(model), gradients()
-    first = generate.likelihoods(model, ROWS, tiny.PAD, hyperparams(), tiny.accelerator())
+    first = tiny.likelihoods(model, ROWS)
     logits(model, 1)  # one row alone takes another path in bitsandbytes
     with torch.no_grad():
         model.eval()(input_ids=torch.tensor([[tiny.BOS]]))
@@ -409,7 +402,7 @@ def test_an_evaluation_changes_neither_gradients_nor_weights_of_qlora(folder):
         assert torch.equal(after[n], gradient), n
     for n, weight in dequantised(model).items():
         assert torch.equal(weight, weights[n]), n
-    assert first == generate.likelihoods(model, ROWS, tiny.PAD, hyperparams(), tiny.accelerator())
+    assert first == tiny.likelihoods(model, ROWS)
 
 
 def test_the_four_bit_base_row_is_what_qlora_starts_from(folder):
@@ -578,39 +571,39 @@ def test_the_moments_live_in_the_subspace(shape):
 
 
 def test_galores_state_is_saved_and_loaded_as_any_optimizers(tmp_path):
-    hp = hyperparams(max_steps=5, weight_decay=0.1)
+    run = tiny.run(hp=hyperparams(max_steps=5, weight_decay=0.1))
 
     def started():
         model = tiny.model()
-        return model, GaLore(rank=4, gap=3).optimizer(model, hp)
+        return model, GaLore(rank=4, gap=3).optimizer(model, run)
 
-    def step(model, optimizer, tensors):
+    def step(model, optimizer, batch):
         optimizer.zero_grad()
-        Full().loss(model, tensors).backward()
+        Full().loss(model, batch, run).backward()
         optimizer.step()
 
-    steps = [step_[0] for step_ in tiny.batches(ROWS, hp)]
+    steps = [batches[0] for batches in tiny.steps(ROWS, run.hp)]
     model, optimizer = started()
-    for tensors in steps[:2]:
-        step(model, optimizer, tensors)
+    for batch in steps[:2]:
+        step(model, optimizer, batch)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    for tensors in steps[2:]:
-        step(model, optimizer, tensors)
+    for batch in steps[2:]:
+        step(model, optimizer, batch)
     again, resumed = started()
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     again.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
-    for tensors in steps[2:]:
-        step(again, resumed, tensors)
+    for batch in steps[2:]:
+        step(again, resumed, batch)
     for n, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[n], value), n
 
 
 def test_weight_decay_reaches_matrices_and_spares_norms():
-    model = tiny.model()
+    model, run = tiny.model(), tiny.run(hp=hyperparams(weight_decay=0.1))
     for method in (Full(), GaLore(rank=4)):
         decayed = {}
-        for group in method.optimizer(model, hyperparams(weight_decay=0.1)).param_groups:
+        for group in method.optimizer(model, run).param_groups:
             decayed |= {id(p): group["weight_decay"] for p in group["params"]}
         assert len(decayed) == len(list(model.parameters()))
         for n, p in model.named_parameters():
@@ -620,6 +613,6 @@ def test_weight_decay_reaches_matrices_and_spares_norms():
 def test_the_projected_parameters_are_those_of_the_decoders_linear_layers():
     for tied in (True, False):
         model = tiny.model(tiny.gemma(tie_word_embeddings=tied))
-        groups = GaLore(rank=4).optimizer(model, hyperparams()).param_groups
+        groups = GaLore(rank=4).optimizer(model, tiny.run()).param_groups
         projected = {id(p) for group in groups if "rank" in group for p in group["params"]}
         assert projected == {id(layer.weight) for layer in linears(model).values()}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from harness.metrics import METRICS, TextScorer, bleu4, summarise
-from harness.training import generate
+from harness.training.decoder import Decoder
+from harness.training.evaluation import mean_loss
 
 SCORER = TextScorer()
 ROUGE = RougeScorer(["rougeL"])
@@ -241,8 +242,7 @@ ROWS = tiny.rows(17, seed=5, prompt=(2, 40))  # some longer than the sliding win
 
 
 def likelihoods(model, rows, size):
-    hp = tiny.hyperparams(eval_batch_size=size)
-    return generate.likelihoods(model, rows, tiny.PAD, hp, tiny.accelerator())
+    return tiny.likelihoods(model, rows, tiny.hyperparams(eval_batch_size=size))
 
 
 def own_loss(model, row) -> tuple[float, int]:
@@ -268,7 +268,7 @@ def test_the_perplexity_of_a_corpus_weighs_every_token_alike(model):
     expected = math.exp(sum(loss * count for loss, count in losses) / sum(count for _, count in losses))
     scores = likelihoods(model, ROWS, 7)
     assert perplexity(scores) == pytest.approx(expected, rel=1e-5)
-    assert generate.mean_loss(scores) == pytest.approx(math.log(expected), rel=1e-5)
+    assert mean_loss(scores) == pytest.approx(math.log(expected), rel=1e-5)
     unweighted = math.exp(sum(loss for loss, _ in losses) / len(losses))
     assert abs(unweighted - expected) > 1e-3  # these rows can tell the two apart
 
@@ -311,7 +311,7 @@ def by_hand(model, row, count: int, stops: list[int]) -> list[int]:
 
 def answers(model, rows, stops, size, count=12):
     hp = tiny.hyperparams(eval_batch_size=size, max_new_tokens=count)
-    return generate.Decoder(tiny.tokenizer(), stops, hp, tiny.accelerator()).answers(model, rows)
+    return Decoder(tiny.tokenizer(), stops, hp, tiny.accelerator()).answers(model, rows)
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +368,5 @@ def test_training_mode_does_not_reach_the_answers(model, stops):
 def test_progress_is_told_of_each_batch(model):
     told = []
     hp = tiny.hyperparams(eval_batch_size=7, max_new_tokens=2)
-    decoder = generate.Decoder(tiny.tokenizer(), [tiny.EOS], hp, tiny.accelerator())
-    decoder.answers(model, ROWS, lambda **values: told.append(values))
+    tiny.decoder(hp).answers(model, ROWS, lambda **values: told.append(values))
     assert told == [{"answered": n, "rows": 17} for n in (7, 14, 17)]

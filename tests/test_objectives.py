@@ -14,10 +14,10 @@ from scipy.stats import chisquare
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
+from harness.data.batches import Batches
 from harness.method import build
-from harness.training.generate import left_padded
+from harness.training.decoder import left_padded
 from harness.training.head import token_logps
-from harness.training.loop import accumulate
 from methods.grpo import GRPO, advantages
 from methods.lora import LoRA
 from methods.orpo import ORPO, odds_ratio_loss
@@ -53,15 +53,15 @@ def awake(model, seed: int = 0):
 
 
 def started(method, rows=PAIRS, hp=HP, base=None):
-    """-> the batches of a training, and the model that it starts from, adapters awake."""
-    made = tiny.batches(rows, hp)
-    return made, awake(method.attach(base or tiny.model(), made)).train()
+    """-> the model that a training starts from, adapters awake, and its run."""
+    model, run = tiny.attached(method, base, rows, hp)
+    return awake(model).train(), run
 
 
-def gradients(method, model, micro_batches):
+def gradients(model, micro_batches, run):
     """-> the mean loss of a step and its gradients, as the loop takes them."""
     model.zero_grad()
-    value = accumulate(method, model, micro_batches, tiny.accelerator()).item()
+    value = run.accumulate(model, micro_batches).item()
     return value, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -94,9 +94,11 @@ def greedy(model, row, stops) -> list[int]:
 STOPS = list(range(5, tiny.VOCABULARY, 8))  # so that some answers end by themselves and others do not
 
 
-def stopping(made):
-    made.decoder.stops = STOPS
-    return made
+def stopping(*args, **more):
+    """A run whose answers end at these stops."""
+    run = tiny.run(*args, **more)
+    run.decoder.stops = STOPS
+    return run
 
 
 def trl_options(folder, **more) -> dict:
@@ -176,22 +178,22 @@ def expected_orpo(model, rows, weight: float, prompt: bool) -> float:
 @pytest.mark.parametrize("rows", [PAIRS, CHATS], ids=["pairs", "conversations"])
 def test_the_loss_of_a_step_is_the_formula_by_hand(rows, prompt, micro):
     method = ORPO(weight=0.7, prompt_loss=prompt)
-    made, model = started(method, rows, replace(HP, micro_batch_size=micro))
-    for indices, step in zip(made.steps, made, strict=True):
-        found, _ = gradients(method, model, method.prepare(model, step))
-        expected = expected_orpo(model, [rows[i] for i in indices], 0.7, prompt)
+    model, run = started(method, rows, replace(HP, micro_batch_size=micro))
+    for step in run.batches:
+        found, _ = gradients(model, method.prepare(model, step, run), run)
+        expected = expected_orpo(model, step, 0.7, prompt)
         assert found == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
 def test_a_steps_gradient_depends_on_neither_micro_batches_nor_the_order_of_rows(prompt):
     method = ORPO(weight=0.7, prompt_loss=prompt)
-    made, model = started(method, CHATS)
-    whole = gradients(method, model, method.prepare(model, [made.collate(CHATS)]))
+    model, run = started(method, CHATS, replace(HP, micro_batch_size=16))
+    whole = gradients(model, method.prepare(model, CHATS, run), run)
     for size, order in ((16, 1), (5, 0), (5, 2), (1, 0)):
         rows = random.Random(order).sample(CHATS, len(CHATS)) if order else CHATS
-        cut = [made.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-        value, found = gradients(method, model, method.prepare(model, cut))
+        run.hp = replace(HP, micro_batch_size=size)
+        value, found = gradients(model, method.prepare(model, rows, run), run)
         assert value == pytest.approx(whole[0], abs=1e-5)
         same(found, whole[1])
 
@@ -209,10 +211,12 @@ def test_without_the_odds_ratio_it_is_fine_tuning_on_the_chosen_answers(rows, mi
 
 def test_equal_answers_cost_ln_2_and_teach_no_preference():
     rows = [replace(row, rejected_ids=row.response_ids) for row in ROWS]
-    plain, method = ORPO(weight=0.0), ORPO(weight=0.5)
-    made, model = started(method, rows)
-    step = method.prepare(model, [made.collate(rows)])
-    (without, expected), (found, both) = gradients(plain, model, step), gradients(method, model, step)
+    method = ORPO(weight=0.5)
+    model, run = started(method, rows)
+    step = method.prepare(model, rows, run)
+    found, both = gradients(model, step, run)
+    method.weight = 0.0
+    without, expected = gradients(model, step, run)
     assert found - without == pytest.approx(0.5 * math.log(2), abs=1e-5)
     same(both, expected)
 
@@ -250,11 +254,8 @@ def test_orpo_equals_trls_trainer_step_by_step(micro, tmp_path):
     rows = paired(tiny.rows(40, seed=8))
     hp = hyperparams(micro_batch_size=micro)
     method = ORPO(weight=0.5, prompt_loss=True)
-    trained, _, measured = fit(method, hp, rows)
-    made = tiny.batches(rows, hp)
-    base = tiny.model()
-    torch.manual_seed(0)
-    theirs = method.attach(base, made)
+    trained, _, record = fit(method, hp, rows)
+    theirs, run = tiny.attached(method, examples=rows, hp=hp)
     options = trl_options(
         tmp_path, beta=0.5, per_device_train_batch_size=8, learning_rate=hp.learning_rate, warmup_steps=2,
         lr_scheduler_type="cosine", max_grad_norm=1.0, optim="adamw_torch", logging_steps=1, max_length=512,
@@ -264,12 +265,12 @@ def test_orpo_equals_trls_trainer_step_by_step(micro, tmp_path):
         theirs, ORPOConfig(**options, num_train_epochs=1), train_dataset=text,
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
-    trainer.train_dataset = Dataset.from_list([tokenized(rows[i]) for step in made.steps for i in step])
+    trainer.train_dataset = Dataset.from_list([tokenized(row) for step in run.batches for row in step])
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert len(logs) == len(made) == 5
-    assert losses(measured) == pytest.approx(trainer.seen, abs=1e-5)
-    norms = [step["grad_norm"] for step in measured["training"]]
+    assert len(logs) == run.steps == 5
+    assert losses(record) == pytest.approx(trainer.seen, abs=1e-5)
+    norms = [step["grad_norm"] for step in record.training]
     assert norms == pytest.approx([entry["grad_norm"] for entry in logs], rel=1e-4)
     same(trained_weights(trained), trained_weights(theirs), 1e-5)
 
@@ -279,8 +280,8 @@ def test_orpo_equals_trls_trainer_step_by_step(micro, tmp_path):
 
 def test_without_pairs_the_rejected_answers_are_the_untouched_models_own():
     """From before the training: after it the model says other things."""
-    method, made = ORPO(answer_tokens=6), stopping(tiny.batches(ROWS, HP))
-    method.attach(untied(), made)
+    method = ORPO(answer_tokens=6)
+    method.attach(untied(), stopping(ROWS, HP))
     expected = {row.id: greedy(untied(), row, STOPS) for row in ROWS}
     assert {name: list(ids) for name, ids in method.answers.items()} == expected
     assert len({ids[-1] in STOPS for ids in expected.values()}) == 2  # some ended, some did not
@@ -296,17 +297,17 @@ def test_without_pairs_the_rejected_answers_are_the_untouched_models_own():
 def test_a_pass_reads_every_chosen_answer_and_every_rejected_one():
     rows = CHATS[:10] + ROWS[10:]
     hp = replace(HP, micro_batch_size=3)
-    made, method = tiny.batches(rows, hp), ORPO(answer_tokens=6)
-    model = method.attach(tiny.model(), made)
+    method = ORPO(answer_tokens=6)
+    model, run = tiny.attached(method, examples=rows, hp=hp)
     worse = {row.id: list(row.rejected_ids or method.answers[row.id]) for row in rows}
-    for step in made:
-        prepared = method.prepare(model, step)
+    for step in run.batches:
+        prepared = method.prepare(model, step, run)
         assert [len(batch["labels"]) for batch in prepared] == [6, 6, 4]
-        for before, batch in zip(step, prepared, strict=True):
-            expected = [[*row.prompt_ids, *row.response_ids] for row in before["rows"]]
-            expected += [[*row.prompt_ids, *worse[row.id]] for row in before["rows"]]
+        for part, batch in zip((step[:3], step[3:6], step[6:]), prepared, strict=True):
+            expected = [[*row.prompt_ids, *row.response_ids] for row in part]
+            expected += [[*row.prompt_ids, *worse[row.id]] for row in part]
             read = zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
-            earlier = [row.learned for row in before["rows"]] + [[]] * len(before["rows"])  # chosen alone
+            earlier = [row.learned for row in part] + [[]] * len(part)  # chosen alone
             for ids, (tokens, mask, labels), length, spans in zip(
                 expected, read, batch["prompt_lengths"].tolist(), earlier, strict=True
             ):
@@ -317,30 +318,28 @@ def test_a_pass_reads_every_chosen_answer_and_every_rejected_one():
                 ]
                 assert (labels[~mask.bool()] == -100).all()
     total = sum(row.length + len(row.prompt_ids) + len(worse[row.id]) for row in rows)
-    assert fit(ORPO(answer_tokens=6), hp, rows)[2]["tokens"]["trained"] == total
+    assert fit(ORPO(answer_tokens=6), hp, rows)[2].tokens["trained"] == total
 
 
 def test_pairs_in_the_data_are_used_as_they_are_and_only_rows_that_are_read_are_answered():
-    method, made = ORPO(answer_tokens=6), tiny.batches(PAIRS, HP)
-    method.attach(tiny.model(), made)
+    method = ORPO(answer_tokens=6)
+    _, run = tiny.attached(method, examples=PAIRS, hp=HP)
     assert method.answers == {}
-    assert made.decoder.sampled == 0
+    assert "sampled" not in run.record.tokens
 
-    rows = PAIRS[:10] + ROWS[10:]
-    made = tiny.batches(rows, replace(HP, max_steps=1))
-    method.attach(tiny.model(), made)
-    asked = {rows[i].id for i in made.steps[0] if not rows[i].rejected_ids}
+    _, run = tiny.attached(method, examples=PAIRS[:10] + ROWS[10:], hp=replace(HP, max_steps=1))
+    asked = {row.id for row in next(iter(run.batches)) if not row.rejected_ids}
     assert set(method.answers) == asked
     assert 0 < len(asked) < 6
-    assert made.decoder.sampled == sum(map(len, method.answers.values()))
-    assert method.notes["rejected answers generated by the model itself"] == len(asked)
+    assert run.record.tokens["sampled"] == sum(map(len, method.answers.values()))
+    assert run.record.notes["rejected answers generated by the model itself"] == len(asked)
 
 
 def test_own_answers_that_equal_the_chosen_ones_are_counted():
     says = [replace(r, response_ids=tiny.array(greedy(untied(), r, STOPS))) for r in ROWS[:3]]
-    method = ORPO(answer_tokens=6)
-    method.attach(untied(), stopping(tiny.batches(says + ROWS[3:], HP)))
-    assert method.notes["of these, equal to the chosen answer: nothing to prefer"] == 3
+    run = stopping(says + ROWS[3:], HP)
+    ORPO(answer_tokens=6).attach(untied(), run)
+    assert run.record.notes["of these, equal to the chosen answer: nothing to prefer"] == 3
 
 
 # GRPO's loss
@@ -373,23 +372,28 @@ class Judged(GRPO):
 
     answer_tokens: int = HP.max_new_tokens
 
-    def attach(self, model, batches):
-        batches.decoder.reward = self.reward
+    def attach(self, model, run):
+        run.reward = self.reward
         self.read, self.groups, self.ratios = [], [], []
-        return super().attach(model, batches)
+        return super().attach(model, run)
 
     def reward(self, row, ids):
         return sum(ids) % 7 / 7
 
-    def draw(self, model, micro_batches):
-        self.read.append([row.id for batch in micro_batches for row in batch["rows"]])
-        self.groups.append(super().draw(model, micro_batches))
+    def draw(self, model, examples, run):
+        self.read.append([row.id for row in examples])
+        self.groups.append(super().draw(model, examples, run))
         return self.groups[-1]
 
     def objective_of(self, logps, old, base, advantages, answers):
         ratios = torch.exp(logps - old)[answers].detach()
-        self.ratios.append((self.steps, ratios.min().item(), ratios.max().item()))
+        self.ratios.append((self.done, ratios.min().item(), ratios.max().item()))
         return super().objective_of(logps, old, base, advantages, answers)
+
+
+def first_draw(model, run) -> list[dict]:
+    """The micro-batches of its first step."""
+    return run.method.prepare(model, next(iter(run.batches)), run)
 
 
 class Even(Judged):
@@ -401,30 +405,30 @@ class Even(Judged):
 @pytest.mark.parametrize("kl", [0.0, 0.04])
 def test_equal_rewards_move_nothing(kl, rows):
     """With a KL term too, as long as the model is still the base."""
-    method, made = Even(group=7, kl=kl), tiny.batches(rows, HP)
-    model = method.attach(tiny.model(), made)
-    value, found = gradients(method, model, method.prepare(model, next(iter(made))))
+    method = Even(group=7, kl=kl)
+    model, run = tiny.attached(method, examples=rows, hp=HP)
+    value, found = gradients(model, first_draw(model, run), run)
     assert value == 0
     assert all((gradient == 0).all() for gradient in found.values())
-    assert method.notes["share of groups with equal rewards: nothing to learn"] == 1.0
+    assert run.record.notes["share of groups with equal rewards: nothing to learn"] == 1.0
 
 
 def test_the_first_step_is_on_policy_and_at_the_base():
     """Ratio 1 and KL 0: the loss is minus the mean advantage, which is 0, and yet there is a gradient."""
-    method, made = Judged(), tiny.batches(ROWS, HP)
-    model = method.attach(tiny.model(), made).train()
-    drawn = method.prepare(model, next(iter(made)))
-    value, found = gradients(method, model, drawn)
+    method = Judged()
+    model, run = tiny.attached(method, examples=ROWS, hp=HP)
+    drawn = first_draw(model, run)
+    value, found = gradients(model, drawn, run)
     assert value == pytest.approx(0.0, abs=1e-6)
     assert all(low == high == 1.0 for _, low, high in method.ratios)
     assert all(torch.equal(batch["base"], batch["old"]) for batch in drawn)
     assert max(value.abs().max() for value in found.values()) > 1e-3
-    assert method.notes["share of groups with equal rewards: nothing to learn"] < 0.5
+    assert run.record.notes["share of groups with equal rewards: nothing to learn"] < 0.5
 
 
 def test_every_loss_is_zero_where_every_step_is_on_policy_and_nothing_holds_to_the_base():
-    _, _, measured = fit(Judged(group=4, kl=0.0), replace(HP, learning_rate=1e-2), ROWS)
-    assert losses(measured) == pytest.approx([0.0, 0.0], abs=1e-6)
+    _, _, record = fit(Judged(group=4, kl=0.0), replace(HP, learning_rate=1e-2), ROWS)
+    assert losses(record) == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("kl", [0.04, 0.0])
@@ -433,8 +437,7 @@ def test_grpo_equals_trls_loss_and_gradient(noise, kl, tmp_path):
     """On the same tokens, advantages, and log-probabilities of the old policy and of the base."""
     from trl import GRPOConfig, GRPOTrainer
 
-    method = GRPO(kl=kl)
-    made, model = started(method, ROWS)
+    model, run = started(GRPO(kl=kl), ROWS)
     options = trl_options(
         tmp_path, loss_type="grpo", beta=kl, epsilon=0.2, use_bias_correction_kl=False, num_generations=8
     )
@@ -449,7 +452,7 @@ def test_grpo_equals_trls_loss_and_gradient(noise, kl, tmp_path):
         return values + noise * torch.randn(values.shape, generator=draw)
 
     earned = torch.randn(len(ROWS), generator=draw)
-    batch = {**made.collate(ROWS), "advantages": earned}
+    batch = {**run.collate(ROWS), "advantages": earned}
     prompts, prompt_mask = left_padded(ROWS, tiny.PAD, "cpu")
     width = max(len(row.response_ids) for row in ROWS)
     ids, mask = torch.full((16, width), tiny.PAD), torch.zeros(16, width, dtype=torch.long)
@@ -468,7 +471,7 @@ def test_grpo_equals_trls_loss_and_gradient(noise, kl, tmp_path):
     })  # fmt: skip
     expected.backward()
     by_trl = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    found, own = gradients(method, model, [{**batch, **ours}])
+    found, own = gradients(model, [{**batch, **ours}], run)
     assert found == pytest.approx(expected.item(), abs=1e-5)
     same(own, by_trl, 1e-5)
     clipped = [trainer._metrics["train"][f"clip_ratio/{side}_mean"][0] for side in ("low", "high")]
@@ -476,10 +479,9 @@ def test_grpo_equals_trls_loss_and_gradient(noise, kl, tmp_path):
 
 
 def test_the_base_is_the_model_without_adapters_to_the_bit():
-    method = Judged(group=4)
-    made, model = started(method, ROWS)
-    drawn = method.prepare(model, next(iter(made)))
-    gradients(method, model, drawn)
+    model, run = started(Judged(group=4), ROWS)
+    drawn = first_draw(model, run)
+    gradients(model, drawn, run)
     for batch in drawn:
         assert torch.equal(batch["base"], token_logps(tiny.model(), batch))
         assert not torch.equal(batch["base"], batch["old"])
@@ -489,11 +491,11 @@ def test_the_base_is_the_model_without_adapters_to_the_bit():
 @pytest.mark.parametrize(("kl", "expected"), [(0.04, [2, 1]), (0.0, [1, 1])])
 def test_the_base_is_read_once_a_draw_and_only_for_the_kl_term(kl, expected):
     method, passes = Judged(group=2, kl=kl, updates=2), []
-    made, model = started(method, ROWS)
-    for step in made:
-        drawn, calls = method.prepare(model, step), []
+    model, run = started(method, ROWS)
+    for step in run.batches:
+        drawn, calls = method.prepare(model, step, run), []
         hook = model.get_base_model().get_decoder().register_forward_hook(lambda *_, c=calls: c.append(1))
-        gradients(method, model, drawn)
+        gradients(model, drawn, run)
         hook.remove()
         passes.append(len(calls) // len(drawn))
     assert passes == expected
@@ -502,17 +504,18 @@ def test_the_base_is_read_once_a_draw_and_only_for_the_kl_term(kl, expected):
 def test_micro_batches_of_unequal_size_are_as_one():
     """On the policy that drew, and off it, where the ratios are clipped."""
     method = Judged(group=5, clip=0.02)
-    made, model = started(method, ROWS, replace(HP, micro_batch_size=3), untied())
-    drawn = method.prepare(model, next(iter(stopping(made))))
+    model, run = started(method, ROWS, replace(HP, micro_batch_size=3), untied())
+    run.decoder.stops = STOPS
+    drawn = first_draw(model, run)
     assert [len(batch["labels"]) for batch in drawn] == [3] * 13 + [1]
     assert len({(batch["labels"] != -100).sum() / len(batch["labels"]) for batch in drawn}) > 5
-    whole = [made.collate([row for batch in drawn for row in batch["rows"]])]
+    whole = [run.collate([row for batch in drawn for row in batch["rows"]])]
     whole[0]["advantages"] = torch.cat([batch["advantages"] for batch in drawn])
     for nudge in (0.0, 1.03):
         for parameter in model.parameters():
             if parameter.requires_grad and nudge:
                 parameter.data *= nudge
-        (value, found), (expected, one) = (gradients(method, model, step) for step in (drawn, whole))
+        (value, found), (expected, one) = (gradients(model, step, run) for step in (drawn, whole))
         assert value == pytest.approx(expected, abs=1e-6)
         same(found, one)
     assert method.ratios[-1][1] < 0.98 < 1.02 < method.ratios[-1][2]
@@ -524,7 +527,7 @@ def test_micro_batches_of_unequal_size_are_as_one():
 @pytest.fixture(scope="module")
 def policy():
     """A model with awake adapters, dropout on, and generation settings of its own that must not count."""
-    model = GRPO(dropout=0.5).attach(untied(), tiny.batches(ROWS, HP))
+    model, _ = tiny.attached(GRPO(dropout=0.5), untied())
     config = model.get_base_model().generation_config
     config.temperature, config.top_k, config.top_p, config.repetition_penalty = 0.3, 4, 0.5, 3.0
     return awake(model).train()
@@ -536,7 +539,7 @@ def test_first_tokens_are_as_frequent_as_the_model_says(policy):
     hp = hyperparams(max_new_tokens=1, batch_size=2 * count)
     rows = [by_length[0], by_length[-1]]
     torch.manual_seed(0)
-    drawn = tiny.decoder(hp).sample(policy, rows, 1, copies=count, temperature=1.0)
+    drawn = tiny.run(hp=hp).sample(policy, rows, 1, copies=count, temperature=1.0)
     policy.eval()
     for row, answers in zip(rows, drawn, strict=True):
         with torch.no_grad():
@@ -563,17 +566,15 @@ def test_what_is_trained_on_is_drawn_by_the_models_own_probabilities(monkeypatch
         return draw(probabilities, *arguments, **more)
 
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    method, made = Judged(group=4, answer_tokens=1), tiny.batches(ROWS[:1], HP)
-    method.prepare(method.attach(untied(), made), next(iter(made)))
+    first_draw(*tiny.attached(Judged(group=4, answer_tokens=1), untied(), ROWS[:1], HP))
     with torch.no_grad():
         logits = untied()(input_ids=torch.tensor([list(ROWS[0].prompt_ids)])).logits[0, -1]
     torch.testing.assert_close(seen[0], logits.softmax(-1).expand(4, -1), atol=1e-6, rtol=1e-4)
 
 
 def test_drawn_answers_end_with_a_stop_or_at_the_limit_and_are_counted(policy):
-    decoder = tiny.decoder(HP)
-    decoder.stops = STOPS
-    groups = decoder.sample(policy, ROWS, HP.max_new_tokens, copies=4, temperature=1.0)
+    run = stopping(hp=HP)
+    groups = run.sample(policy, ROWS, HP.max_new_tokens, copies=4, temperature=1.0)
     assert [len(group) for group in groups] == [4] * len(ROWS)
     answers = [ids for group in groups for ids in group]
     for ids in answers:
@@ -581,7 +582,7 @@ def test_drawn_answers_end_with_a_stop_or_at_the_limit_and_are_counted(policy):
         assert not any(token in STOPS for token in ids[:-1])
     assert {ids[-1] in STOPS for ids in answers} == {True, False}
     assert all(len({tuple(ids) for ids in group}) > 1 for group in groups)
-    assert decoder.sampled == sum(map(len, answers))
+    assert run.record.tokens["sampled"] == sum(map(len, answers))
 
 
 def test_answers_are_drawn_without_dropout_and_training_mode_comes_back(policy):
@@ -589,7 +590,7 @@ def test_answers_are_drawn_without_dropout_and_training_mode_comes_back(policy):
     for training in (True, False):
         policy.train(training)
         torch.manual_seed(3)
-        found.append(tiny.decoder(HP).sample(policy, ROWS, 6, copies=2, temperature=1.0))
+        found.append(tiny.run(hp=HP).sample(policy, ROWS, 6, copies=2, temperature=1.0))
         assert all(module.training == training for module in policy.modules())
     assert found[0] == found[1]
     policy.train()
@@ -597,22 +598,21 @@ def test_answers_are_drawn_without_dropout_and_training_mode_comes_back(policy):
 
 @pytest.mark.parametrize("size", [1, 5, 32])
 def test_greedy_samples_are_the_answers_of_the_evaluation(size):
-    decoder = tiny.decoder(replace(HP, eval_batch_size=size, batch_size=7))
-    decoder.stops = STOPS
-    found = [ids for [ids] in decoder.sample(untied(), ROWS, HP.max_new_tokens)]
+    run = stopping(hp=replace(HP, eval_batch_size=size, batch_size=7))
+    found = [ids for [ids] in run.sample(untied(), ROWS, HP.max_new_tokens)]
     assert found == [greedy(untied(), row, STOPS) for row in ROWS]
-    for ids, answer in zip(found, decoder.answers(untied(), ROWS), strict=True):
+    for ids, answer in zip(found, run.decoder.answers(untied(), ROWS), strict=True):
         assert answer["new_tokens"] == len(ids)
         assert answer["stopped"] == (ids[-1] in STOPS)
-        assert answer["output"] == decoder.text_of(ids)
+        assert answer["output"] == run.decoder.text_of(ids)
 
 
 def test_how_an_evaluation_is_batched_changes_no_draw(policy):
     found = []
     for size in (1, 32):
         torch.manual_seed(0)
-        decoder = tiny.decoder(replace(HP, eval_batch_size=size))
-        found.append(decoder.sample(policy, ROWS, 6, copies=2, temperature=1.0))
+        run = tiny.run(hp=replace(HP, eval_batch_size=size))
+        found.append(run.sample(policy, ROWS, 6, copies=2, temperature=1.0))
     assert found[0] == found[1]
 
 
@@ -620,22 +620,21 @@ def test_how_an_evaluation_is_batched_changes_no_draw(policy):
 def test_the_evaluations_limit_cuts_no_answer_to_train_on(scored):
     hp = replace(HP, max_new_tokens=scored)
     method = ORPO(answer_tokens=9)
-    method.attach(untied(), tiny.batches(ROWS, hp))
+    tiny.attached(method, untied(), ROWS, hp)
     assert max(map(len, method.answers.values())) == 9
-    method = Judged(group=2, answer_tokens=9)
-    made = tiny.batches(ROWS, hp)
-    drawn = method.prepare(method.attach(untied(), made), next(iter(made)))
+    drawn = first_draw(*tiny.attached(Judged(group=2, answer_tokens=9), untied(), ROWS, hp))
     assert max(len(row.response_ids) for batch in drawn for row in batch["rows"]) == 9
 
 
 def test_copies_of_a_greedy_answer_are_equal():
-    alone = tiny.decoder(HP).sample(untied(), ROWS, 6)
-    assert tiny.decoder(HP).sample(untied(), ROWS, 6, copies=3) == [group * 3 for group in alone]
+    run = tiny.run(hp=HP)
+    alone = run.sample(untied(), ROWS, 6)
+    assert run.sample(untied(), ROWS, 6, copies=3) == [group * 3 for group in alone]
 
 
 def test_a_sampled_answer_leaves_no_row_longer_than_max_length():
     hp = replace(HP, max_length=max(len(row.prompt_ids) for row in ROWS) + 2)
-    found = tiny.decoder(hp).sample(untied(), ROWS, 6, copies=2, temperature=1.0)
+    found = tiny.run(hp=hp).sample(untied(), ROWS, 6, copies=2, temperature=1.0)
     lengths = [
         len(row.prompt_ids) + len(ids) for row, group in zip(ROWS, found, strict=True) for ids in group
     ]
@@ -645,10 +644,9 @@ def test_a_sampled_answer_leaves_no_row_longer_than_max_length():
 def test_every_answer_carries_the_advantage_that_it_earned():
     """Worked out again from the tokens in the micro-batches; each as large as the step's own were."""
     method, hp = Judged(group=4), replace(HP, micro_batch_size=3)
-    made = tiny.batches(ROWS, hp)
-    model = method.attach(untied(), made)
-    for step in made:
-        drawn = method.prepare(model, step)
+    model, run = tiny.attached(method, untied(), ROWS, hp)
+    for step in run.batches:
+        drawn = method.prepare(model, step, run)
         assert [len(batch["labels"]) for batch in drawn] == [3] * 10 + [2]
         assert all(len(b["advantages"]) == len(b["rows"]) == len(b["labels"]) for b in drawn)
         answers, earned = (
@@ -657,9 +655,8 @@ def test_every_answer_carries_the_advantage_that_it_earned():
         )
         labels = [x[x != -100].tolist() for b in drawn for x in b["labels"]]
         assert labels == [list(row.response_ids) for row in answers]
-        asked = [row for batch in step for row in batch["rows"]]
-        assert [row.id for row in answers] == [row.id for row in asked for _ in range(4)]
-        for start, row in enumerate(asked):
+        assert [row.id for row in answers] == [row.id for row in step for _ in range(4)]
+        for start, row in enumerate(step):
             group = answers[4 * start : 4 * start + 4]
             assert all(answer.prompt_ids == row.prompt_ids for answer in group)
             rewards = [sum(answer.response_ids) % 7 / 7 for answer in group]
@@ -669,13 +666,12 @@ def test_every_answer_carries_the_advantage_that_it_earned():
 
 def test_the_order_of_the_data_is_every_methods():
     hp = replace(HP, epochs=2.0, micro_batch_size=4)
-    plain, made = tiny.batches(ROWS, hp), tiny.batches(ROWS, hp)
-    method = Judged(group=2)
-    model = method.attach(tiny.model(), made)
-    for step in made:
-        method.prepare(model, step)
-    assert method.read == [[ROWS[i].id for i in step] for step in plain.steps]
-    assert made.hashes == plain.hashes
+    plain, method = Batches(ROWS, hp, 0), Judged(group=2)
+    model, run = tiny.attached(method, examples=ROWS, hp=hp)
+    for step in run.batches:
+        method.prepare(model, step, run)
+    assert method.read == [[row.id for row in step] for step in plain]
+    assert run.batches.hashes == plain.hashes
 
 
 def test_what_is_rewarded_becomes_likelier():
@@ -698,10 +694,10 @@ def test_what_is_rewarded_becomes_likelier():
         schedule="constant", warmup_ratio=0.0,
     )  # fmt: skip
     method = Wants(group=8, answer_tokens=2)
-    trained, _, _ = fit(method, hp, rows, base=untied())
+    trained, _, record = fit(method, hp, rows, base=untied())
     assert first_token(trained.eval())[token] > 3 * before[token]
     first, last = (
-        method.notes[f"mean reward of drawn answers, {part} tenth of the draws"] for part in ("first", "last")
+        record.notes[f"mean reward of drawn answers, {part} tenth of the draws"] for part in ("first", "last")
     )
     assert last > first
     assert (first, last) == (pytest.approx(method.rewards[0]), pytest.approx(method.rewards[-1]))
@@ -715,8 +711,8 @@ def test_two_updates_on_a_draw_read_every_second_step_and_are_clipped():
         return trained_weights(fit(method, replace(hp, max_steps=steps), ROWS)[0]), method
 
     tight, method = run(0.05)
-    order = tiny.batches(ROWS, hp).steps
-    assert method.read == [[ROWS[i].id for i in order[0]], [ROWS[i].id for i in order[2]]]
+    first, _, third, _ = Batches(ROWS, hp, 0)
+    assert method.read == [[row.id for row in step] for step in (first, third)]
     for step, low, high in method.ratios:
         assert (low == high == 1.0) if step % 2 else (low < 0.95 and high > 1.05)
     wide, _ = run(1e9)

@@ -15,7 +15,7 @@ from torch import nn
 
 from harness.errors import BadRequest
 from harness.method import adam, build
-from harness.run import optimizer_bytes
+from harness.training.model import optimizer_bytes
 from methods import apollo
 from methods.apollo import APOLLO, apollo_adamw, random_basis
 from methods.full import Full
@@ -33,7 +33,7 @@ HP = hyperparams(learning_rate=1e-2, epsilon=1e-30)  # apollo-torch adds epsilon
 def ours(p, hp=HP, weight_decay=0.0, **options):
     method = APOLLO(**{"rank": 4, "gap": 3, **options})
     group = {"rank": method.rank, "gap": method.gap, "scale": method.scale, "scaling": method.scaling}
-    return apollo_adamw()([{"params": [p], "weight_decay": weight_decay, **group}], **adam(hp))
+    return apollo_adamw()([{"params": [p], "weight_decay": weight_decay, **group}], seed=0, **adam(hp))
 
 
 def theirs(p, rank=4, gap=3, scale=1.0, scaling="channel"):
@@ -121,7 +121,7 @@ def test_each_weight_and_each_gap_has_a_subspace_of_its_own_and_no_global_random
     )
     weights = [nn.Parameter(torch.ones(TALL)) for _ in range(2)]
     group = {"rank": 4, "gap": 2, "scale": 1.0, "scaling": "channel", "weight_decay": 0.0}
-    optimizer = apollo_adamw()([{"params": weights, **group}], **adam(HP))
+    optimizer = apollo_adamw()([{"params": weights, **group}], seed=0, **adam(HP))
     before = torch.get_rng_state()
     for gradient in gradients_of(TALL, 4):
         for p in weights:
@@ -133,12 +133,13 @@ def test_each_weight_and_each_gap_has_a_subspace_of_its_own_and_no_global_random
 
 
 def test_another_seed_has_other_subspaces_and_the_same_seed_the_same():
-    """What two seeds share is the gradient alone."""
+    """Of a run, on equal gradients of equal weights."""
 
     def trained(seed):
-        torch.manual_seed(seed)
-        p = nn.Parameter(torch.ones(TALL))
-        return stepped(ours(p), p, gradients_of(TALL, 4))[-1]
+        model = tiny.model()
+        weight = model.model.layers[0].mlp.down_proj.weight
+        optimizer = APOLLO(rank=4).optimizer(model, tiny.run(hp=HP, seed=seed))
+        return stepped(optimizer, weight, gradients_of(weight.shape, 4))[-1]
 
     assert torch.equal(trained(0), trained(0))
     assert (trained(0) - trained(1)).abs().max() > 1e-3
@@ -172,14 +173,14 @@ def test_apollo_holds_as_much_state_as_its_formula_says_and_trains_everything(op
 
 
 def test_apollo_learns():
-    _, _, measured = fit(APOLLO(rank=8), hyperparams(epochs=8.0, learning_rate=5e-3), ROWS)
-    assert losses(measured)[-1] < losses(measured)[0] - 1
+    _, _, record = fit(APOLLO(rank=8), hyperparams(epochs=8.0, learning_rate=5e-3), ROWS)
+    assert losses(record)[-1] < losses(record)[0] - 1
 
 
 def test_apollos_published_state_of_gemma():
     """2 r max(m, n), of channels: 337 M at rank 256, 1.3 M at rank 1, and no basis."""
     model = on_meta(GEMMA_3_1B).requires_grad_(True)
-    groups = APOLLO().optimizer(model, hyperparams()).param_groups
+    groups = APOLLO().optimizer(model, tiny.run()).param_groups
     longer = sum(max(p.shape) for g in groups if "rank" in g for p in g["params"])
     assert 2 * 256 * longer / 1e6 == pytest.approx(2 * 168.7, abs=0.1)  # twice GaLore's, whose rank is 128
     assert 2 * longer / 1e6 == pytest.approx(1.318, abs=0.001)
@@ -224,8 +225,8 @@ def test_layerwise_is_galore_to_the_bit_where_nothing_is_clipped(tied, checkpoin
         base = tiny.model(tiny.gemma(tie_word_embeddings=tied))
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        model, optimizer, measured = fit(method, UNCLIPPED, ROWS, base=base)
-        return trained_weights(model), losses(measured), optimizer_bytes(optimizer)
+        model, optimizer, record = fit(method, UNCLIPPED, ROWS, base=base)
+        return trained_weights(model), losses(record), optimizer_bytes(optimizer)
 
     plain, layerwise = trained(GaLore(rank=4, gap=2)), trained(GaLoreLayerwise(rank=4, gap=2))
     assert layerwise[1:] == plain[1:]
@@ -257,7 +258,7 @@ def test_without_its_optimizer_the_weights_are_left_alone_and_its_moments_are_fr
     before = trained_weights(trained)
     del optimizer
     gc.collect()
-    Full().loss(trained, next(iter(tiny.batches(ROWS, UNCLIPPED)))[0]).backward()
+    Full().loss(trained, tiny.batch(ROWS), tiny.run()).backward()
     for n, p in trained.named_parameters():
         assert torch.equal(p, before[n])
         assert p.grad is not None
@@ -281,7 +282,7 @@ def test_eight_bit_adamw_is_adamw_within_its_rounding():
     for method in (Full(), Full8bit()):
         holder = nn.Linear(128, 64, bias=False)
         holder.weight.data = start.clone()
-        found[type(method)] = stepped(method.optimizer(holder, hp), holder.weight, gradients)[-1]
+        found[type(method)] = stepped(method.optimizer(holder, tiny.run(hp=hp)), holder.weight, gradients)[-1]
     difference = (found[Full] - found[Full8bit]).abs().max().item()
     assert 0 < difference < 5e-4
     assert (found[Full] - start).abs().max() > 4e-3

@@ -36,14 +36,13 @@ def refused(name: str, **chosen) -> str:
     return line
 
 
-def attached(made, steps: int = 4):
-    torch.manual_seed(0)
-    return made.attach(tiny.model(), tiny.batches(ROWS, hyperparams(max_steps=steps)))
+def attached(made, steps: int = 4, seed: int = 0, **hp):
+    """-> model, run."""
+    return tiny.attached(made, None, ROWS, hyperparams(max_steps=steps, **hp), seed)
 
 
 def batch() -> dict:
-    ((tensors, *_), *_) = tiny.batches(ROWS, hyperparams())
-    return tensors
+    return tiny.batch(ROWS[:8])
 
 
 def logits(model) -> torch.Tensor:
@@ -66,7 +65,7 @@ def linears() -> list[nn.Linear]:
 @pytest.mark.parametrize("name", Peft.variants())
 def test_a_type_trains_alone_and_is_saved_and_merged(name, tmp_path):
     made = method(name)
-    before = trained_weights(attached(made))
+    before = trained_weights(attached(made)[0])
     base = tiny.model()
     untouched = {
         n: (p, p.detach().clone()) for n, p in base.named_parameters()
@@ -98,22 +97,23 @@ def test_a_type_trains_alone_and_is_saved_and_merged(name, tmp_path):
 @pytest.mark.parametrize("name", [n for n in Peft.variants() if n != "adamss"])
 def test_a_type_starts_at_its_base_as_it_says(name):
     made = method(name)
-    difference = (logits(attached(made)) - logits(tiny.model())).abs().max().item()
+    model, run = attached(made)
+    difference = (logits(model) - logits(tiny.model())).abs().max().item()
     assert (difference < 1e-5) == made.starts_at_base, difference  # the farthest that start there: 3e-6
-    assert ("start" in made.notes) != made.starts_at_base
+    assert ("start" in run.record.notes) != made.starts_at_base
 
 
 def test_a_start_that_was_asked_to_be_random_is_none_of_the_base():
     assert method("lora").starts_at_base and method("lora", init_lora_weights="gaussian").starts_at_base
     made = method("lora", init_lora_weights=False)
     assert not made.starts_at_base and method("lora").starts_at_base
-    assert (logits(attached(made)) - logits(tiny.model())).abs().max() > 1e-2
+    assert (logits(attached(made)[0]) - logits(tiny.model())).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["beft", "lily"])
 def test_peft_itself_cannot_merge_what_is_said_to_be_unmergeable(name):
     with pytest.raises((ValueError, NotImplementedError)):
-        attached(method(name)).merge_and_unload()
+        attached(method(name))[0].merge_and_unload()
 
 
 # What decays: a part of each trained parameter's name -> whether weight decay reaches it
@@ -141,9 +141,9 @@ DECAYS = {
 @pytest.mark.parametrize("name", Peft.variants())
 def test_weight_decay_reaches_what_a_change_is_made_of_and_no_scale_or_rotation(name):
     made = method(name)
-    model = attached(made)
+    model, run = attached(made, weight_decay=0.1)
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-    groups = made.optimizer(model, hyperparams(weight_decay=0.1)).param_groups
+    groups = made.optimizer(model, run).param_groups
     found = {names[p]: group["weight_decay"] for group in groups for p in group["params"]}
     for n in names.values():
         (decays,) = {DECAYS[part] for part in DECAYS if part in n}
@@ -162,9 +162,7 @@ def test_another_seed_draws_other_projections_and_places(name):
     """With the same values trained: what a type draws is all that differs."""
 
     def outputs(seed, **chosen):
-        base = tiny.model()
-        torch.manual_seed(seed)
-        model = method(name, **chosen).attach(base, tiny.batches(ROWS, hyperparams()))
+        model, _ = attached(method(name, **chosen), seed=seed)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -236,12 +234,12 @@ def test_a_variant_is_a_method_as_any_other():
 @pytest.mark.parametrize(("name", "option"), [("c3a", "block_size"), ("vblora", "vector_length"),
                                               ("road", "group_size")])  # fmt: skip
 def test_sizes_that_do_not_fit_a_model_are_made_to_unless_asked_for(name, option):
-    made = method(name)
-    attached(made)
-    assert made.notes[option] == math.gcd(*(s for m in linears() for s in (m.in_features, m.out_features)))
-    asked = method(name, **{option: 16})
-    assert getattr(attached(asked).peft_config["default"], option) == 16
-    assert option not in asked.notes
+    _, run = attached(method(name))
+    sizes = (size for m in linears() for size in (m.in_features, m.out_features))
+    assert run.record.notes[option] == math.gcd(*sizes)
+    model, run = attached(method(name, **{option: 16}))
+    assert getattr(model.peft_config["default"], option) == 16
+    assert option not in run.record.notes
     with pytest.raises(Unsupported):
         attached(method(name, **{option: 48}))
 
@@ -251,14 +249,14 @@ def test_sizes_that_do_not_fit_a_model_are_made_to_unless_asked_for(name, option
 
 @pytest.mark.parametrize("r", [4, 256])
 def test_vera_trains_two_vectors_a_layer(r):
-    assert trainable(attached(method("vera", r=r))) == sum(r + m.out_features for m in linears())
+    assert trainable(attached(method("vera", r=r))[0]) == sum(r + m.out_features for m in linears())
 
 
 def test_ia3_trains_a_factor_an_output_and_of_down_projections_an_input():
     inner = tiny.gemma().intermediate_size
     expected = sum(m.in_features if m.in_features == inner else m.out_features for m in linears())
-    assert trainable(attached(method("ia3"))) == expected
-    some = attached(method("ia3", target_modules=["k_proj", "v_proj"]))
+    assert trainable(attached(method("ia3"))[0]) == expected
+    some, _ = attached(method("ia3", target_modules=["k_proj", "v_proj"]))
     assert trainable(some) == 2 * (32 + 32)
 
 
@@ -266,16 +264,16 @@ def test_ia3_trains_a_factor_an_output_and_of_down_projections_an_input():
 def test_oft_trains_a_rotation_a_block(block):
     """A rotation of b inputs is a skew-symmetric matrix: b (b - 1) / 2 numbers."""
     expected = sum(m.in_features // block * (block * (block - 1) // 2) for m in linears())
-    assert trainable(attached(method("oft", oft_block_size=block))) == expected
+    assert trainable(attached(method("oft", oft_block_size=block))[0]) == expected
 
 
 def test_norm_tuning_trains_every_norm_and_nothing_else():
     norms = [p for n, p in tiny.model().named_parameters() if "norm" in n]
-    assert trainable(attached(method("lntuning"))) == sum(p.numel() for p in norms)
+    assert trainable(attached(method("lntuning"))[0]) == sum(p.numel() for p in norms)
 
 
 def test_token_tuning_trains_the_embeddings_of_its_tokens():
-    before, trained = tiny.model(), attached(method("trainabletokens"))
+    before, (trained, _) = tiny.model(), attached(method("trainabletokens"))
     assert trainable(trained) == 3 * tiny.gemma().hidden_size
     with torch.no_grad():
         next(p for p in trained.parameters() if p.requires_grad).add_(1.0)
@@ -290,14 +288,14 @@ def test_token_tuning_trains_the_embeddings_of_its_tokens():
 @pytest.mark.parametrize("weight", [0.0, 0.5, 100.0])
 def test_adaloras_loss_is_pefts_own(weight):
     made = method("adalora", orth_reg_weight=weight)
-    model = attached(made)
+    model, run = attached(made)
     with torch.no_grad():  # singular values that are not zero, vectors that are not orthogonal
         for n, p in model.named_parameters():
             if "lora_" in n and p.requires_grad:
                 p.normal_(std=0.1)
     tensors = {key: batch()[key] for key in ("input_ids", "attention_mask", "labels")}
     weights = [p for p in model.parameters() if p.requires_grad]
-    theirs, ours = model(**tensors).loss, made.loss(model, batch())
+    theirs, ours = model(**tensors).loss, made.loss(model, batch(), run)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     for ours_, theirs_ in zip(*(torch.autograd.grad(x, weights) for x in (ours, theirs)), strict=True):
         torch.testing.assert_close(ours_, theirs_, atol=1e-5, rtol=1e-4)
@@ -311,12 +309,10 @@ def test_adalora_prunes_to_its_budget_by_the_papers_schedule():
     """b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3 between two plateaus."""
     total, first, last = 20, 2, 6  # 10 % and 30 %
     made = method("adalora")
-    batches = tiny.batches(ROWS, hyperparams(max_steps=total))
-    torch.manual_seed(0)
-    model = made.attach(tiny.model(), batches)
-    optimizer = made.optimizer(model, hyperparams())
-    for t, (tensors, *_) in enumerate(batches, 1):
-        made.loss(model, tensors).backward()
+    model, run = attached(made, steps=total)
+    optimizer = made.optimizer(model, run)
+    for t, examples in enumerate(run.batches, 1):
+        made.loss(model, run.collate(examples), run).backward()
         optimizer.step()
         optimizer.zero_grad()
         left = min(1.0, max(0.0, 1 - (t - first) / (total - first - last)))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from harness.errors import BadRequest
 from harness.method import Unsupported, build
-from harness.run import optimizer_bytes, sizes
+from harness.training.model import optimizer_bytes, sizes
 from methods.qlora_galore import ATTENTION, WEIGHTS, QLoRAGaLore
 
 ROWS = tiny.rows(16, seed=3)
@@ -29,7 +29,7 @@ def load_base(tmp_path_factory):
 
 
 def logits(model):
-    ((tensors, *_), *_) = tiny.batches(ROWS[:4], hyperparams())
+    tensors = tiny.batch(ROWS[:4])
     with torch.no_grad():
         return model.eval()(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
 
@@ -85,13 +85,11 @@ def test_a_step_is_adamws_by_hand(options, load_base):
     """Two steps: adapters by AdamW, the attention by AdamW in the first gradient's strongest directions, its
     change times `scale`; both decay. The singular vectors are torch's, the moments worked out here."""
     method = QLoRAGaLore(rank=4, subspace=6, **options)
-    hp = hyperparams(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-6)
-    base = method.load(load_base)
-    torch.manual_seed(0)
-    model = method.attach(base, []).train()
-    optimizer, moments = method.optimizer(model, hp), {}
-    for step, (tensors,) in enumerate(list(tiny.batches(ROWS, hp))[:2], 1):
-        method.loss(model, tensors).backward()
+    hp = hyperparams(max_steps=2, learning_rate=1e-2, weight_decay=0.1, epsilon=1e-6)
+    model, run = tiny.attached(method, method.load(load_base), ROWS, hp)
+    optimizer, moments = method.optimizer(model.train(), run), {}
+    for step, examples in enumerate(run.batches, 1):
+        method.loss(model, run.collate(examples), run).backward()
         expected = {}
         for n, p in model.named_parameters():
             if not p.requires_grad:
@@ -121,7 +119,7 @@ def test_a_step_is_adamws_by_hand(options, load_base):
 @pytest.mark.parametrize("alpha", [4.0, 16.0])
 def test_an_adapter_adds_alpha_over_rank_times_its_product(alpha, load_base):
     method = QLoRAGaLore(rank=4, subspace=6, alpha=alpha)
-    model = method.attach(method.load(load_base), [])
+    model, _ = tiny.attached(method, method.load(load_base))
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.nn.init.normal_(b)
@@ -134,11 +132,11 @@ def test_an_adapter_adds_alpha_over_rank_times_its_product(alpha, load_base):
 def test_it_starts_at_its_base_and_learns(load_base):
     base = METHOD.load(load_base)
     before = logits(base)
-    assert torch.equal(logits(METHOD.attach(base, [])), before)
-    trained, _, measured = fit(
+    assert torch.equal(logits(tiny.attached(METHOD, base)[0]), before)
+    trained, _, record = fit(
         METHOD, hyperparams(epochs=12.0, learning_rate=1e-2), ROWS, base=METHOD.load(load_base)
     )
-    assert losses(measured)[-1] < losses(measured)[0] - 1
+    assert losses(record)[-1] < losses(record)[0] - 1
     for n, p in trained_weights(trained).items():
         assert p.dtype == torch.float32, n
 
@@ -157,13 +155,13 @@ def test_what_is_saved_gives_the_same_outputs_again(load_base, tmp_path):
 
 def test_it_cannot_be_merged(load_base):
     with pytest.raises(Unsupported, match="4 bits"):
-        METHOD.merge(METHOD.attach(METHOD.load(load_base), []))
+        METHOD.merge(tiny.attached(METHOD, METHOD.load(load_base))[0])
 
 
 def test_a_model_with_other_names_is_refused():
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)
     with pytest.raises(Unsupported, match="q_proj"):
-        METHOD.attach(AutoModelForCausalLM.from_config(config), [])
+        tiny.attached(METHOD, AutoModelForCausalLM.from_config(config))
 
 
 def test_impossible_options_are_refused():

@@ -4,13 +4,12 @@ import copy
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, trained_weights
+from tiny import GEMMA_3_1B, LLAMA_32_1B, fit, hyperparams, likelihoods, trained_weights
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -21,19 +20,17 @@ from transformers import (
 
 from harness.errors import BadRequest
 from harness.method import Unsupported, available, build, resolve
-from harness.run import sizes
-from harness.training import generate, head
+from harness.training import decoder, head
+from harness.training.evaluation import mean_loss
+from harness.training.model import sizes
 from methods import reft
 from methods.reft import LoReFT
 
 ROWS = tiny.rows(22, seed=1)  # prompts of 4 to 25 tokens: shorter and longer than 7 + 7
-TOKENS = SimpleNamespace(pad_token_id=tiny.PAD, bos_token_id=tiny.BOS)  # all that decoding to ids needs
 
 
-def attached(method, config=None, seed: int = 0):
-    base = tiny.model(config)
-    torch.manual_seed(seed)
-    return method.attach(base, []).eval()
+def attached(method, config=None):
+    return tiny.attached(method, tiny.model(config))[0].eval()
 
 
 def edits(model) -> list:
@@ -48,7 +45,7 @@ def positions(n: int, first: int, last: int) -> tuple[set, set]:
 
 def left_padded(rows) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompts as generation reads them."""
-    return generate.left_padded(rows, tiny.PAD, torch.device("cpu"))
+    return decoder.left_padded(rows, tiny.PAD, torch.device("cpu"))
 
 
 # The edit
@@ -151,7 +148,7 @@ def test_only_the_chosen_positions_change_and_by_their_own_edit(tied, padding):
     base, seen = tiny.model(), {}
     base.model.layers[0].register_forward_hook(lambda block, args, out: seen.update(raw=out))
     base.model.layers[1].register_forward_pre_hook(lambda block, args: seen.update(edited=args[0]))
-    model = method.attach(base, [])
+    model, _ = tiny.attached(method, base)
     rows = ROWS[:12]
     with torch.no_grad():
         if padding == "left":
@@ -159,9 +156,7 @@ def test_only_the_chosen_positions_change_and_by_their_own_edit(tied, padding):
             model(input_ids=ids, attention_mask=mask)
             starts = [ids.shape[1] - len(row.prompt_ids) for row in rows]
         else:
-            ((batch, *_), *_) = tiny.batches(rows, hyperparams(batch_size=12, micro_batch_size=12))
-            rows = batch["rows"]
-            head.token_logps(model, batch)
+            head.token_logps(model, tiny.batch(rows))
             starts = [0] * len(rows)
         assert len(edits(model)) == (1 if tied else 2)
         expected = seen["raw"].clone()
@@ -212,7 +207,8 @@ def test_an_edit_holds_2rd_and_r_parameters(method, count, rank):
 def test_trainable_counts_of_published_architectures(config, rank, tied, count):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert sizes(LoReFT(rank=rank, tied=tied).attach(model, []))["trainable"] == count
+    model, _ = tiny.attached(LoReFT(rank=rank, tied=tied), model)
+    assert sizes(model)["trainable"] == count
 
 
 # Training
@@ -241,11 +237,11 @@ def test_training_turns_r_within_its_manifold_and_touches_no_frozen_weight():
 
 
 def test_weight_decay_reaches_w_alone():
-    model = attached(LoReFT())
+    model, run = tiny.attached(LoReFT(), hp=hyperparams(weight_decay=0.1))
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {
         names[id(p)]: group["weight_decay"]
-        for group in LoReFT().optimizer(model, hyperparams(weight_decay=0.1)).param_groups
+        for group in LoReFT().optimizer(model, run).param_groups
         for p in group["params"]
     }
     assert decayed == {name: 0.1 * name.endswith("source.weight") for name in trained_weights(model)}
@@ -256,7 +252,7 @@ def test_it_learns(tied):
     """Random answers to eight prompts, through the prompts' tokens alone: better than guessing."""
     hp = hyperparams(epochs=80.0, learning_rate=2e-2)
     trained, _, _ = fit(LoReFT(tied=tied), hp, ROWS[:8])
-    before, after = (generate.mean_loss(scored(model, ROWS[:8], 8)) for model in (tiny.model(), trained))
+    before, after = (mean_loss(scored(model, ROWS[:8], 8)) for model in (tiny.model(), trained))
     assert after < before - 1.5
     assert after < math.log(tiny.VOCABULARY) - 1
 
@@ -264,18 +260,17 @@ def test_it_learns(tied):
 @pytest.mark.parametrize("inside", [False, True], ids=["hooks outside", "hooks inside"])
 def test_recomputed_activations_give_the_same_gradients(inside):
     """Whether the recomputation runs the layers' hooks again depends on the version of transformers."""
-    ((tensors, *_), *_) = tiny.batches(ROWS, hyperparams())
 
     def gradients(checkpointing: bool):
-        torch.manual_seed(0)
-        model = LoReFT(rank=4, tied=False).attach(tiny.model(), []).train()
-        if checkpointing and not inside:  # as harness.run does
+        model, run = tiny.attached(LoReFT(rank=4, tied=False))
+        model.train()
+        if checkpointing and not inside:  # as the loop does
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if checkpointing and inside:
             for block in model.model.layers:
                 call = type(block).__call__
                 block.__class__ = type("Recomputed", (type(block),), {"__call__": recomputed(call)})
-        LoReFT().loss(model, tensors).backward()
+        LoReFT().loss(model, tiny.batch(ROWS[:8]), run).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     plain, again = gradients(False), gradients(True)
@@ -298,15 +293,12 @@ def recomputed(call):
 
 def answered(model, rows, batch_size):
     """-> the rows with the model's own greedy answers as their responses."""
-    hp = hyperparams(eval_batch_size=batch_size, max_new_tokens=10)
-    decoder = generate.Decoder(TOKENS, [tiny.EOS], hp, tiny.accelerator())
-    found = decoder.continuations(model, rows, hp.eval_batch_size, hp.max_new_tokens)
+    found = tiny.decoder(hyperparams()).continuations(model, rows, batch_size, new_tokens=10)
     return [replace(row, response_ids=tiny.array(ids)) for row, [ids] in zip(rows, found, strict=True)]
 
 
 def scored(model, rows, batch_size):
-    hp = hyperparams(eval_batch_size=batch_size)
-    return generate.likelihoods(model, rows, tiny.PAD, hp, tiny.accelerator())
+    return likelihoods(model, rows, hyperparams(eval_batch_size=batch_size))
 
 
 @pytest.mark.parametrize("epochs", [0, 6])
@@ -338,12 +330,12 @@ def test_a_prompt_is_edited_once_and_a_decoding_step_never():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_base_in_bf16_is_trained_by_edits_in_fp32(checkpointing):
-    ((tensors, *_), *_) = tiny.batches(ROWS, hyperparams())
-    model = LoReFT(rank=4).attach(tiny.model().bfloat16(), []).train()
+    model, run = tiny.attached(LoReFT(rank=4), tiny.model().bfloat16())
+    model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        LoReFT().loss(model, tensors).backward()
+        LoReFT().loss(model, tiny.batch(ROWS[:8]), run).backward()
         answered(model.eval(), ROWS[:4], 4)
     assert {p.dtype for p in trained_weights(model).values()} == {torch.float32}
     for name, p in model.named_parameters():
@@ -416,7 +408,7 @@ def test_a_model_without_one_list_of_layers_is_refused():
     model = tiny.model()
     model.config.num_hidden_layers = 5
     with pytest.raises(Unsupported, match="5 layers"):
-        LoReFT().attach(model, [])
+        tiny.attached(LoReFT(), model)
 
 
 # Keeping
@@ -460,4 +452,4 @@ def test_impossible_options_are_refused():
             build(LoReFT, options)
     for method, reason in ((LoReFT(layers="0,2"), "layers: 2"), (LoReFT(rank=65), "64 values")):
         with pytest.raises(ValueError, match=reason):
-            method.attach(tiny.model(), [])
+            tiny.attached(method)

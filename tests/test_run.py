@@ -1,59 +1,93 @@
-"""One run, in this process: what it takes to be ok, and what its record says of it."""
+"""One run, in this process: what it takes to be ok, what of it is scored, counted and charged, and what its
+record says of it."""
 
 import gc
 import json
 import math
 import re
 import time
+from itertools import count
 
+import peft
 import pytest
 import tiny
 import torch
 from test_batches import MODELS
 from test_cli import BITFIT
+from transformers import AutoModelForCausalLM
 
-from harness import plan
-from harness.data import load_spec
+from harness.child import diagnose
+from harness.data import cache, load_spec
+from harness.measuring.meter import Card
 from harness.method import FOLDER, build, resolve
+from harness.plan import Request, plan
 from harness.plan.methods import beyond
 from harness.record import Phase, RunRecord, answers_hash
-from harness.run import (
-    check_finite,
-    diagnose,
-    execute,
+from harness.report.rows import comparisons, tokens_per_second
+from harness.report.tables import quality
+from harness.spec import RunSpec
+from harness.store import EVENTS, OUTPUTS, RECORD, append
+from harness.training import evaluation, execute
+from harness.training.head import arithmetic
+from harness.training.loop import validation_points
+from harness.training.reading import tokens_read
+from harness.training.weights import (
+    Diverged,
+    check,
+    fingerprints,
     loaded_types,
     master_weights,
     one_arithmetic,
-    untouched,
 )
-from harness.store import OUTPUTS, RECORD
-from harness.training.generate import likelihoods
-from harness.training.head import arithmetic
-from harness.training.loop import Diverged, check, fingerprints, validation_points
+from methods.base import Base
+from methods.eva import EVA
+from methods.full import Full
 
-SMALL = ["data.train=16", "data.test=4", "data.validation=2", "hp.max_new_tokens=4", "hp.validations=0",
-         "hp.precision=fp32"]  # fmt: skip
+WORDS = ["the", "cat", "dog", "red", "house", "mat", "user", "model", "sat", "ran", "on", "to"]
+SETTINGS = (
+    "data.train=32", "data.validation=4", "data.test=8", "hp.batch_size=8", "hp.micro_batch_size=4",
+    "hp.max_steps=2", "hp.max_new_tokens=4", "hp.validations=1", "hp.learning_rate=1e-2", "hp.precision=fp32",
+)  # fmt: skip
+HARDLY = "hp.learning_rate=1e-7"  # moves some last bits
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model with its tokenizer, rows, and preference pairs, in a folder."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny.model(tiny.gemma(tie_word_embeddings=False), seed=3).save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    asked = [f"{a} {b} {c}" for a in WORDS for b in WORDS[:6] for c in WORDS[:3]]
+    rows = [{"prompt": text, "completion": text.split()[0] + " " + text.split()[2]} for text in asked]
+    pairs = [{"prompt": text, "chosen": "the cat", "rejected": "house model house"} for text in asked]
+    for name, values in (("rows", rows), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    return folder
 
 
 @pytest.fixture
-def run(tmp_path):
-    """As the child runs the demo: `run(method, *settings, code=a plugin's)` -> record, folder."""
+def run(files, tmp_path):
+    """As the child runs it, to its status: `run(method, *settings, code=a plugin's)` -> record, folder."""
+    numbers = count()
 
-    def one(name, *settings, code="", **locations):
+    def one(name, *settings, code="", rows="rows", status="ok", before=None):
+        plugin = tmp_path / f"{name}.py"
         if code:
-            (tmp_path / f"{name}.py").write_text(code)
-        plugins = [str(tmp_path / f"{name}.py")] if code else []
-        asked = tiny.settings(SMALL, settings)
-        request = plan.Request([name], "demo", seeds=[0], settings=asked, plugins=plugins)
-        spec = next(spec for spec in plan.plan(request) if spec.method == name)
-        spec.locations.update(locations)
-        folder, record = tmp_path / f"run of {name}", RunRecord(spec, "failed")
+            plugin.write_text(code)
+        request = Request(
+            [name], model=str(files / "model"), dataset=str(files / f"{rows}.jsonl"), seeds=[0],
+            settings=tiny.settings(SETTINGS, settings), plugins=[str(plugin)] if code else [],
+        )  # fmt: skip
+        (spec,) = [spec for spec in plan(request) if spec.method == name]
+        spec.locations["before"] = before and str(before)
+        folder, record = tmp_path / f"{next(numbers)} {name}", RunRecord(spec, "failed")
         folder.mkdir()
         try:
             execute(spec, record, folder)
             record.status = "ok"
         except Exception as error:
             record.status, record.error = diagnose(error)
+        assert record.status == status, record.error
         (folder / RECORD).write_text(record.to_json())
         return record, folder
 
@@ -63,35 +97,51 @@ def run(tmp_path):
     gc.unfreeze()
 
 
+def spec_of(method: str) -> RunSpec:
+    return plan(Request([method], "demo", seeds=[0]))[-1]
+
+
+def value_of(scores: dict) -> dict:
+    return {metric: score["value"] for metric, score in scores.items()}
+
+
+def lines(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def entered(folder) -> list[str]:
+    """The phases in the order of their beginning."""
+    return [event["phase"] for event in lines(folder / EVENTS) if "phase" in event]
+
+
 # What is not finite
 
 
 def test_a_model_that_training_broke_has_diverged_and_keeps_its_curve(run):
     """The loss of its only step was that of the untouched model."""
-    record, folder = run("full", "hp.max_steps=1", "hp.learning_rate=1e38")
-    assert record.status == "diverged" and "hp.learning_rate" in record.error
+    record, folder = run("full", "hp.max_steps=1", "hp.learning_rate=1e38", status="diverged")
+    assert "hp.learning_rate" in record.error
     assert [math.isfinite(step["loss"]) for step in record.training] == [True]
     assert record.scores == {} and not (folder / OUTPUTS).exists()
 
 
 def test_finite_weights_that_give_no_finite_likelihood_have_diverged(run):
     huge = "lambda *_: [p.data.fill_(3e38) for p in model.parameters() if p.requires_grad]"
-    code = f"{BITFIT}\n    def optimizer(self, model, hp):\n        made = super().optimizer(model, hp)\n"
+    code = f"{BITFIT}\n    def optimizer(self, model, run):\n        made = super().optimizer(model, run)\n"
     code += f"        made.register_step_post_hook({huge})\n        return made\n"
-    record, _ = run("huge", "hp.max_steps=1", code=code)
-    assert record.status == "diverged" and "the loss on the test rows is nan" in record.error
+    record, _ = run("huge", "hp.max_steps=1", "hp.validations=0", code=code, status="diverged")
+    assert "the loss on the test rows is nan" in record.error
 
 
 @pytest.mark.parametrize("nll", [math.nan, math.inf, 1000.0])
 def test_a_loss_without_a_perplexity_is_no_score(nll):
     """e^1000 is no number, as NaN is none."""
-    spec = plan.plan(plan.Request(["full"], "demo", seeds=[0]))[-1]
     fine = {"tokens": 1, "nll": 700.0, "correct": 0}
-    check_finite([fine], spec)
+    evaluation.check_finite([fine], tiny.run(method=Full()))
     with pytest.raises(Diverged, match=re.escape(f"is {nll:.3g} nats")):
-        check_finite([{**fine, "nll": nll}], spec)
+        evaluation.check_finite([{**fine, "nll": nll}], tiny.run(method=Full()))
     with pytest.raises(ValueError, match="without any training"):
-        check_finite([{**fine, "nll": nll}], plan.plan(plan.Request(["base"], "demo"))[0])
+        evaluation.check_finite([{**fine, "nll": nll}], tiny.run(method=Base()))
 
 
 # What trained nothing
@@ -111,17 +161,16 @@ def test_what_needs_a_prompt_is_refused_for_plain_text(name):
 @pytest.mark.parametrize("norm", [0, 1])
 def test_a_run_without_gradients_is_not_ok(norm, run):
     """Weight decay moves weights without any."""
-    nothing = BITFIT + "\n    def loss(self, model, batch):\n        return super().loss(model, batch) * 0\n"
+    nothing = BITFIT + "\n    def loss(self, model, batch, run):\n"
+    nothing += "        return super().loss(model, batch, run) * 0\n"
     settings = "hp.max_steps=3", "hp.weight_decay=0.1", f"hp.max_grad_norm={norm}"
-    record, _ = run("nothing", *settings, code=nothing)
-    assert record.status == "failed"
+    record, _ = run("nothing", *settings, code=nothing, status="failed")
     assert "nothing was trained: the gradient was zero in all 3 steps" in record.error
     assert len(record.training) == 3
 
 
 def test_a_run_whose_weights_stood_still_is_not_ok(run):
-    record, _ = run("lora", "hp.max_steps=2", "hp.learning_rate=1e-60", "hp.max_grad_norm=0")
-    assert record.status == "failed"
+    record, _ = run("lora", "hp.learning_rate=1e-60", "hp.max_grad_norm=0", status="failed")
     assert "nothing was trained: no weight moved in 2 steps" in record.error
 
 
@@ -134,7 +183,56 @@ def test_a_change_that_is_rounded_away_when_it_is_kept_is_none():
         check(before[torch.bfloat16], fingerprints({weight: torch.bfloat16}), [{"grad_norm": 1.0}])
 
 
-# What a record says
+# Where a method starts
+
+
+@pytest.mark.parametrize("method", ["loftq", "dora_loftq", "reft", "peft.vblora"])
+def test_a_start_that_no_other_row_has_is_scored_and_a_training_that_hardly_moves_ends_there(method, run):
+    still, _ = run(method, HARDLY)
+    assert value_of(still.scores) == pytest.approx(value_of(still.start), rel=1e-3)
+    moved, folder = run(method)
+    assert moved.start == still.start
+    assert moved.scores["perplexity"]["value"] != pytest.approx(moved.start["perplexity"]["value"], rel=1e-2)
+    phases = entered(folder)
+    between = phases[phases.index("attach") : phases.index("train")]
+    assert {"evaluate", "generate"} <= {*between}  # apart from the training, and before it
+    assert RunRecord.from_json(moved.to_json()).start == moved.start
+
+
+def test_what_starts_at_a_base_row_is_not_scored_twice(run):
+    record, folder = run("qlora")
+    assert record.start == {}
+    assert "evaluate" not in entered(folder)[: entered(folder).index("train")]
+
+
+def test_loftqs_start_is_its_own_base_and_not_the_four_bit_model(run):
+    found = {name: run(name)[0] for name in ("base", "base_nf4", "qlora", "loftq")}
+    (comparison,) = comparisons(list(found.values()))
+    rows = {row.spec.method: row for row in comparison.rows}
+    nf4 = found["base_nf4"].scores["bleu4"]["value"]
+    assert comparison.own_scores(rows["qlora"], "bleu4") == [nf4]
+    assert comparison.own_scores(rows["loftq"], "bleu4") == [found["loftq"].start["bleu4"]["value"]]
+    assert comparison.own_base(rows["qlora"]) is rows["base_nf4"]
+    assert comparison.own_base(rows["loftq"]) is None
+    assert comparison.own_scores(rows["base"], "bleu4") == []
+    assert "BLEU-4 (own base)" in quality(comparison).columns
+
+
+# Time and memory
+
+
+def test_reading_a_model_is_no_part_of_the_training(run, tmp_path, monkeypatch):
+    """LoftQ's second model neither, though it is there as the training begins."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def told(*args, **more):
+        append(tmp_path / "0 loftq" / EVENTS, {"phase": "a model is read"})
+        return load(*args, **more)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", told)
+    _, folder = run("loftq")
+    first, *then = entered(folder)[:6]
+    assert first == "load" and then == ["a model is read", "attach", "load", "a model is read", "attach"]
 
 
 def test_time_and_memory_of_attaching_are_the_methods_own(run):
@@ -145,63 +243,127 @@ def test_time_and_memory_of_attaching_are_the_methods_own(run):
         "        model.requires_grad_(False)\n",
     )
     base, before = run("base")
-    assert base.hashes["before"] == answers_hash(lines(before))
-    record, folder = run("slow", "hp.max_steps=1", code=slow, before=str(before))
-    assert record.status == "ok", record.error
+    assert base.hashes["before"] == answers_hash(lines(before / OUTPUTS))
+    record, folder = run("slow", "hp.max_steps=1", code=slow, before=before)
     assert record.train_seconds >= 1
     assert record.train_seconds < sum(phase.seconds for phase in record.phases.values())
     grown = record.peak("peak_host") - record.phases["train"].peak_host
     assert record.phases["train"].peak_host is None or grown > 2**28  # of the half GiB that lived in it
     assert record.hashes["before"] == base.hashes["before"]
-    assert {line["id"] for line in lines(folder) if "margin" in line} <= {row["id"] for row in lines(before)}
+    judged = {line["id"] for line in lines(folder / OUTPUTS) if "margin" in line}
+    assert judged <= {line["id"] for line in lines(before / OUTPUTS)}
     assert record.arithmetic == {
         phase: {"residual stream": "float32", "products": "float32"} for phase in ("training", "scoring")
     }
 
 
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / OUTPUTS).read_text().splitlines()]
-
-
-def test_answers_of_a_base_that_died_are_no_ones_rejected_answers(tmp_path):
-    """Its folder may hold some of them."""
-    spec = plan.plan(plan.Request(["base"], "demo"))[0]
-    (tmp_path / OUTPUTS).write_text('{"id": "a", "output": "b", "stopped": true}\n')
-    for status, expected in (("failed", 0), ("ok", 1)):
-        (tmp_path / RECORD).write_text(RunRecord(spec, status).to_json())
-        assert len(untouched(str(tmp_path))) == expected
-    assert untouched(None) == untouched(str(tmp_path / "nowhere")) == []
-    assert answers_hash([]) is None
-
-
 def test_training_time_and_peak_are_of_attaching_training_and_rollout():
     seconds = {"load": 1, "attach": 2, "train": 4, "rollout": 8, "validate": 16, "evaluate": 32, "save": 64}
-    spec = plan.plan(plan.Request(["grpo"], "demo", seeds=[0]))[-1]
     phases = {name: Phase(float(s), peak_allocated=s) for name, s in seconds.items()}
-    assert RunRecord(spec, "ok", phases=phases).train_seconds == 2 + 4 + 8
-    for own in ("attach", "train", "rollout"):
-        phases = {name: Phase(peak_allocated=9 if name == own else 1) for name in seconds}
-        assert RunRecord(spec, "ok", phases=phases).peak("peak_allocated") == 9
-    for other in seconds.keys() - {"attach", "train", "rollout"}:
-        phases = {name: Phase(peak_allocated=9 if name == other else 1) for name in seconds}
-        assert RunRecord(spec, "ok", phases=phases).peak("peak_allocated") == 1
+    assert RunRecord(spec_of("grpo"), "ok", phases=phases).train_seconds == 2 + 4 + 8
+    for name in seconds:
+        phases = {other: Phase(peak_allocated=9 if other == name else 1) for other in seconds}
+        peak = RunRecord(spec_of("grpo"), "ok", phases=phases).peak("peak_allocated")
+        assert peak == (9 if name in ("attach", "train", "rollout") else 1)
 
 
 def test_answers_drawn_while_training_are_a_phase_that_is_charged():
-    from harness.measuring.meter import Meter
-
     class Slow:
         training = True
         train = staticmethod(lambda mode: None)
 
-    meter, hp = Meter(torch.device("cpu")), tiny.hyperparams()
-    decoder = tiny.decoder(hp)
-    decoder.meter, decoder.continuations = meter, lambda *_: (time.sleep(0.2), [[[tiny.EOS]]])[1]
-    with meter.phase("train"):
-        decoder.sample(Slow(), tiny.rows(1), 4)
-    spec = plan.plan(plan.Request(["grpo"], "demo", seeds=[0]))[-1]
-    assert meter.phases["train"].seconds < 0.2 <= meter.phases["rollout"].seconds
-    assert RunRecord(spec, "ok", phases=meter.phases).train_seconds >= 0.2
+    made = tiny.run()
+    made.decoder.continuations = lambda *_: (time.sleep(0.2), [[[tiny.EOS]]])[1]
+    with made.meter.phase("train"):
+        made.sample(Slow(), tiny.rows(1), 4)
+    phases = made.meter.phases
+    assert phases["train"].seconds < 0.2 <= phases["rollout"].seconds
+    assert RunRecord(spec_of("grpo"), "ok", phases=phases).train_seconds >= 0.2
+
+
+def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong():
+    """Bytes of the card: 9 in use before the run, 4 when the neighbour has gone and the run holds 3."""
+    card = Card.__new__(Card)
+    card.handle, card.before, card.highest = "card", 9, None
+    for used, peak in ((12, 3), (14, 5), (4, None), (11, None)):
+        card.highest, card.used = None, lambda used=used: used
+        assert card.peak(reserved=3) == peak
+
+
+# Tokens
+
+
+def test_the_tokens_of_a_warm_up_are_counted_as_its_seconds_are(run):
+    """SMT's warm-up of two steps reads what a training of two steps does."""
+    warmed, _ = run("smt", "smt.warmup=2", "smt.share=0.1", "hp.max_steps=3")
+    plain, _ = run("lora")
+    assert warmed.tokens["attach"] == plain.tokens["trained"]
+    assert plain.tokens["attach"] == 0
+    warmed.phases = {"attach": Phase(2.0), "train": Phase(3.0)}
+    assert tokens_per_second(warmed) == (warmed.tokens["attach"] + warmed.tokens["trained"]) / 5
+
+
+def test_every_pass_of_eva_counts_and_answers_drawn_in_attach_do_not(run, monkeypatch):
+    read, start = [], peft.initialize_lora_eva_weights
+
+    def watched(model, dataloader, forward_fn, **more):
+        def forward(model, inputs):
+            read.append(int(inputs["attention_mask"].sum()))
+            return forward_fn(model, inputs)
+
+        return start(model, dataloader, forward_fn=forward, **more)
+
+    monkeypatch.setattr(peft, "initialize_lora_eva_weights", watched)
+    made, base = tiny.run(tiny.rows(22, seed=1)), tiny.model()
+    with made.meter.phase("attach"), tokens_read(base, made.meter) as counted:
+        EVA(rank=4).attach(base, made)
+    assert sum(counted) == sum(read) > 2 * sum(made.batches.tokens)
+
+    drawn, _ = run("orpo", "orpo.answer_tokens=5")
+    assert drawn.tokens["attach"] == 0 < drawn.tokens["sampled"]
+
+
+# Preference
+
+
+@pytest.mark.parametrize("rows", ["pairs", "rows"])
+def test_a_model_that_learned_the_references_prefers_them(rows, run):
+    """To the pair's worse answer; without pairs, to what the untouched model says."""
+    base, before = run("base", rows=rows)
+    after, folder = run("full", "hp.max_steps=40", "hp.epochs=10", rows=rows, before=before)
+    margins = [output["margin"] for output in lines(folder / OUTPUTS) if "margin" in output]
+    assert len(margins) == 8 and min(margins) > 1
+    assert after.scores["preference_accuracy"]["value"] == 1.0
+    assert after.scores["perplexity"]["value"] < base.scores["perplexity"]["value"] / 2
+
+
+def test_answers_of_a_base_that_died_are_no_ones_rejected_answers(tmp_path):
+    """Its folder may hold some of them."""
+    (tmp_path / OUTPUTS).write_text('{"id": "a", "output": "b", "stopped": true}\n')
+    for status, expected in (("failed", 0), ("ok", 1)):
+        (tmp_path / RECORD).write_text(RunRecord(spec_of("base"), status).to_json())
+        assert len(evaluation.outputs_before(str(tmp_path))) == expected
+    assert evaluation.outputs_before(None) == evaluation.outputs_before(str(tmp_path / "nowhere")) == []
+    assert answers_hash([]) is None
+
+
+def test_a_prompt_that_was_learned_and_scored_is_in_the_record(run, monkeypatch):
+    found, _ = run("full")
+    assert found.tokens["answered"] == {"test": 0, "validation": 0}
+    assert found.tokens["splits"] == {"train": 32, "validation": 4, "test": 8}
+    token_rows = cache.token_rows
+
+    def leaking(*asked):
+        read = token_rows(*asked)
+        read.rows["train"][:3] = read.rows["test"][:3]
+        return read
+
+    monkeypatch.setattr(cache, "token_rows", leaking)
+    found, _ = run("full")
+    assert found.tokens["answered"] == {"test": 3, "validation": 0}
+
+
+# The types that it computes in
 
 
 def test_what_is_trained_is_held_in_fp32_however_large_it_is():
@@ -223,7 +385,6 @@ def test_in_bf16_a_model_held_in_fp32_computes_as_the_untouched_one_to_the_bit(n
     """Before the first step full fine-tuning is the base, with the same residual stream. Gemma multiplies its
     embeddings by a root that bf16 rounds: of 72, as 64 has an exact one."""
     config = tiny.gemma(hidden_size=72) if name == "gemma3" else MODELS[name]()
-    rows, hp = tiny.rows(6), tiny.hyperparams()
     with tiny.computing("bf16"):
         model = tiny.model(config)
         for parameter in model.parameters():  # as it is loaded: buffers stay as they are
@@ -235,21 +396,10 @@ def test_in_bf16_a_model_held_in_fp32_computes_as_the_untouched_one_to_the_bit(n
                 master_weights(model, "bf16")
                 one_arithmetic(model, types)
             with arithmetic(model) as types:
-                found.append(likelihoods(model, rows, tiny.PAD, hp, tiny.accelerator()))
+                found.append(tiny.likelihoods(model, tiny.rows(6)))
             assert types == {"residual stream": "bfloat16", "products": "bfloat16"}
     assert found[0] == found[1]
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong():
-    """Bytes of the card: 9 in use before the run, 4 when the neighbour has gone and the run holds 3."""
-    from harness.measuring.meter import Card
-
-    card = Card.__new__(Card)
-    card.handle, card.before, card.highest = "card", 9, None
-    for used, peak in ((12, 3), (14, 5), (4, None), (11, None)):
-        card.highest, card.used = None, lambda used=used: used
-        assert card.peak(reserved=3) == peak
 
 
 # What a method leaves
@@ -267,10 +417,10 @@ def test_what_a_method_notes_can_always_be_recorded():
     noted = {"number": torch.tensor(2.5), "tensor": torch.ones(3), "set": {1}, "deep": deep,
              "tuples": ((1, 2),), "endless": endless, "digits": 10**5000, "unknown": math.nan,
              3: {1: torch.float32}, SECRET: [{"a": SECRET}]}  # fmt: skip
-    chosen = resolve("full", FOLDER / "full.py")()
+    made = tiny.run()
     for what, value in noted.items():
-        chosen.note(what, value)
-    record = RunRecord(plan.plan(plan.Request(["full"], "demo", seeds=[0]))[-1], "ok", notes=chosen.notes)
+        made.note(what, value)
+    record = RunRecord(spec_of("full"), "ok", notes=made.record.notes)
     found = RunRecord.from_json(record.to_json()).notes
     assert (found["number"], found["tuples"], found["unknown"]) == (2.5, [[1, 2]], None)
     assert found["tensor"] == "tensor([1., 1., 1.])" and found["set"] == "{1}"

@@ -1,6 +1,7 @@
 """SMT against dense gradients and masked AdamW: which blocks are chosen, and that they alone are trained."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from harness.errors import BadRequest
 from harness.method import Method, available, build, resolve
-from harness.run import load_base, master_weights, optimizer_bytes, sizes
 from harness.spec import RunSpec
-from harness.training import generate, head
+from harness.training import evaluation, head
+from harness.training.model import load_base, optimizer_bytes, sizes
+from harness.training.weights import master_weights
 from methods import smt
 from methods.smt import SMT
 
@@ -26,13 +28,8 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 
 
-def micro_batch(count: int = 8) -> dict:
-    ((tensors, *_), *_) = tiny.batches(ROWS[:count], hyperparams())
-    return tensors
-
-
 def logits(model) -> torch.Tensor:
-    batch = micro_batch()
+    batch = tiny.batch(ROWS[:8])
     with torch.no_grad():
         return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
@@ -59,7 +56,7 @@ class Masked(Method):
     def __init__(self, masks):
         self.masks = masks
 
-    def attach(self, model, batches):
+    def attach(self, model, run):
         model.requires_grad_(False)
         for name, mask in self.masks.items():
             weight = model.get_submodule(name).weight.requires_grad_(True)
@@ -174,14 +171,14 @@ def test_the_two_scores_are_their_formulas():
 
 def sums(hp, method=None, base=None):
     method, base = method or SMT(), base or tiny.model()
-    return method.gradient_sums(base, targets(base), tiny.batches(ROWS, hp))
+    return method.gradient_sums(base, targets(base), tiny.run(ROWS, hp, method=method))
 
 
 def test_the_warm_up_sums_the_gradients_of_its_steps_at_the_base():
     hp = hyperparams(micro_batch_size=3, max_steps=5)
     base = tiny.model().requires_grad_(True)
     expected = {n: torch.zeros_like(m.weight) for n, m in targets(base).items()}
-    for micro_batches in list(tiny.batches(ROWS, hp))[:2]:
+    for micro_batches in tiny.steps(ROWS, hp)[:2]:
         logps = torch.cat([head.token_logps(base, batch).flatten() for batch in micro_batches])
         base.zero_grad()
         (-logps.sum() / (logps != 0).sum()).backward()
@@ -227,8 +224,7 @@ def test_the_warm_up_holds_one_gradient_at_a_time_and_moves_nothing():
 @pytest.mark.parametrize("score", ["abs_mean", "mean_abs"])
 def test_attach_takes_the_best_blocks_of_all_matrices(score):
     hp = hyperparams(max_steps=2)
-    method = SMT(share=0.01, block=8, score=score)
-    model = method.attach(tiny.model(), tiny.batches(ROWS, hp))
+    model, run = tiny.attached(SMT(share=0.01, block=8, score=score), examples=ROWS, hp=hp)
     count = int(0.01 * 73_728 / 64)
     ranked = []
     for n, total in sums(hp).items():
@@ -241,7 +237,7 @@ def test_attach_takes_the_best_blocks_of_all_matrices(score):
     found = {(n, tuple(p)) for n, m in smt.sparse_layers(model).items() for p in m.places.tolist()}
     assert found == expected
     spread = Counter(n.rpartition(".")[2] for n, _ in expected)
-    assert method.notes == {
+    assert run.record.notes == {
         "warm-up, steps of gradients before the training": 2,
         "side of a block, in weights": 8,
         "trained blocks": count,
@@ -256,29 +252,28 @@ def test_published_models_tile_and_train_the_authors_share(config, weights, side
     """Gemma's width, 1152, is 9 * 128; Llama's key and value projections are 512 high."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    method = SMT()
-    trained = sizes(method.attach(model, []))["trainable"]
-    assert trained == int(0.0084 * weights / side**2) * side**2
-    assert method.notes["side of a block, in weights"] == side
+    model, run = tiny.attached(SMT(), model)
+    assert sizes(model)["trainable"] == int(0.0084 * weights / side**2) * side**2
+    assert run.record.notes["side of a block, in weights"] == side
 
 
 def test_a_side_that_does_not_tile_is_refused_by_name():
     with pytest.raises(ValueError, match=r"48 does not tile model\.layers\.0.*q_proj.*64 x 64.*32 and its"):
-        SMT(block=48).attach(tiny.model(), [])
+        tiny.attached(SMT(block=48))
     with pytest.raises(ValueError, match=r"64 does not tile .*k_proj.*32 x 64"):
-        SMT(block=64).attach(tiny.model(), [])
+        tiny.attached(SMT(block=64))
     assert SMT(block=64).side(targets(tiny.model(), {"q_proj"})) == 64
 
 
 def test_targets_are_linear_layers_of_the_decoder():
     hp = hyperparams(max_steps=1)
-    whole = SMT(targets="all-linear", share=1.0).attach(tiny.model(), tiny.batches(ROWS, hp))
+    whole, _ = tiny.attached(SMT(targets="all-linear", share=1.0), examples=ROWS, hp=hp)
     assert sizes(whole)["trainable"] == 73_728
-    some = SMT(targets="o_proj, up_proj", share=1.0).attach(tiny.model(), tiny.batches(ROWS, hp))
+    some, _ = tiny.attached(SMT(targets="o_proj, up_proj", share=1.0), examples=ROWS, hp=hp)
     assert {n.rpartition(".")[2] for n in smt.sparse_layers(some)} == {"o_proj", "up_proj"}
     for name in ("v_porj", "lm_head", "embed_tokens"):
         with pytest.raises(ValueError, match=name):
-            SMT(targets=f"q_proj,{name}").attach(tiny.model(), [])
+            tiny.attached(SMT(targets=f"q_proj,{name}"))
 
 
 def test_options_that_cannot_be_are_refused():
@@ -330,11 +325,11 @@ def test_sizes():
 
 def test_recomputed_activations_give_the_same_gradients():
     def gradients(checkpointing: bool):
-        method = SMT(share=0.05, block=8)
-        model = method.attach(tiny.model(), tiny.batches(ROWS, hyperparams(max_steps=1))).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        method.loss(model, micro_batch()).backward()
+        hp = hyperparams(max_steps=1)  # of the warm-up, which must choose the same blocks
+        model, run = tiny.attached(SMT(share=0.05, block=8), examples=ROWS, hp=hp)
+        run.hp = replace(hp, gradient_checkpointing=checkpointing)
+        run.accumulate(model, [run.collate(ROWS[:8])])
+        assert model.is_gradient_checkpointing == checkpointing
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     plain, again = gradients(False), gradients(True)
@@ -355,15 +350,15 @@ def test_what_is_saved_restored_or_merged_gives_the_same_outputs(config, dtype, 
     def load(**more):
         return load_base(spec, dtype, torch.device("cpu"), **more)
 
+    method = SMT(share=0.05, block=8)
     hp = hyperparams(max_steps=3, learning_rate=1e-2)
-    method, batches = SMT(share=0.05, block=8), tiny.batches(ROWS, hp)
-    model = method.attach(method.load(load), batches)
+    model, run = tiny.attached(method, method.load(load), ROWS, hp)
     before = logits(model)
     master_weights(model, "bf16")
-    optimizer = method.optimizer(model.train(), hp)
-    for micro_batches in batches:
+    optimizer = method.optimizer(model.train(), run)
+    for examples in run.batches:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = method.loss(model, micro_batches[0])
+            loss = method.loss(model, run.collate(examples), run)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -391,14 +386,8 @@ def test_what_is_saved_restored_or_merged_gives_the_same_outputs(config, dtype, 
 
 def test_evaluation_sees_what_was_trained():
     """In inference mode, between steps and after the last."""
-    hp, seen = hyperparams(max_steps=4, learning_rate=1e-2, validations=4), []
-
-    def validate(model):
-        scores = generate.likelihoods(model, ROWS, tiny.PAD, hp, tiny.accelerator())
-        seen.append(generate.mean_loss(scores))
-        return seen[-1]
-
-    trained, _, _ = fit(SMT(share=0.2, block=8), hp, ROWS, validate=validate)
+    hp = hyperparams(max_steps=4, learning_rate=1e-2, validations=4)
+    trained, _, record = fit(SMT(share=0.2, block=8), hp, ROWS, validation=ROWS)
+    seen = [point["loss"] for point in record.validation]
     assert len(set(seen)) == 4 and seen[-1] < seen[0]
-    last = seen[-1]
-    assert validate(SMT().merge(trained)) == last
+    assert evaluation.mean_loss(tiny.likelihoods(SMT().merge(trained), ROWS)) == seen[-1]

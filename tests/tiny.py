@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
-from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -11,10 +10,16 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from harness.data.batches import Batches
-from harness.data.template import Row
+from harness.data.template import Row, Template
 from harness.measuring.meter import Meter
-from harness.spec import Hyperparams
+from harness.method import Method
+from harness.metrics import TextScorer
+from harness.record import RunRecord
+from harness.spec import Hyperparams, RunSpec
+from harness.training import evaluation, weights
+from harness.training.decoder import Decoder
+from harness.training.loop import train
+from harness.training.run import Run
 
 PAD, EOS, BOS, START, END = range(5)  # ids of the special tokens, as they stand in SPECIAL
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
@@ -151,41 +156,58 @@ def computing(precision: str):
         accelerator.cache_clear()
 
 
-def decoder(hp, reward: str = "rouge_l"):
-    from harness.metrics import TextScorer
-    from harness.training.generate import Decoder
-
-    return Decoder(tokenizer(), [EOS, END], hp, accelerator(), TextScorer("en", reward))
-
-
-def batches(rows, hp, seed: int = 0) -> Batches:
-    return Batches(rows, hp, seed, PAD, accelerator().device, decoder(hp))
-
-
-def fit(method, hp, rows, seed: int = 0, base=None, validate=None, on_step=lambda **_: None):
-    """Trains as a run does, from the same base and the same random state. -> model, optimizer, measured."""
-    from harness.run import loaded_types, master_weights, one_arithmetic, put_back
-    from harness.training.loop import train
-
-    made = batches(rows, hp, seed)
-    base = model() if base is None else base
-    torch.manual_seed(seed)
-    trained = method.attach(base, made)
-    types = loaded_types(trained) if base.dtype == torch.bfloat16 else {}  # some oracles are in fp64
-    if types:
-        master_weights(trained, "bf16")
-        one_arithmetic(trained, types)
-    measured = SimpleNamespace(training=[], validation=[], tokens={}, hashes={}, arithmetic={})
-    optimizer = train(
-        method, trained, made, hp, accelerator(), Meter(torch.device("cpu")), measured, on_step,
-        validate and (lambda: validate(trained)),
+def run(examples=(), hp=None, seed: int = 0, method=None, reward: str = "rouge_l", **splits) -> Run:
+    """A run on examples as its training split, which fills a record of its own; `splits` are the others."""
+    hp = hp or hyperparams()
+    return Run(
+        method, hp, seed, {"validation": [], "test": [], **splits, "train": list(examples)},
+        template=Template(tokenizer(), "chat"), stops=[EOS, END], accelerator=accelerator(),
+        scorer=TextScorer("en", reward), meter=Meter(accelerator().device), load_base=model,
+        record=RunRecord(RunSpec("tiny", seed, "tiny", {}, hp), "ok"),
     )  # fmt: skip
-    put_back(types)
-    return trained, optimizer, vars(measured)
 
 
-def losses(measured: dict) -> list[float]:
-    return [step["loss"] for step in measured["training"]]
+def steps(examples, hp=None, seed: int = 0) -> list[list[dict]]:
+    """The micro-batches of each step, as a method that changes nothing is given them."""
+    made = run(examples, hp, seed)
+    return [Method().prepare(None, step, made) for step in made.batches]
+
+
+def batch(examples) -> dict:
+    """All of them in one."""
+    return run(examples).collate(list(examples))
+
+
+def likelihoods(model, examples, hp=None) -> list[dict]:
+    return evaluation.likelihoods(model, examples, run(hp=hp))
+
+
+def decoder(hp) -> Decoder:
+    return Decoder(tokenizer(), [EOS, END], hp, accelerator())
+
+
+def attached(method, base=None, examples=(), hp=None, seed: int = 0):
+    """-> a model with the method on it, and the run that it was given."""
+    base, made = base or model(), run(examples, hp, seed, method)
+    torch.manual_seed(seed)
+    return method.attach(base, made), made
+
+
+def fit(method, hp, examples, seed: int = 0, base=None, validation=(), on_step=lambda **_: None):
+    """Trains as a run does, from the same base and the same random state. -> model, optimizer, record."""
+    trained, made = attached(method, base, examples, hp, seed)
+    made.splits["validation"], made.report = list(validation), on_step
+    types = weights.loaded_types(trained) if trained.dtype == torch.bfloat16 else {}  # some oracles: fp64
+    if types:
+        weights.master_weights(trained, "bf16")
+        weights.one_arithmetic(trained, types)
+    optimizer = train(trained, made).optimizer
+    weights.put_back(types)
+    return trained, optimizer, made.record
+
+
+def losses(record) -> list[float]:
+    return [step["loss"] for step in record.training]
 
 
 def copy_of(model) -> dict[str, torch.Tensor]:

@@ -11,40 +11,23 @@ WINDOW = 16  # batches sorted by length together: most of the padding gone, the 
 
 
 class Batches:
-    """The optimizer steps of a training, each a list of micro-batches; can be iterated again.
+    """The examples of each optimizer step of a training; can be gone through again.
 
-    The order comes from the seed alone, never from the global random state, so that it is the same
-    for every method whatever a method draws. `decoder` is the harness's own, for a method that
-    trains on answers of the model.
-
-    With hp.packing the rows of a micro-batch share sequences of max_length; steps, their rows and their
-    order are the same.
+    The order comes from the seed alone, never from the global random state, so that it is the same for
+    every method whatever a method draws.
     """
 
-    def __init__(self, rows: list[Row], hp: Hyperparams, seed: int, pad_id: int, device, decoder=None):
-        self.rows, self.hp, self.pad_id, self.device = rows, hp, pad_id, device
-        self.decoder = decoder
-        self.steps = list(order([row.length for row in rows], hp, seed))  # row indices of each
-        self.hashes = [rows_hash([rows[i] for i in step]) for step in self.steps]
-        self.tokens = [sum(rows[i].length for i in step) for step in self.steps]
+    def __init__(self, examples: list[Row], hp: Hyperparams, seed: int):
+        self.examples = examples
+        self.steps = list(order([example.length for example in examples], hp, seed))  # indices of each
+        self.hashes = [rows_hash(step) for step in self]
+        self.tokens = [sum(example.length for example in step) for step in self]
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self):
-        size = self.hp.micro_batch_size
-        for step in self.steps:
-            chosen = [self.rows[i] for i in step]
-            yield [self.training(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-
-    def training(self, rows: list[Row]) -> dict:
-        """What a step reads: every answer that is to be learned has labels."""
-        packed = self.hp.max_length if self.hp.packing else 0
-        return collate(rows, self.pad_id, self.device, history=True, packed=packed)
-
-    def collate(self, rows: list[Row]) -> dict:
-        """For a method that makes rows of its own: labels on the response alone, a row a sequence."""
-        return collate(rows, self.pad_id, self.device)
+        return ([self.examples[i] for i in step] for step in self.steps)
 
 
 def order(lengths: list[int], hp: Hyperparams, seed: int):

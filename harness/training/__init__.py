@@ -1,1 +1,3 @@
-"""The training path: the one loop, the one LM head, the one decoder, the one evaluation."""
+"""The training path: one loop, one LM head, one decoder and one evaluation for every method."""
+
+from harness.training.execute import execute as execute

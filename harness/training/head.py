@@ -25,15 +25,12 @@ def token_logps(model, batch: dict) -> torch.Tensor:
 def token_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """As token_logps, and beside it (B, T-1) booleans: the target was the most likely token."""
     causal = causal_lm(model)
-    if torch.is_grad_enabled() and getattr(causal, "reading", None):  # of a training, see harness/train.py
-        causal.reading(batch)
-    causal.prompt_lengths = batch.get("prompt_lengths")  # for a method that acts on the prompt alone
+    decoder = causal.get_decoder()
     packed = "position_ids" in batch  # without a mask, transformers keeps attention within each row
     placed = {name: batch[name] for name in (["position_ids"] if packed else ["attention_mask"])}
-    hidden = causal.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **placed).last_hidden_state[
-        :, :-1
-    ]  # (B, T-1, H)
-    causal.prompt_lengths = None
+    placed |= {name: batch[name] for name in getattr(decoder, "reads", ())}  # what a method's hooks ask for
+    hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **placed).last_hidden_state
+    hidden = hidden[:, :-1]  # (B, T-1, H)
     labels = batch["labels"][:, 1:]
     targets = labels != -100
     hidden, labels = hidden[targets], labels[targets]  # (N, H), (N,)

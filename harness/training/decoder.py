@@ -1,47 +1,19 @@
-"""The evaluation of a model on rows: teacher-forced scores, and the one greedy decoder."""
-
-from contextlib import nullcontext
+"""The one decoder."""
 
 import torch
 from transformers import GenerationConfig
 
-from harness.data import Row, batches_of, collate
+from harness.data import Row
 from harness.spec import Hyperparams
-from harness.training.head import causal_lm, token_scores
-
-
-@torch.inference_mode()
-def likelihoods(model, rows: list[Row], pad_id: int, hp: Hyperparams, accelerator) -> list[dict]:
-    """tokens, nll (summed, in nats) and correct of each row's response, in the order of rows."""
-    model.eval()
-    found = {}
-    for batch in batches_of(rows, hp.eval_batch_size):
-        tensors = collate(batch, pad_id, accelerator.device)
-        with accelerator.autocast():
-            logps, hits = token_scores(model, tensors)
-        tokens = (tensors["labels"][:, 1:] != -100).sum(1).tolist()
-        nll, correct = (-logps.double().sum(1)).tolist(), hits.sum(1).tolist()
-        for row, *values in zip(batch, tokens, nll, correct, strict=True):
-            found[row.id] = dict(zip(("tokens", "nll", "correct"), values, strict=True))
-    return [found[row.id] for row in rows]
-
-
-def mean_loss(scores: list[dict]) -> float:
-    """Negative log-likelihood per response token, over all rows together."""
-    return sum(s["nll"] for s in scores) / sum(s["tokens"] for s in scores)
+from harness.training.head import causal_lm
 
 
 class Decoder:
-    """The one decoder: prompts, left-padded and batched by length, become new tokens up to a stop.
+    """Prompts, left-padded and batched by length, become new tokens up to a stop: for the evaluation, and for
+    every method that trains on answers of its own model."""
 
-    It serves the evaluation and every method that trains on answers of its own model. `sampled`
-    counts the tokens that it made outside of the evaluation; `text_of` and `reward` judge them.
-    """
-
-    def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator, scorer=None, meter=None):
+    def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator):
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
-        self.scorer, self.meter = scorer, meter
-        self.sampled = 0
 
     def answers(self, model, rows: list[Row], report=lambda **_: None) -> list[dict]:
         """Greedy answers in the order of rows: output, new_tokens, stopped. `report(**values)` is
@@ -53,26 +25,9 @@ class Decoder:
             )
         ]
 
-    def sample(self, model, rows: list[Row], new_tokens: int, copies: int = 1, temperature: float = 0.0):
-        """-> for each row `copies` lists of at most so many new token ids, as long as hp.max_length leaves
-        room for; greedy at temperature 0. As many at once as a step has rows: how an evaluation is batched
-        must not change what is trained on. A phase of its own."""
-        training = model.training
-        with self.meter.phase("rollout") if self.meter else nullcontext():
-            found = self.continuations(model, rows, self.hp.batch_size, new_tokens, copies, temperature)
-        model.train(training)
-        found = [[ids[: self.hp.max_length - len(row.prompt_ids)] for ids in group]
-                 for row, group in zip(rows, found, strict=True)]  # fmt: skip
-        self.sampled += sum(len(ids) for group in found for ids in group)
-        return found
-
     def text_of(self, ids: list[int]) -> str:
         ended = ids and ids[-1] in self.stops
         return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-
-    def reward(self, row: Row, ids: list[int]) -> float:
-        """What the dataset's spec says an answer to this row earns, 0 to 1."""
-        return self.scorer.reward(self.text_of(ids), row.reference)
 
     @torch.inference_mode()
     def continuations(

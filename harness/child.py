@@ -1,0 +1,110 @@
+"""The process of one run: `python -m harness.child FOLDER`. However it ends, it leaves a record.
+
+FOLDER holds spec.json; this process leaves events.jsonl, outputs.jsonl, model/ and, last, result.json.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+from harness import method
+from harness.plain import redacted
+from harness.record import RunRecord
+from harness.spec import RunSpec
+from harness.store import SPEC, leave
+
+
+def main(folder: Path) -> None:
+    die_with_parent()
+    for number in ENDING:
+        signal.signal(number, interrupt)
+    job = json.loads((folder / SPEC).read_text("utf-8"))
+    spec = RunSpec.from_json(job["spec"])
+    record = RunRecord(
+        spec=spec,
+        status="failed",
+        command=job["command"],
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    ended_by = None
+    try:
+        from harness.training import execute
+
+        execute(spec, record, folder)
+        record.status = "ok"
+    except BaseException as error:  # whatever ends a run is its status, never its absence
+        record.status, record.error = diagnose(error)
+        ended_by = error
+    leave(record, folder)
+    if ended_by:
+        traceback.print_exception(ended_by)
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled
+
+
+def interrupt(*_) -> None:
+    """Once: another must not disturb the writing of what was measured."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def die_with_parent() -> None:
+    """A child whose bench was killed must not keep the card."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(os.environ.get("TUNEOFF_BENCH", os.getppid())):
+        sys.exit("the bench is gone")
+
+
+AGAIN = "the same command runs it again"
+SMALLER = "lower hp.micro_batch_size or hp.max_length, or set hp.gradient_checkpointing=true"
+OUT_OF_MEMORY = {  # how those say it who hold the memory: allocators, drivers, libraries, C++ and the system
+    "oom_gpu": (
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "[CUDA]: out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "cudaErrorMemoryAllocation",
+        "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE
+        "HIP out of memory",
+    ),
+    "oom_host": ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory"),
+}
+
+
+def exhausted(text: str) -> str | None:
+    """The status of what says that memory ran out."""
+    return next((status for status, marks in OUT_OF_MEMORY.items() if any(m in text for m in marks)), None)
+
+
+def out_of_memory(status: str, text: str) -> tuple[str, str]:
+    return status, f"out of memory on the {'GPU' if status == 'oom_gpu' else 'host'}: {SMALLER}. {text[:300]}"
+
+
+def diagnose(error: BaseException) -> tuple[str, str]:
+    """-> status and one line of what went wrong, with the remedy where there is one."""
+    text = redacted(" ".join(str(error).split()))
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", f"interrupted; {AGAIN}"
+    if kind == "Diverged":
+        return "diverged", f"{text}: try a lower hp.learning_rate"
+    if isinstance(error, method.Unsupported):
+        return "unsupported", text
+    said = "oom_gpu" if kind == "OutOfMemoryError" else "oom_host" if isinstance(error, MemoryError) else None
+    if status := said or exhausted(text):
+        return out_of_memory(status, text)
+    return "failed", f"{kind}: {text[:500]}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    os._exit(0)  # the record is whole: no thread that a method has left holds up the bench

@@ -1,0 +1,217 @@
+"""One RunSpec becomes one RunRecord."""
+
+import random
+import shutil
+import time
+import traceback
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy
+import torch
+from accelerate import Accelerator
+
+from harness import method as methods
+from harness.data import COUNTED, SPLITS, Row, Template, answered, rows_hash, study, token_rows
+from harness.errors import BadRequest
+from harness.measuring.meter import Meter, host_peak
+from harness.metrics import TextScorer
+from harness.plain import redacted
+from harness.record import RunRecord, answers_hash
+from harness.spec import Hyperparams, RunSpec, content_hash
+from harness.store import EVENTS, MODEL, OUTPUTS, append, leave
+from harness.training import evaluation, weights
+from harness.training.environment import environment, installed
+from harness.training.loop import train
+from harness.training.model import (
+    check_model,
+    limit_hub,
+    load_base,
+    load_tokenizer,
+    optimizer_bytes,
+    resolve_precision,
+    sizes,
+    stop_tokens,
+)  # fmt: skip
+from harness.training.reading import tokens_read
+from harness.training.run import Run
+
+BUSY_BYTES = 2**30  # a driver and a desktop hold less
+
+
+def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
+    """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder."""
+    model, run = opened(spec, chosen_method(spec, record), record, folder)
+    if spec.trains:
+        model = trained(model, run)
+    else:
+        record.sizes = sizes(model.requires_grad_(False))
+    outputs = evaluation.test(model, run)
+    before = outputs if spec.method == "base" else evaluation.outputs_before(spec.locations.get("before"))
+    if any(example.prompt and not example.rejected_ids for example in run.splits["test"]):
+        record.hashes["before"] = answers_hash(before)
+    evaluation.add_margins(model, outputs, before, run)
+    for output in outputs:
+        append(folder / OUTPUTS, output)
+    record.hashes["outputs"] = content_hash(folder / OUTPUTS)
+    record.scores = evaluation.summary(outputs, run)
+    if spec.trains:
+        save_model(model, run, folder)
+
+
+def chosen_method(spec: RunSpec, record: RunRecord) -> methods.Method:
+    """The method with its options. Raises Unsupported where a package that it needs is missing."""
+    cls = methods.resolve(
+        spec.method, methods.find(spec.method, methods.available(spec.locations.get("plugins", [])))
+    )
+    record.card, record.hashes["method_code"] = methods.card(cls), methods.code_hash(cls)
+    record.overrides = {name: list(value) for name, value in cls.overrides.items()}
+    if missing := [name for name in cls.needs if not installed(name)]:
+        needed = " ".join(missing)
+        raise methods.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")
+    method = methods.build(cls, spec.options)
+    return method
+
+
+def opened(spec: RunSpec, method: methods.Method, record: RunRecord, folder: Path):
+    """-> the model as the method loads it, and the run that it is trained and evaluated in."""
+
+    def report(**values):
+        with suppress(OSError):  # a full disk: what is only shown does not end a run
+            append(folder / EVENTS, values)
+
+    hp = method.own(spec.hp)
+    precision = resolve_precision(hp.precision)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
+    )
+    meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
+    if meter.card and meter.card.before and meter.card.before > BUSY_BYTES:
+        record.warnings.append(
+            f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
+            "device memory are not its own"
+        )
+    record.phases, record.environment = meter.phases, environment(accelerator.device, precision)
+    seed_everything(spec.seed)
+    # cuDNN's attention builds a plan for each new length, a tenth of a second: more than a small step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    limit_hub()
+    load = partial(
+        load_base, spec, torch.bfloat16 if precision == "bf16" else torch.float32, accelerator.device
+    )
+    with meter.phase("load"):
+        template, splits = read_data(spec, hp, record)
+        model = method.load(load)
+        stops = stop_tokens(template, model, splits["train"])
+        run = Run(
+            method, hp, spec.seed, splits, template=template, stops=stops, accelerator=accelerator,
+            scorer=TextScorer(spec.dataset["language"], spec.dataset["reward"]), meter=meter,
+             record=record, load_base=load, report=report,
+        )  # fmt: skip
+        record.environment["attention"] = model.config._attn_implementation
+        record.environment["model_revision"] = getattr(model.config, "_commit_hash", None)
+        check_model(model, run)
+    return model, run
+
+
+def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Template, dict[str, list[Row]]]:
+    """-> the template of this model, and the examples of each split."""
+    template = Template(load_tokenizer(spec), spec.dataset["template"], spec.dataset.get("loss", "all"))
+    read = token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
+    for split in SPLITS:
+        record.hashes[split] = rows_hash(read.rows[split])
+        if spec.dataset[split] and not read.rows[split]:
+            why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
+            raise BadRequest(
+                f"no {split} row is left: {why['too_long']} prompts fill "
+                f"hp.max_length={hp.max_length} tokens, {why['refused']} the chat template refuses"
+                + (f", {why['answered']} are answered in training" if why["answered"] else "")
+            )
+    train = read.rows["train"]
+    record.tokens = {
+        "left_out": {what: count for what, count in read.left_out.items() if count},
+        "refused": read.refused,
+        "unused": read.unused,
+        "revisions": read.revisions,
+        "origins": read.origins,
+        "splits": {split: len(read.rows[split]) for split in SPLITS},
+        "answered": {split: answered(read.rows[split], train) for split in SPLITS[:-1]},
+        "template": template.kind,
+        "loss": template.loss,
+        "plain_text": all(not example.prompt for example in train),
+    }
+    record.study = study(template.tokenizer, read.sample, template.loss)
+    return template, read.rows
+
+
+def trained(model, run: Run):
+    """-> the model as the method keeps it."""
+    method, record = run.method, run.record
+    record.hashes["batches"], record.tokens["sampled"] = run.batches.hashes, 0
+    with run.meter.phase("attach"), tokens_read(model, run.meter) as read:
+        model = method.attach(model, run)
+        types = weights.loaded_types(model)
+        record.weights = weights.master_weights(model, record.environment["precision"])
+        weights.one_arithmetic(model, types)
+    record.sizes = sizes(model)
+    if not types:
+        raise ValueError(f"{method.name} attached nothing to train")
+    record.tokens["attach"] = int(sum(read))
+    if not method.starts_at_base:
+        record.start = evaluation.summary(evaluation.test(model, run), run)
+    record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
+    start = weights.fingerprints(types)
+    run.report = with_progress(run)
+    loop = train(model, run)
+    weights.check(start, weights.fingerprints(types), record.training)
+    record.sizes["optimizer_bytes"] = optimizer_bytes(loop.optimizer)
+    del loop
+    model.zero_grad()
+    weights.put_back(types)
+    return method.keep(model, run)  # what is kept is what is scored
+
+
+def with_progress(run: Run):
+    """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes."""
+    report, started, tokens = run.report, time.perf_counter(), list(accumulate(run.batches.tokens))
+
+    def told(**values):
+        if "step" in values:
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_peak()
+            seconds = time.perf_counter() - started
+            values |= {"tokens": tokens[values["step"] - 1], "seconds": seconds, "peak": peak}
+        report(**values)
+
+    return told
+
+
+def save_model(model, run: Run, folder: Path) -> None:
+    """Writes the trained model after what was measured: a full disk, a fault of the method's or a kill
+    costs the model alone."""
+    record = run.record
+    record.status = "ok"
+    record.warnings.append(f"the trained model of {record.spec.folder} was not saved")
+    leave(record, folder)
+    try:
+        with run.meter.phase("save"):
+            (folder / MODEL).mkdir()
+            run.method.save(model, folder / MODEL)
+            run.template.tokenizer.save_pretrained(folder / MODEL)
+        sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
+        if sizes:
+            record.sizes["saved_bytes"] = sum(sizes)
+            record.warnings.pop()
+        else:
+            record.warnings[-1] += ": it wrote no weights"
+    except BaseException as error:
+        traceback.print_exc()
+        shutil.rmtree(folder / MODEL, ignore_errors=True)  # half a model is none, and fills the disk
+        record.warnings[-1] += f": {type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}"
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,109 @@
+"""`Run`: what every hook of a method is handed, and asks for whatever it needs."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from harness.data import Batches, Row, collate
+from harness.errors import brief
+from harness.plain import redacted, redacted_in
+from harness.record import RunRecord, finite
+from harness.shape import check, parse
+from harness.spec import Hyperparams
+from harness.training import head, loop
+from harness.training.decoder import Decoder
+
+
+class Run:
+    """One method, one seed, on one device.
+
+    For a method: `hp`, the shared hyperparameters with its declared differences; `seed`; `steps`, how many
+    the training has; `device`; `batches`, the examples of each step, the same for every method, to be gone
+    through as often as one likes; `rng`, a generator on the CPU that is this run's method's alone; and
+    `load_base(**kwargs)`, the untouched model once more, off the clock of what goes on.
+
+    For the harness: `splits`, the examples of each; what it computes, decodes, scores and measures with; the
+    `record` that it fills; `report(**values)`, which is told what a bench shows.
+    """
+
+    def __init__(
+        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Row]], *, template, stops: list[int],
+        accelerator, scorer, meter, record: RunRecord, load_base, report=lambda **_: None,
+    ):  # fmt: skip
+        self.method, self.hp, self.seed, self.splits = method, hp, seed, splits
+        self.accelerator, self.scorer, self.meter = accelerator, scorer, meter
+        self.template, self.record, self.report = template, record, report
+        self.decoder = Decoder(template.tokenizer, stops, hp, accelerator)
+        self.device, self.pad = accelerator.device, template.tokenizer.pad_token_id
+        self.batches = Batches(splits["train"], hp, seed)
+        self.steps = len(self.batches)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.reading: loop.Reading | None = None  # while the loop trains
+        self.loader = load_base
+
+    def load_base(self, **more):
+        """The untouched model. `more` goes to from_pretrained."""
+        with self.meter.phase("load"):
+            return self.loader(**more)
+
+    def micro_batches(self, examples: list[Row]) -> list[list[Row]]:
+        size = self.hp.micro_batch_size
+        return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+    def collate(self, examples: list[Row], history: bool = True) -> dict:
+        """-> a micro-batch, with labels on every answer that is to be learned; without `history`, the last."""
+        packed = self.hp.max_length if self.hp.packing else 0
+        return collate(examples, self.pad, self.device, history, packed)
+
+    def sample(
+        self, model, examples: list[Row], new_tokens: int, copies: int = 1, temperature: float = 0.0
+    ) -> list[list[list[int]]]:
+        """-> for each example `copies` answers to its prompt, each at most so many new token ids, as long as
+        hp.max_length leaves room for; greedy at temperature 0. As many at once as a step has rows: how an
+        evaluation is batched must not change what is trained on. A phase of its own."""
+        training = model.training
+        with self.meter.phase("rollout"):
+            drawn = self.decoder.continuations(
+                model, examples, self.hp.batch_size, new_tokens, copies, temperature
+            )
+        model.train(training)
+        answers = [
+            [ids[: self.hp.max_length - len(example.prompt_ids)] for ids in group]
+            for example, group in zip(examples, drawn, strict=True)
+        ]
+        tokens = self.record.tokens
+        tokens["sampled"] = tokens.get("sampled", 0) + sum(len(ids) for group in answers for ids in group)
+        return answers
+
+    def reward(self, example: Row, ids: list[int]) -> float:
+        """What the dataset's spec says an answer to this prompt earns, 0 to 1."""
+        return self.scorer.reward(self.decoder.text_of(ids), example.reference)
+
+    def token_logps(self, model, batch: dict) -> torch.Tensor:
+        """(B, T-1): log p of each next token that is a target, see harness/training/head.py."""
+        if self.reading and torch.is_grad_enabled():
+            self.reading(batch)
+        return head.token_logps(model, batch)
+
+    def accumulate(self, model, batches: list[dict]) -> torch.Tensor:
+        """Adds the gradients of a step with these micro-batches, as the training has them. -> its loss."""
+        loop.prepare_model(model.train(), self.hp)
+        return loop.accumulate(model, batches, self)
+
+    def note(self, what: str, value: float | str) -> None:
+        """Keeps something that this run found out about its method; the report prints it."""
+        self.record.notes[redacted(str(what))] = redacted_in(recordable(value))
+
+
+def recordable(value):
+    """As a record holds it: a tensor's number as one, what JSON has as it is, else a short text."""
+    try:
+        plain = parse(json.dumps(finite(value.item() if hasattr(value, "item") else value)))
+        check(plain, Any)
+        return plain
+    except Exception:  # whatever a stranger's value does
+        with suppress(Exception):
+            return brief(value)
+        return type(value).__name__
