@@ -1,33 +1,44 @@
-"""BLEU-4, ROUGE-L, perplexity and token accuracy: each with its unit, direction and signature.
+"""BLEU-4, ROUGE-L, perplexity and the other metrics: each one object, and what it adds up over test rows.
 
-A test output is kept with what is needed to compute every score again for any choice of rows:
-n-gram counts for BLEU, an F1 for ROUGE-L, summed negative log-likelihood and hits for the others.
+A metric is a function of sums over test rows, so that it can be computed again for any choice of rows.
 """
 
+import math
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import numpy as np
 
-METRICS = {  # unit and direction; the signature comes with the value
-    "bleu4": {"unit": "0 to 100", "better": "higher"},
-    "rouge_l": {"unit": "F1, 0 to 1", "better": "higher"},
-    "perplexity": {"unit": "per response token", "better": "lower"},
-    "token_accuracy": {"unit": "share of response tokens", "better": "higher"},
-    "stop_rate": {"unit": "share of answers that ended by themselves", "better": "higher"},
-    "reward": {"unit": "mean over answers, 0 to 1", "better": "higher"},
-    "preference_accuracy": {"unit": "share of test rows", "better": "higher"},
-}
-REWARDS = {  # what an answer earns, by the dataset's spec -> its signature
-    "rouge_l": "ROUGE-L F1 with the reference",
-    "exact": "1 if the final answer is the reference's: what follows the last ####, else the last "
-    "\\boxed{}, else the last number, else the whole text; commas in numbers do not count",
-}
+
+@dataclass(frozen=True)
+class Metric:
+    """What a model scores on test rows: the `value` of sums over them. `sums` gives the numbers of a row that
+    are added up, from its line of outputs.jsonl and the dataset's spec."""
+
+    name: str  # in records and JSON
+    label: str  # in reports
+    unit: str
+    sums: Callable[[dict, dict], Sequence[float | None]]  # null: not known
+    value: Callable[[np.ndarray], np.ndarray]  # (..., width) -> (...)
+    signature: Callable[[dict], str]  # how it was computed, for a dataset's spec
+    better: Literal["higher", "lower"] = "higher"
+    decimals: int = 3  # of a score in a table
+    range: tuple[float, float] = (0.0, 1.0)  # in which a score must lie
+    width: int = 2  # numbers a row: most metrics are one sum over another
+    kept: bool = False  # a run keeps the numbers of its rows: they are slow to compute
+    compared: bool = False  # has differences, verdicts and plots; others stand in a table alone
+
+
 PREFERENCE_SIGNATURE = (
     "rows in which the reference is likelier per token than the rejected answer: the dataset's, else the "
     "untouched model's own greedy one"
 )
 ROUGE_SIGNATURE = "rouge-score:rougeL|F1, mean over rows|stemmer:no|tokens:Unicode words, CJK by character"
 LIKELIHOOD_SIGNATURE = "corpus level, response tokens with the end mark, teacher-forced"
+STOP_SIGNATURE = "greedy, stopped before max_new_tokens"
 LANGUAGES = """
 aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee
 el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is
@@ -49,38 +60,49 @@ class UnicodeTokenizer:
         return WORD.findall(text.lower())
 
 
-class TextScorer:
-    """Scores of one output against its reference. Importing rouge-score takes a second: once."""
+def texts(output: dict) -> tuple[str, str]:
+    """The answer and its reference."""
+    found = output["output"], output["reference"]
+    if not all(isinstance(text, str) for text in found):
+        raise TypeError("an output and its reference are texts")
+    return found
 
-    def __init__(self, language: str = "en", reward: str = "rouge_l"):
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics import BLEU
 
-        self.bleu = BLEU(tokenize=BLEU_TOKENIZERS.get(language, "13a"), effective_order=True)
-        self.corpus = BLEU(tokenize=BLEU_TOKENIZERS.get(language, "13a"))
-        self.rouge = RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
-        self.kind = reward
+@cache  # importing sacrebleu or rouge-score takes a second
+def bleu(language: str, **options):
+    from sacrebleu.metrics import BLEU
 
-    def score(self, output: str, reference: str) -> dict:
-        """-> bleu: [output length, reference length, matches of 1..4, n-grams of 1..4], rouge_l, reward."""
-        if not isinstance(output, str) or not isinstance(reference, str):
-            raise TypeError("an output and its reference are texts")
-        bleu = self.bleu.sentence_score(output, [reference])
-        return {
-            "bleu": [bleu.sys_len, bleu.ref_len, *bleu.counts, *bleu.totals],
-            "rouge_l": self.rouge.score(reference, output)["rougeL"].fmeasure,
-            "reward": self.reward(output, reference),
-        }
+    return BLEU(tokenize=BLEU_TOKENIZERS.get(language, "13a"), **options)
 
-    def reward(self, output: str, reference: str) -> float:
-        """0 to 1, by the rule that the dataset declares."""
-        if self.kind == "exact":
-            return float(final_answer(output) == final_answer(reference))
-        return self.rouge.score(reference, output)["rougeL"].fmeasure
 
-    def signature(self) -> str:
-        self.corpus.corpus_score(["a"], [["a"]])  # it knows its number of references only after one
-        return self.corpus.get_signature().format()
+@cache
+def rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
+
+
+def bleu_counts(output: dict, dataset: dict) -> list[int]:
+    """Output length, reference length, matches of 1- to 4-grams, n-grams of 1 to 4."""
+    answer, reference = texts(output)
+    # one row may be shorter than four words, a corpus is not
+    found = bleu(dataset.get("language", "en"), effective_order=True).sentence_score(answer, [reference])
+    return [found.sys_len, found.ref_len, *found.counts, *found.totals]
+
+
+def bleu_signature(dataset: dict) -> str:
+    corpus = bleu(dataset.get("language", "en"))
+    corpus.corpus_score(["a"], [["a"]])  # it knows its number of references only after one
+    return corpus.get_signature().format()
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1, 0 to 1."""
+    return rouge().score(reference, answer)["rougeL"].fmeasure
+
+
+def exact(answer: str, reference: str) -> float:
+    return float(final_answer(answer) == final_answer(reference))
 
 
 def final_answer(text: str) -> str:
@@ -96,7 +118,7 @@ def final_answer(text: str) -> str:
 
 
 def bleu4(counts: np.ndarray) -> np.ndarray:
-    """Corpus BLEU-4, 0 to 100, from counts (..., 10) as TextScorer gives them, summed over rows.
+    """Corpus BLEU-4, 0 to 100, from bleu_counts (..., 10) summed over rows.
 
     As sacrebleu: exponential smoothing of orders without a match, brevity penalty.
     """
@@ -112,26 +134,165 @@ def bleu4(counts: np.ndarray) -> np.ndarray:
     return np.where(none, 0.0, 100 * bleu)
 
 
-def summarise(outputs: list[dict], bleu_signature: str, reward: str = "rouge_l") -> dict:
-    """Scores of a whole test set from its outputs, each with unit, direction and signature."""
+REWARDS = {  # what an answer earns, by the dataset's spec -> how, and its signature
+    "rouge_l": (rouge_l, "ROUGE-L F1 with the reference"),
+    "exact": (
+        exact,
+        "1 if the final answer is the reference's: what follows the last ####, else the last \\boxed{}, "
+        "else the last number, else the whole text; commas in numbers do not count",
+    ),
+}
+
+
+def reward(dataset: dict) -> tuple[Callable[[str, str], float], str]:
+    """What an answer to a row of this dataset earns by its reference, 0 to 1, and the signature of it. Raises
+    ValueError for a reward that this version does not know."""
+    kind = dataset.get("reward", "rouge_l")
+    if kind not in REWARDS:
+        raise ValueError(f"unknown reward {kind!r}. Available: {', '.join(REWARDS)}")
+    return REWARDS[kind]
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def preferred(output: dict, dataset: dict) -> tuple[int, int]:
+    """A row without a rejected answer does not count."""
+    margin = output.get("margin")
+    return (0, 0) if margin is None else (int(margin > 0), 1)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "bleu4",
+            "BLEU-4",
+            "0 to 100",
+            bleu_counts,
+            bleu4,
+            bleu_signature,
+            decimals=2,
+            range=(0.0, 100.0),
+            width=10,
+            kept=True,
+            compared=True,
+        ),
+        Metric(
+            "rouge_l",
+            "ROUGE-L",
+            "F1, 0 to 1",
+            lambda output, dataset: (rouge_l(*texts(output)), 1),
+            ratio,
+            lambda dataset: ROUGE_SIGNATURE,
+            kept=True,
+            compared=True,
+        ),
+        Metric(
+            "perplexity",
+            "Perplexity",
+            "per response token",
+            lambda output, dataset: (output.get("nll"), output.get("tokens")),
+            lambda sums: np.exp(ratio(sums)),
+            lambda dataset: LIKELIHOOD_SIGNATURE,
+            better="lower",
+            decimals=2,
+            range=(0.0, math.inf),
+        ),
+        Metric(
+            "token_accuracy",
+            "Token accuracy",
+            "share of response tokens",
+            lambda output, dataset: (output.get("correct"), output.get("tokens")),
+            ratio,
+            lambda dataset: LIKELIHOOD_SIGNATURE,
+        ),
+        Metric(
+            "stop_rate",
+            "Stop rate",
+            "share of answers that ended by themselves",
+            lambda output, dataset: (output.get("stopped"), 1),
+            ratio,
+            lambda dataset: STOP_SIGNATURE,
+        ),
+        Metric(
+            "preference_accuracy",
+            "Preference accuracy",
+            "share of test rows",
+            preferred,
+            ratio,
+            lambda dataset: PREFERENCE_SIGNATURE,
+        ),
+        Metric(
+            "reward",
+            "Reward",
+            "mean over answers, 0 to 1",
+            lambda output, dataset: (reward(dataset)[0](*texts(output)), 1),
+            ratio,
+            lambda dataset: reward(dataset)[1],
+            kept=True,
+        ),
+    )
+}
+
+
+def compared() -> list[Metric]:
+    """Those that have differences, verdicts and plots; the first of them leads."""
+    return [metric for metric in METRICS.values() if metric.compared]
+
+
+def kept_sums(output: dict, dataset: dict) -> dict[str, list[float]]:
+    """What a run keeps of a test output: the numbers that are slow to compute, by metric."""
+    return {name: list(metric.sums(output, dataset)) for name, metric in METRICS.items() if metric.kept}
+
+
+def row_sums(outputs: list[dict], dataset: dict) -> dict[str, np.ndarray]:
+    """The numbers of each test row, by metric (rows, width). NaN: not known.
+
+    What a run did not keep, as it is older than a metric, is computed from its texts; not known where the
+    package that does it is not installed. Raises ValueError where there is no row.
+    """
     if not outputs:
         raise ValueError("no test outputs to score")
-    column = {name: np.array([o[name] for o in outputs], dtype=float) for name in
-              ("tokens", "nll", "correct", "rouge_l", "stopped", "reward")}  # fmt: skip
-    tokens = column["tokens"].sum()
-    with np.errstate(all="ignore"):  # what is not finite stays so, and is null in a record
-        perplexity, accuracy = np.exp(column["nll"].sum() / tokens), column["correct"].sum() / tokens
-    values = {
-        "bleu4": (bleu4(np.array([o["bleu"] for o in outputs]).sum(0)), bleu_signature),
-        "rouge_l": (column["rouge_l"].mean(), ROUGE_SIGNATURE),
-        "perplexity": (perplexity, LIKELIHOOD_SIGNATURE),
-        "token_accuracy": (accuracy, LIKELIHOOD_SIGNATURE),
-        "stop_rate": (column["stopped"].mean(), "greedy, stopped before max_new_tokens"),
-        "reward": (column["reward"].mean(), REWARDS[reward]),
-    }
-    if margins := [o["margin"] for o in outputs if o.get("margin") is not None]:
-        values["preference_accuracy"] = (np.mean(np.array(margins) > 0), PREFERENCE_SIGNATURE)
     return {
-        name: {"value": float(value), "signature": signature, **METRICS[name]}
-        for name, (value, signature) in values.items()
+        name: np.array([numbers(metric, output, dataset) for output in outputs], dtype=float)
+        for name, metric in METRICS.items()
     }
+
+
+def numbers(metric: Metric, output: dict, dataset: dict) -> Sequence[float | None]:
+    kept = output.get("sums", {}).get(metric.name, ())
+    if len(kept) == metric.width:
+        return kept
+    try:
+        return metric.sums(output, dataset)
+    except ImportError:
+        return [None] * metric.width
+
+
+def total(outputs: list[dict], dataset: dict) -> dict[str, list[float]]:
+    """The sums over all test rows, by metric."""
+    return {name: of_rows.sum(0).tolist() for name, of_rows in row_sums(outputs, dataset).items()}
+
+
+def scores(sums: dict[str, Sequence[float]]) -> dict[str, float | None]:
+    """Sums over test rows (width,), by metric -> their scores; null for what is not finite."""
+    with np.errstate(all="ignore"):
+        found = {name: float(METRICS[name].value(np.asarray(s, dtype=float))) for name, s in sums.items()}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+def check_range(sums: dict[str, np.ndarray], where: str) -> None:
+    """Raises ValueError unless the scores of sums (..., width) lie in the ranges of their metrics."""
+    for name, metric in METRICS.items():
+        if name not in sums:
+            continue
+        found = np.asarray(sums[name], dtype=float)
+        if found.shape[-1] != metric.width:
+            raise ValueError(f"{where}: {name} has not {metric.width} numbers")
+        with np.errstate(all="ignore"):
+            values = metric.value(found)
+        low, high = metric.range
+        if wrong := values[(values < low) | (values > high)].tolist():
+            raise ValueError(f"{where}: {metric.label} must be from {low:g} to {high:g}, not {wrong[0]:g}")

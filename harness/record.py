@@ -6,15 +6,15 @@ Bytes, seconds and joules only. Unknown is null: never 0, never NaN.
 import json
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Never, Required, TypedDict
 
+from harness import migrate
 from harness.metrics import METRICS
-from harness.shape import Amount, Annotated, Count, Share, check, parse
+from harness.shape import Amount, Annotated, Count, check, parse
 from harness.spec import RunSpec, digest, folder_name
 
-SCHEMA = 1
+SCHEMA = 2
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
 PHASES = ("load", "attach", "train", "rollout", "validate", "evaluate", "generate", "save")
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
@@ -33,6 +33,76 @@ class Phase:
     joules: Amount | None = None  # energy of the whole card
 
 
+@dataclass
+class Tokens:
+    """What a training read; null where nothing was trained."""
+
+    trained: Count | None = None  # by the model, in steps; padding is not in it
+    attach: Count | None = None  # by the model, before the first step
+    padded: Count | None = None
+    supervised: Count | None = None  # those that carried loss
+    sampled: Count | None = None  # made by the model, to be trained on
+    rows: Count | None = None  # distinct ones
+
+
+@dataclass
+class Data:
+    """What the dataset came to for this model."""
+
+    rows: dict[str, Count] = field(default_factory=dict)  # split -> how many
+    left_out: dict[str, Count] = field(default_factory=dict)  # why -> rows that were left out or cut
+    refused: list[Any] = field(default_factory=list)  # some rows that could not be read, and why
+    answered: dict[str, Count] = field(
+        default_factory=dict
+    )  # split -> rows whose prompt a training row answers
+    unused: dict[str, list[str]] = field(default_factory=dict)  # part -> its columns that were not read
+    revisions: dict[str, Any] = field(default_factory=dict)  # part -> of its source on the hub
+    origins: dict[str, dict[str, str]] = field(default_factory=dict)  # part -> our split -> its source's
+    template: str | None = None  # how a conversation was written
+    loss: Literal["all", "last"] | None = None  # the answers of a conversation that carry loss
+    plain_text: bool = False  # no row asks anything
+
+
+@dataclass
+class Sizes:
+    """Of the model in training. Bytes are as they lie in memory."""
+
+    parameters: Count | None = None  # a 4-bit weight counts its values
+    trainable: Count | None = None
+    weight_bytes: Count | None = None
+    trainable_bytes: Count | None = None
+    optimizer_bytes: Count | None = None
+    saved_bytes: Count | None = None  # of the weights on disk; null where they were not saved
+
+
+@dataclass
+class Provenance:
+    """With what a run was made: the code, the packages, the machine. By an allow-list."""
+
+    version: str | None = None  # of Tuneoff
+    commit: str | None = None  # of Tuneoff's own repository; null where it runs from no such
+    dirty: bool | None = None  # the code was changed since that commit
+    model_revision: str | None = None  # the hub's commit
+    precision: str | None = None
+    attention: str | None = None
+    device: str | None = None
+    device_bytes: Count | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    cpu: str | None = None
+    threads: Count | None = None
+    waiting: str | None = None  # how OpenMP's idle threads wait
+    allocator: str | None = None  # settings of torch's allocator
+    platform: str | None = None
+    python: str | None = None
+    packages: dict[str, str] = field(default_factory=dict)  # name -> version
+
+    @property
+    def code(self) -> str | None:
+        """The commit, with a + where it was changed since; where it is unknown, the version."""
+        return self.commit + "+" * bool(self.dirty) if self.commit else self.version
+
+
 # What stands in a record's lists and dicts, as far as anybody relies on it
 
 
@@ -41,7 +111,7 @@ class Card(TypedDict, total=False):
     title: str
     axis: str
     objective: str
-    aim: Literal[tuple(METRICS)]
+    aim: str
     baseline: str
     summary: str
     formula: str
@@ -57,24 +127,7 @@ class Hashes(TypedDict, total=False):
     given: list[str]
     learned: list[str]
     before: str | None
-    outputs: str
-
-
-class Tokens(TypedDict, total=False):
-    trained: Count
-    attach: Count
-    padded: Count
-    supervised: Count
-    sampled: Count
-    rows: Count
-    left_out: dict[str, Count]
-    unused: dict[str, list[str]]
-    origins: dict[str, dict[str, str]]
-    splits: dict[str, Count]
-    answered: dict[str, Count]
-    template: str
-    loss: Literal["all", "last"]
-    plain_text: bool
+    outputs: str | None
 
 
 class Form(TypedDict):
@@ -97,20 +150,9 @@ class Point(TypedDict, total=False):
     loss: Annotated[float, (-1e100, 1e100)] | None  # far beyond fp32; no plot has an axis beyond 1e300
 
 
-class Score(TypedDict, total=False):
-    value: Required[float | None]
-    signature: str
-
-
-RANGES = {"bleu4": (0.0, 100.0), "perplexity": (0.0, sys.float_info.max)}  # of other metrics: 0 to 1
-SCORES = TypedDict("SCORES", {
-    name: TypedDict(name, {"value": Annotated[float, RANGES.get(name, (0.0, 1.0))] | None}, total=False)
-    for name in METRICS
-}, total=False)  # fmt: skip
-
-
 class Output(TypedDict, total=False):
-    """A line of outputs.jsonl: one test row, the answer to it, and what every score is made of."""
+    """A line of outputs.jsonl: one test row, the answer to it, and what every score is made of. `sums`: by
+    metric, the numbers that are slow to compute."""
 
     id: Required[str]
     part: Required[str]
@@ -121,10 +163,8 @@ class Output(TypedDict, total=False):
     tokens: Required[Count]  # of the reference, end mark included
     nll: Required[Annotated[float, (-1.0, 1e300)] | None]  # of them all; rounding can leave it below 0
     correct: Required[Count]
-    bleu: Required[tuple[(Count,) * 10]]
-    rouge_l: Required[Share]
-    reward: Required[Share]
     margin: float | None
+    sums: dict[str, list[float]]
 
 
 @dataclass
@@ -138,15 +178,12 @@ class RunRecord:
     outputs that rejected answers were taken from (null: none were there; absent: none were needed);
     `outputs`: of outputs.jsonl, as the run left it.
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
-    `tokens`: trained (read by the model in steps), attach (read before the first), padded, supervised
-    (carrying loss), rows (distinct ones read), sampled (made by the model while training); left_out and
-    splits count rows; answered, the held-out rows whose prompt a training row answers; unused names the
-    columns of a part that were not read. `notes`: what the run found out about its method.
+    `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.data.study.
-    `sizes`: parameters and trainable (counts); weight, trainable, optimizer, saved (bytes).
     `training`: {step, loss, learning_rate, grad_norm} a step; `validation`: {step, loss}.
-    `scores`: metric -> {value, signature}; what an unknown value means is said in `warnings`.
-    `start`: the scores of a method's own start, where it starts at no baseline.
+    `signatures`: how each metric was computed. `start`: the sums over the test rows of a method's own start,
+    by metric, where it starts at no baseline.
+    `scores`: metric -> value, which the store derives from the outputs; null: it is not finite, or not known.
     """
 
     spec: RunSpec
@@ -160,21 +197,23 @@ class RunRecord:
     weights: str = ""  # the master-weight policy as it was applied
     hashes: Hashes = field(default_factory=dict)
     arithmetic: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
     step_seconds: list[Amount] = field(default_factory=list)
     warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time
-    tokens: Tokens = field(default_factory=dict)
+    tokens: Tokens = field(default_factory=Tokens)
+    data: Data = field(default_factory=Data)
     study: Study | dict[str, Never] = field(default_factory=dict)
-    sizes: dict[str, Count | None] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
     training: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
-    scores: dict[str, Score] = field(default_factory=dict)
-    start: dict[str, Score] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+    start: dict[str, list[float | None]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    # In which it is kept; not in the JSON, which says it by what was asked.
-    folder: str = field(default="", compare=False)
+    # DERIVED from the outputs and from what was asked
+    scores: dict[str, float | None] = field(default_factory=dict, compare=False)
+    folder: str = field(default="", compare=False)  # in which it is kept
 
     @property
     def ok(self) -> bool:
@@ -194,7 +233,8 @@ class RunRecord:
 
     def to_json(self) -> str:
         value = asdict(self)
-        del value["folder"]
+        for name in DERIVED:
+            del value[name]
         value["spec"] = self.spec.asked()
         return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -204,26 +244,36 @@ class RunRecord:
         value = parse(text)
         if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
             raise ValueError("not a run record")
-        if value["schema"] != SCHEMA:
-            newer = value["schema"] > SCHEMA
-            raise ValueError(
-                f"schema {value['schema']}, this version reads {SCHEMA}: "
-                + ("upgrade tuneoff" if newer else "run it again")
-            )
-        value = {f.name: value[f.name] for f in fields(cls) if f.name in value}
+        if not 1 <= value["schema"] <= SCHEMA:
+            raise ValueError(f"schema {value['schema']}, this version reads 1 to {SCHEMA}: upgrade tuneoff")
+        try:
+            value = migrate.record(value)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"not a record of schema {value['schema']}: {error!r}") from error
+        value = {name: item for name, item in value.items() if name not in DERIVED}
         check(value, cls, "record")
-        for name in ("scores", "start"):
-            check(value.get(name, {}), SCORES, f"record.{name}")
+        if (aim := value.get("card", {}).get("aim")) not in (None, *METRICS):
+            raise ValueError(f"record.card.aim must be one of {', '.join(METRICS)}, not {aim[:60]!r}")
         asked = value["spec"]
         if not NAME.fullmatch(asked["method"]):
             raise ValueError(f"{asked['method']!r} is no method's name")
         value["folder"] = folder_name(asked)  # of what was asked then: a later version may ask for more
         try:
             value["spec"] = RunSpec.from_json(asked)
-            value["phases"] = {name: Phase(**phase) for name, phase in value.get("phases", {}).items()}
         except TypeError as error:
             raise ValueError(f"not a run record: {error}") from error
-        return cls(**value)
+        value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
+        parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance}
+        value |= {name: made(kind, value[name]) for name, kind in parts.items() if name in value}
+        return made(cls, value)
+
+
+DERIVED = ("scores", "folder")  # of a record: not in its JSON
+
+
+def made(kind, value: dict):
+    """A dataclass of what it knows: a later version may have written more."""
+    return kind(**{f.name: value[f.name] for f in fields(kind) if f.name in value})
 
 
 def answers_hash(outputs: list[dict]) -> str | None:

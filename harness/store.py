@@ -4,12 +4,12 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from itertools import count
-from math import isclose, isfinite
 from pathlib import Path
 from uuid import uuid4
 
-from harness.metrics import METRICS, summarise
+from harness import metrics, migrate
 from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import check, parse
@@ -26,15 +26,24 @@ class Store:
         self.folder = Path(folder)
 
     def path(self, spec: RunSpec) -> Path:
-        return (self.folder / spec.folder).resolve()
+        """Where its run is: in the folder of its own name, else in that of an earlier version's spec, which
+        asked for less: what it did not name has its default."""
+        folder = self.folder.resolve()
+        own = folder / spec.folder
+        earlier = [] if os.path.lexists(own) else folder.glob(f"{spec.method}-s{spec.seed}-*")
+        for path in sorted(path for path in earlier if RUN.fullmatch(path.name)):
+            with suppress(OSError, ValueError):
+                if RunRecord.from_json(self.text(path.name, RECORD)).spec == spec:
+                    return path
+        return own
 
     # Reading: nothing that a record says is believed before `read` has looked at all of the run
 
     def find(self, spec: RunSpec) -> RunRecord | None:
         """The record of this spec, if its run is here whole, with its model if one was saved."""
-        record, _ = self.standing(spec.folder)
-        saved = record.sizes.get("saved_bytes") if record else None
-        files = (self.folder / spec.folder / MODEL).rglob("*.safetensors")
+        record, _ = self.standing(self.path(spec).name)
+        saved = record.sizes.saved_bytes if record else None
+        files = (self.folder / record.folder / MODEL).rglob("*.safetensors") if record else ()
         try:
             return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
         except OSError:  # a link to nothing
@@ -63,7 +72,7 @@ class Store:
 
     def read(self, name: str) -> RunRecord:
         """The record of a folder. Raises OSError or ValueError, with the reason, unless the folder has what a
-        run leaves: a record whose spec gives the folder's name, and outputs that give its scores."""
+        run leaves: a record whose spec gives the folder's name, and whole outputs."""
         record = RunRecord.from_json(self.text(name, RECORD))
         if record.folder != name:
             raise ValueError(f"{RECORD} is {record.folder}'s: its spec or the folder's name was changed")
@@ -71,25 +80,19 @@ class Store:
             return record
         if record.spec.trains and not record.phases.get("train", Phase()).seconds:
             raise ValueError(f"{RECORD} has trained in no time: its phase train is missing")
-        if not record.scores:
-            raise ValueError(f"{RECORD} is ok and has no scores")
         outputs = self.outputs(record)
+        if "outputs" not in record.hashes:
+            raise ValueError(f"{RECORD} has no hash of {OUTPUTS}")
+        if record.hashes["outputs"] not in (None, content_hash(self.folder / name / OUTPUTS)):
+            raise ValueError(f"{OUTPUTS} was changed since the run")
         for number, output in enumerate(outputs, 1):
             check(output, Output, f"{OUTPUTS}, line {number}")
-            right = [output["correct"], *output["bleu"][2:6]]
-            if any(map(int.__gt__, right, [output["tokens"], *output["bleu"][6:]])):
+            if output["correct"] > output["tokens"]:
                 raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
-        rows = record.tokens.get("splits", {}).get("test", len(outputs))
+        rows = record.data.rows.get("test", len(outputs))
         if rows != len(outputs) or rows != len({output["id"] for output in outputs}):
             raise ValueError(f"{OUTPUTS} has not one output for each of {rows} test rows")
-        derived = summarise(outputs, "")
-        for metric in set(METRICS) & set(record.scores):
-            said, found = (scores.get(metric, {}).get("value") for scores in (record.scores, derived))
-            if not agree(said, found):
-                raise ValueError(f"{metric} is {said} by {RECORD}, but {found} by {OUTPUTS}")
-        if record.hashes.get("outputs") not in (None, content_hash(self.folder / name / OUTPUTS)):
-            raise ValueError(f"{OUTPUTS} was changed since the run")
-        record.scores = derived | record.scores  # a record that is older than a metric has it, too
+        score(record, outputs)
         return record
 
     def outputs(self, record: RunRecord) -> list[dict]:
@@ -97,7 +100,7 @@ class Store:
         found = []
         for number, line in enumerate(self.text(record.folder, OUTPUTS).split("\n"), 1):
             try:
-                found += [parse(line)] if line else []
+                found += [migrate.output(parse(line))] if line else []
             except ValueError as error:
                 raise ValueError(f"{OUTPUTS}, line {number}: {error}") from error
         return found
@@ -121,8 +124,9 @@ class Store:
         return folder
 
     def keep(self, spec: RunSpec, record: RunRecord) -> None:
-        """Ends the attempt. One that is not ok never takes the place of one that is. What is no whole run, or
-        one of a newer version, is set aside: nothing that cannot be read is overwritten."""
+        """Ends the attempt, and gives its record the scores of its outputs. One that is not ok never takes
+        the place of one that is. What is no whole run, or one of a newer version, is set aside: nothing that
+        cannot be read is overwritten."""
         attempt = self.folder / ATTEMPT.format(spec.folder)
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
@@ -133,6 +137,8 @@ class Store:
             record.warnings.append(f"{spec.folder} held no whole run ({reason}): it was moved to {aside}")
         save(attempt / RECORD, record.to_json())
         self.settle(spec.folder)
+        kept, _ = self.standing(spec.folder)
+        record.scores = kept.scores if kept else {}
 
     def recover(self) -> None:
         """Ends what a bench had begun to keep when it was killed."""
@@ -159,11 +165,19 @@ class Store:
         return next(path for path in paths if not os.path.lexists(path))
 
 
-def agree(said: float | None, derived: float | None) -> bool:
-    """Up to the last digits, which depend on NumPy's version. What is not finite is null in a record."""
-    if said is None or derived is None or not isfinite(derived):
-        return said is None and (derived is None or not isfinite(derived))
-    return isclose(said, derived, rel_tol=1e-6, abs_tol=1e-9)
+def score(record: RunRecord, outputs: list[dict]) -> None:
+    """Derives the scores of a run from its test outputs; also of a metric that is newer than the run.
+
+    Raises ValueError for outputs that give none, and for scores that cannot be.
+    """
+    dataset = record.spec.dataset
+    sums = metrics.row_sums(outputs, dataset)
+    metrics.check_range(sums, OUTPUTS)
+    metrics.check_range(record.start, f"the start in {RECORD}")
+    record.scores = metrics.scores(metrics.total(outputs, dataset))
+    for name in metrics.METRICS.keys() - record.signatures:
+        with suppress(ImportError):
+            record.signatures[name] = metrics.METRICS[name].signature(dataset)
 
 
 def save(path: Path, content: str | bytes) -> None:

@@ -5,9 +5,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from harness.metrics import summarise
-from harness.record import Phase, RunRecord
-from harness.spec import Hyperparams, RunSpec
+from harness.metrics import METRICS, scores, total
+from harness.record import Data, Phase, Provenance, RunRecord, Sizes, Tokens
+from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import OUTPUTS, RECORD
 
 TEXT = "the a cat dog sat ran on under mat tree and then saw nothing but rain all day long"
@@ -55,19 +55,19 @@ def record(method: str, seed: int = 0, model: str = "google/gemma-3-1b-it", **ch
         "why": {"performance": "It fits well.", "efficiency": "Few parameters.",
                 "generalisation": "Little is forgotten."},
     })  # fmt: skip
+    found.signatures = dict.fromkeys(METRICS, "") | {"bleu4": "nrefs:1|case:mixed|tok:13a"}
     found.started = f"2025-11-20T1{seed}:{order:02}:00+00:00"
     found.hashes = {"method_code": "c0de", "train": "7a", "validation": "7b", "test": "7c"}
-    found.environment = {
-        "device": "NVIDIA H200", "precision": "bf16", "attention": "sdpa", "driver": "570.1",
-        "python": "3.11.7", "packages": {"torch": "2.13.0", "transformers": "5.3.0"}, "cpu": None,
-        "commit": "0123456789ab",
-    }  # fmt: skip
-    found.sizes = {"parameters": 10**9, "trainable": 6_500_000 if trains else 0, "weight_bytes": 2 * GIB}
+    found.provenance = Provenance(
+        device="NVIDIA H200", precision="bf16", attention="sdpa", driver="570.1", python="3.11.7",
+        packages={"torch": "2.13.0", "transformers": "5.3.0"}, commit="0123456789ab", dirty=False,
+    )  # fmt: skip
+    found.sizes = Sizes(parameters=10**9, trainable=6_500_000 if trains else 0, weight_bytes=2 * GIB)
     found.phases = {name: Phase(12.0, 2 * GIB, 3 * GIB, 4 * GIB, 5 * GIB, 900.0)
                     for name in ("load", "evaluate", "generate")}  # fmt: skip
     if trains:
         found.hashes["batches"] = [f"{seed}.{i}" for i in range(60)]
-        found.sizes |= {"optimizer_bytes": GIB // 20, "saved_bytes": GIB // 40}
+        found.sizes.optimizer_bytes, found.sizes.saved_bytes = GIB // 20, GIB // 40
         seconds *= luck.uniform(0.98, 1.02)
         peak = int(gib * GIB * luck.uniform(0.999, 1.001))
         found.phases |= {
@@ -78,7 +78,8 @@ def record(method: str, seed: int = 0, model: str = "google/gemma-3-1b-it", **ch
         }
         found.step_seconds = [seconds / 60 * luck.uniform(0.9, 1.1) for _ in range(60)]
         found.warmup_steps = 5
-        found.tokens = {"trained": 6_000_000, "padded": 400_000, "supervised": 3_000_000, "template": "chat"}
+        found.tokens = Tokens(trained=6_000_000, padded=400_000, supervised=3_000_000)
+        found.data = Data(template="chat")
         floor = 1.9 - METHODS[method][2] if method in METHODS else 1.5
         found.training = [{"step": i + 1, "loss": floor + 1.2 / (1 + i / 6) + luck.gauss(0, 0.06),
                            "learning_rate": 2e-4, "grad_norm": 1.0} for i in range(60)]  # fmt: skip
@@ -104,8 +105,9 @@ def outputs(method: str, seed: int = 0, rows: int = 90) -> list[dict]:
         found.append({
             "id": f"{part}:{i:012x}", "part": part, "prompt": f"Say something about {reference[0]}.",
             "reference": " ".join(reference), "output": " ".join(output), "tokens": tokens,
-            "nll": tokens * (2.2 - skill), "correct": hits, "bleu": counts(output, reference),
-            "rouge_l": hits / tokens, "reward": hits / tokens, "margin": skill - 0.5,
+            "nll": tokens * (2.2 - skill), "correct": hits, "margin": skill - 0.5,
+            "sums": {"bleu4": counts(output, reference), "rouge_l": [hits / tokens, 1],
+                     "reward": [hits / tokens, 1]},
             "new_tokens": tokens, "stopped": luck.random() < 0.9,
         })  # fmt: skip
     return found
@@ -119,13 +121,14 @@ def counts(output: list[str], reference: list[str]) -> list[int]:
 
 
 def keep(folder: Path, found: RunRecord, test: list[dict] | None = None) -> RunRecord:
-    """Writes one run. A finished one gets outputs and the scores that they have."""
+    """Writes one run. A finished one gets outputs, and the scores that they have."""
     place = folder / found.spec.folder
     place.mkdir(parents=True, exist_ok=True)
     if found.ok:
         test = outputs(found.spec.method, found.spec.seed) if test is None else test
         (place / OUTPUTS).write_text("".join(json.dumps(o) + "\n" for o in test), "utf-8")
-        found.scores = found.scores or (summarise(test, "nrefs:1|case:mixed|tok:13a") if test else {})
+        found.hashes = {**found.hashes, "outputs": content_hash(place / OUTPUTS)}
+        found.scores = scores(total(test, DATASET)) if test else {}
     (place / RECORD).write_text(found.to_json(), "utf-8")
     return found
 

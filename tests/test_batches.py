@@ -143,8 +143,8 @@ def test_a_training_with_packing_has_the_losses_of_one_without(micro):
     found = [tiny.fit(Full(), h, rows)[2] for h in (hp, replace(hp, packing=True))]
     assert tiny.losses(found[1]) == pytest.approx(tiny.losses(found[0]), rel=1e-4)
     apart, packed = (record.tokens for record in found)
-    assert packed["trained"] == apart["trained"] and packed["supervised"] == apart["supervised"]
-    assert packed["padded"] <= apart["padded"]
+    assert packed.trained == apart.trained and packed.supervised == apart.supervised
+    assert packed.padded <= apart.padded
 
 
 @pytest.mark.parametrize("name", ["orpo", "grpo"])

@@ -118,7 +118,7 @@ def test_two_runs_of_one_spec_are_equal_to_the_bit(home):
     bench("--methods", "bitfit", "--seeds", 0, "--plugins", "bitfit.py", *SMALL, "--force", cwd=folder)
     second = records(folder)["bitfit-0"]
     assert second["started"] != first["started"]
-    for part in ("training", "validation", "scores", "hashes", "tokens", "sizes"):
+    for part in ("training", "validation", "signatures", "hashes", "tokens", "sizes"):
         assert first[part] == second[part], part
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import SequentialSampler
 
 from harness.data.batches import Batches
 from harness.method import Method
+from harness.record import Tokens
 from harness.training.loop import validation_points
 from harness.training.weights import PIECE, Diverged, check, fingerprints
 from methods.dora import DoRA
@@ -420,12 +421,12 @@ def test_tokens_are_counted_as_the_tensors_have_them():
     read = [batch for step in tiny.steps(ROWS, hp) for batch in step]
     trained = sum(int(b["attention_mask"].sum()) for b in read)
     _, _, measured = fit(Full(), hp, ROWS)
-    assert measured.tokens == {
-        "trained": trained,
-        "supervised": sum(int((b["labels"] != -100).sum()) for b in read),
-        "padded": sum(b["input_ids"].numel() for b in read) - trained,
-        "rows": len(ROWS),
-    }
+    assert measured.tokens == Tokens(
+        trained=trained,
+        supervised=sum(int((b["labels"] != -100).sum()) for b in read),
+        padded=sum(b["input_ids"].numel() for b in read) - trained,
+        rows=len(ROWS),
+    )
     assert sum(Batches(ROWS, hp, 0).tokens) == trained
 
 
@@ -471,7 +472,7 @@ def test_what_a_step_was_given_is_hashed_however_it_is_cut(method, changes):
 
 def read_by(method, rows=ROWS, **changes):
     measured = fit(method, hyperparams(**{"max_steps": 3, "max_new_tokens": 4, **changes}), rows)[2]
-    return measured.hashes, measured.tokens
+    return measured.hashes, vars(measured.tokens)
 
 
 def changed(rows, **changes):

@@ -3,6 +3,7 @@ by hand."""
 
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from harness.metrics import METRICS, TextScorer, bleu4, summarise
+from harness import metrics
+from harness.metrics import METRICS, bleu4
 from harness.training.decoder import Decoder
 from harness.training.evaluation import mean_loss
 
-SCORER = TextScorer()
 ROUGE = RougeScorer(["rougeL"])
 REAL = [
     ("The cat sat on the mat.", "The cat is sitting on the mat."),
@@ -30,15 +31,22 @@ REAL = [
 ]
 
 
+def kept(output, reference, **dataset) -> dict:
+    return metrics.kept_sums({"output": output, "reference": reference}, dataset)
+
+
+def rouge_l(output: str, reference: str) -> float:
+    total, rows = kept(output, reference)["rouge_l"]
+    assert rows == 1
+    return total
+
+
 # BLEU
 
 
 def corpus_bleu(pairs, language="en") -> float:
     """From counts alone, kept a row at a time and summed."""
-    scorer = SCORER if language == "en" else TextScorer(language)
-    return float(
-        bleu4(np.sum([scorer.score(output, reference)["bleu"] for output, reference in pairs], axis=0))
-    )
+    return float(bleu4(np.sum([kept(*pair, language=language)["bleu4"] for pair in pairs], axis=0)))
 
 
 def sacre(pairs, **options) -> float:
@@ -100,12 +108,12 @@ def test_the_signature_is_sacrebleus():
     for language, tokens in {"en": "13a", "zh": "zh", "ja": "char"}.items():
         bleu = sacrebleu.BLEU(tokenize=tokens)
         bleu.corpus_score(["a"], [["a"]])
-        assert TextScorer(language).signature() == str(bleu.get_signature())
+        assert METRICS["bleu4"].signature({"language": language}) == str(bleu.get_signature())
 
 
 def test_bleu_of_many_samples_at_once_is_bleu_of_each():
     """What a bootstrap computes: counts (samples, 10)."""
-    counts = np.array([SCORER.score(*pair)["bleu"] for pair in [*REAL, ("", "a"), ("a", "b")]])
+    counts = np.array([kept(*pair)["bleu4"] for pair in [*REAL, ("", "a"), ("a", "b")]])
     rows = np.random.default_rng(0).integers(0, len(counts), (50, 4))
     found = bleu4(counts[rows].sum(1))
     assert found.shape == (50,)
@@ -120,20 +128,20 @@ def test_bleu_of_many_samples_at_once_is_bleu_of_each():
     st.text(st.characters(max_codepoint=127), max_size=60),
 )
 def test_rouge_of_any_ascii_texts_is_the_packages(output, reference):
-    assert SCORER.score(output, reference)["rouge_l"] == ROUGE.score(reference, output)["rougeL"].fmeasure
+    assert rouge_l(output, reference) == ROUGE.score(reference, output)["rougeL"].fmeasure
 
 
 @given(st.lists(st.tuples(*2 * [st.text("abc D1_.,'-", max_size=30)]), min_size=1))
 def test_rouge_of_ascii_texts_with_common_words_is_the_packages(pairs):
     for output, reference in pairs:
-        found = SCORER.score(output, reference)["rouge_l"]
+        found = rouge_l(output, reference)
         assert found == ROUGE.score(reference, output)["rougeL"].fmeasure
 
 
 def test_rouge_of_real_texts_is_the_packages():
     for output, reference in REAL:
         if (output + reference).isascii():
-            found = SCORER.score(output, reference)["rouge_l"]
+            found = rouge_l(output, reference)
             assert found == ROUGE.score(reference, output)["rougeL"].fmeasure
 
 
@@ -149,51 +157,56 @@ def test_rouge_of_real_texts_is_the_packages():
     ],
 )
 def test_rouge_knows_other_scripts(same, near, far):
-    assert SCORER.score(same, same)["rouge_l"] == 1.0
-    assert 0 < SCORER.score(near, same)["rouge_l"] < 1
-    assert SCORER.score(far, same)["rouge_l"] == 0.0
+    assert rouge_l(same, same) == 1.0
+    assert 0 < rouge_l(near, same) < 1
+    assert rouge_l(far, same) == 0.0
 
 
 def test_rouge_counts_whole_words_and_single_chinese_characters():
     """F1 by hand: 2 of 3 words in order; 4 of 6 characters."""
-    assert SCORER.score("кот ел суп", "кот пил суп")["rouge_l"] == pytest.approx(2 / 3)
-    assert SCORER.score("我喜欢吃香蕉", "我喜欢吃苹果")["rouge_l"] == pytest.approx(4 / 6)
+    assert rouge_l("кот ел суп", "кот пил суп") == pytest.approx(2 / 3)
+    assert rouge_l("我喜欢吃香蕉", "我喜欢吃苹果") == pytest.approx(4 / 6)
 
 
 def test_rouge_of_nothing_is_nothing():
     for output, reference in (("", "a"), ("a", ""), ("", ""), ("...", "a"), ("🙂", "🙂")):
-        assert SCORER.score(output, reference)["rouge_l"] == 0.0
+        assert rouge_l(output, reference) == 0.0
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["a"], b"a", math.nan])
 def test_what_is_no_text_is_refused(wrong):
     with pytest.raises(TypeError):
-        SCORER.score(wrong, "a")
+        kept(wrong, "a")
     with pytest.raises(TypeError):
-        SCORER.score("a", wrong)
+        kept("a", wrong)
 
 
 # Summaries
 
 
 def output(**changes) -> dict:
-    return {"tokens": 4, "nll": 2.0, "correct": 1, "stopped": True, **SCORER.score(*REAL[0]), **changes}
+    texts = dict(zip(("output", "reference"), REAL[0], strict=True))
+    return {"tokens": 4, "nll": 2.0, "correct": 1, "stopped": True, **texts, **changes}
+
+
+def scored(outputs: list[dict], **dataset) -> dict:
+    return metrics.scores(metrics.total(outputs, dataset))
 
 
 def test_a_summary_weighs_tokens_over_the_corpus_and_texts_over_rows():
-    outputs = [output(), output(tokens=12, nll=30.0, correct=11, stopped=False, rouge_l=0.0)]
-    found = {name: score["value"] for name, score in summarise(outputs, "signature").items()}
+    outputs = [output(), output(tokens=12, nll=30.0, correct=11, stopped=False, sums={"rouge_l": [0.0, 1]})]
+    found = scored(outputs)
     assert found["perplexity"] == pytest.approx(math.exp(32 / 16))
     assert found["token_accuracy"] == pytest.approx(12 / 16)
     assert found["stop_rate"] == 0.5
-    assert found["rouge_l"] == pytest.approx(outputs[0]["rouge_l"] / 2)
+    assert found["rouge_l"] == pytest.approx(rouge_l(*REAL[0]) / 2)
     assert found["bleu4"] == pytest.approx(sacre([REAL[0]] * 2))
-    assert found.keys() == METRICS.keys() - {"preference_accuracy"}
+    assert found.keys() == METRICS.keys() and found["preference_accuracy"] is None
 
 
 def test_preferences_are_counted_over_the_rows_that_have_a_rejected_answer():
     outputs = [output(margin=0.1), output(margin=-2.0), output(margin=3.0), output(margin=0.0), output()]
-    assert summarise(outputs, "")["preference_accuracy"]["value"] == 2 / 4
+    assert scored(outputs)["preference_accuracy"] == 2 / 4
 
 
 @pytest.mark.parametrize(
@@ -209,20 +222,41 @@ def test_preferences_are_counted_over_the_rows_that_have_a_rejected_answer():
     ],
 )
 def test_the_exact_reward_judges_the_final_answer(output, reference, earned):
-    assert TextScorer("en", "exact").score(output, reference)["reward"] == earned
+    assert kept(output, reference, reward="exact")["reward"] == [earned, 1]
 
 
-def test_a_summary_carries_unit_direction_and_signature():
-    for name, score in summarise([output()], "nrefs:1").items():
-        assert score["unit"] == METRICS[name]["unit"]
-        assert score["better"] == ("lower" if name == "perplexity" else "higher")
-        assert score["signature"]
-    assert summarise([output()], "nrefs:1")["bleu4"]["signature"] == "nrefs:1"
+def test_every_metric_is_a_function_of_as_many_sums_as_it_says():
+    """Over any leading axes, as a bootstrap asks; its signature is a text."""
+    of_rows = metrics.row_sums([output(margin=1.0), output(margin=-1.0)], {})
+    for name, metric in METRICS.items():
+        assert metric.name == name and metric.signature({}) and metric.unit
+        assert of_rows[name].shape == (2, metric.width)
+        drawn = np.random.default_rng(0).random((3, 4, 2)) @ of_rows[name]
+        assert metric.value(drawn).shape == (3, 4)
+
+
+def test_numbers_that_a_run_kept_need_no_package(monkeypatch):
+    row = {**output(), "sums": kept(*REAL[0])}
+    whole = scored([row])
+    metrics.bleu.cache_clear(), metrics.rouge.cache_clear()
+    for package in ("sacrebleu", "sacrebleu.metrics", "rouge_score", "rouge_score.rouge_scorer"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert scored([row]) == whole
+    without = scored([output()])
+    assert without == {**whole, "bleu4": None, "rouge_l": None, "reward": None}
+
+
+def test_a_score_that_cannot_be_is_refused():
+    row = output(sums={"rouge_l": [2.0, 1]})
+    with pytest.raises(ValueError, match="here: ROUGE-L must be from 0 to 1, not 2"):
+        metrics.check_range(metrics.row_sums([output(), row], {}), "here")
+    with pytest.raises(ValueError, match="bleu4 has not 10 numbers"):
+        metrics.check_range({"bleu4": [1, 1]}, "here")
 
 
 def test_no_outputs_are_refused():
     with pytest.raises(ValueError, match="no test outputs"):
-        summarise([], "")
+        scored([])
 
 
 # Likelihoods of rows
@@ -254,7 +288,7 @@ def own_loss(model, row) -> tuple[float, int]:
 
 
 def perplexity(scores) -> float:
-    return summarise([output(**score) for score in scores], "")["perplexity"]["value"]
+    return scored([output(**score) for score in scores])["perplexity"]
 
 
 def test_the_perplexity_of_one_row_is_the_exponential_of_the_models_loss(model):

@@ -13,6 +13,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
+from harness.record import Data, Provenance, Sizes, Tokens
 from harness.report import brief_table, render
 from harness.report.certificate import certificate
 from harness.report.plots import place_labels
@@ -57,6 +58,9 @@ class Tags(HTMLParser):
         self.tags.append(("comment", {}))
 
 
+UNKNOWN = {"sizes": Sizes(), "provenance": Provenance(), "tokens": Tokens(), "data": Data()}
+
+
 def rendered(folder: Path, results: Path | None = None, **options) -> tuple[str, str]:
     """-> report.md, report.html"""
     render(Store(results or folder), folder / "out", now="noon", **options)
@@ -97,7 +101,7 @@ def test_the_briefs_table_has_its_columns_and_every_row(usual):
     assert base["BLEU-4 (before)"] == base["BLEU-4 (after)"] == qlora["BLEU-4 (before)"]
     assert own["BLEU-4 (before)"] == own["BLEU-4 (after)"] != base["BLEU-4 (after)"]
     assert base["Peak memory (GiB)"] == base["Training time (h)"] == "–"
-    values = [r.scores["bleu4"]["value"] for r in Store(usual).load()[0] if r.spec.method == "galore"]
+    values = [r.scores["bleu4"] for r in Store(usual).load()[0] if r.spec.method == "galore"]
     assert galore["BLEU-4 (after)"] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
@@ -116,7 +120,7 @@ def test_one_seed_ranks_nothing(tmp_path):
 
 def test_failed_runs_stay_with_their_status(tmp_path):
     results = fabricate.results(tmp_path / "r")
-    lost = {"phases": {}, "training": [], "sizes": {}, "environment": {}, "hashes": {}, "tokens": {}}
+    lost = {"phases": {}, "training": [], "hashes": {}, **UNKNOWN}
     for found in (
         fabricate.record("dora", status="oom_gpu", error="out of memory on the GPU", **lost),
         fabricate.record("lora", 1, status="diverged", error="the loss was nan at step 12 of 60", **lost),
@@ -134,8 +138,7 @@ def test_failed_runs_stay_with_their_status(tmp_path):
 
 
 def test_a_store_of_failures_alone_still_reports(tmp_path):
-    names = ("card", "hashes", "environment", "phases", "tokens", "sizes", "scores")
-    nothing = {name: {} for name in names}
+    nothing = {"card": {}, "hashes": {}, "phases": {}, **UNKNOWN}
     nothing |= {name: [] for name in ("training", "validation", "step_seconds")}
     for method in ("base", "qlora"):
         found = fabricate.record(method, status="failed", **nothing)
@@ -147,8 +150,7 @@ def test_a_store_of_failures_alone_still_reports(tmp_path):
 def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     results = tmp_path / "r"
     fabricate.keep(results, fabricate.record("base"))
-    found = fabricate.record("qlora", sizes={"optimizer_bytes": None}, tokens={}, step_seconds=[])
-    found.scores = {"perplexity": {"value": None}}
+    found = fabricate.record("qlora", sizes=Sizes(), tokens=Tokens(), step_seconds=[])
     found.training[3]["loss"] = None
     for phase in found.phases.values():
         phase.peak_allocated = phase.peak_host = phase.joules = None
@@ -177,7 +179,7 @@ def test_notices_and_differences_stand_before_the_results(tmp_path):
     fabricate.keep(tmp_path / "r", fabricate.record("qlora", dataset=dataset))
     other = fabricate.record("qlora", 1, dataset=dataset)
     other.hashes |= {"method_code": "new", "train": "other"}
-    other.environment |= {"device": "cpu", "packages": {"torch": "1.0"}}
+    other.provenance = replace(other.provenance, device="cpu", packages={"torch": "1.0"})
     fabricate.keep(tmp_path / "r", other)
     galore = fabricate.record("galore", dataset=dataset)
     galore.hashes["batches"] = ["shuffled"]
@@ -206,7 +208,7 @@ def reading(method, given, learned, trained, supervised, rows, **more):
     """A record as a run leaves it that read so much."""
     found = fabricate.record(method)
     found.hashes |= {"given": given, "learned": learned, **more}
-    found.tokens |= {"trained": trained, "supervised": supervised, "rows": rows}
+    found.tokens = Tokens(trained=trained, supervised=supervised, rows=rows)
     return found
 
 
@@ -261,10 +263,10 @@ def test_the_certificate_says_whether_a_test_prompt_was_answered_in_training():
     records = [fabricate.record(method) for method in ("base", "qlora", "galore")]
     assert certified(*records)[what] == (None, "not recorded")
     for record in records[1:]:
-        record.tokens |= {"answered": {"test": 0, "validation": 0}, "splits": {"test": 5934}}
+        record.data = Data(answered={"test": 0, "validation": 0}, rows={"test": 5934})
     fine, details = certified(*records)[what]
     assert fine and details.startswith("0 of 5934") and "not recorded for Base" in details
-    records[2].tokens["answered"] = {"test": 27, "validation": 0}
+    records[2].data.answered = {"test": 27, "validation": 0}
     fine, details = certified(*records)[what]
     assert fine is False and "27 test prompts were, in GaLore (seed 0)" in details
 
@@ -297,8 +299,8 @@ def spoiled(method: str, seed: int = 0, **changes) -> list[dict]:
     test = fabricate.outputs(method, seed)
     for output in test:
         output["nll"] = 24.0 * output["tokens"]
-        output["bleu"][2:6] = [0, 0, 0, 0]
-        output["rouge_l"] = output["reward"] = 0.0
+        output["sums"]["bleu4"][2:6] = [0, 0, 0, 0]
+        output["sums"]["rouge_l"] = output["sums"]["reward"] = [0.0, 1]
     return [{**output, **changes} for output in test]
 
 
@@ -310,8 +312,8 @@ def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     base = next(r for r in Store(results).load()[0] if r.spec.method == "base").scores
     said = (
         f"scored on the same 90 test rows. Worse than the untouched model by far: LoRA (perplexity "
-        f"26,489,122,130 against {base['perplexity']['value']:.2f}, BLEU-4 0.00 against "
-        f"{base['bleu4']['value']:.2f} and ROUGE-L 0.000 against {base['rouge_l']['value']:.3f}) and "
+        f"26,489,122,130 against {base['perplexity']:.2f}, BLEU-4 0.00 against "
+        f"{base['bleu4']:.2f} and ROUGE-L 0.000 against {base['rouge_l']:.3f}) and "
         "DoRA (perplexity too large to write against"
     )
     assert said in lead.replace("\\", "")
@@ -319,7 +321,7 @@ def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     for method in ("base", "qlora"):  # neither can do anything
         test = [output | {"nll": 24.0 * output["tokens"]} for output in spoiled(method)]
         for output in test[: 3 * (method == "base")]:
-            output["bleu"][2] = 1
+            output["sums"]["bleu4"][2] = 1
         fabricate.keep(tmp_path / "poor", fabricate.record(method), test)
     for folder in (fabricate.results(tmp_path / "usual"), tmp_path / "poor"):
         assert "by far" not in rendered(tmp_path, folder)[0]
@@ -471,7 +473,7 @@ def test_rows_of_a_local_copy_are_not_said_to_come_from_the_hub(tmp_path):
 
 def test_columns_that_were_not_used_are_named(tmp_path):
     found = fabricate.record("qlora")
-    found.tokens["unused"] = {"alpaca": [], "tulu": ["id", "score"]}
+    found.data.unused = {"alpaca": [], "tulu": ["id", "score"]}
     fabricate.keep(tmp_path / "r", found)
     text, page = rendered(tmp_path, tmp_path / "r")
     assert "| Columns not used | tulu: id and score |" in text
@@ -498,8 +500,8 @@ def hostile(tmp_path_factory) -> tuple[str, str]:
         found = fabricate.record(method, dataset=dataset, command=command, warnings=[evil])
         found.card |= {"title": method + "<i>|$x$", "formula": "</pre>" + HOSTILE[0] + "\n\n# x",
                        "paper": evil, "why": {"performance": evil}}  # fmt: skip
-        found.environment["cpu"] = evil
-        found.tokens["unused"] = {"alpaca": [evil]}
+        found.provenance.cpu = evil
+        found.data.unused = {"alpaca": [evil]}
         test = fabricate.outputs(method)
         for i, output in enumerate(test):
             output["output"] = HOSTILE[i % len(HOSTILE)]

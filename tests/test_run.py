@@ -20,13 +20,14 @@ from harness.child import diagnose
 from harness.data import cache, load_spec
 from harness.measuring.meter import Card
 from harness.method import FOLDER, build, resolve
+from harness.metrics import scores
 from harness.plan import Request, plan
 from harness.plan.methods import beyond
 from harness.record import Phase, RunRecord, answers_hash
 from harness.report.rows import comparisons, tokens_per_second
 from harness.report.tables import quality
 from harness.spec import RunSpec
-from harness.store import EVENTS, OUTPUTS, RECORD, append
+from harness.store import EVENTS, OUTPUTS, RECORD, append, score
 from harness.training import evaluation, execute
 from harness.training.head import arithmetic
 from harness.training.loop import validation_points
@@ -89,6 +90,8 @@ def run(files, tmp_path):
             record.status, record.error = diagnose(error)
         assert record.status == status, record.error
         (folder / RECORD).write_text(record.to_json())
+        if record.ok:
+            score(record, lines(folder / OUTPUTS))
         return record, folder
 
     gc.freeze()  # a run collects garbage at each phase: not all of pytest's
@@ -99,10 +102,6 @@ def run(files, tmp_path):
 
 def spec_of(method: str) -> RunSpec:
     return plan(Request([method], "demo", seeds=[0]))[-1]
-
-
-def value_of(scores: dict) -> dict:
-    return {metric: score["value"] for metric, score in scores.items()}
 
 
 def lines(file) -> list[dict]:
@@ -189,10 +188,11 @@ def test_a_change_that_is_rounded_away_when_it_is_kept_is_none():
 @pytest.mark.parametrize("method", ["loftq", "dora_loftq", "reft", "peft.vblora"])
 def test_a_start_that_no_other_row_has_is_scored_and_a_training_that_hardly_moves_ends_there(method, run):
     still, _ = run(method, HARDLY)
-    assert value_of(still.scores) == pytest.approx(value_of(still.start), rel=1e-3)
+    start = {name: value for name, value in scores(still.start).items() if value is not None}
+    assert {name: still.scores[name] for name in start} == pytest.approx(start, rel=1e-3)
     moved, folder = run(method)
     assert moved.start == still.start
-    assert moved.scores["perplexity"]["value"] != pytest.approx(moved.start["perplexity"]["value"], rel=1e-2)
+    assert moved.scores["perplexity"] != pytest.approx(scores(moved.start)["perplexity"], rel=1e-2)
     phases = entered(folder)
     between = phases[phases.index("attach") : phases.index("train")]
     assert {"evaluate", "generate"} <= {*between}  # apart from the training, and before it
@@ -209,9 +209,9 @@ def test_loftqs_start_is_its_own_base_and_not_the_four_bit_model(run):
     found = {name: run(name)[0] for name in ("base", "base_nf4", "qlora", "loftq")}
     (comparison,) = comparisons(list(found.values()))
     rows = {row.spec.method: row for row in comparison.rows}
-    nf4 = found["base_nf4"].scores["bleu4"]["value"]
+    nf4 = found["base_nf4"].scores["bleu4"]
     assert comparison.own_scores(rows["qlora"], "bleu4") == [nf4]
-    assert comparison.own_scores(rows["loftq"], "bleu4") == [found["loftq"].start["bleu4"]["value"]]
+    assert comparison.own_scores(rows["loftq"], "bleu4") == [scores(found["loftq"].start)["bleu4"]]
     assert comparison.own_base(rows["qlora"]) is rows["base_nf4"]
     assert comparison.own_base(rows["loftq"]) is None
     assert comparison.own_scores(rows["base"], "bleu4") == []
@@ -297,10 +297,10 @@ def test_the_tokens_of_a_warm_up_are_counted_as_its_seconds_are(run):
     """SMT's warm-up of two steps reads what a training of two steps does."""
     warmed, _ = run("smt", "smt.warmup=2", "smt.share=0.1", "hp.max_steps=3")
     plain, _ = run("lora")
-    assert warmed.tokens["attach"] == plain.tokens["trained"]
-    assert plain.tokens["attach"] == 0
+    assert warmed.tokens.attach == plain.tokens.trained
+    assert plain.tokens.attach == 0
     warmed.phases = {"attach": Phase(2.0), "train": Phase(3.0)}
-    assert tokens_per_second(warmed) == (warmed.tokens["attach"] + warmed.tokens["trained"]) / 5
+    assert tokens_per_second(warmed) == (warmed.tokens.attach + warmed.tokens.trained) / 5
 
 
 def test_every_pass_of_eva_counts_and_answers_drawn_in_attach_do_not(run, monkeypatch):
@@ -320,7 +320,7 @@ def test_every_pass_of_eva_counts_and_answers_drawn_in_attach_do_not(run, monkey
     assert sum(counted) == sum(read) > 2 * sum(made.batches.tokens)
 
     drawn, _ = run("orpo", "orpo.answer_tokens=5")
-    assert drawn.tokens["attach"] == 0 < drawn.tokens["sampled"]
+    assert drawn.tokens.attach == 0 < drawn.tokens.sampled
 
 
 # Preference
@@ -333,8 +333,8 @@ def test_a_model_that_learned_the_references_prefers_them(rows, run):
     after, folder = run("full", "hp.max_steps=40", "hp.epochs=10", rows=rows, before=before)
     margins = [output["margin"] for output in lines(folder / OUTPUTS) if "margin" in output]
     assert len(margins) == 8 and min(margins) > 1
-    assert after.scores["preference_accuracy"]["value"] == 1.0
-    assert after.scores["perplexity"]["value"] < base.scores["perplexity"]["value"] / 2
+    assert after.scores["preference_accuracy"] == 1.0
+    assert after.scores["perplexity"] < base.scores["perplexity"] / 2
 
 
 def test_answers_of_a_base_that_died_are_no_ones_rejected_answers(tmp_path):
@@ -349,8 +349,8 @@ def test_answers_of_a_base_that_died_are_no_ones_rejected_answers(tmp_path):
 
 def test_a_prompt_that_was_learned_and_scored_is_in_the_record(run, monkeypatch):
     found, _ = run("full")
-    assert found.tokens["answered"] == {"test": 0, "validation": 0}
-    assert found.tokens["splits"] == {"train": 32, "validation": 4, "test": 8}
+    assert found.data.answered == {"test": 0, "validation": 0}
+    assert found.data.rows == {"train": 32, "validation": 4, "test": 8}
     token_rows = cache.token_rows
 
     def leaking(*asked):
@@ -360,7 +360,7 @@ def test_a_prompt_that_was_learned_and_scored_is_in_the_record(run, monkeypatch)
 
     monkeypatch.setattr(cache, "token_rows", leaking)
     found, _ = run("full")
-    assert found.tokens["answered"] == {"test": 3, "validation": 0}
+    assert found.data.answered == {"test": 3, "validation": 0}
 
 
 # The types that it computes in

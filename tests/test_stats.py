@@ -3,16 +3,15 @@ import random
 import numpy as np
 import pytest
 
-from harness.report.stats import METRICS, Bootstrap, holm, pareto, statistics, student
+from harness.metrics import METRICS, scores, total
+from harness.report.stats import Bootstrap, holm, pareto, student
 
 sacrebleu = pytest.importorskip("sacrebleu")
 
 
-def rows(rouge) -> np.ndarray:
-    """Statistics in which only ROUGE-L says something."""
-    found = np.zeros((len(rouge), 15))
-    found[:, 10], found[:, 11], found[:, 13] = rouge, 1, 1
-    return found
+def rows(values, metric: str = "rouge_l") -> dict[str, np.ndarray]:
+    """Test rows with these values of a metric."""
+    return {metric: np.array([[value, 1] for value in values], dtype=float).reshape(-1, 2)}
 
 
 def interval(a: list, b: list, **options):
@@ -31,9 +30,9 @@ def test_bleu_of_summed_counts_is_sacrebleus(words, length):
             for _ in range(2)
         )
         scores = [sentence.sentence_score(h, [r]) for h, r in zip(hypotheses, references, strict=True)]
-        outputs = [{"bleu": [s.sys_len, s.ref_len, *s.counts, *s.totals], "rouge_l": 0} for s in scores]
+        sums = np.array([[s.sys_len, s.ref_len, *s.counts, *s.totals] for s in scores])
         expected = bleu.corpus_score(hypotheses, [references]).score
-        assert METRICS["bleu4"](statistics(outputs).sum(0)) == pytest.approx(expected, abs=1e-9)
+        assert METRICS["bleu4"].value(sums.sum(0)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_bleu_from_counts_with_zeros_is_sacrebleus():
@@ -43,17 +42,18 @@ def test_bleu_from_counts_with_zeros_is_sacrebleus():
         correct = [int(rng.integers(0, total + 1)) for total in totals]
         lengths = [int(totals[0]), int(rng.integers(0, 9))]
         expected = sacrebleu.BLEU.compute_bleu(correct, totals.tolist(), *lengths, smooth_method="exp").score
-        sums = np.array([*lengths, *correct, *totals, 0, 1, 0, 1, 0], dtype=float)
-        assert METRICS["bleu4"](sums) == pytest.approx(expected, abs=1e-9)
+        sums = np.array([*lengths, *correct, *totals], dtype=float)
+        assert METRICS["bleu4"].value(sums) == pytest.approx(expected, abs=1e-9)
 
 
 def test_corpus_scores_weigh_tokens_not_rows():
-    outputs = [{"rouge_l": 0.2, "nll": 3.0, "tokens": 1, "correct": 0},
-               {"rouge_l": 0.6, "nll": 5.0, "tokens": 9, "correct": 8}]  # fmt: skip
-    sums = statistics(outputs).sum(0)
-    assert METRICS["rouge_l"](sums) == pytest.approx(0.4)
-    assert METRICS["perplexity"](sums) == pytest.approx(np.exp(0.8))
-    assert METRICS["token_accuracy"](sums) == pytest.approx(0.8)
+    text = {"output": "", "reference": ""}
+    outputs = [{**text, "sums": {"rouge_l": [0.2, 1]}, "nll": 3.0, "tokens": 1, "correct": 0},
+               {**text, "sums": {"rouge_l": [0.6, 1]}, "nll": 5.0, "tokens": 9, "correct": 8}]  # fmt: skip
+    found = scores(total(outputs, {}))
+    assert found["rouge_l"] == pytest.approx(0.4)
+    assert found["perplexity"] == pytest.approx(np.exp(0.8))
+    assert found["token_accuracy"] == pytest.approx(0.8)
 
 
 def test_identical_runs_differ_by_exactly_nothing():
@@ -101,8 +101,7 @@ def test_ties_are_what_cannot_be_told_from_the_best():
 
 
 def test_lower_perplexity_is_better():
-    low, high = (rows(np.zeros(20)) for _ in range(2))
-    low[:, 12], high[:, 12] = 1.0, 2.0
+    low, high = (rows([nats] * 20, "perplexity") for nats in (1.0, 2.0))
     assert Bootstrap({"low": [low], "high": [high]}).ties("perplexity", ["low", "high"]) == ("low", [])
 
 

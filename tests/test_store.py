@@ -26,7 +26,7 @@ ROWS = 9
 def kept(folder: Path, method: str = "lora", seed: int = 0, **changes) -> RunRecord:
     """A whole run with its model."""
     found = fabricate.record(method, seed, **changes)
-    found.sizes["saved_bytes"] = SAVED
+    found.sizes.saved_bytes = SAVED
     fabricate.keep(folder, found, fabricate.outputs(method, seed, ROWS))
     if found.ok:
         found.hashes["outputs"] = content_hash(folder / found.spec.folder / OUTPUTS)
@@ -73,8 +73,19 @@ def one_row_for_another(run: Path) -> None:
     first, _, *rest = (run / OUTPUTS).read_text().splitlines()
     test = [json.loads(line) for line in (first, first, *rest)]
     (run / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
-    made = {"hashes": {}, "scores": fabricate.summarise(test, "nrefs:1")}
-    edit(run / RECORD, lambda record: record.update(made))
+    edit(run / RECORD, lambda record: record.update(hashes={"outputs": content_hash(run / OUTPUTS)}))
+
+
+def with_a_row(**changes):
+    """Outputs of which the first is another, with all that is derived from them."""
+
+    def change(run: Path) -> None:
+        first, *rest = (run / OUTPUTS).read_text().splitlines()
+        lines = [json.dumps(json.loads(first) | changes), *rest]
+        (run / OUTPUTS).write_text("".join(line + "\n" for line in lines))
+        edit(run / RECORD, lambda record: record["hashes"].update(outputs=content_hash(run / OUTPUTS)))
+
+    return change
 
 
 RESULTS = "results"
@@ -89,9 +100,11 @@ FAULTS = {  # what is done to a run -> what is said of it
         "its spec or the folder's name",
     ),
     "a path for a name": (with_(lambda r: r["spec"].update(method="../../outside/x")), "is no method's name"),
-    "a typed BLEU": (with_(lambda r: r["scores"]["bleu4"].update(value=99.0)), "bleu4 is 99.0"),
-    "BLEU below 0": (with_(lambda r: r["scores"]["bleu4"].update(value=-7.0)), "must be from 0 to 100"),
-    "a start below 0": (with_(lambda r: r.update(start={"bleu4": {"value": -7}})), "must be from 0 to 100"),
+    "a start below 0": (with_(lambda r: r.update(start={"rouge_l": [-7, 9]})), "must be from 0 to 1"),
+    "half a start": (with_(lambda r: r.update(start={"bleu4": [1, 1]})), "bleu4 has not 10 numbers"),
+    "no hash": (with_(lambda r: r["hashes"].pop("outputs")), "no hash of"),
+    "ROUGE-L above 1": (with_a_row(sums={"rouge_l": [2.0, 1]}), "ROUGE-L must be from 0 to 1, not 2"),
+    "another count": (with_a_row(correct=999), "more is right"),
     "seconds below 0": (
         with_(lambda r: r["phases"]["train"].update(seconds=-50)),
         "seconds must be from 0 to",
@@ -101,7 +114,7 @@ FAULTS = {  # what is done to a run -> what is said of it
     "no aim": (with_(lambda r: r["card"].update(aim="bleu")), "record.card.aim must be one of"),
     "no status": (with_(lambda r: r.update(status="fine")), "record.status must be one of"),
     "no phase": (with_(lambda r: r["phases"].update(nap={})), "a name in record.phases must be one of"),
-    "a newer schema": (with_(lambda r: r.update(schema=2)), "upgrade tuneoff"),
+    "a newer schema": (with_(lambda r: r.update(schema=3)), "upgrade tuneoff"),
     "half a record": (lambda run: os.truncate(run / RECORD, 500), "column"),
     "lists in lists": (lambda run: (run / RECORD).write_text("[" * 10**5), "without end"),
     "not UTF-8": (lambda run: (run / RECORD).write_bytes(b"\xff\xfe{}"), "utf-8"),
@@ -113,27 +126,22 @@ FAULTS = {  # what is done to a run -> what is said of it
     "outputs link out": (lambda run: out_of_the_store(run / OUTPUTS), "outputs.jsonl is a link out of"),
     "all of it links out": (out_of_the_store, "record.json is a link out of"),
     "no outputs": (lambda run: (run / OUTPUTS).unlink(), "outputs.jsonl is missing"),
-    "empty outputs": (with_outputs(lambda text: ""), "no test outputs"),
+    "empty outputs": (with_outputs(lambda text: ""), "was changed"),
     "half an output": (lambda run: os.truncate(run / OUTPUTS, 500), "outputs.jsonl, line"),
     "another answer": (
         with_outputs(lambda text: text.replace('"output": "', '"output": "so ', 1)),
         "was changed",
     ),
-    "an output less": (with_outputs(lambda text: text.partition("\n")[2]), "by outputs.jsonl"),
+    "an output less": (with_outputs(lambda text: text.partition("\n")[2]), "was changed"),
     "fewer rows than were tested": (
-        with_(lambda r: r["tokens"].update(splits={"test": ROWS + 1})),
+        with_(lambda r: r["data"].update(rows={"test": ROWS + 1})),
         "has not one output for each of 10 test rows",
     ),
     "one row for another": (one_row_for_another, "has not one output for each of 9 test rows"),
-    "no scores": (with_(lambda r: r.update(scores={})), "is ok and has no scores"),
     "no training": (with_(lambda r: r.update(phases={})), "its phase train is missing"),
     "no time": (with_(lambda r: r["phases"].update(train={})), "its phase train is missing"),
     "a text for a count": (with_(lambda r: r["tokens"].update(attach="7")), "tokens.attach must be"),
-    "a text for columns": (with_(lambda r: r["tokens"].update(unused="x")), "tokens.unused must be"),
-    "another count": (
-        with_outputs(lambda text: text.replace('"correct": ', '"correct": 99', 1)),
-        "more is right",
-    ),
+    "a text for columns": (with_(lambda r: r["data"].update(unused="x")), "data.unused must be"),
 }
 
 
@@ -181,9 +189,9 @@ def attempted(store: Store, spec, command: str) -> RunRecord:
     folder = store.attempt(spec)
     found = fabricate.record(spec.method, spec.seed, command=command)
     test = fabricate.outputs(spec.method, spec.seed, ROWS)
-    found.scores = fabricate.summarise(test, "nrefs:1")
     (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
-    found.sizes.pop("saved_bytes", None)
+    found.hashes["outputs"] = content_hash(folder / OUTPUTS)
+    found.sizes.saved_bytes = None
     return found
 
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 from harness.data.template import Row, Template
 from harness.measuring.meter import Meter
 from harness.method import Method
-from harness.metrics import TextScorer
 from harness.record import RunRecord
 from harness.spec import Hyperparams, RunSpec
 from harness.training import evaluation, weights
@@ -162,7 +161,7 @@ def run(examples=(), hp=None, seed: int = 0, method=None, reward: str = "rouge_l
     return Run(
         method, hp, seed, {"validation": [], "test": [], **splits, "train": list(examples)},
         template=Template(tokenizer(), "chat"), stops=[EOS, END], accelerator=accelerator(),
-        scorer=TextScorer("en", reward), meter=Meter(accelerator().device), load_base=model,
+        dataset={"language": "en", "reward": reward}, meter=Meter(accelerator().device), load_base=model,
         record=RunRecord(RunSpec("tiny", seed, "tiny", {}, hp), "ok"),
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ def as_json(ended) -> dict:
         "status": record.status,
         "error": record.error,
         "cached": ended.cached,
-        "scores": {name: score["value"] for name, score in record.scores.items()},
+        "scores": record.scores,
     }
 
 

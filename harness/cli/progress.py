@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 
+from harness.metrics import compared
 from harness.plain import plain
 
 GIB = 2**30
@@ -40,9 +41,9 @@ def outcome(record, cached: bool) -> str:
     if not record.ok:
         return f"{record.status}: {record.error}"
     parts = [
-        f"{name} {value:.{decimals}f}"
-        for metric, name, decimals in (("bleu4", "BLEU-4", 2), ("rouge_l", "ROUGE-L", 3))
-        if (value := record.scores.get(metric, {}).get("value")) is not None
+        f"{metric.label} {value:.{metric.decimals}f}"
+        for metric in compared()
+        if (value := record.scores.get(metric.name)) is not None
     ]
     if record.spec.trains:
         peak = record.peak("peak_allocated") or record.peak("peak_host")

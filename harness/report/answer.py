@@ -3,14 +3,14 @@
 from math import inf, isfinite
 from statistics import fmean
 
+from harness.metrics import METRICS, Metric, compared
 from harness.record import RunRecord
 from harness.report.rows import UNTOUCHED, Comparison, Row, seconds
 from harness.report.stats import CONFIDENCE, SEEDS_TO_RANK, Bootstrap
-from harness.report.tables import DECIMALS, NAMES
 from harness.report.text import duration, listed, number, size
 
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
-FALL = {"bleu4": 1.0, "rouge_l": 0.01}  # at the least, in points: from 0.1 to 0 is no loss of a skill
+FALL = 0.01  # of a metric's range, at the least: from 0.1 BLEU-4 to 0 is no loss of a skill
 MANY = 0.1  # share of the test rows that the lead speaks of
 
 
@@ -30,8 +30,8 @@ def answer(comparison: Comparison, sample: Bootstrap | None) -> str:
         sentences += [*gains(comparison, sample, ranked), no_ranking(done, ranked)]
         for rows in comparison.objectives.values():
             equals = [row for row in ranked if row in rows]
-            if len([row for row in equals if row.statistics]) > 1:
-                sentences += [ranking(sample, metric, equals) for metric in ("bleu4", "rouge_l")]
+            if len([row for row in equals if row.sums]) > 1:
+                sentences += [ranking(sample, metric, equals) for metric in compared()]
     if len(ranked) > 1:
         if comparison.on_gpu:  # resident memory is Python's and its libraries' for the most part
             sentences.append(cheapest(ranked, comparison.peak_memory, "least memory", size))
@@ -75,12 +75,12 @@ def worse(comparison: Comparison, sample: Bootstrap | None) -> list[str]:
         if before and values and max(values) > FAR * max(before):
             most = number(max(values)) if max(values) < inf else "too large to write"
             said.append(f"perplexity {most} against {number(max(before))}")
-        for metric, least in FALL.items() if sample and row.statistics and base.statistics else ():
-            value, level = sample.point(metric, row.label), sample.point(metric, base.label)
-            far = FAR * value < level and level - value >= least
-            if far and sample.difference(metric, row.label, base.label).separable:
-                decimals = DECIMALS[metric]
-                said.append(f"{NAMES[metric]} {number(value, decimals)} against {number(level, decimals)}")
+        for metric in compared() if sample and row.sums and base.sums else ():
+            value, level = (sample.point(metric.name, side.label) for side in (row, base))
+            far = FAR * value < level and level - value >= FALL * metric.range[1]
+            if far and sample.difference(metric.name, row.label, base.label).separable:
+                shown = (number(score, metric.decimals) for score in (value, level))
+                said.append(f"{metric.label} {' against '.join(shown)}")
         if said:
             found.append(f"{row.label} ({listed(said)})")
     return [f"Worse than the untouched model by far: {listed(found)}."] if found else []
@@ -90,7 +90,7 @@ def perplexity(record: RunRecord) -> float | None:
     """Infinite where it was measured and is null: no float holds it."""
     if "perplexity" not in record.scores:
         return None
-    value = record.scores["perplexity"]["value"]
+    value = record.scores["perplexity"]
     return inf if value is None else value
 
 
@@ -129,9 +129,9 @@ def no_ranking(done: list[Row], ranked: list[Row]) -> str:
 
 def gains(comparison: Comparison, sample: Bootstrap, ranked: list[Row]) -> list[str]:
     """Against the untouched model, which needs no other method to be compared with."""
-    rows = [row for row in ranked if row.statistics]
+    rows = [row for row in ranked if row.sums]
     base = comparison.before(rows[0]) if rows else None
-    if not base or not base.statistics:
+    if not base or not base.sums:
         return []
     found = sample.differences("bleu4", [(row.label, base.label) for row in rows])
     groups = {"rose with": [], "fell with": [], "did not measurably change with": []}
@@ -143,37 +143,37 @@ def gains(comparison: Comparison, sample: Bootstrap, ranked: list[Row]) -> list[
     return [f"Against the untouched model, BLEU-4 {listed(told)}."]
 
 
-def ranking(sample: Bootstrap, metric: str, ranked: list[Row]) -> str:
-    names = [row.label for row in ranked if row.statistics]
-    names = [name for name in names if isfinite(sample.point(metric, name))]
+def ranking(sample: Bootstrap, metric: Metric, ranked: list[Row]) -> str:
+    names = [row.label for row in ranked if row.sums]
+    names = [name for name in names if isfinite(sample.point(metric.name, name))]
     if len(names) < 2:
         return ""
-    best, tied = sample.ties(metric, names)
-    value = number(sample.point(metric, best), DECIMALS[metric])
-    behind = sorted(set(names) - {best, *tied}, key=lambda name: -sample.point(metric, name))
+    best, tied = sample.ties(metric.name, names)
+    value = number(sample.point(metric.name, best), metric.decimals)
+    behind = sorted(set(names) - {best, *tied}, key=lambda name: -sample.point(metric.name, name))
     if not behind:
         everyone = listed([best, *tied])
-        return f"In {NAMES[metric]}, {everyone} are tied: test rows and seeds cannot tell them apart."
-    d = sample.difference(metric, best, behind[0])
+        return f"In {metric.label}, {everyone} are tied: test rows and seeds cannot tell them apart."
+    d = sample.difference(metric.name, best, behind[0])
     lead = (
-        f"{number(d.value, DECIMALS[metric])} ahead of {behind[0]} ({CONFIDENCE:.0%} CI "
-        f"{number(d.low, DECIMALS[metric])} to {number(d.high, DECIMALS[metric])})"
+        f"{number(d.value, metric.decimals)} ahead of {behind[0]} ({CONFIDENCE:.0%} CI "
+        f"{number(d.low, metric.decimals)} to {number(d.high, metric.decimals)})"
     )
     if tied:
         return (
-            f"{best} has the highest {NAMES[metric]}, {value}, but is tied with {listed(tied)}; it is {lead}."
+            f"{best} has the highest {metric.label}, {value}, but is tied with {listed(tied)}; it is {lead}."
         )
-    return f"{best} has the highest {NAMES[metric]}, {value}, {lead}."
+    return f"{best} has the highest {metric.label}, {value}, {lead}."
 
 
 def aims(comparison: Comparison, rows: list[Row]) -> list[str]:
     """`ORPO (preference accuracy 0.012 to 0.950)`: before and after, of what each aims at."""
     found = []
     for row in rows:
-        before, name = comparison.before(row), NAMES[row.aim].lower()
+        before, metric = comparison.before(row), METRICS[row.aim]
         values = [r.mean(lambda r, m=row.aim: comparison.score(r, m)) if r else None for r in (before, row)]
-        known = [number(v, DECIMALS[row.aim]) for v in values if v is not None]
-        found.append(f"{row.label} ({name} {' to '.join(known)})" if known else row.label)
+        known = [number(v, metric.decimals) for v in values if v is not None]
+        found.append(f"{row.label} ({metric.label.lower()} {' to '.join(known)})" if known else row.label)
     return found
 
 

@@ -1,12 +1,14 @@
 """The fairness certificate: what was the same for all rows, and what was not, by name."""
 
+from dataclasses import asdict
+
 from harness.record import RunRecord
 from harness.report.rows import Comparison
 from harness.report.text import listed
 from harness.spec import digest
 
 UNKNOWN = "not recorded"
-DECISIVE = ("precision", "attention", "device", "commit")  # of the environment: a check each
+DECISIVE = ("precision", "attention", "device", "code")  # of the provenance: a check each
 
 
 def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
@@ -32,17 +34,17 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     for phase, runs in (("training", trained), ("scoring", names)):
         types = {name: arithmetic(r.arithmetic.get(phase) or {}) for name, r in runs.items()}
         checks.append(same(f"Arithmetic of the {phase}, as measured", {"types": types}, shown=True))
-    environments = {name: flat(r.environment) for name, r in names.items()}
+    made = {name: facts(r) for name, r in names.items()}
     for key in DECISIVE:
-        values = {name: e.get(key) for name, e in environments.items()}
-        what = "Tuneoff's own code (commit)" if key == "commit" else key.capitalize()
+        values = {name: e.get(key) for name, e in made.items()}
+        what = "Tuneoff's own code" if key == "code" else key.capitalize()
         checks.append(same(what, {key: values}, shown=True))
-    others = sorted({key for e in environments.values() for key in e} - set(DECISIVE))
-    rest = {key: {name: e.get(key) for name, e in environments.items()} for key in others}
+    others = sorted({key for e in made.values() for key in e} - set(DECISIVE))
+    rest = {key: {name: e.get(key) for name, e in made.items()} for key in others}
     checks.append(same("Package versions and machine", rest, shown=True))
     signatures = {
-        metric: {name: (r.scores.get(metric) or {}).get("signature") for name, r in names.items()}
-        for metric in sorted({metric for r in names.values() for metric in r.scores})
+        metric: {name: r.signatures.get(metric) for name, r in names.items()}
+        for metric in sorted({metric for r in names.values() for metric in r.signatures})
     }
     checks.append(same("Way of measuring each score", signatures, shown=True))
     checks.append(code(comparison))
@@ -75,12 +77,12 @@ def same(what: str, properties: dict[str, dict], shown: bool = False) -> tuple[s
 def unanswered(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
     """Whether a prompt that is scored was also learned with its answer, token by token."""
     what = "No test prompt was answered in training"
-    known = {name: found for name, r in runs.items() if (found := r.tokens.get("answered"))}
+    known = {name: found for name, r in runs.items() if (found := r.data.answered)}
     if not known:
         return what, None, UNKNOWN
     leaks = [f"{found[split]} {split} prompts were, in {name}"
              for name, found in known.items() for split in found if found[split]]  # fmt: skip
-    rows = {count for name in known if (count := runs[name].tokens.get("splits", {}).get("test"))}
+    rows = {count for name in known if (count := runs[name].data.rows.get("test"))}
     missing = [f"not recorded for {listed(others, 4)}"] if (others := sorted(set(runs) - set(known))) else []
     none = [f"0 of {listed(sorted(map(str, rows)))}"] if rows and not leaks else []
     return what, not leaks, "; ".join(none + leaks + missing)
@@ -121,15 +123,15 @@ def steps(what: str, kind: str, runs: dict[str, RunRecord]) -> tuple[str, bool |
 
 def read_before(runs: dict[str, RunRecord]) -> dict[str, str | None]:
     """By a warm-up, or by a start that is made of the data."""
-    counts = {name: r.tokens.get("attach") for name, r in runs.items()}
+    counts = {name: r.tokens.attach for name, r in runs.items()}
     return {name: None if count is None else f"{count:,}" for name, count in counts.items()}
 
 
 def amount(record: RunRecord, kind: str) -> str:
     tokens = record.tokens
     if kind == "learned":
-        return f"{tokens.get('supervised', 0):,} tokens"
-    return f"{tokens.get('trained', 0):,} tokens of {tokens.get('rows', 0):,} training rows"
+        return f"{tokens.supervised or 0:,} tokens"
+    return f"{tokens.trained or 0:,} tokens of {tokens.rows or 0:,} training rows"
 
 
 def rejected(runs: dict[str, RunRecord]) -> dict[str, str | None]:
@@ -160,12 +162,13 @@ def code(comparison: Comparison) -> tuple[str, bool | None, str]:
     return (what, True, "") if newest else (what, None, UNKNOWN)
 
 
-def flat(environment: dict, prefix: str = "") -> dict:
-    """{"packages": {"torch": "2.13.0"}} -> {"packages.torch": "2.13.0"}"""
-    found = {}
-    for key, value in environment.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def facts(record: RunRecord) -> dict[str, str | int | None]:
+    """With what a run was made, each fact by its name; `code`: see harness.record.Provenance."""
+    found = asdict(record.provenance)
+    packages = {f"packages.{name}": version for name, version in found.pop("packages").items()}
+    hidden = ("commit", "dirty", "version")
+    return (
+        {name: value for name, value in found.items() if name not in hidden}
+        | {"code": record.provenance.code}
+        | packages
+    )

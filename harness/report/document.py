@@ -3,10 +3,11 @@
 from dataclasses import asdict
 
 from harness.data import OPENING, marked
+from harness.metrics import METRICS, compared
 from harness.report import blocks as b
 from harness.report import plots, tables
 from harness.report.answer import answer, too_long
-from harness.report.certificate import certificate, flat
+from harness.report.certificate import certificate, facts
 from harness.report.rows import STATUS, Comparison, Row, read_outputs, score
 from harness.report.stats import CONFIDENCE, RESAMPLES, SEEDS_TO_RANK
 from harness.report.text import UNKNOWN, listed, number, shorten
@@ -147,7 +148,8 @@ def results(comparison: Comparison) -> list[b.Block]:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
     for name, rows in objectives.items():
         own = rows[0].aim == "preference_accuracy" and not comparison.pairs
-        said = f"Techniques with the {name} objective. It aims at {tables.NAMES[rows[0].aim].lower()}, not at"
+        aim = METRICS[rows[0].aim].label.lower()
+        said = f"Techniques with the {name} objective. It aims at {aim}, not at"
         found += [
             b.Prose(
                 f"{said} the likelihood of references, so they are not ranked with the others." + own * OWN
@@ -228,11 +230,12 @@ def figures(comparison: Comparison, suffix: str) -> list[b.Block]:
     if comparison.random_weights:
         add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
     else:
+        labels = listed([metric.label for metric in compared()])
         add(
             "scores",
-            "BLEU-4 and ROUGE-L against peak memory and training time. Large markers are means, small "
-            "dots seeds; the grey steps join the techniques that no other beats in both (the Pareto "
-            "front); the dashed line is the untouched model.",
+            f"{labels} against peak memory and training time. Large markers are means, small dots seeds; "
+            "the grey steps join the techniques that no other beats in both (the Pareto front); the dashed "
+            "line is the untouched model.",
             plots.scores_by_cost(comparison),
         )
         for objective in sorted({row.objective for row in comparison.trained}):
@@ -270,7 +273,7 @@ def generations(comparison: Comparison, store: Store) -> list[b.Block]:
 def setup(comparison: Comparison) -> list[b.Block]:
     spec = comparison.spec
     dataset = spec.dataset
-    templates = {r.tokens.get("template") for r in comparison.records} - {None}
+    templates = {r.data.template for r in comparison.records} - {None}
     templates = {"none: plain text"} if comparison.plain_text else templates
     rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
     for part in dataset.get("parts", []):
@@ -281,17 +284,17 @@ def setup(comparison: Comparison) -> list[b.Block]:
         rows.append([f"Part {part.get('name')}", "; ".join(dict.fromkeys(filter(None, said)))])
     sizes = {split: dataset.get(split) for split in ("train", "validation", "test")}
     rows.append(["Rows of each part", ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)])
-    origins = next((r.tokens["origins"] for r in comparison.records if "origins" in r.tokens), {})
+    origins = first(record.data.origins for record in comparison.records)
     own = {part: found for part, found in origins.items() if len(set(found.values())) > 1}
     if told := [f"{part}: {s} from its {own[part][s]}" for part in own for s in sizes if s in own[part]]:
         rows.append(["Splits of the source", ", ".join(told)])
-    if left_out := next((r.tokens["left_out"] for r in comparison.records if "left_out" in r.tokens), {}):
+    if left_out := first(record.data.left_out for record in comparison.records):
         rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
-    unused = next((r.tokens["unused"] for r in comparison.records if "unused" in r.tokens), {})
+    unused = first(record.data.unused for record in comparison.records)
     if named := [f"{part}: {listed(columns)}" for part, columns in unused.items() if columns]:
         rows.append(["Columns not used", "; ".join(named)])
     rows.append(["Prompt template", listed(sorted(templates)) or dataset.get("template") or UNKNOWN])
-    if losses := {LOSS[loss] for r in comparison.records if (loss := r.tokens.get("loss"))}:
+    if losses := {LOSS[loss] for r in comparison.records if (loss := r.data.loss)}:
         rows.append(["What is learned", PLAIN_TEXT if comparison.plain_text else listed(sorted(losses))])
     if padded := padding(comparison):
         rows.append(["Padding", padded])
@@ -302,13 +305,18 @@ def setup(comparison: Comparison) -> list[b.Block]:
     return [b.Heading("What was the same for all"), b.Table(["Setting", "Value"], rows, words=(0, 1))]
 
 
+def first(values):
+    """The first that says anything: what all records of a comparison share."""
+    return next(filter(None, values), {})
+
+
 def padding(comparison: Comparison) -> str:
     """Its share of what the steps read. Methods with steps of their own, such as pairs, read otherwise."""
     shares = {}
     for row in comparison.trained:
         tokens = row.newest.tokens
-        if read := tokens.get("trained", 0) + tokens.get("padded", 0):
-            shares.setdefault(f"{tokens.get('padded', 0) / read:.1%}", []).append(row.label)
+        if tokens.trained is not None and (read := tokens.trained + (tokens.padded or 0)):
+            shares.setdefault(f"{(tokens.padded or 0) / read:.1%}", []).append(row.label)
     if len(shares) == 1:
         return f"{next(iter(shares))} of what the steps read"
     return "; ".join(f"{share} for {listed(labels)}" for share, labels in shares.items())
@@ -419,10 +427,10 @@ def fairness(comparison: Comparison, checks: list) -> list[b.Block]:
 
 def measuring(comparison: Comparison) -> list[b.Block]:
     signatures = {
-        f"{tables.NAMES.get(metric, metric)}: {value['signature']}"
+        f"{METRICS[metric].label}: {record.signatures[metric]}"
         for record in comparison.records
         for metric, value in record.scores.items()
-        if value and value.get("signature")
+        if value is not None and metric in record.signatures
     }
     energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
     text = [TEXT_MEASURED] if comparison.plain_text else []
@@ -433,10 +441,10 @@ def measuring(comparison: Comparison) -> list[b.Block]:
 
 def reproduction(comparison: Comparison) -> list[b.Block]:
     found: list[b.Block] = []
-    environments = [flat(record.environment) for record in comparison.records]
+    made = [facts(record) for record in comparison.records]
     rows = []
-    for key in dict.fromkeys(key for environment in environments for key in environment):
-        values = dict.fromkeys(str(e[key]) for e in environments if e.get(key) is not None)
+    for key in dict.fromkeys(key for each in made for key in each):
+        values = dict.fromkeys(str(each[key]) for each in made if each.get(key) is not None)
         if values:
             rows.append([words(key.removeprefix("packages.")), "; ".join(values)])
     if rows:

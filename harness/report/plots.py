@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from harness.metrics import compared
 from harness.plain import plain
 from harness.report.rows import Comparison, Row, score, seconds
 from harness.report.stats import pareto
@@ -21,7 +22,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 INK, FAINT = "#333333", "#8a8a8a"
 WIDE = 8  # costs further apart than this share a logarithmic axis, or all but one would be one spot
-SCORES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L"}
 STYLE = {
     "font.size": 9,
     "text.parse_math": False,  # a $ in a name is a $
@@ -75,22 +75,23 @@ def looks(comparison: Comparison) -> dict[str, dict]:
 
 @drawn
 def scores_by_cost(comparison: Comparison) -> Figure | None:
-    """2 x 2: BLEU-4 and ROUGE-L against memory and training time."""
+    """Each compared metric (rows) against memory and training time (columns)."""
+    metrics = compared()
     costs = {comparison.gauge: comparison.peak_memory, time_unit(comparison): scaled_time(comparison)}
     rows = [
-        row for row in comparison.trained if any(score(r, m) is not None for r in row.done for m in SCORES)
+        row for row in comparison.trained if any(row.values(lambda r, m=m: score(r, m.name)) for m in metrics)
     ]
     if not rows:
         return None
-    figure = Figure(figsize=(9.4, 7.2), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for (i, metric), (j, (unit, cost)) in product(enumerate(SCORES), enumerate(costs.items())):
+    figure = Figure(figsize=(9.4, 3.6 * len(metrics)), layout="constrained")
+    axes = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
+    for (i, metric), (j, (unit, cost)) in product(enumerate(metrics), enumerate(costs.items())):
         before = comparison.before(rows[0])
-        level = before.mean(lambda r, m=metric: score(r, m)) if before else None
-        scatter(axes[i, j], rows, cost, lambda r, m=metric: score(r, m), looks(comparison), level)
+        level = before.mean(lambda r, m=metric.name: score(r, m)) if before else None
+        scatter(axes[i, j], rows, cost, lambda r, m=metric.name: score(r, m), looks(comparison), level)
         if j == 0:
-            axes[i, j].set_ylabel(SCORES[metric])
-        if i == 1:
+            axes[i, j].set_ylabel(metric.label)
+        if i == len(metrics) - 1:
             axes[i, j].set_xlabel(unit)
     for ax in axes.flat:
         ax.margins(x=0.16, y=0.16)

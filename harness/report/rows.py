@@ -7,8 +7,9 @@ from statistics import fmean
 
 import numpy as np
 
+from harness.metrics import row_sums, scores
 from harness.record import TRAINING, RunRecord
-from harness.report.stats import SEEDS_TO_RANK, statistics
+from harness.report.stats import SEEDS_TO_RANK
 from harness.report.text import shorten
 from harness.spec import RunSpec
 from harness.store import Store
@@ -29,11 +30,12 @@ STATUS = {
 
 @dataclass
 class Row:
-    """A method with its options. `statistics`: test rows (rows, 15) of each seed that is done."""
+    """A method with its options. `sums`: of each seed that is done the numbers of each test row, by metric
+    (rows, width)."""
 
     label: str
     records: list[RunRecord]  # one a seed, by seed
-    statistics: list[np.ndarray] = field(default_factory=list)
+    sums: list[dict[str, np.ndarray]] = field(default_factory=list)
     outputs_of: RunRecord | None = None  # the lowest seed's, for examples
 
     @property
@@ -129,7 +131,7 @@ class Comparison:
 
     @property
     def plain_text(self) -> bool:
-        return any(record.tokens.get("plain_text") for record in self.records)
+        return any(record.data.plain_text for record in self.records)
 
     @property
     def pairs(self) -> bool:
@@ -195,7 +197,7 @@ class Comparison:
         """One a seed of what a method starts from, where that is not the untouched model."""
         if own := self.own_base(row):
             return own.values(lambda r: score(r, metric))
-        return row.values(lambda r: (r.start.get(metric) or {}).get("value"))
+        return row.values(lambda r: scores(r.start).get(metric))
 
     def peak_memory(self, record: RunRecord) -> float | None:
         """GiB over attach and train; null for a model that was not trained."""
@@ -264,7 +266,7 @@ def reason(record: RunRecord) -> str:
 
 
 def score(record: RunRecord, metric: str) -> float | None:
-    return (record.scores.get(metric) or {}).get("value")
+    return record.scores.get(metric)
 
 
 def seconds(record: RunRecord) -> float | None:
@@ -279,8 +281,8 @@ def step_seconds(record: RunRecord) -> float | None:
 
 
 def tokens_per_second(record: RunRecord) -> float | None:
-    tokens, time = record.tokens.get("trained"), seconds(record)
-    return (tokens + record.tokens.get("attach", 0)) / time if tokens and time else None
+    tokens, time = record.tokens, seconds(record)
+    return (tokens.trained + (tokens.attach or 0)) / time if tokens.trained and time else None
 
 
 def watt_hours(record: RunRecord) -> float | None:
@@ -290,7 +292,7 @@ def watt_hours(record: RunRecord) -> float | None:
 
 
 def read_outputs(comparison: Comparison, store: Store) -> None:
-    """Gives the rows their test statistics. A run on other test rows stays without, with a warning."""
+    """Gives the rows the numbers of their tests. A run on other test rows stays without, with a warning."""
     tested = None
     for row in comparison.rows:
         found = []
@@ -307,8 +309,8 @@ def read_outputs(comparison: Comparison, store: Store) -> None:
                     f"{row.label} (seed {record.spec.seed}) was tested on other rows than the others"
                 )
                 continue
-            found.append(statistics(outputs))
-            comparison.reference_tokens = found[0][:, 13]
+            found.append(row_sums(outputs, record.spec.dataset))
+            comparison.reference_tokens = np.array([output["tokens"] for output in outputs])
             row.outputs_of = row.outputs_of or record
         if len(found) == len(row.done):
-            row.statistics = found
+            row.sums = found

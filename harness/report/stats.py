@@ -1,27 +1,19 @@
 """Uncertainty: a paired bootstrap over test rows, the spread over seeds, intervals, ties; Pareto fronts.
 
-Every metric here is a function of sums over test rows, so all resamples of all runs are one matrix
-product. NumPy only.
+Every metric is a function of sums over test rows, so all resamples of a run are one matrix product.
+NumPy only.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harness.metrics import bleu4
+from harness.metrics import METRICS
 
 RESAMPLES = 1000  # sacrebleu's default; a standard error is then known to about 2%
 CONFIDENCE = 0.95  # of an interval; 1 - CONFIDENCE is the level of a verdict
+Sums = dict[str, np.ndarray]  # the numbers of each test row, by metric (rows, width)
 SEEDS_TO_RANK = 3  # seeds: fewer say nothing of how a method varies from run to run
-
-# What is summed over test rows: 10 counts for BLEU, then ROUGE-L, rows, nll, tokens, correct.
-METRICS = {  # sums (..., 15) -> score (...)
-    "bleu4": lambda s: bleu4(s[..., :10]),
-    "rouge_l": lambda s: s[..., 10] / s[..., 11],
-    "perplexity": lambda s: np.exp(s[..., 12] / s[..., 13]),
-    "token_accuracy": lambda s: s[..., 14] / s[..., 13],
-}
-LOWER_IS_BETTER = ("perplexity",)
 
 
 @dataclass(frozen=True)
@@ -38,29 +30,16 @@ class Difference:
         return self.p < 1 - CONFIDENCE
 
 
-def statistics(outputs: list[dict]) -> np.ndarray:
-    """Test outputs -> (rows, 15): what METRICS are functions of. NaN for what is null."""
-    unknown = [None] * 10
-    return np.array(
-        [
-            [*(o.get("bleu") or unknown), o.get("rouge_l"), 1]
-            + [o.get(name) for name in ("nll", "tokens", "correct")]
-            for o in outputs
-        ],
-        dtype=float,
-    ).reshape(-1, 15)
-
-
 class Bootstrap:
     """Scores of several methods, each with its seeds, on resampled test rows.
 
-    `runs`: name -> statistics (rows, 15) of each of its seeds, all over the same test rows. The
-    same rows are drawn for all runs, which is what makes a difference paired.
+    `runs`: name -> what `harness.metrics.row_sums` gives of each of its seeds, all over the same test rows.
+    The same rows are drawn for all runs, which is what makes a difference paired.
     Raises ValueError for runs over different numbers of rows, or over none.
     """
 
-    def __init__(self, runs: dict[str, list[np.ndarray]], resamples: int = RESAMPLES, seed: int = 0):
-        lengths = {len(of_seed) for seeds in runs.values() for of_seed in seeds}
+    def __init__(self, runs: dict[str, list[Sums]], resamples: int = RESAMPLES, seed: int = 0):
+        lengths = {len(rows) for seeds in runs.values() for sums in seeds for rows in sums.values()}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError("a paired bootstrap needs runs over the same test rows")
         self.rows = lengths.pop()
@@ -69,12 +48,11 @@ class Bootstrap:
         weights = np.stack([np.bincount(d, minlength=self.rows) for d in drawn]).astype(float)
         self.seeds, self.resampled = {}, {}  # (name, metric) -> scores (seeds,), (resamples,)
         for name, seeds in runs.items():
-            sums = np.stack([of_seed.sum(0) for of_seed in seeds])
-            redrawn = np.stack([weights @ of_seed for of_seed in seeds])
-            for metric, score in METRICS.items():
+            for metric in seeds[0]:
+                rows = np.stack([sums[metric] for sums in seeds])  # (seeds, rows, width)
                 with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-                    self.seeds[name, metric] = score(sums)
-                    self.resampled[name, metric] = score(redrawn).mean(0)
+                    self.seeds[name, metric] = METRICS[metric].value(rows.sum(1))
+                    self.resampled[name, metric] = METRICS[metric].value(weights @ rows).mean(0)
 
     def point(self, metric: str, name: str) -> float:
         """The mean over seeds."""
@@ -112,7 +90,7 @@ class Bootstrap:
 
         Corrected for all pairs, not only those with the best, as which one that is was seen first.
         """
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+        sign = -1 if METRICS[metric].better == "lower" else 1
         ranking = sorted(names, key=lambda name: -sign * self.point(metric, name))
         pairs = [(a, b) for i, a in enumerate(ranking) for b in ranking[i + 1 :]]
         found = zip(pairs, self.differences(metric, pairs), strict=True)

@@ -4,7 +4,8 @@ from itertools import combinations
 
 import numpy as np
 
-from harness.record import PHASES
+from harness.metrics import METRICS, Metric, compared
+from harness.record import PHASES, Sizes
 from harness.report.blocks import Example, Table
 from harness.report.rows import (
     GIB,
@@ -15,15 +16,10 @@ from harness.report.rows import (
     tokens_per_second,
     watt_hours,
 )
-from harness.report.stats import METRICS, Bootstrap, Difference
+from harness.report.stats import Bootstrap, Difference
 from harness.report.text import UNKNOWN, number, shorten, spread
 from harness.store import Store
 
-DECIMALS = {"bleu4": 2, "rouge_l": 3, "perplexity": 2, "token_accuracy": 3, "stop_rate": 3,
-            "reward": 3, "preference_accuracy": 3}  # fmt: skip
-NAMES = {"bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "perplexity": "Perplexity",
-         "token_accuracy": "Token accuracy", "stop_rate": "Stop rate", "reward": "Reward",
-         "preference_accuracy": "Preference accuracy"}  # fmt: skip
 EXAMPLES = 10  # test rows shown side by side; the brief asks for 5 to 10
 ALL_PAIRS = 6  # techniques of which every pair is shown: 15 lines
 LONGEST = 700  # characters of a shown text
@@ -35,7 +31,7 @@ def brief(
 ) -> Table:
     """The table that the brief asks for, of some rows. `marks`: label -> footnote mark. `aim`: the
     metric of another objective, shown first."""
-    metrics = [aim] * bool(aim) + ["bleu4", "rouge_l"]
+    metrics = [*([METRICS[aim]] if aim else []), *compared()]
     rows = []
     for row in chosen:
         name = row.label + (marks or {}).get(row.label, "")
@@ -44,17 +40,19 @@ def brief(
             cells += before_and_after(comparison, row, metric)
         cells += [spread(row.values(comparison.peak_memory)), hours(row.values(seconds))]
         rows.append(cells)
-    scores = [f"{NAMES[m]} ({when})" for m in metrics for when in ("before", "after")]
+    scores = [f"{metric.label} ({when})" for metric in metrics for when in ("before", "after")]
     return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows)
 
 
-def before_and_after(comparison: Comparison, row: Row, metric: str) -> list[str]:
+def before_and_after(comparison: Comparison, row: Row, metric: Metric) -> list[str]:
     """Two cells; random weights have no scores worth showing."""
     if comparison.random_weights:
         return [UNKNOWN, UNKNOWN]
     before = comparison.before(row)
-    values = (r.values(lambda record: comparison.score(record, metric)) if r else [] for r in (before, row))
-    return [spread(v, DECIMALS[metric]) for v in values]
+    values = (
+        side.values(lambda r: comparison.score(r, metric.name)) if side else [] for side in (before, row)
+    )
+    return [spread(v, metric.decimals) for v in values]
 
 
 def hours(times: list[float]) -> str:
@@ -65,23 +63,21 @@ def hours(times: list[float]) -> str:
     return f"{spread(in_hours)} ({number(float(np.mean(times)), 1)} s)"
 
 
-OF_OWN_BASE = ("bleu4", "rouge_l", "perplexity")
-
-
 def quality(comparison: Comparison) -> Table:
-    """Scores from likelihoods, and those of the own base of a method that has another one."""
-    metrics = ["perplexity", "token_accuracy", "stop_rate", "preference_accuracy"]
-    if comparison.spec.dataset.get("reward") != "rouge_l":  # else it is the ROUGE-L of the first table
-        metrics.append("reward")
-    columns = ["Technique", *(f"{NAMES[m]} ({when})" for m in metrics for when in ("before", "after"))]
-    with_own = any(comparison.own_scores(row, "bleu4") for row in comparison.rows)
+    """Scores that are in no difference, and those of the own base of a method that has another one."""
+    metrics = [metric for metric in METRICS.values() if not metric.compared]
+    if comparison.spec.dataset.get("reward", "rouge_l") == "rouge_l":  # it is in the first table
+        metrics.remove(METRICS["reward"])
+    columns = ["Technique", *(f"{m.label} ({when})" for m in metrics for when in ("before", "after"))]
+    own = [*compared(), METRICS["perplexity"]]
+    with_own = any(comparison.own_scores(row, m.name) for row in comparison.rows for m in own)
     if with_own:
-        columns += [f"{NAMES[m]} (own base)" for m in OF_OWN_BASE]
+        columns += [f"{m.label} (own base)" for m in own]
     rows = []
     for row in comparison.rows:
         cells = [row.label, *(c for m in metrics for c in before_and_after(comparison, row, m))]
         if with_own:
-            cells += [spread(comparison.own_scores(row, m), DECIMALS[m]) for m in OF_OWN_BASE]
+            cells += [spread(comparison.own_scores(row, m.name), m.decimals) for m in own]
         rows.append(cells)
     return without_unknown(Table(columns, rows))
 
@@ -92,10 +88,9 @@ def cost(comparison: Comparison) -> Table:
                "Tokens/s", "Energy (Wh)"]  # fmt: skip
     rows = []
     for row in comparison.rows:
-        sizes = row.done[0].sizes if row.done else {}
-        trainable, parameters = sizes.get("trainable"), sizes.get("parameters")
-        trainable = trainable if row.spec.trains else None
-        held = [sizes.get(f"{name}_bytes") for name in ("weight", "optimizer", "saved")]
+        sizes = row.done[0].sizes if row.done else Sizes()
+        parameters, trainable = sizes.parameters, sizes.trainable if row.spec.trains else None
+        held = [sizes.weight_bytes, sizes.optimizer_bytes, sizes.saved_bytes]
         steps = [1000 * s for s in row.values(step_seconds)] if row.spec.trains else []
         rows.append([
             row.label,
@@ -142,27 +137,28 @@ def phases(comparison: Comparison) -> Table:
 
 def bootstrap(comparison: Comparison) -> Bootstrap | None:
     """Over all rows whose test outputs are there; none where fewer than two are."""
-    runs = {row.label: row.statistics for row in comparison.rows if row.statistics}
+    runs = {row.label: row.sums for row in comparison.rows if row.sums}
     return Bootstrap(runs) if len(runs) > 1 and not comparison.random_weights else None
 
 
 def differences(comparison: Comparison, sample: Bootstrap) -> list[Table]:
     """Against the untouched model, against each method's own base, and against each other: those of one
     objective, and where they are many, all against the first."""
-    rows = [row for row in comparison.trained if row.statistics]
-    rows.sort(key=lambda row: -sample.point("bleu4", row.label))
+    rows = [row for row in comparison.trained if row.sums]
+    first = compared()[0]
+    rows.sort(key=lambda row: -sample.point(first.name, row.label))
     equals = [[row for row in rows if row in group] for group in comparison.objectives.values()]
     few = all(len(group) <= ALL_PAIRS for group in equals)
     others = [pair for group in equals for pair in combinations(group, 2) if few or pair[0] is group[0]]
     sides = {
         "Against the untouched model": [(row, comparison.before(row)) for row in rows],
         "Against the technique's own base": [(row, comparison.own_base(row)) for row in rows],
-        "Against each other" if few else "The highest BLEU-4 against the others": others,
+        "Against each other" if few else f"The highest {first.label} against the others": others,
     }
     return [
         difference_table(title, sample, known)
         for title, pairs in sides.items()
-        if (known := [(a, b) for a, b in pairs if b and b.statistics])
+        if (known := [(a, b) for a, b in pairs if b and b.sums])
     ]
 
 
@@ -170,14 +166,14 @@ def difference_table(title: str, sample: Bootstrap, pairs: list[tuple[Row, Row]]
     """Only what may be ranked has a verdict, and counts among the verdicts to correct for."""
     ranked = [pair for pair in pairs if not unranked(*pair)]
     columns, cells = [title], [[f"{a.label} − {b.label}"] for a, b in pairs]
-    for metric in ("bleu4", "rouge_l"):
-        columns += [NAMES[metric], "Verdict"]
-        verdicts = sample.differences(metric, [(a.label, b.label) for a, b in ranked])
+    for metric in compared():
+        columns += [metric.label, "Verdict"]
+        verdicts = sample.differences(metric.name, [(a.label, b.label) for a, b in ranked])
         verdicts = {id(pair): d for pair, d in zip(ranked, verdicts, strict=True)}
         for pair, row in zip(pairs, cells, strict=True):
-            found = verdicts.get(id(pair)) or sample.difference(metric, *(r.label for r in pair))
-            row += [interval(found, DECIMALS[metric]), unranked(*pair) or verdict(found)]
-    return Table(columns, cells, words=(0, 2, 4))
+            found = verdicts.get(id(pair)) or sample.difference(metric.name, *(r.label for r in pair))
+            row += [interval(found, metric.decimals), unranked(*pair) or verdict(found)]
+    return Table(columns, cells, words=tuple(range(0, len(columns), 2)))
 
 
 def unranked(a: Row, b: Row) -> str:
@@ -203,30 +199,31 @@ def interval(difference: Difference, decimals: int) -> str:
 
 
 def by_part(comparison: Comparison) -> Table | None:
-    """BLEU-4 and ROUGE-L on each part of the test rows, mean over seeds; none for a single part."""
+    """The compared metrics on each part of the test rows, mean over seeds; none for a single part."""
     parts = list(dict.fromkeys(comparison.parts))
-    rows = [row for row in comparison.rows if row.statistics]
+    rows = [row for row in comparison.rows if row.sums]
     if len(parts) < 2 or not rows:
         return None
     of_part = {part: np.array(comparison.parts) == part for part in parts}
     cells = []
     for row in rows:
         cells.append([row.label])
-        for metric in ("bleu4", "rouge_l"):
+        for metric in compared():
             for part in parts:
-                scores = [float(METRICS[metric](s[of_part[part]].sum(0))) for s in row.statistics]
-                cells[-1].append(spread(scores, DECIMALS[metric]))
+                scores = [float(metric.value(s[metric.name][of_part[part]].sum(0))) for s in row.sums]
+                cells[-1].append(spread(scores, metric.decimals))
     parts = [f"{part} ({sum(of_part[part])} rows)" for part in parts]
-    return Table(["Technique", *(f"{NAMES[m]}, {p}" for m in ("bleu4", "rouge_l") for p in parts)], cells)
+    return Table(["Technique", *(f"{m.label}, {p}" for m in compared() for p in parts)], cells)
 
 
 def examples(comparison: Comparison, store: Store) -> list[Example]:
     """The same test rows for all, each method's lowest seed."""
-    rows = [row for row in comparison.rows if row.outputs_of and row.statistics]
+    rows = [row for row in comparison.rows if row.outputs_of and row.sums]
     if not rows:
         return []
     judged = [row for row in rows if row.spec.trains] or rows
-    quality = np.mean([row.statistics[0][:, 10] for row in judged], axis=0)
+    rouge = {row.label: METRICS["rouge_l"].value(row.sums[0]["rouge_l"]) for row in rows}
+    quality = np.mean([rouge[row.label] for row in judged], axis=0)
     chosen = choose(comparison.parts, quality, EXAMPLES)
     texts = {}
     for row in rows:
@@ -236,7 +233,7 @@ def examples(comparison: Comparison, store: Store) -> list[Example]:
     for k, i in enumerate(chosen):
         first = texts[rows[0].label][k]
         answers = [
-            (row.label, f"ROUGE-L {number(row.statistics[0][i, 10], 3)}"
+            (row.label, f"ROUGE-L {number(rouge[row.label][i], 3)}"
              + ("" if texts[row.label][k].get("stopped", True) else ", cut at the length limit"),
              shorten(str(texts[row.label][k].get("output") or ""), LONGEST))
             for row in rows

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from harness import metrics
 from harness.data import Row, batches_of, collate
-from harness.metrics import summarise
 from harness.record import RunRecord
 from harness.store import OUTPUTS, RECORD
 from harness.training import head
@@ -59,11 +59,12 @@ def test(model, run: "Run") -> list[dict]:
     questions = [run.template.question(example, run.hp.max_new_tokens) for example in examples]
     with run.meter.phase("generate"):
         answers = run.decoder.answers(model, questions, run.report)
-    return [
+    outputs = [
         {"id": example.id, "part": example.part, "prompt": example.prompt, "reference": example.reference}
-        | answer | score | run.scorer.score(answer["output"], example.reference)
+        | answer | score
         for example, answer, score in zip(examples, answers, scores, strict=True)
     ]  # fmt: skip
+    return [{**output, "sums": metrics.kept_sums(output, run.dataset)} for output in outputs]
 
 
 def check_finite(scores: list[dict], run: "Run") -> None:
@@ -74,10 +75,6 @@ def check_finite(scores: list[dict], run: "Run") -> None:
     if not run.method.trains:
         raise ValueError(f"{what} without any training")
     raise Diverged(what)
-
-
-def summary(outputs: list[dict], run: "Run") -> dict:
-    return summarise(outputs, run.scorer.signature(), run.scorer.kind)
 
 
 def add_margins(model, outputs: list[dict], before: list[dict], run: "Run") -> None:

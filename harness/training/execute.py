@@ -14,16 +14,16 @@ import torch
 from accelerate import Accelerator
 
 from harness import method as methods
+from harness import metrics
 from harness.data import COUNTED, SPLITS, Row, Template, answered, rows_hash, study, token_rows
 from harness.errors import BadRequest
 from harness.measuring.meter import Meter, host_peak
-from harness.metrics import TextScorer
 from harness.plain import redacted
-from harness.record import RunRecord, answers_hash
+from harness.record import Data, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, append, leave
 from harness.training import evaluation, weights
-from harness.training.environment import environment, installed
+from harness.training.environment import installed, provenance
 from harness.training.loop import train
 from harness.training.model import (
     check_model,
@@ -47,7 +47,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     if spec.trains:
         model = trained(model, run)
     else:
-        record.sizes = sizes(model.requires_grad_(False))
+        record.sizes = Sizes(**sizes(model.requires_grad_(False)))
     outputs = evaluation.test(model, run)
     before = outputs if spec.method == "base" else evaluation.outputs_before(spec.locations.get("before"))
     if any(example.prompt and not example.rejected_ids for example in run.splits["test"]):
@@ -56,7 +56,6 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
     for output in outputs:
         append(folder / OUTPUTS, output)
     record.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    record.scores = evaluation.summary(outputs, run)
     if spec.trains:
         save_model(model, run, folder)
 
@@ -93,7 +92,7 @@ def opened(spec: RunSpec, method: methods.Method, record: RunRecord, folder: Pat
             f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
             "device memory are not its own"
         )
-    record.phases, record.environment = meter.phases, environment(accelerator.device, precision)
+    record.phases, record.provenance = meter.phases, provenance(accelerator.device, precision)
     seed_everything(spec.seed)
     # cuDNN's attention builds a plan for each new length, a tenth of a second: more than a small step.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -106,12 +105,12 @@ def opened(spec: RunSpec, method: methods.Method, record: RunRecord, folder: Pat
         model = method.load(load)
         stops = stop_tokens(template, model, splits["train"])
         run = Run(
-            method, hp, spec.seed, splits, template=template, stops=stops, accelerator=accelerator,
-            scorer=TextScorer(spec.dataset["language"], spec.dataset["reward"]), meter=meter,
-             record=record, load_base=load, report=report,
+            method, hp, spec.seed, splits, dataset=spec.dataset, template=template, stops=stops,
+            accelerator=accelerator, meter=meter, record=record, load_base=load, report=report,
         )  # fmt: skip
-        record.environment["attention"] = model.config._attn_implementation
-        record.environment["model_revision"] = getattr(model.config, "_commit_hash", None)
+        record.signatures = {name: m.signature(spec.dataset) for name, m in metrics.METRICS.items()}
+        record.provenance.attention = model.config._attn_implementation
+        record.provenance.model_revision = getattr(model.config, "_commit_hash", None)
         check_model(model, run)
     return model, run
 
@@ -130,18 +129,18 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
                 + (f", {why['answered']} are answered in training" if why["answered"] else "")
             )
     train = read.rows["train"]
-    record.tokens = {
-        "left_out": {what: count for what, count in read.left_out.items() if count},
-        "refused": read.refused,
-        "unused": read.unused,
-        "revisions": read.revisions,
-        "origins": read.origins,
-        "splits": {split: len(read.rows[split]) for split in SPLITS},
-        "answered": {split: answered(read.rows[split], train) for split in SPLITS[:-1]},
-        "template": template.kind,
-        "loss": template.loss,
-        "plain_text": all(not example.prompt for example in train),
-    }
+    record.data = Data(
+        rows={split: len(read.rows[split]) for split in SPLITS},
+        left_out={what: count for what, count in read.left_out.items() if count},
+        refused=read.refused,
+        answered={split: answered(read.rows[split], train) for split in SPLITS[:-1]},
+        unused=read.unused,
+        revisions=read.revisions,
+        origins=read.origins,
+        template=template.kind,
+        loss=template.loss,
+        plain_text=all(not example.prompt for example in train),
+    )
     record.study = study(template.tokenizer, read.sample, template.loss)
     return template, read.rows
 
@@ -149,24 +148,24 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
 def trained(model, run: Run):
     """-> the model as the method keeps it."""
     method, record = run.method, run.record
-    record.hashes["batches"], record.tokens["sampled"] = run.batches.hashes, 0
+    record.hashes["batches"], record.tokens.sampled = run.batches.hashes, 0
     with run.meter.phase("attach"), tokens_read(model, run.meter) as read:
         model = method.attach(model, run)
         types = weights.loaded_types(model)
-        record.weights = weights.master_weights(model, record.environment["precision"])
+        record.weights = weights.master_weights(model, record.provenance.precision)
         weights.one_arithmetic(model, types)
-    record.sizes = sizes(model)
+    record.sizes = Sizes(**sizes(model))
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
-    record.tokens["attach"] = int(sum(read))
+    record.tokens.attach = int(sum(read))
     if not method.starts_at_base:
-        record.start = evaluation.summary(evaluation.test(model, run), run)
+        record.start = metrics.total(evaluation.test(model, run), run.dataset)
     record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
     start = weights.fingerprints(types)
     run.report = with_progress(run)
     loop = train(model, run)
     weights.check(start, weights.fingerprints(types), record.training)
-    record.sizes["optimizer_bytes"] = optimizer_bytes(loop.optimizer)
+    record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     del loop
     model.zero_grad()
     weights.put_back(types)
@@ -201,7 +200,7 @@ def save_model(model, run: Run, folder: Path) -> None:
             run.template.tokenizer.save_pretrained(folder / MODEL)
         sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
         if sizes:
-            record.sizes["saved_bytes"] = sum(sizes)
+            record.sizes.saved_bytes = sum(sizes)
             record.warnings.pop()
         else:
             record.warnings[-1] += ": it wrote no weights"

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +42,7 @@ def train(model, run: "Run") -> "Loop":
                 model.train()
         settle(unsettled, run)
         record.step_seconds = clock.read()
-        record.tokens |= loop.reading.tokens()
+        record.tokens = replace(record.tokens, **loop.reading.tokens())
         record.hashes |= loop.reading.hashes()
         run.reading = None
     return loop

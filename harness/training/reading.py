@@ -71,7 +71,7 @@ def digits(number: int) -> str:
 
 @contextmanager
 def tokens_read(model, meter):
-    """-> a list that takes the tokens of each forward of the phase at hand: in a method's attach, of a warm-up.
+    """-> a list that takes the tokens of each forward of the phase at hand: in attach, those of a warm-up.
     What the decoder reads has a phase of its own. Without a mask, packed padding counts too."""
     phase, read = meter.stack[-1], []
 

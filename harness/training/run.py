@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from harness import metrics
 from harness.data import Batches, Row, collate
 from harness.errors import brief
 from harness.plain import redacted, redacted_in
@@ -29,11 +30,11 @@ class Run:
     """
 
     def __init__(
-        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Row]], *, template, stops: list[int],
-        accelerator, scorer, meter, record: RunRecord, load_base, report=lambda **_: None,
+        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Row]], *, dataset: dict,
+        template, stops: list[int], accelerator, meter, record: RunRecord, load_base, report=lambda **_: None,
     ):  # fmt: skip
         self.method, self.hp, self.seed, self.splits = method, hp, seed, splits
-        self.accelerator, self.scorer, self.meter = accelerator, scorer, meter
+        self.dataset, self.accelerator, self.meter = dataset, accelerator, meter
         self.template, self.record, self.report = template, record, report
         self.decoder = Decoder(template.tokenizer, stops, hp, accelerator)
         self.device, self.pad = accelerator.device, template.tokenizer.pad_token_id
@@ -53,7 +54,7 @@ class Run:
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
     def collate(self, examples: list[Row], history: bool = True) -> dict:
-        """-> a micro-batch, with labels on every answer that is to be learned; without `history`, the last."""
+        """-> a micro-batch, labels on every answer that is to be learned; without history, on the last."""
         packed = self.hp.max_length if self.hp.packing else 0
         return collate(examples, self.pad, self.device, history, packed)
 
@@ -74,12 +75,13 @@ class Run:
             for example, group in zip(examples, drawn, strict=True)
         ]
         tokens = self.record.tokens
-        tokens["sampled"] = tokens.get("sampled", 0) + sum(len(ids) for group in answers for ids in group)
+        tokens.sampled = (tokens.sampled or 0) + sum(len(ids) for group in answers for ids in group)
         return answers
 
     def reward(self, example: Row, ids: list[int]) -> float:
         """What the dataset's spec says an answer to this prompt earns, 0 to 1."""
-        return self.scorer.reward(self.decoder.text_of(ids), example.reference)
+        earned, _ = metrics.reward(self.dataset)
+        return earned(self.decoder.text_of(ids), example.reference)
 
     def token_logps(self, model, batch: dict) -> torch.Tensor:
         """(B, T-1): log p of each next token that is a target, see harness/training/head.py."""
