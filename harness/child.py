@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import method
+from harness.doctor import installed
 from harness.plain import redacted
 from harness.record import RunRecord
 from harness.spec import RunSpec
@@ -33,9 +34,10 @@ def main(folder: Path) -> None:
     )
     ended_by = None
     try:
+        chosen = chosen_method(spec, record)
         from harness.training import execute
 
-        execute(spec, record, folder)
+        execute(spec, chosen, record, folder)
         record.status = "ok"
     except BaseException as error:  # whatever ends a run is its status, never its absence
         record.status, record.error = diagnose(error)
@@ -43,6 +45,19 @@ def main(folder: Path) -> None:
     leave(record, folder)
     if ended_by:
         traceback.print_exception(ended_by)
+
+
+def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
+    """The method with its options, before a heavy import. Raises Unsupported without a package."""
+    cls = method.resolve(
+        spec.method, method.find(spec.method, method.available(spec.locations.get("plugins", [])))
+    )
+    record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
+    record.overrides = {name: list(value) for name, value in cls.overrides.items()}
+    if missing := [name for name in cls.needs if not installed(name)]:
+        needed = " ".join(missing)
+        raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")
+    return method.build(cls, spec.options)
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled

@@ -82,6 +82,13 @@ def packages():
         pass
 
 
+def installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
 def older(found: str, floor: str) -> bool:
     """By the leading numbers of each part: where packages are missing, packaging may be one of them."""
     first, second = (

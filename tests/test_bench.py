@@ -23,7 +23,7 @@ from harness.cli import progress
 from harness.method import Method
 from harness.plain import redacted
 from harness.plan import Request, plan
-from harness.record import RunRecord
+from harness.record import RunRecord, Sizes
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
 from harness.training.execute import save_model
@@ -58,7 +58,7 @@ def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty)
     outcomes = {r["run"].partition("-")[0]: r["status"] for r in json.loads(run.stdout)["runs"]}
     assert outcomes[name] == FAULTS[name][1]
     record = records(folder)[f"{name}-0"]
-    assert record["error"] and record["scores"] == {}
+    assert record["error"] and "outputs" not in record["hashes"]
     assert all(phase["peak_allocated"] != 0 for phase in record["phases"].values())
     assert name in (folder / "reports/report.md").read_text().replace("\\_", "_")
 
@@ -397,7 +397,7 @@ def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError, SafetensorError, KeyboardInterrupt, SystemExit])
 def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
-    record = fabricate.record("lora", phases={}, scores={"bleu4": {"value": 1.0}})
+    record = fabricate.record("lora", phases={}, signatures={"bleu4": "x"})
 
     class Breaks(Method):
         def save(self, model, folder):
@@ -409,7 +409,8 @@ def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
     run = tiny.run(method=breaks)
     run.record = record
     save_model(None, run, tmp_path)
-    assert breaks.found.ok and breaks.found.scores == record.scores and "save" not in breaks.found.phases
+    assert breaks.found.ok and breaks.found.signatures == record.signatures
+    assert "save" not in breaks.found.phases
     assert "was not saved" in breaks.found.warnings[-1]
     assert record.ok and record.warnings[-1].endswith(f"was not saved: {error.__name__}: for hf_[hidden]")
     assert not (tmp_path / "model").exists(), "half a model is none"
@@ -425,14 +426,14 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
     save_model(None, run, tmp_path)
     told = [warning.endswith("was not saved: it wrote no weights") for warning in run.record.warnings]
     assert told == [True] * warnings
-    assert run.record.sizes == ({} if warnings else {"saved_bytes": 4})
+    assert run.record.sizes == Sizes(saved_bytes=None if warnings else 4)
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):
-    measured = RunRecord(SPEC, "ok", scores={"bleu4": {"value": 1.0}}, warnings=["was not saved"])
+    measured = RunRecord(SPEC, "ok", signatures={"bleu4": "x"}, warnings=["was not saved"])
     code = f"open(sys.argv[1] + '/result.json', 'w').write({measured.to_json()!r})\n"
     record, _ = child(tmp_path, code + "os.kill(os.getpid(), signal.SIGKILL)")
-    assert record.ok and record.scores == measured.scores
+    assert record.ok and record.signatures == measured.signatures
     assert record.warnings == ["was not saved: signal SIGKILL"]
 
 
@@ -478,7 +479,7 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         assert record.ok, record.error
         assert record.scores["bleu4"] and len(record.training) == 12
         assert [w for w in record.warnings if "was not saved: " in w and "o space" in w], record.warnings
-        assert record.environment["waiting"] and "saved_bytes" not in record.sizes
+        assert record.provenance.waiting and record.sizes.saved_bytes is None
         folder = next(disk.glob("full_disk*"))
         assert len((folder / "outputs.jsonl").read_text().splitlines()) == 12
         assert not (folder / "model").exists(), "half a model is none"

@@ -51,6 +51,13 @@ def test_what_was_measured_is_kept(run):
     assert RunRecord.from_json(record.to_json()) == record
 
 
+def test_a_commit_that_was_changed_had_a_plus_behind_it():
+    value = read(RUNS[0])
+    value["environment"]["commit"] = "0123456789ab+"
+    made = RunRecord.from_json(json.dumps(value)).provenance
+    assert (made.commit, made.dirty) == ("0123456789ab", True)
+
+
 @pytest.mark.parametrize("age", AGES)
 def test_they_are_listed_and_reported(age, tmp_path, capsys):
     store = Store(RECORDS / age)

@@ -16,7 +16,7 @@ from test_batches import MODELS
 from test_cli import BITFIT
 from transformers import AutoModelForCausalLM
 
-from harness.child import diagnose
+from harness.child import chosen_method, diagnose
 from harness.data import cache, load_spec
 from harness.measuring.meter import Card
 from harness.method import FOLDER, build, resolve
@@ -84,7 +84,7 @@ def run(files, tmp_path):
         folder, record = tmp_path / f"{next(numbers)} {name}", RunRecord(spec, "failed")
         folder.mkdir()
         try:
-            execute(spec, record, folder)
+            execute(spec, chosen_method(spec, record), record, folder)
             record.status = "ok"
         except Exception as error:
             record.status, record.error = diagnose(error)

@@ -13,17 +13,17 @@ import numpy
 import torch
 from accelerate import Accelerator
 
-from harness import method as methods
 from harness import metrics
 from harness.data import COUNTED, SPLITS, Row, Template, answered, rows_hash, study, token_rows
 from harness.errors import BadRequest
 from harness.measuring.meter import Meter, host_peak
+from harness.method import Method
 from harness.plain import redacted
 from harness.record import Data, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, append, leave
 from harness.training import evaluation, weights
-from harness.training.environment import installed, provenance
+from harness.training.environment import provenance
 from harness.training.loop import train
 from harness.training.model import (
     check_model,
@@ -41,9 +41,9 @@ from harness.training.run import Run
 BUSY_BYTES = 2**30  # a driver and a desktop hold less
 
 
-def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
+def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> None:
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder."""
-    model, run = opened(spec, chosen_method(spec, record), record, folder)
+    model, run = opened(spec, method, record, folder)
     if spec.trains:
         model = trained(model, run)
     else:
@@ -60,21 +60,7 @@ def execute(spec: RunSpec, record: RunRecord, folder: Path) -> None:
         save_model(model, run, folder)
 
 
-def chosen_method(spec: RunSpec, record: RunRecord) -> methods.Method:
-    """The method with its options. Raises Unsupported where a package that it needs is missing."""
-    cls = methods.resolve(
-        spec.method, methods.find(spec.method, methods.available(spec.locations.get("plugins", [])))
-    )
-    record.card, record.hashes["method_code"] = methods.card(cls), methods.code_hash(cls)
-    record.overrides = {name: list(value) for name, value in cls.overrides.items()}
-    if missing := [name for name in cls.needs if not installed(name)]:
-        needed = " ".join(missing)
-        raise methods.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")
-    method = methods.build(cls, spec.options)
-    return method
-
-
-def opened(spec: RunSpec, method: methods.Method, record: RunRecord, folder: Path):
+def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
     """-> the model as the method loads it, and the run that it is trained and evaluated in."""
 
     def report(**values):
