@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
 
 
 def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
-    """The method with its options, before a heavy import. Raises Unsupported without a package."""
+    """The method with its options: nothing heavy is imported yet. Raises Unsupported without a package."""
     cls = method.resolve(
         spec.method, method.find(spec.method, method.available(spec.locations.get("plugins", [])))
     )

@@ -217,7 +217,7 @@ def test_a_key_that_is_printed_line_by_line_reaches_no_log(tmp_path):
 def test_a_silent_hub_ends_a_run(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         code = (
-            "from harness import run; run.HUB_SECONDS = 1; run.limit_hub()\n"
+            "from harness.training import model; model.HUB_SECONDS = 1; model.limit_hub()\n"
             "from huggingface_hub import HfApi; HfApi().model_info('some/model')"
         )
         hub = f"http://127.0.0.1:{silent.getsockname()[1]}"

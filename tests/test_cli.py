@@ -68,7 +68,7 @@ def test_a_bench_runs_and_some_of_it_fails(home):
         "diverging-0": "diverged", "diverging-1": "diverged",
     }  # fmt: skip
     assert "at step 1" in found["diverging-0"]["error"]
-    assert found["diverging-0"]["scores"] == {}
+    assert "outputs" not in found["diverging-0"]["hashes"]
     assert found["diverging-0"]["training"][0]["loss"] is None, "its curve is kept up to where it broke"
     report = (folder / "reports/report.md").read_text()
     assert "BitFit" in report and "diverged" in report

@@ -179,7 +179,7 @@ def test_a_wrong_source_is_named_for_what_it_is(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["alpacca"], "alpaca"),
     (["README.md"], "README.md is no dataset"),
-    (["tests"], "tests is a folder"),
+    (["harness"], "harness is a folder"),
     (["demo", "--model", "./gone"], "neither a folder nor a hub id"),
     (["demo", "--preset", "dem"], "demo"),
     (["demo", "--set", "data.language=klingon"], "data.language: must be one of"),
