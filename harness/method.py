@@ -279,15 +279,16 @@ def named(cls: type[Method], name: str) -> type[Method]:
 
 def build(cls: type[Method], options: dict) -> Method:
     """The method with its options. Raises BadRequest with each that cannot be."""
-    problems, known = Problems(), {f.name for f in fields(cls)}
-    kinds = {name: kind for name, kind in get_type_hints(cls, include_extras=True).items() if name in known}
-    values = fitting(options, kinds, f"option of {cls.name}", f"{cls.name}.", problems)
+    problems, own = Problems(), getattr(cls, "name", cls.__name__)
+    hints = get_type_hints(cls, include_extras=True)
+    kinds = {option.name: hints[option.name] for option in fields(cls)}
+    values = fitting(options, kinds, f"option of {own}", f"{own}.", problems)
     problems.refuse()
     try:
         made = cls(**values)
     except ValueError as error:
-        raise BadRequest(f"{cls.name}: {error}") from error
-    problems += misfits(asdict(made), dict, f"{cls.name}'s options")
+        raise BadRequest(f"{own}: {error}") from error
+    problems += misfits(asdict(made), dict, f"{own}'s options")
     problems.refuse()
     return made
 
