@@ -19,13 +19,12 @@ ROWS = {"train": 5000, "validation": 100, "test": 2000}  # of each part: nearly 
 def once(tokenizer_folder: str, sources: list[str]) -> dict:
     from transformers import AutoTokenizer
 
-    from harness.data import cache, splits
-    from harness.data.template import Template
+    from harness.data import Template, load_spec, token_rows
 
     template = Template(AutoTokenizer.from_pretrained(tokenizer_folder), "auto")
-    dataset, locations = splits.load_spec("mixture", ROWS), dict(source.split("=", 1) for source in sources)
+    dataset, locations = load_spec("mixture", ROWS), dict(source.split("=", 1) for source in sources)
     wall, cpu = time.perf_counter(), time.process_time()
-    found = cache.token_rows(dataset, locations, template, 512)
+    found = token_rows(dataset, locations, template, 512)
     return {
         "seconds": round(time.perf_counter() - wall, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),

@@ -3,5 +3,4 @@
 from pathlib import Path
 
 __version__ = "0.1.0"
-
 ROOT = Path(__file__).resolve().parents[1]  # where methods/, datasets_spec/, presets/ and demo/ lie

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from harness import ROOT, method
 from harness.child import AGAIN, exhausted, out_of_memory
-from harness.errors import redacted
+from harness.errors import BadRequest
 from harness.measuring import machine
+from harness.plain import redacted
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
@@ -57,12 +58,12 @@ def method_of(spec: RunSpec) -> type[method.Method]:
     return method.resolve(spec.method, source)
 
 
-class Busy(Exception):
+class Busy(BadRequest):
     """Another bench writes into the same results."""
 
 
-class Missing(Exception):
-    """What the runs need cannot be imported, a line each."""
+class Missing(BadRequest):
+    """What the runs need cannot be imported."""
 
 
 def bench(
@@ -231,7 +232,7 @@ def try_imports(specs: list[RunSpec]) -> None:
         last = child.stderr.strip().splitlines()[-1:] or ["no output"]
         raise Missing(f"the packages of a run: {how(child.returncode)} on import: {last[0]}") from None
     if reasons:
-        raise Missing("\n".join(
+        raise Missing(*(
             f"{', '.join(needs[name])}: {reason}, or leave {'it' if len(needs[name]) == 1 else 'them'} out"
             if name in needs else f"every run: {reason}"
             for name, reason in reasons.items()

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import method, packages
-from harness.errors import redacted
+from harness.plain import redacted
 from harness.record import RunRecord
 from harness.spec import RunSpec
 from harness.store import SPEC, leave
@@ -56,10 +56,7 @@ def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
     if missing := [name for name in cls.needs if not packages.found(name)]:
         needed = " ".join(missing)
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")
-    chosen, errors = method.build(cls, spec.options)
-    if errors:
-        raise ValueError("; ".join(errors))
-    return chosen
+    return method.build(cls, spec.options)
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled

@@ -20,8 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
 from harness import ROOT
-from harness.errors import brief, misfit, unknown
+from harness.errors import BadRequest, Problems, brief, unknown  # noqa: F401
 from harness.record import NAME as RECORDED
+from harness.shape import (  # noqa: F401, the kinds of options among them
+    Count,
+    Fraction,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    fitting,
+    misfits,
+)
 from harness.spec import Hyperparams
 
 if TYPE_CHECKING:
@@ -68,8 +78,9 @@ class Unsupported(Exception):
 class Method:
     """Full fine-tuning of every parameter; a subclass overrides what it does otherwise.
 
-    A subclass is a dataclass: its fields are the options that `--set name.option=value` sets.
-    Options that cannot be are refused by raising ValueError in `__post_init__`.
+    A subclass is a dataclass: its fields are the options that `--set name.option=value` sets, each of a
+    kind that says which values it may have: Natural (1, 2, ...), Count (0, 1, ...), Positive, NotNegative,
+    Fraction (from 0 to below 1), Annotated[float, Range(...)], Literal["a", "b"].
     """
 
     axis = "none"  # what is varied: one of AXES
@@ -84,6 +95,9 @@ class Method:
     overrides = {}  # hyperparameter -> (value, reason): each permitted difference, declared
     cannot = {}  # one of LIMITS -> why: refused with that reason before anything starts, or said
     hybrid = ()  # names of the methods that this one joins
+
+    def __post_init__(self):
+        """Raises ValueError for what the options' kinds cannot say: values that cannot be together."""
 
     @classmethod
     def own(cls, hp: Hyperparams) -> Hyperparams:
@@ -174,7 +188,7 @@ def adam(hp: Hyperparams) -> dict:
 
 
 def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
-    """Name -> where it is defined, importing nothing. Raises ValueError for a name defined twice."""
+    """Name -> where it is defined, importing nothing. Raises BadRequest for a name defined twice."""
     found = [(path.stem, path) for path in sorted(FOLDER.glob("*.py"))]
     found += [(point.name, point) for point in entry_points(group="tuneoff.methods")]
     found += [(Path(path).stem, Path(path)) for path in plugins]
@@ -183,12 +197,12 @@ def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
         if name == "__init__":
             continue
         if not NAME.fullmatch(name) or name in TAKEN:
-            raise ValueError(
+            raise BadRequest(
                 f"a method's name is up to 64 lower-case letters, digits and _, but not "
                 f"{' or '.join(TAKEN)}; {source} has {brief(name)}"
             )
         if name in sources:
-            raise ValueError(f"method {name} is defined twice: in {sources[name]} and in {source}")
+            raise BadRequest(f"method {name} is defined twice: in {sources[name]} and in {source}")
         sources[name] = source
     return sources
 
@@ -250,26 +264,20 @@ def named(cls: type[Method], name: str) -> type[Method]:
     return cls
 
 
-def build(cls: type[Method], options: dict) -> tuple[Method | None, list[str]]:
-    """The method with its options, and a line for each option that cannot be."""
-    hints = get_type_hints(cls)
-    kinds = {f.name: hints.get(f.name, str) for f in fields(cls)}
-    errors = []
-    for option, value in options.items():
-        if option not in kinds:
-            errors.append(unknown(f"option of {cls.name}", option, kinds))
-        elif reason := misfit(value, kinds[option]):
-            errors.append(f"{cls.name}.{option}: {reason}")
-    if errors:
-        return None, errors
-    values = {name: float(v) if kinds[name] is float else v for name, v in options.items()}
+def build(cls: type[Method], options: dict) -> Method:
+    """The method with its options. Raises BadRequest with each that cannot be."""
+    problems, own = Problems(), getattr(cls, "name", cls.__name__)
+    hints = get_type_hints(cls, include_extras=True)
+    kinds = {option.name: hints[option.name] for option in fields(cls)}
+    values = fitting(options, kinds, f"option of {own}", f"{own}.", problems)
+    problems.refuse()
     try:
         made = cls(**values)
     except ValueError as error:
-        return None, [f"{cls.name}: {error}"]
-    if reason := misfit(asdict(made), dict):
-        return None, [f"{cls.name}: its options {reason}"]
-    return made, []
+        raise BadRequest(f"{own}: {error}") from error
+    problems += misfits(asdict(made), dict, f"{own}'s options")
+    problems.refuse()
+    return made
 
 
 def options(method: Method) -> dict:

@@ -1,11 +1,14 @@
-"""Is a JSON value what a type says? What was read from a file is checked here once, whole, before it is used.
+"""Is a value what a type says? What comes from outside (a file, the command line, a stranger's class) is
+checked here once, whole, before it is used.
 
 A type is a scalar, list[X], tuple[X, Y], dict[str, X], X | Y, Literal, Any, a dataclass or a TypedDict, whose
-further keys are free; or Annotated[X, (least, most)].
+further keys are free; or Annotated[X, Range(...)].
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from math import isfinite
 from types import NoneType, UnionType
@@ -13,6 +16,8 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NamedTuple,
+    Never,
     NotRequired,
     Required,
     Union,
@@ -22,13 +27,53 @@ from typing import (
     is_typeddict,
 )
 
-WHOLE = 2**63  # no count is as large, and a float still holds it
-LEVELS = 16  # of lists and dicts in each other where any value will do: those who walk through recurse
-SCALARS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}
+from harness.errors import Problem, Problems, brief, unknown
 
-Count = Annotated[int, (0, WHOLE)]
-Amount = Annotated[float, (0.0, 1e18)]  # of seconds, of joules: above what can be measured
-Share = Annotated[float, (0.0, 1.0)]
+WHOLE = 2**63 - 1  # the largest that torch, NumPy and JSON's other readers hold
+LEVELS = 16  # of lists and dicts in each other where any value will do: those who walk through recurse
+KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    NoneType: "null",
+    list: "a list",
+    tuple: "a list",
+    dict: "a table",
+    Never: "left out",
+}  # fmt: skip; any other kind is whatever JSON holds
+
+
+class Range(NamedTuple):
+    """Which numbers are meant: `Annotated[float, Range(above=0, most=1)]`."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if None not in self[:2]:
+            return "from {:.12g} to {:.12g}".format(*self[:2])
+        words = zip(("at least", "at most", "above", "below"), self, strict=True)
+        return " and ".join(f"{word} {bound:.12g}" for word, bound in words if bound is not None)
+
+
+Count = Annotated[int, Range(0, WHOLE)]
+Natural = Annotated[int, Range(least=1)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Fraction = Annotated[float, Range(least=0, below=1)]
+Amount = Annotated[float, Range(0.0, 1e18)]  # of seconds, of joules: above what can be measured
+Share = Annotated[float, Range(0.0, 1.0)]
 
 
 def parse(text: str | bytes):
@@ -47,72 +92,109 @@ def number(text: str) -> float:
 
 def check(value, kind, where: str = "it") -> None:
     """Raises ValueError, which names the place, unless the value is of the kind."""
-    if kind in SCALARS:
-        if not is_scalar(value, kind):
-            raise wrong(where, SCALARS[kind], value)
-        return
-    rule, inner = get_origin(kind), get_args(kind)
-    if rule is Annotated:
-        check(value, inner[0], where)
-        if not inner[1][0] <= value <= inner[1][1]:
-            raise wrong(where, "from {:.4g} to {:.4g}".format(*inner[1]), value)
-    elif rule in (Required, NotRequired):
-        check(value, inner[0], where)
+    for problem in misfits(value, kind, where):
+        raise ValueError(f"{problem.where} {problem.what}")
+
+
+def fitting(values: dict, kinds: dict, what: str, where: str, problems: Problems) -> dict:
+    """Those of a table's values that are of their kinds, whole numbers as floats where these are asked for.
+
+    Adds the others to `problems`: an unknown key as `what`, a wrong value by `where` (a prefix) and its key.
+    """
+    good = {}
+    for key, value in values.items():
+        if key not in kinds:
+            problems.append(unknown(what, key, kinds))
+        elif found := list(misfits(value, kinds[key], where + key)):
+            problems += found
+        else:
+            kind = kinds[key]
+            bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+            good[key] = float(value) if bare is float else value
+    return good
+
+
+def misfits(value, kind, where: str = "it") -> Iterator[Problem]:
+    """Each place at which a value is not what a type says, by its path: seeds[0], spec.hp.epochs."""
+    rule, inner = get_origin(kind) or kind, get_args(kind)
+    if rule in (Required, NotRequired):
+        yield from misfits(value, inner[0], where)
+    elif rule is Annotated:
+        wrong = list(misfits(value, inner[0], where))
+        yield from wrong or ([] if Range(*inner[1]).holds(value) else [misfit(value, kind, where)])
     elif rule in (Union, UnionType):
-        check_either(value, inner, where)
-    elif rule is Literal:
-        if not (isinstance(value, str) and value in inner):
-            raise wrong(where, f"one of {', '.join(inner)}", value)
-    elif rule in (list, tuple):
-        if not isinstance(value, list) or (rule is tuple and len(value) != len(inner)):
-            raise wrong(where, "a list" if rule is list else f"a list of {len(inner)}", value)
+        ways = [list(misfits(value, part, where)) for part in inner]
+        if all(ways):  # the way that led inside tells most
+            yield from next((way for way in ways if way[0].where != where), [misfit(value, kind, where)])
+    elif rule is list and isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            check(item, inner[0 if rule is list else i], f"{where}[{i}]")
-    elif rule is dict or is_dataclass(kind) or is_typeddict(kind):
-        if not isinstance(value, dict):
-            raise wrong(where, "named values", value)
-        kinds, required = members(kind) if rule is not dict else (dict.fromkeys(value, inner[1]), set())
-        if missing := required - set(value):
-            raise ValueError(f"{where}: no {', '.join(sorted(missing))}")
+            yield from misfits(item, inner[0] if inner else Any, f"{where}[{i}]")
+    elif rule is tuple and isinstance(value, list | tuple) and len(value) == len(inner):
+        for i, (item, part) in enumerate(zip(value, inner, strict=True)):
+            yield from misfits(item, part, f"{where}[{i}]")
+    elif rule is dict and isinstance(value, dict):
+        of_key, of_item = inner or (str, Any)
+        for key, item in value.items():
+            yield from misfits(key, of_key, f"a name in {where}")
+            yield from misfits(item, of_item, f"{where}.{key}")
+    elif has_members(rule) and isinstance(value, dict):
+        kinds, required = members(rule)
+        yield from (Problem("is missing", f"{where}.{name}") for name in sorted(required - set(value)))
         for name, item in value.items():
-            check(item, kinds.get(name, Any), f"{where}.{name}")
-            if rule is dict:
-                check(name, inner[0], f"a name in {where}")
-    elif kind is not Any:
-        raise wrong(where, "left out", value)
-    elif not shallow(value):
-        raise ValueError(f"{where}: more than {LEVELS} lists in each other")
+            yield from misfits(item, kinds.get(name, Any), f"{where}.{name}")
+    elif not is_plain(value, rule, inner):
+        yield misfit(value, kind, where)
 
 
-def wrong(where: str, what: str, value) -> ValueError:
-    return ValueError(f"{where} must be {what}, not {str(value)[:60]!r}")
+def is_plain(value, rule, choices=()) -> bool:
+    """Whether it is of a kind that has no kinds inside."""
+    if rule in (str, bool, NoneType):
+        return type(value) is rule
+    if rule is int:
+        return type(value) is int and abs(value) <= WHOLE
+    if rule is float:
+        return is_plain(value, int) or (type(value) is float and isfinite(value))
+    if rule is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in choices)
+    return not (rule in KINDS or has_members(rule)) and is_json(value)
 
 
-def is_scalar(value, kind) -> bool:
-    if kind is float:
-        kind = float if isinstance(value, float) else int
-    return type(value) is kind and (kind is not int or abs(value) <= WHOLE)
+def is_json(value, levels: int = LEVELS) -> bool:
+    if isinstance(value, dict):
+        return levels > 0 and all(type(k) is str and is_json(v, levels - 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return levels > 0 and all(is_json(item, levels - 1) for item in value)
+    return any(is_plain(value, kind) for kind in (str, bool, float, NoneType))
 
 
-def check_either(value, kinds, where: str) -> None:
-    reasons = []
-    for kind in kinds:
-        try:
-            return check(value, kind, where)
-        except ValueError as error:
-            reasons.append(error)
-    raise reasons[0]
+def misfit(value, kind, where: str) -> Problem:
+    wanted, near = described(kind), ""
+    if kind in (int, float) and type(value) in (int, float) and (kind is float or type(value) is int):
+        wanted = "below 2^63" if type(value) is int else "finite"
+    if get_origin(kind) is Literal and isinstance(value, str):
+        near = "".join(get_close_matches(value, map(str, get_args(kind)), 1))
+    return Problem(f"must be {wanted}, not {brief(value)}", where, near)
+
+
+def described(kind) -> str:
+    rule, inner = get_origin(kind) or kind, get_args(kind)
+    if rule is Annotated:
+        return str(Range(*inner[1]))
+    if rule is Literal:
+        return "one of " * (len(inner) > 1) + ", ".join(map(str, inner))
+    if rule in (Union, UnionType):
+        return " or ".join(map(described, inner))
+    return KINDS.get(rule) or ("a table" if has_members(rule) else "a value that JSON holds")
+
+
+def has_members(kind) -> bool:
+    return is_dataclass(kind) or is_typeddict(kind)
 
 
 @cache
 def members(kind) -> tuple[dict, set[str]]:
     """Name -> type of what a dataclass or a TypedDict holds, and the names that cannot be left out."""
+    kinds = get_type_hints(kind, include_extras=True)
     if is_typeddict(kind):
-        return get_type_hints(kind, include_extras=True), set(kind.__required_keys__)
-    plain = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    return get_type_hints(kind, include_extras=True), plain
-
-
-def shallow(value, levels: int = LEVELS) -> bool:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(shallow(item, levels - 1) for item in inside)
+        return kinds, set(kind.__required_keys__)
+    return kinds, {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}

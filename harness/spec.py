@@ -7,58 +7,40 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Required, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
-PRECISIONS = ("auto", "bf16", "fp32")
-SCHEDULES = ("cosine", "linear", "constant")
+from harness.shape import Count, Fraction, Natural, NotNegative, Positive
 
 
 @dataclass(frozen=True)
 class Hyperparams:
     """Shared by every method of a comparison. A method that must differ declares an override."""
 
-    learning_rate: float = 2e-4  # peak, per step; QLoRA's value for 7B models
-    epochs: float = 1.0  # passes over the training rows; 0 leaves the model untouched
-    max_steps: int = 0  # optimizer steps; 0: as many as the epochs hold
-    batch_size: int = 16  # rows per optimizer step; QLoRA's value
-    micro_batch_size: int = 16  # rows per forward; less than batch_size accumulates
-    schedule: str = "cosine"  # of the learning rate, down to 0, after the warm-up
-    warmup_ratio: float = 0.03  # share of the steps with a rising learning rate
-    weight_decay: float = 0.0  # decoupled, per step, times the learning rate
-    beta1: float = 0.9  # AdamW's own defaults, as in torch
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    max_grad_norm: float = 1.0  # clips the norm over all trained parameters; 0: never
+    learning_rate: Positive = 2e-4  # peak, per step; QLoRA's value for 7B models
+    epochs: NotNegative = 1.0  # passes over the training rows; 0 leaves the model untouched
+    max_steps: Count = 0  # optimizer steps; 0: as many as the epochs hold
+    batch_size: Natural = 16  # rows per optimizer step; QLoRA's value
+    micro_batch_size: Natural = 16  # rows per forward; less than batch_size accumulates
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate after the warm-up, down to 0
+    warmup_ratio: Fraction = 0.03  # share of the steps with a rising learning rate
+    weight_decay: NotNegative = 0.0  # decoupled, per step, times the learning rate
+    beta1: Fraction = 0.9  # AdamW's own defaults, as in torch
+    beta2: Fraction = 0.999
+    epsilon: Positive = 1e-8
+    max_grad_norm: NotNegative = 1.0  # clips the norm over all trained parameters; 0: never
     gradient_checkpointing: bool = False  # recompute activations: less memory, about 4/3 the time
     packing: bool = False  # several rows share a sequence of max_length: less padding, the same steps
-    validations: int = 4  # points of the validation curve after the first
+    validations: Count = 4  # points of the validation curve after the first
     # What follows also holds for an untouched model: it decides how a run is evaluated.
-    precision: str = "auto"  # of the arithmetic; auto: bf16 where the device truly has it, else fp32
-    max_length: int = 512  # tokens of a row, prompt and response; the rest is cut and counted
-    max_new_tokens: int = 128  # tokens of a generated answer
-    eval_batch_size: int = 32  # rows per evaluation batch; the same for all, as it can change text
+    # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    max_length: Natural = 512  # tokens of a row, prompt and response; the rest is cut and counted
+    max_new_tokens: Natural = 128  # tokens of a generated answer
+    eval_batch_size: Natural = 32  # rows per evaluation batch; the same for all, as it can change text
 
     def untrained(self) -> "Hyperparams":
         """The same evaluation with no training at all: what a base row is asked."""
         return replace(Hyperparams(epochs=0.0), **{name: getattr(self, name) for name in EVALUATION})
-
-
-def out_of_range(name: str, value) -> str | None:
-    """Why a value of a hyperparameter's kind cannot be meant, or None."""
-    if name in ("precision", "schedule"):
-        choices = PRECISIONS if name == "precision" else SCHEDULES
-        return None if value in choices else f"must be one of {', '.join(choices)}, not {value!r}"
-    if isinstance(value, bool):
-        return None
-    positive = ("learning_rate", "epochs", "batch_size", "micro_batch_size", "epsilon",
-                "max_length", "max_new_tokens", "eval_batch_size")  # fmt: skip
-    if name in positive and value <= 0:
-        return f"must be above 0, not {value}"
-    if value < 0:
-        return f"must not be negative, not {value}"
-    if name in ("beta1", "beta2", "warmup_ratio") and value >= 1:
-        return f"must be below 1, not {value}"
-    return None
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
@@ -96,7 +78,7 @@ class RunSpec:
     """
 
     method: str
-    seed: Annotated[int, (0, 2**63 - 1)]
+    seed: Count
     model: str  # a hub id, or a local folder's name; "random:" before it: weights drawn, not trained
     dataset: Dataset  # its spec, whole
     hp: Hyperparams

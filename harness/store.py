@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from harness import metrics, migrate
-from harness.errors import redacted
+from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import check, parse
 from harness.spec import RunSpec, content_hash

@@ -12,21 +12,17 @@ Generalisation: a low-rank change forgets less of the base than full fine-tuning
 
 from dataclasses import dataclass
 
-from harness.method import Method
+from harness.method import Fraction, Method, Natural, Positive
 
 
 @dataclass
 class LoRA(Method):
-    rank: int = 8  # of the difference; the paper finds 4 to 8 enough
-    alpha: float = 16.0  # the difference is scaled by alpha / rank: 2, a common choice
-    dropout: float = 0.0  # share of the adapters' inputs left out while training
+    rank: Natural = 8  # of the difference; the paper finds 4 to 8 enough
+    alpha: Positive = 16.0  # the difference is scaled by alpha / rank: 2, a common choice
+    dropout: Fraction = 0.0  # share of the adapters' inputs left out while training
     targets: str = "all-linear"  # or names of layers with commas between: q_proj,v_proj
 
     axis = "parameterisation"
-
-    def __post_init__(self):
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError("rank must be at least 1, alpha above 0, dropout from 0 to below 1")
 
     def attach(self, model, run):
         from peft import get_peft_model

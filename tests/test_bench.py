@@ -20,8 +20,8 @@ from test_cli import BITFIT, ROOT, SMALL, bench, records
 from harness import bench as running
 from harness import packages
 from harness.cli import progress
-from harness.errors import redacted
 from harness.method import Method
+from harness.plain import redacted
 from harness.plan import Request, plan
 from harness.record import RunRecord, Sizes
 from harness.spec import Hyperparams, RunSpec

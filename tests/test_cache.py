@@ -3,6 +3,7 @@
 import json
 import os
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.data import cache, leaks, splits
-from harness.data.splits import DATASET, PART
+from harness.data.spec import DatasetSpec, PartSpec
 from harness.data.template import Row, Template, rows_hash
+
+DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
 ROWS = [{"instruction": f"Add one to {i}.", "input": "x" * (i % 3), "output": str(i + 1)} for i in range(40)]
 PAIRS = [{"prompt": f"Add one to {i}.", "chosen": str(i + 1), "rejected": str(i + 2)} for i in range(20)]

@@ -45,6 +45,15 @@ def home(tmp_path_factory):
         + "        return super().loss(model, batch, run) * float('nan')\n"
     )
     (folder / "diverging.py").write_text(diverging)
+    (folder / "harness" / "data").mkdir(parents=True)
+    for name in (
+        "methods",
+        "random",
+        "torch",
+        "datasets",
+        "harness/spec",
+    ):  # no run is made of what lies here
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the current folder')")
     plugins = ["--plugins", "bitfit.py", "diverging.py"]
     run = bench("--methods", "bitfit", "diverging", "--seeds", 0, 1, *plugins, *SMALL, cwd=folder)
     return folder, run
@@ -156,13 +165,13 @@ BAD_REQUESTS = {
         ["--set", "hp.learning_rate=fast"],
         ["hp.learning_rate: must be a number, not 'fast'"],
     ),
-    "negative": (["--set", "hp.epochs=-1"], ["hp.epochs: must be above 0"]),
+    "negative": (["--set", "hp.epochs=-1"], ["hp.epochs: must be at least 0, not -1"]),
     "endless": (["--set", "hp.epochs=1e300"], ["hp.epochs=1e+300 of 320 rows is more steps"]),
     "endless steps": (["--set", "hp.max_steps=10000000"], ["more steps than could ever run"]),
     "time limit": (["--time-limit", "30"], ["write it as 90s, 30m or 2h, not '30'"]),
     "no time": (["--time-limit", "0h"], ["write it as 90s, 30m or 2h, not '0h'"]),
     "secret": (["--preset", "hf_" + "a1" * 17], ["unknown preset 'hf_[hidden]'"]),
-    "rank 0": (["--set", "qlora.rank=0"], ["qlora: rank must be at least 1"]),
+    "rank 0": (["--set", "qlora.rank=0"], ["qlora.rank: must be at least 1, not 0"]),
     "no =": (["--set", "hp.epochs"], ["write it as"]),
     "source": (["--source", "alpaca=nowhere.json"], ["there is no file or folder nowhere.json"]),
     "source name": (["--source", "alpacca=."], ["did you mean alpaca?"]),
@@ -172,7 +181,7 @@ BAD_REQUESTS = {
     "model without weights": (["--model", ".", "--dataset", "demo"], ["has no config.json"]),
     "model without data": (["--model", str(ROOT / "demo/model")], ["no dataset: name one with --dataset"]),
     "results": (["--results", "file"], ["file is a file, not a folder"]),
-    "seeds": (["--seeds", "1", "1"], ["--seeds: different whole numbers"]),
+    "seeds": (["--seeds", "1", "1"], ["--seeds: must be some different whole numbers"]),
     "plugin": (["--plugins", "none.py"], ["there is no file none.py"]),
     "variant": (["--methods", "peft.vear"], ["unknown PEFT type 'vear': did you mean vera?"]),
     "no variant": (["--methods", "peft"], ["name a type, as in peft.vera. Available: ada"]),
@@ -190,7 +199,7 @@ BAD_REQUESTS = {
         ["--methods", "galore_layerwise", "--set", "hp.micro_batch_size=2"],
         ["galore_layerwise cannot do accumulation: ", "--set hp.micro_batch_size=4"],
     ),
-    "reward": (["--set", "data.reward=exat"], ["unknown reward 'exat': did you mean exact?"]),
+    "reward": (["--set", "data.reward=exat"], ["data.reward: must be one of", "did you mean exact?"]),
     "name taken": (["--plugins", "lora.py"], ["method lora is defined twice"]),
 }
 
@@ -211,9 +220,61 @@ def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def files(folder: Path) -> dict[Path, tuple]:
+    """Every file and folder, with what changes when it is written, or used by the cache."""
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in [folder, *folder.rglob("*")]}
+
+
+def test_a_plan_writes_nothing_anywhere(tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    (home / "temporary").mkdir(parents=True)
+    here.mkdir()
+    (here / "bitfit.py").write_text(BITFIT)
+    rows = [{"instruction": f"say {i}", "output": f"the number {i}"} for i in range(40)]
+    (here / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = {
+        "HOME": home,
+        "XDG_CACHE_HOME": home,
+        "TMPDIR": home / "temporary",
+        "TUNEOFF_CACHE": home / "rows",
+    }
+    environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # Python's own
+    environment.pop("HF_HOME", None)
+    asked = ["--methods", "bitfit", "lora", "--plugins", "bitfit.py", "--model", ROOT / "demo/model"]
+    asked += ["--dataset", "rows.jsonl", "--set", "data.train=9", "data.validation=2", "data.test=4"]
+    before = files(tmp_path)
+    run = bench("plan", *asked, cwd=here, env=environment)
+    assert run.returncode == 0 and "will run" in run.stdout, run.stderr
+    changed = {path for path, state in files(tmp_path).items() if before.get(path) != state}
+    assert changed <= {home / "temporary"}, "what its plugin's trial writes there is gone again"
+
+
 def test_all_errors_are_told_at_once(tmp_path):
     run = bench("--methods", "qlor", "--set", "hp.epochs=-1", "--source", "x=y", cwd=tmp_path)
     assert run.stderr.count("error: ") == 3
+
+
+@pytest.mark.parametrize(("script", "name"), [("run_bench.py", "run_bench.py"), ("tuneoff", "tuneoff")])
+def test_it_calls_itself_as_it_was_called(script, name, tmp_path):
+    file = tmp_path / script
+    file.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "run_bench.py").read_text())
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "random.py").write_text("raise SystemExit('random.py of the current folder')")
+    for arguments, said in ((["plan", "--help"], f"usage: {name} plan"), (["--version"], "tuneoff 0")):
+        command = [sys.executable, "-P", str(file), *arguments]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert run.stdout.startswith(said)
+
+
+def test_the_module_runs_where_others_of_its_imports_names_lie(tmp_path):
+    for name in ("harness", "methods", "torch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "random.py").write_text("raise SystemExit('random.py of the current folder')")
+    command = [sys.executable, "-m", "harness.cli", "list", "methods"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert run.returncode == 0 and "lora" in run.stdout, run.stderr
 
 
 def test_help_imports_nothing_heavy():

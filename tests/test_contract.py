@@ -78,9 +78,7 @@ def trained(request, plugin):
 
 
 def make(cls, **options):
-    chosen, errors = build(cls, {**OPTIONS.get(cls.name, {}), **options})
-    assert not errors
-    return chosen
+    return build(cls, {**OPTIONS.get(cls.name, {}), **options})
 
 
 def base_loader(folder, dtype=torch.float32):
@@ -336,8 +334,7 @@ def test_the_code_of_a_method_has_a_hash(cls):
 def peak_bytes(name: str, folder, options: dict) -> tuple[int, int]:
     """-> weights before the training and the highest bytes of tensors that it held beyond them; bytes of
     the optimizer's state. From the allocator's own events: a process's resident memory has Python in it."""
-    chosen, errors = build(resolve(name, available()[name]), options)
-    assert not errors
+    chosen = build(resolve(name, available()[name]), options)
     hp = chosen.own(hyperparams(max_steps=2, batch_size=2, micro_batch_size=2))
     model, made = tiny.attached(chosen, chosen.load(base_loader(folder)), tiny.rows(4), hp)
     held = sizes(model)["weight_bytes"]

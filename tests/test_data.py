@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+from dataclasses import asdict
 
 import pyarrow
 import pyarrow.parquet
@@ -15,9 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.data import formats
-from harness.data.rows import READERS, DataError, rows_of_file
-from harness.data.splits import DATASET, PART, make_splits
+from harness.data.rows import READERS, rows_of_file
+from harness.data.spec import DatasetSpec, PartSpec
+from harness.data.splits import make_splits
 from harness.data.template import Template, tokenize
+from harness.errors import BadRequest
+
+DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -142,7 +147,7 @@ def test_a_prompt_in_two_parts_is_kept_in_one(tmp_path):
 
 
 def test_too_few_rows_are_an_error_that_says_how_many(tmp_path):
-    with pytest.raises(DataError, match=r"9 rows are asked for .* 5 distinct usable ones"):
+    with pytest.raises(BadRequest, match=r"9 rows are asked for .* 5 distinct usable ones"):
         split(tmp_path, instructions(5))
 
 
@@ -219,7 +224,7 @@ def test_columns_are_mapped():
     ],
 )
 def test_a_missing_field_is_named_with_those_there_are(format, row, field, tmp_path):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(BadRequest) as caught:
         split(tmp_path, [row], parts=[{"name": "tiny", "format": format}])
     assert f"no field {field!r}" in str(caught.value)
     for name in row:
@@ -262,7 +267,7 @@ def test_no_row_raises_anything_but_a_data_error(format, rows, tmp_path_factory)
         _, counts = split(
             folder, drawn, train=1, validation=0, test=0, parts=[{"name": "tiny", "format": format}]
         )
-    except DataError as error:
+    except BadRequest as error:
         assert str(error)
     else:
         assert sum(counts.values()) < len(drawn)
@@ -275,7 +280,7 @@ def test_half_a_character_is_counted_or_refused_by_name(kind, tmp_path):
     try:
         found, _ = split(tmp_path, rows)
         tokenize(found["train"], Template(tiny.tokenizer(), kind), 512)
-    except DataError as error:
+    except BadRequest as error:
         assert "tiny" in str(error)
 
 
@@ -321,7 +326,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", READERS)
 def test_a_file_that_is_not_there_is_named(suffix, tmp_path):
-    with pytest.raises(DataError, match=f"gone\\{suffix}"):
+    with pytest.raises(BadRequest, match=f"gone\\{suffix}"):
         read(tmp_path / f"gone{suffix}")
 
 
@@ -329,7 +334,7 @@ def test_a_file_that_is_not_there_is_named(suffix, tmp_path):
 def test_a_file_of_bytes_is_named(suffix, tmp_path):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(b"\xff\xfe\x00\x01PAR1" * 50)
-    with pytest.raises(DataError, match=f"broken\\{suffix}"):
+    with pytest.raises(BadRequest, match=f"broken\\{suffix}"):
         read(path)
 
 
@@ -337,28 +342,28 @@ def test_a_file_of_bytes_is_named(suffix, tmp_path):
 def test_an_empty_file_is_named(suffix, tmp_path):
     path = tmp_path / f"empty{suffix}"
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(BadRequest, match="empty"):
         make_splits(asked(parts=[{"name": "tiny"}]), {"tiny": str(path)})
 
 
 @pytest.mark.parametrize("text", ["3", "null", "true", '"a"', "{", "[1, 2", '{"a": 1}', "[1]"])
 def test_json_that_is_no_list_of_objects_is_a_data_error(text, tmp_path):
     (tmp_path / "odd.json").write_text(text)
-    with pytest.raises(DataError, match=r"odd|tiny"):
+    with pytest.raises(BadRequest, match=r"odd|tiny"):
         make_splits(asked(), {"tiny": str(tmp_path / "odd.json")})
 
 
 def test_the_line_of_broken_json_is_named(tmp_path):
     path = written(tmp_path, instructions(3))
     path.write_text(path.read_text() + '\n{"instruction": \n' + path.read_text())
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 5"):
+    with pytest.raises(BadRequest, match=r"rows\.jsonl, line 5"):
         read(path)
 
 
 def test_the_line_of_broken_utf_8_is_named(tmp_path):
     path = written(tmp_path, instructions(1000))
     path.write_bytes(path.read_bytes() + b'{"instruction": "\xff", "output": "a"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 1001\b"):
+    with pytest.raises(BadRequest, match=r"rows\.jsonl, line 1001\b"):
         read(path)
 
 
@@ -366,14 +371,14 @@ def test_brackets_without_end_are_a_data_error(tmp_path):
     for suffix in (".json", ".jsonl"):
         path = tmp_path / f"deep{suffix}"
         path.write_text("[" * 200_000)
-        with pytest.raises(DataError, match="deep"):
+        with pytest.raises(BadRequest, match="deep"):
             read(path)
 
 
 def test_a_number_too_long_for_python_is_a_data_error(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text('{"instruction": "a", "output": ' + "9" * 5000 + "}\n")
-    with pytest.raises(DataError, match=r"long\.jsonl, line 1"):
+    with pytest.raises(BadRequest, match=r"long\.jsonl, line 1"):
         read(path)
 
 
@@ -383,7 +388,7 @@ def test_a_cut_parquet_file_is_named(tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:100] + bytes(200) + whole[300:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"cut\.parquet"):
+        with pytest.raises(BadRequest, match=r"cut\.parquet"):
             read(path)
 
 
@@ -393,7 +398,7 @@ def test_a_large_cell_of_csv_is_read_or_named(tmp_path):
     path.write_text(f"instruction,output\n{'a' * 200_000},b\n")
     try:
         assert len(read(path)[0]["instruction"]) == 200_000
-    except DataError as error:
+    except BadRequest as error:
         assert "large.csv" in str(error)
 
 
@@ -408,7 +413,7 @@ def test_another_encoding_is_named_with_its_remedy(suffix, encoding, tmp_path):
     path = tmp_path / f"rows{suffix}"
     packed = gzip.compress if suffix.endswith(".gz") else bytes
     path.write_bytes(packed(text.encode(encoding)))
-    with pytest.raises(DataError, match=f"rows{suffix}.*UTF-8") as caught:
+    with pytest.raises(BadRequest, match=f"rows{suffix}.*UTF-8") as caught:
         read(path)
     if encoding == "latin-1":
         assert "0xF6" in str(caught.value) and (suffix == ".json" or "line " in str(caught.value))
@@ -428,13 +433,13 @@ def test_a_table_parted_by_semicolons_is_read_as_spreadsheets_write_it(tmp_path)
 ])  # fmt: skip
 def test_a_table_that_cannot_be_told_apart_is_named(text, said, tmp_path):
     (tmp_path / "rows.csv").write_text(text)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(BadRequest, match=said):
         read(tmp_path / "rows.csv")
 
 
 def test_a_row_with_more_cells_than_columns_is_refused_by_name(tmp_path):
     (tmp_path / "rows.csv").write_text("instruction,output\nWhy, though?,so\n")
-    with pytest.raises(DataError, match="row 1: more cells than columns"):
+    with pytest.raises(BadRequest, match="row 1: more cells than columns"):
         make_splits(asked(), {"tiny": str(tmp_path / "rows.csv")})
 
 
@@ -452,38 +457,38 @@ def test_what_the_hub_keeps_beside_the_rows_is_not_read(tmp_path):
 ])  # fmt: skip
 def test_a_file_of_another_kind_is_named(name, said, tmp_path):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(BadRequest, match=said):
         read(tmp_path / name)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match="neither a file nor a folder"):
+    with pytest.raises(BadRequest, match="neither a file nor a folder"):
         read(tmp_path / "rows.jsonl")
 
 
 def test_a_list_within_an_object_is_named(tmp_path):
     (tmp_path / "rows.json").write_text('{"version": 1, "data": [{"text": "a"}]}')
-    with pytest.raises(DataError, match="save what stands under 'data'"):
+    with pytest.raises(BadRequest, match="save what stands under 'data'"):
         read(tmp_path / "rows.json")
 
 
 def test_a_models_folder_is_named(tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(DataError, match="a model's folder"):
+    with pytest.raises(BadRequest, match="a model's folder"):
         read(tmp_path)
 
 
 def test_another_kind_of_file_and_an_empty_folder_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no"):
+    with pytest.raises(BadRequest, match="holds no"):
         read(tmp_path)
     (tmp_path / "rows.xlsx").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"rows\.xlsx"):
+    with pytest.raises(BadRequest, match=r"rows\.xlsx"):
         read(tmp_path / "rows.xlsx")
 
 
 def test_a_row_that_is_no_object_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('["a"]\n')
-    with pytest.raises(DataError, match=r"part tiny.*row 1: not an object \(a row is list\)"):
+    with pytest.raises(BadRequest, match=r"part tiny.*row 1: not an object \(a row is list\)"):
         make_splits(asked(), {"tiny": str(tmp_path / "rows.jsonl")})

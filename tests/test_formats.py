@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 from harness import ROOT
 from harness.data import formats, splits
-from harness.data.rows import DataError, rows_of_file
-from harness.data.splits import DATASET, PART
+from harness.data.rows import rows_of_file
+from harness.data.spec import DatasetSpec, PartSpec, format_of, load_spec
+from harness.errors import BadRequest
+
+DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
 SAMPLES = ROOT.parent / "shared" / "data" / "schema_samples"  # real rows, where they lie beside the project
 TURNS = [("system", "Be brief."), ("user", "Name a cat."), ("assistant", "Tom."),
@@ -375,7 +379,7 @@ def test_any_row_is_a_conversation_or_refused(format, drawn):
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_every_odd_real_row_is_read_or_refused_by_name(path):
     rows = list(rows_of_file(path))
-    part = {**PART, "name": path.stem, "format": splits.format_of(path)}
+    part = {**PART, "name": path.stem, "format": format_of(path)}
     spec = {**DATASET, "train": 1, "validation": 0, "test": 1, "parts": [part]}
     found = splits.make_splits(spec, {path.stem: str(path)})
     refused = [i for i, row in enumerate(rows, 1) if row.get("label") is False]
@@ -393,22 +397,22 @@ def test_every_odd_real_row_is_read_or_refused_by_name(path):
 def test_the_format_of_a_file_is_seen_in_its_columns(row, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(row))
-    part = splits.load_spec(str(path), {})["parts"][0]
+    part = load_spec(str(path), {})["parts"][0]
     assert formats.read(row, part)
 
 
 def test_a_file_whose_name_no_record_could_hold_is_refused(tmp_path):
     path = tmp_path / "half \udcff.jsonl"
     path.write_text(json.dumps(SAME["openai"]))
-    with pytest.raises(DataError, match="rename it"):
-        splits.load_spec(str(path), {})
+    with pytest.raises(BadRequest, match="rename it"):
+        load_spec(str(path), {})
 
 
 def test_a_field_that_its_format_does_not_have_is_named(tmp_path):
     spec = tmp_path / "own.toml"
     spec.write_text('[part]\nname = "own"\npath = "x"\nformat = "question"\nfields = {anser = "Antwort"}\n')
-    with pytest.raises(DataError, match="'anser': did you mean answer"):
-        splits.load_spec(str(spec), {})
+    with pytest.raises(BadRequest, match="'anser': did you mean answer"):
+        load_spec(str(spec), {})
 
 
 @pytest.mark.parametrize(
@@ -426,8 +430,8 @@ def test_a_field_that_its_format_does_not_have_is_named(tmp_path):
 def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(row))
-    with pytest.raises(DataError) as caught:
-        splits.load_spec(str(path), {})
+    with pytest.raises(BadRequest) as caught:
+        load_spec(str(path), {})
     text = str(caught.value)
     assert f"The nearest is {near}, without" in text and lacks in text
     assert all(repr(column) in text for column in row)
@@ -435,7 +439,7 @@ def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks,
     spec = tmp_path / "own.toml"
     fields = re.search(r"fields = \{.*?\}", text)[0]
     spec.write_text(f'[part]\nname = "own"\npath = "own.jsonl"\nformat = "{near}"\n{fields}\n')
-    part = splits.load_spec(str(spec), {})["parts"][0]
+    part = load_spec(str(spec), {})["parts"][0]
     if near != "pairs":
         found = [m["content"] for m in formats.read(row, part)[0]]
         assert found == [text for text in row.values() if isinstance(text, str)]
@@ -533,21 +537,21 @@ def test_what_stands_for_no_text_is_refused_in_every_turn(role, kind):
 def test_what_a_file_of_columns_is_told_makes_rows_of_it(tmp_path):
     columns = {"instruction": ["a", "ü"], "output": ["c", {"text": "d"}]}
     (tmp_path / "columns.json").write_text(json.dumps(columns))
-    with pytest.raises(DataError, match="one of columns") as caught:
+    with pytest.raises(BadRequest, match="one of columns") as caught:
         list(rows_of_file(tmp_path / "columns.json"))
     subprocess.run(str(caught.value).partition("of them: ")[2], shell=True, check=True, cwd=tmp_path)
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     assert list(rows_of_file(tmp_path / "rows-columns.json")) == rows
     for other in ("5", "{}", '{"a": 1}', '{"a": [1], "b": [1, 2]}'):
         (tmp_path / "columns.json").write_text(other)
-        with pytest.raises(DataError, match=r"is not a list of rows$"):
+        with pytest.raises(BadRequest, match=r"is not a list of rows$"):
             list(rows_of_file(tmp_path / "columns.json"))
 
 
 @pytest.mark.parametrize("text", ["a“b", "éa\n€b"])
 def test_windows_own_letters_are_not_taken_for_latin_1(text, tmp_path):
     (tmp_path / "rows.csv").write_bytes(f"question,answer\n{text},c\n".encode("cp1252"))
-    with pytest.raises(DataError, match=r"Windows-1252: .*-f WINDOWS-1252 ") as caught:
+    with pytest.raises(BadRequest, match=r"Windows-1252: .*-f WINDOWS-1252 ") as caught:
         list(rows_of_file(tmp_path / "rows.csv"))
     subprocess.run(str(caught.value).partition("Convert it: ")[2], shell=True, check=True, cwd=tmp_path)
     assert text in (tmp_path / "utf8-rows.csv").read_text("utf-8")

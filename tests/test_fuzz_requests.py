@@ -20,8 +20,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import cli, plan
-from harness.data import splits
+import harness.plan
+from harness import cli
+from harness.data import FORMATS, load_spec
+from harness.errors import BadRequest
+from harness.plan import Request, plan
 from harness.spec import Hyperparams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,7 +244,7 @@ def holds(specs, hp: dict, values: dict, options: dict, methods=None, seeds=None
 
 
 def test_the_oracle_finds_a_value_that_was_lost():
-    specs = plan.plan(plan.Request(preset="small.toml"))
+    specs = plan(Request(preset="small.toml"))
     holds(specs, PRESET["hp"], PRESET["data"], PRESET["options"], PRESET["methods"], PRESET["seeds"])
     for lost in ({"hp": {"epochs": 2}}, {"values": {"train": 11}}, {"options": {"lora": {"rank": 8}}},
                  {"methods": ["lora"]}, {"seeds": [0]}, {"hp": {"packing": 0}}):  # fmt: skip
@@ -255,9 +258,9 @@ def test_a_mutated_preset_is_refused_or_planned_as_it_says(text):
     Path("preset.toml").write_text(text, encoding="utf-8")
     try:
         with limited():
-            specs = plan.plan(plan.Request(preset="preset.toml"))
-    except plan.BadRequest as error:
-        assert error.errors and all(line.strip() for line in error.errors)
+            specs = plan(Request(preset="preset.toml"))
+    except BadRequest as error:
+        assert error.problems and all(str(problem).strip() for problem in error.problems)
         return
     asked = tomllib.loads(text)
     assert set(asked) <= set(PRESET)
@@ -270,12 +273,12 @@ def test_a_mutated_preset_is_refused_or_planned_as_it_says(text):
 @given(mutated(SPEC))
 def test_a_mutated_dataset_spec_is_refused_or_read_as_it_says(text):
     Path("spec.toml").write_text(text, encoding="utf-8")
-    asking = plan.Request(dataset="spec.toml", model="demo/model", methods=["full"], seeds=[0])
+    asking = Request(dataset="spec.toml", model="demo/model", methods=["full"], seeds=[0])
     try:
         with limited():
-            found = plan.plan(asking)[0].dataset
-    except plan.BadRequest as error:
-        assert error.errors and all(line.strip() for line in error.errors)
+            found = plan(asking)[0].dataset
+    except BadRequest as error:
+        assert error.problems and all(str(problem).strip() for problem in error.problems)
         return
     asked = tomllib.loads(text)
     parts = asked.pop("parts", []) + ([asked.pop("part")] if "part" in asked else [])
@@ -286,8 +289,8 @@ def test_a_mutated_dataset_spec_is_refused_or_read_as_it_says(text):
         for key, value in part.items():
             assert same(value, read[key]), key
         assert all(same(column, read["fields"][field]) for field, column in part.get("fields", {}).items())
-        assert set(part.get("fields", {})) <= set(splits.FORMATS[read["format"]])
-    more = [splits.load_spec(name, {})["parts"] for name in mixed]
+        assert set(part.get("fields", {})) <= set(FORMATS[read["format"]])
+    more = [load_spec(name, {})["parts"] for name in mixed]
     assert len(found["parts"]) == len(parts) + sum(map(len, more))
 
 
@@ -295,20 +298,20 @@ def test_a_mutated_dataset_spec_is_refused_or_read_as_it_says(text):
 @given(arguments())
 def test_a_mutated_argument_list_is_refused_or_planned_as_it_says(typed):
     out, errors, planned = io.StringIO(), io.StringIO(), []
-    original = plan.plan
 
-    def watched(request):
-        planned.extend(original(request))
-        return planned
+    def watched(request, keep):
+        found = plan(request, keep)
+        planned.extend(found)
+        return found
 
-    plan.plan = watched
+    harness.plan.plan = watched
     try:
         with limited(), redirect_stdout(out), redirect_stderr(errors):
             status = cli.main(typed)
     except SystemExit as ended:  # argparse's own
         status = ended.code
     finally:
-        plan.plan = original
+        harness.plan.plan = plan
     assert status in (cli.OK, cli.BAD_REQUEST), errors.getvalue()
     assert "Traceback" not in errors.getvalue()
     assert status == cli.OK or errors.getvalue().strip()

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
@@ -19,9 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.data import formats, splits
-from harness.data.rows import DataError, rows_of_file
-from harness.data.splits import DATASET, PART
+from harness.data.rows import rows_of_file
+from harness.data.spec import DatasetSpec, PartSpec, load_spec
 from harness.data.template import COUNTED, Template, tokenize
+from harness.errors import BadRequest
+
+DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
 TRIES = int(os.environ.get("TUNEOFF_FUZZ", 300))
 fuzzed = settings(max_examples=TRIES, suppress_health_check=list(HealthCheck))
@@ -276,9 +280,9 @@ def test_a_broken_file_is_named_or_read(drawn, tmp_path_factory):
     path.write_bytes(content)
     spec = {**DATASET, "train": 1, "validation": 0, "test": 1, "parts": [part_of("question")]}
     try:
-        splits.load_spec(str(path), {})
+        load_spec(str(path), {})
         found = splits.make_splits(spec, {"fuzz": str(path)})
-    except DataError as error:
+    except BadRequest as error:
         assert Path(name).stem in str(error) or "fuzz" in str(error)
     else:
         assert {len(rows) for rows in found.rows.values()} <= {0, 1}
@@ -293,5 +297,5 @@ def test_half_a_file_is_never_read_as_a_whole_one(name, tmp_path):
     content = files([{"question": f"What is {i}?", "answer": "so"} for i in range(50)])[name]
     for share in (0.2, 0.5, 0.9):
         (tmp_path / name).write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(DataError, match="rows"):
+        with pytest.raises(BadRequest, match="rows"):
             list(rows_of_file(tmp_path / name))

@@ -4,13 +4,16 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["spec", "errors", "plain", "shape", "metrics", "migrate", "packages"],
+    ["errors", "plain"],
+    ["shape"],
+    ["spec", "metrics", "migrate", "packages"],
     ["record"],
     ["store", "measuring", "data"],
     ["method", "doctor"],
@@ -19,6 +22,7 @@ FLOORS = [
     ["bench", "report"],
     ["cli"],
 ]
+WINGS = ["data", "plan", "report", "cli"]  # folders of which only the face, their __init__, is a door
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = [p for p in (ROOT / "harness").rglob("*.py") if p != ROOT / "harness" / "__init__.py"]
 
@@ -36,6 +40,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def doors(wing: str) -> set[str]:
+    """What the face of a wing says that it gives."""
+    tree = ast.parse((ROOT / "harness" / wing / "__init__.py").read_text())
+    [said] = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
+    return {f"harness.{wing}.{name}" for name in ast.literal_eval(said)}
+
+
 def room(path: Path) -> str:
     return path.relative_to(ROOT / "harness").parts[0].removesuffix(".py")
 
@@ -49,6 +60,14 @@ def test_a_file_imports_only_from_lower_floors(path):
             pytest.fail(f"{path} imports a method")
         if parts[0] == "harness" and parts[1] not in (own, "ROOT", "__version__"):
             assert FLOOR[parts[1]] < FLOOR[own], f"{own} imports {parts[1]}"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_outside_of_a_wing_its_face_alone_is_imported(wing):
+    others = [path for path in FILES if room(path) != wing]
+    for path in [*others, *(ROOT / "methods").glob("*.py")]:
+        inside = {name for name in imports(path) if name.startswith(f"harness.{wing}.")} - doors(wing)
+        assert not inside, f"{path} imports {inside}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -77,6 +96,12 @@ def test_these_rooms_do_without_torch(room):
         "[m.resolve(name, source) for name, source in m.available().items()]"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_installation_has_every_folder():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES}
+    assert folders <= set(packages)
 
 
 def test_every_room_stands_in_contributing():

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from harness import ROOT
-from harness.method import Unsupported, available, card, resolve
+from harness.method import Unsupported, available, build, card, resolve
 from harness.spec import RunSpec
 from harness.training.model import load_base, sizes
 from harness.training.weights import master_weights
@@ -180,7 +180,7 @@ def test_options_that_cannot_be_are_refused():
         with pytest.raises(ValueError, match=next(iter(options))):
             cls(**options)
         with pytest.raises(ValueError, match="rank"):
-            cls(rank=0)
+            build(cls, {"rank": 0})
 
 
 @pytest.mark.parametrize("cls", [LoftQ, PiSSA])

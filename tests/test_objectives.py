@@ -15,6 +15,7 @@ from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
 from harness.data.batches import Batches
+from harness.method import build
 from harness.training.decoder import left_padded
 from harness.training.head import token_logps
 from methods.grpo import GRPO, advantages
@@ -723,7 +724,7 @@ def test_two_updates_on_a_draw_read_every_second_step_and_are_clipped():
                                    {"answer_tokens": 0}])  # fmt: skip
 def test_options_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
-        GRPO(**wrong)
+        build(GRPO, wrong)
     for wrong in ({"weight": -0.1}, {"answer_tokens": 0}):
         with pytest.raises(ValueError, match="weight must not be negative, answer_tokens"):
             ORPO(**wrong)

@@ -16,8 +16,14 @@ from typing import Any, Literal
 
 import pytest
 
-from harness import cli, doctor, errors, method, packages, plan, trial
+from harness import cli, doctor, method, packages, trial
+from harness.cli.arguments import parser
+from harness.cli.commands import command_line
 from harness.data import cache
+from harness.errors import BadRequest, Problems, unwritable
+from harness.plan import Request, find_dataset, find_plugins, find_sources, load_preset, plan
+from harness.plan.model import find_model
+from harness.shape import misfits
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -48,21 +54,21 @@ def declared(line: str) -> str:
 WRONG = {  # its source -> what is told of it
     "name in overrides": (declared('overrides = {"epoch": (1.0, "why")}'), "did you mean epochs?"),
     "overrides without a reason": (declared('overrides = {"epochs": 1.0}'), 'must be (value, "reason")'),
-    "value in overrides": (declared('overrides = {"epochs": (-1.0, "why")}'), "epochs must be above 0"),
-    "overrides as a list": (declared('overrides = ["learning_rate"]'), "overrides must be a table"),
+    "value in overrides": (declared('overrides = {"epochs": (-1.0, "why")}'), "must be at least 0, not -1.0"),
+    "overrides as a list": (declared('overrides = ["learning_rate"]'), "overrides: must be a table"),
     "limit": (declared('cannot = {"mergin": "x"}'), "did you mean merging?"),
-    "limits as a tuple": (declared('cannot = ("merging",)'), "cannot must be a table"),
-    "limit without a reason": (declared('cannot = {"packing": " "}'), "packing has no reason"),
+    "limits as a tuple": (declared('cannot = ("merging",)'), "cannot: must be a table"),
+    "limit without a reason": (declared('cannot = {"packing": " "}'), "cannot.packing: has no reason"),
     "axis": (BITFIT.replace('"parameterisation"', '"parametrisation"'), "did you mean parameterisation?"),
     "aim": (declared('aim = "bleu"'), "did you mean bleu4?"),
-    "objective": (declared("objective = 3"), "objective must be a text"),
+    "objective": (declared("objective = 3"), "objective: must be a text"),
     "mean_over": (declared('mean_over = "token"'), "did you mean tokens?"),
-    "needs as a text": (declared('needs = "scipy"'), "needs must be a list, not 'scipy'"),
+    "needs as a text": (declared('needs = "scipy"'), "needs: must be a list, not 'scipy'"),
     "hybrid": (declared('hybrid = ("lora", "galor")'), "did you mean galore?"),
     "unknown baseline": (declared('baseline = "bse"'), "did you mean base?"),
     "baseline that trains": (declared('baseline = "lora"'), "lora trains; it must be an untouched row"),
     "its own baseline": (declared('baseline = "stranger"'), "stranger trains; it must be an untouched row"),
-    "option without a default": (BITFIT.replace("bool = False", "bool"), "final_only has no default"),
+    "option without a default": (BITFIT.replace("bool = False", "bool"), "option final_only: has no default"),
     "type of an option": (BITFIT.replace("bool = False", "Bool = False"), "name 'Bool' is not defined"),
     "default of an option": (BITFIT.replace("bool = False", 'int = "8"'), "must be a whole number, not '8'"),
     "default that no record holds": (BITFIT.replace("bool = False", "object = set"), "that JSON holds"),
@@ -70,6 +76,20 @@ WRONG = {  # its source -> what is told of it
                                      "aim is no option"),
     "arguments of a hook": (BITFIT.replace("(self, model, run)", "(self, model)"),
                             "attach is called as attach(self, model, run)"),
+    "choice in overrides": (declared('overrides = {"schedule": ("cosin", "why")}'), "did you mean cosine?"),
+    "overrides with an empty reason": (declared('overrides = {"epochs": (1.0, " ")}'), "(value, "),
+    "limit whose reason is a number": (declared('cannot = {"packing": 1}'), "cannot.packing: must be a text"),
+    "needs of a number": (declared("needs = (1,)"), "needs[0]: must be a text, not 1"),
+    "hybrid as a text": (declared('hybrid = "lora"'), "hybrid: must be a list"),
+    "axis as a list": (declared('axis = ["none"]').replace(AXIS, ""), "axis: must be one of none"),
+    "aim that is no text": (declared("aim = 3"), "aim: must be one of"),
+    "a truth value": (declared('starts_at_base = "no"'), "starts_at_base: must be true or false"),
+    "title": (declared("title = None"), "title: must be a text"),
+    "default out of its range": (
+        BITFIT.replace("bool = False", "Natural = 0").replace("import Method", "import Method, Natural"),
+        "the default of option final_only: must be at least 1, not 0"),
+    "hook with one more": (declared("def merge(self, model, more): pass"), "merge is called as merge("),
+    "hook that is a number": (declared("prepare = 3"), "prepare is called as prepare("),
     "hook that is none": (declared("load = None"), "load is called as load(self, load_base)"),
     "misspelt hook": (BITFIT.replace("def attach", "def atach"), "atach is no hook or declaration"),
     "misspelt declaration": (declared("overides = {}"), "did you mean overrides?"),
@@ -88,9 +108,9 @@ def test_what_a_class_declares_wrongly_is_named_with_its_file(case, tmp_path, mo
     monkeypatch.setattr(trial, "tried", lambda *_: [])  # a process for each would take a second
     source, said = WRONG[case]
     (tmp_path / "stranger.py").write_text(source)
-    with pytest.raises(plan.BadRequest) as refused:
-        plan.plan(plan.Request(methods=["stranger"], plugins=[str(tmp_path / "stranger.py")]))
-    [line] = refused.value.errors
+    with pytest.raises(BadRequest) as refused:
+        plan(Request(methods=["stranger"], plugins=[str(tmp_path / "stranger.py")]))
+    [line] = map(str, refused.value.problems)
     assert said in line and "stranger" in line
     assert "__post_init__" in case or "own" in case or str(tmp_path / "stranger.py") in line
 
@@ -98,7 +118,7 @@ def test_what_a_class_declares_wrongly_is_named_with_its_file(case, tmp_path, mo
 def test_no_method_of_ours_is_wrong():
     sources = method.available()
     for name in [*sources, "peft.vera", "peft.ia3"]:
-        found: list[str] = []
+        found = Problems()
         assert trial.examined(name, sources, found) and not found, found
 
 
@@ -161,11 +181,11 @@ def test_a_variants_name_stays_in_the_results(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "tried", lambda *_: [])
     file = tmp_path / "family.py"
     file.write_text(BITFIT + "\n    @classmethod\n    def variant(cls, name):\n        return cls\n")
-    asked = plan.Request(["family.one"], seeds=[0], plugins=[str(file)])
-    assert plan.plan(asked)[-1].method == "family.one"
+    asked = Request(["family.one"], seeds=[0], plugins=[str(file)])
+    assert plan(asked)[-1].method == "family.one"
     for name in ("family./../../ESCAPED/x", "family.a b", "family."):
-        with pytest.raises(plan.BadRequest, match="is no method's name"):
-            plan.plan(plan.Request([name], seeds=[0], plugins=[str(file)]))
+        with pytest.raises(BadRequest, match="is no method's name"):
+            plan(Request([name], seeds=[0], plugins=[str(file)]))
 
 
 def test_a_strangers_dataset_is_shown_and_never_obeyed_by_a_terminal(tmp_path, monkeypatch, capsys):
@@ -225,7 +245,7 @@ CASES = {  # arguments -> what is told
     "more than 64 bits": (["--set", "hp.batch_size=9223372036854775808"], "must be below 2^63"),
     "digits without end": (["--set", "hp.batch_size=" + "9" * 5000], "must be a whole number"),
     "brackets without end": (["--set", "hp.epochs=" + "[" * 5000], "must be a number"),
-    "a list": (["--set", "data.reward=[1]"], "data.reward: must be a text, not [1]"),
+    "a list": (["--set", "data.reward=[1]"], "data.reward: must be one of"),
     "a second line": (["--set", "data.train=5\nx=1"], "data.train: must be a whole number"),
     "two values": (["--set", "hp.epochs=1", "hp.epochs=2"], "has two values, 1 and 2"),
     "true and 1": (["--set", "hp.max_steps=1", "hp.max_steps=true"], "has two values"),
@@ -237,14 +257,14 @@ CASES = {  # arguments -> what is told
     "a model twice": (["--model", "demo/model", "--model", "x"], "--model is given twice"),
     "a token by accident": (["--hf_token=hf_" + "Ab1" * 11], "arguments: --hf_token=hf_[hidden]"),
     "an escape": (["--\x1b[31m"], "arguments: --⟨U+001B⟩[31m"),
-    "a seed of 65 bits": (["--seeds", str(2**64)], "from 0 to 4294967295"),
+    "a seed of 65 bits": (["--seeds", str(2**64)], "must be below 2^63"),
     "a seed of 33 bits": (["--seeds", str(2**32)], "from 0 to 4294967295"),
     "a negative seed": (["--seeds", "-1"], "from 0 to 4294967295"),
     "bytes that are no text": (["--methods", "lora", "--set", "lora.targets=\udcff"], "is not UTF-8 text"),
     "a folder whose name is no text": (["--results", "\udcff"], "is not UTF-8 text"),
     "a folder whose name cannot be": (["--results", "a\0b"], "is not UTF-8 text"),
     "options of no method": (["--preset", "options.toml"], "did you mean lora?"),
-    "a wrong item": (["--preset", "items.toml"], "methods has a wrong value: item 2 must be a text, not 1"),
+    "a wrong item": (["--preset", "items.toml"], "methods[1]: must be a text, not 1"),
     "a preset of another kind": (["--preset", "latin.toml"], "is not TOML"),
     "a 13th month": (["--preset", "month.toml"], "is not TOML"),
     "a mixture of itself": (["--dataset", "itself.toml"], "it is in its own mixture"),
@@ -286,7 +306,7 @@ def test_what_is_wrong_is_told(case, tmp_path, monkeypatch, capsys):
 
 def test_methods_and_seeds_may_be_named_in_several_places():
     typed = ["--methods", "lora", "--seeds", "1", "--methods", "full", "--seeds", "2"]
-    options = cli.parser("plan").parse_args(typed)
+    options = parser("plan").parse_args(typed)
     assert options.methods == ["lora", "full"] and options.seeds == [1, 2]
 
 
@@ -319,16 +339,16 @@ def as_a_stranger(ask):
 def test_a_user_without_a_home_can_plan(monkeypatch):
     monkeypatch.delenv("TUNEOFF_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert as_a_stranger(lambda: [str(cache.folder()), cli.command_line(["/a/b"])]) == [
+    assert as_a_stranger(lambda: [str(cache.folder()), command_line(["/a/b"])]) == [
         str(Path(tempfile.gettempdir(), ".cache", "tuneoff")), "run_bench.py /a/b"
     ]  # fmt: skip
 
 
 def test_a_command_stays_as_typed_where_the_home_folder_is_the_root(monkeypatch):
     monkeypatch.setenv("HOME", "/")
-    assert cli.command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model /a/b"
+    assert command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model /a/b"
     monkeypatch.setenv("HOME", "/a")
-    assert cli.command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model ~/b"
+    assert command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model ~/b"
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
@@ -341,13 +361,14 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     locked.chmod(0)
 
     def ask() -> list[str]:
-        said: list = []
-        plan.find_model("./locked", said)
-        plan.find_sources([f"alpaca={path}" for path in ("locked", "locked/rows.jsonl")], None, said)
-        plan.load_preset("locked/x.toml", said)
-        plan.find_dataset("locked/rows.jsonl", {}, said)
-        plan.find_plugins(["locked/x.py"], said)
-        return [*said, plan.unwritable(Path("locked/results"))]
+        said = Problems()
+        find_model("./locked", said)
+        find_sources([f"alpaca={path}" for path in ("locked", "locked/rows.jsonl")], "", None, said)
+        load_preset("locked/x.toml", said)
+        find_dataset("locked/rows.jsonl", {}, said)
+        find_plugins(["locked/x.py"], said)
+        said.add("--results", unwritable(Path("locked/results")))
+        return list(map(str, said))
 
     said = as_a_stranger(ask)
     locked.chmod(0o755)
@@ -368,7 +389,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
 @pytest.mark.parametrize(("value", "kind", "good"), [
     (1, float, True), (True, float, False), (float("nan"), float, False), (10**400, float, False),
     (1.0, int, False), (True, int, False), (2**63 - 1, int, True), (2**63, int, False), (0, bool, False),
-    ("ü", str, True), ("\0", str, False), ("\udcff", str, False), (["a"], list[str], True),
+    ("ü", str, True), (["a"], list[str], True),
     (["a", 1], list[str], False), ({"a": {"b": 1}}, dict[str, dict], True),
     ({"a": 1}, dict[str, dict], False), ({"a": [float("nan")]}, dict, False),
     (None, int | None, True), (1, int | None, True), ("1", int | None, False),
@@ -376,7 +397,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path):
     ((1, 2), Any, True), ([{"a": object()}], Any, False),
 ])  # fmt: skip
 def test_a_value_is_of_its_kind_or_not(value, kind, good):
-    assert (errors.misfit(value, kind) is None) == good
+    assert (not list(misfits(value, kind))) == good
 
 
 # The hub
@@ -387,15 +408,15 @@ def test_a_silent_hub_does_not_hold_a_plan(arguments, tmp_path):
     """It takes the connection and says nothing: its client alone waited for more than 400 s."""
     with socket.create_server(("127.0.0.1", 0)) as hub:
         code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from harness import cli, plan\n"
-            "plan.HUB_SECONDS = 2; raise SystemExit(cli.main(sys.argv[1:]))"
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from harness import cli\n"
+            "from harness.plan import hub; hub.SECONDS = 2; raise SystemExit(cli.main(sys.argv[1:]))"
         )
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}",
                        "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}  # fmt: skip
         command = [sys.executable, "-c", code, "plan", "--methods", "lora", *arguments]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == cli.BAD_REQUEST and "Traceback" not in run.stderr
-    assert "the hub cannot be reached: it was silent for 2 s" in run.stderr
+    assert "the hub cannot be reached (it was silent for 2 s)" in run.stderr
 
 
 # The doctor

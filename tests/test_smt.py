@@ -10,6 +10,7 @@ from tiny import GEMMA_3_1B, LLAMA_32_1B, copy_of, fit, hyperparams
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from harness.errors import BadRequest
 from harness.method import Method, available, build, resolve
 from harness.spec import RunSpec
 from harness.training import evaluation, head
@@ -277,9 +278,10 @@ def test_targets_are_linear_layers_of_the_decoder():
 
 def test_options_that_cannot_be_are_refused():
     cls = resolve("smt", available()["smt"])
-    assert not build(cls, {})[1]
+    build(cls, {})
     for wrong in ({"share": 0.0}, {"share": 1.5}, {"warmup": 0}, {"block": -1}, {"score": "mean"}):
-        assert build(cls, wrong)[1], wrong
+        with pytest.raises(BadRequest):
+            build(cls, wrong)
 
 
 # The training

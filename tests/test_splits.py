@@ -5,6 +5,7 @@ import random
 import re
 import textwrap
 import time
+from dataclasses import asdict
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,11 +16,15 @@ from huggingface_hub import errors as hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import plan
 from harness.data import splits
 from harness.data.duplicates import Asked, Seen
 from harness.data.formats import said
-from harness.data.splits import DATASET, PART, make_splits
+from harness.data.spec import DatasetSpec, PartSpec, dataset_names, load_spec, own_rows
+from harness.data.splits import make_splits
+from harness.errors import BadRequest, Problems
+from harness.plan import find_sources
+
+DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
 THRESHOLD = 0.8
 WORDS = [f"{a}{b}{c}" for a, b, c in product("bdgklmnprst", "aeiou", "nrst")]  # 220, of no language
@@ -430,7 +435,7 @@ def test_nearness_can_be_set_and_switched_off(asked_for, kept, tmp_path):
     rows = [*map(row, texts), *(row(reordered(text)) for text in texts)]
     source = {"tiny": written(tmp_path, rows)}
     sizes = {"train": 60, "validation": 0, "test": 25}
-    spec = splits.load_spec(source["tiny"], {"near_duplicates": asked_for, **sizes})
+    spec = load_spec(source["tiny"], {"near_duplicates": asked_for, **sizes})
     assert spec["near_duplicates"] == kept
     found = make_splits(spec, {spec["parts"][0]["name"]: source["tiny"]})
     assert bool(found.left_out["near_duplicates"]) == bool(kept)
@@ -438,15 +443,15 @@ def test_nearness_can_be_set_and_switched_off(asked_for, kept, tmp_path):
 
 @pytest.mark.parametrize("wrong", [0.3, 1.5, -0.8, float("nan"), True, "on", [0.8]])
 def test_another_nearness_is_refused(wrong, tmp_path):
-    with pytest.raises(splits.DataError, match=r"data\.near_duplicates: must be off"):
-        splits.load_spec(written(tmp_path, [row("a")]), {"near_duplicates": wrong})
+    with pytest.raises(BadRequest, match=r"data\.near_duplicates: must be off"):
+        load_spec(written(tmp_path, [row("a")]), {"near_duplicates": wrong})
 
 
 def test_the_remedies_of_an_error_are_remedies(tmp_path):
     texts = sentences(60)
     source = {"tiny": written(tmp_path, [row(text) for t in texts for text in (t, reordered(t))])}
     spec = asked(train=90, validation=0, test=20)
-    with pytest.raises(splits.DataError) as caught:
+    with pytest.raises(BadRequest) as caught:
         make_splits(spec, source)
     text = str(caught.value)
     fewer = int(re.search(r"--set data\.train=(\d+)", text)[1])
@@ -459,7 +464,7 @@ def test_the_remedies_of_an_error_are_remedies(tmp_path):
 def test_the_numbers_that_an_error_names_do_for_all_splits(sizes, tmp_path):
     source = {"tiny": written(tmp_path, map(row, sentences(60)))}
     spec = asked(*sizes)
-    with pytest.raises(splits.DataError) as caught:
+    with pytest.raises(BadRequest) as caught:
         make_splits(spec, source)
     found = {key: int(n) for key, n in re.findall(r"data\.(\w+)=(\d+)", str(caught.value))}
     assert found and all(0 < n <= spec[key] for key, n in found.items())
@@ -468,18 +473,18 @@ def test_the_numbers_that_an_error_names_do_for_all_splits(sizes, tmp_path):
 
 def test_a_part_that_is_a_copy_of_another_is_told_so(tmp_path):
     path = written(tmp_path, map(row, sentences(70)))
-    with pytest.raises(splits.DataError, match=r"part two: .*70 duplicates \(70 of them of part one\)"):
+    with pytest.raises(BadRequest, match=r"part two: .*70 duplicates \(70 of them of part one\)"):
         make_splits(asked(parts=[{"name": "one"}, {"name": "two"}]), {"one": path, "two": path})
 
 
 def test_a_part_is_blamed_for_its_own_rows_alone(tmp_path):
     good, bad = [row(t) for t in sentences(70)], [row("the same")] * 30 + [row(t) for t in sentences(9, 1)]
     spec = asked(parts=[{"name": "good"}, {"name": "bad"}])
-    with pytest.raises(splits.DataError, match=r"part bad: .* 10 distinct .* 29 duplicates"):
+    with pytest.raises(BadRequest, match=r"part bad: .* 10 distinct .* 29 duplicates"):
         make_splits(
             spec, {"good": written(tmp_path, good, "1.jsonl"), "bad": written(tmp_path, bad, "2.jsonl")}
         )
-    with pytest.raises(splits.DataError) as caught:
+    with pytest.raises(BadRequest) as caught:
         make_splits({**spec, "test": 70}, {"good": written(tmp_path, bad * 2 + good, "1.jsonl"),
                                       "bad": written(tmp_path, [row("b")], "2.jsonl")})  # fmt: skip
     assert "39 duplicates" not in str(caught.value).partition("part bad")[2]
@@ -574,7 +579,7 @@ def test_a_split_that_ones_own_rows_lack_is_an_error(key, tmp_path):
     for seed, name in enumerate(("training", "test")):
         written(tmp_path, map(row, sentences(70, seed)), f"{name}.jsonl")
     for path in (tmp_path, tmp_path / "test.jsonl"):
-        with pytest.raises(splits.DataError, match=r"part tiny: .*no split 'nope'. There are: (te|no)"):
+        with pytest.raises(BadRequest, match=r"part tiny: .*no split 'nope'. There are: (te|no)"):
             make_splits(asked(parts=[{"path": path.name, key: "nope"}]), {"tiny": str(path)})
 
 
@@ -585,19 +590,19 @@ def test_a_folder_is_a_dataset_of_its_own(tmp_path, monkeypatch):
     written(tmp_path / "demo", map(row, test), "train.jsonl")
     monkeypatch.chdir(tmp_path / "mine")
     for name in ("../mine", ".", str(tmp_path / "mine"), "../mine/"):
-        spec = splits.load_spec(name, {"train": 50, "validation": 5, "test": 20})
-        (place,) = plan.find_sources([], spec, [], splits.own_rows(name)).values()
+        spec = load_spec(name, {"train": 50, "validation": 5, "test": 20})
+        (place,) = find_sources([], name, spec, Problems()).values()
         found = make_splits(spec, {"mine": place})
         assert set(prompts(found.rows["test"])) <= set(test)
         assert set(prompts(found.rows["train"])) <= set(train)
     monkeypatch.chdir(tmp_path)
-    assert splits.own_rows("demo") is None and splits.own_rows("./demo")  # a spec's name is the spec's
+    assert own_rows("demo") is None and own_rows("./demo")  # a spec's name is the spec's
 
 
 def test_too_small_a_test_file_is_named(tmp_path):
     written(tmp_path, map(row, sentences(60)), "train.jsonl")
     written(tmp_path, map(row, sentences(12, seed=1)), "test.jsonl")
-    with pytest.raises(splits.DataError, match=r"its split 'test' has 12 .*--set data\.test=12$"):
+    with pytest.raises(BadRequest, match=r"its split 'test' has 12 .*--set data\.test=12$"):
         make_splits(asked(), {"tiny": str(tmp_path)})
     assert make_splits(asked(test=12), {"tiny": str(tmp_path)}).rows["test"]
 
@@ -674,7 +679,7 @@ def test_what_the_hub_holds_out_is_held_out(monkeypatch):
 
 
 def test_a_split_that_the_hub_lacks_is_an_error_with_a_remedy(on_the_hub):
-    with pytest.raises(splits.DataError, match=r"someone/rows.*'test'.*Unknown split.*--source"):
+    with pytest.raises(BadRequest, match=r"someone/rows.*'test'.*Unknown split.*--source"):
         make_splits(asked(parts=[{"hub": "someone/rows", "test_split": "test"}]), {})
 
 
@@ -693,18 +698,18 @@ def test_failures_of_the_hub_are_told_apart(error, said, monkeypatch, tmp_path):
 
     monkeypatch.setattr(HfApi, "auth_check", fail)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    errors = []
-    found = plan.find_sources([], asked(parts=[{"hub": "someone/rows"}]), errors)
-    assert not found and said in errors[0] and "--source tiny=PATH" in errors[0]
+    problems = Problems()
+    found = find_sources([], "tiny", asked(parts=[{"hub": "someone/rows"}]), problems)
+    assert not found and said in str(problems[0]) and "--source tiny=PATH" in str(problems[0])
     (tmp_path / "someone___rows").mkdir()
-    errors = []
-    plan.find_sources([], asked(parts=[{"hub": "someone/rows"}]), errors)
-    assert bool(errors) == issubclass(error, hub.RepositoryNotFoundError)  # a cached copy does offline
+    problems = Problems()
+    find_sources([], "tiny", asked(parts=[{"hub": "someone/rows"}]), problems)
+    assert bool(problems) == issubclass(error, hub.RepositoryNotFoundError)  # a cached copy does offline
 
 
-@pytest.mark.parametrize("name", splits.available())
+@pytest.mark.parametrize("name", dataset_names())
 def test_every_spec_says_what_it_is(name):
-    for part in splits.load_spec(name, {})["parts"]:
+    for part in load_spec(name, {})["parts"]:
         assert all(part[key] for key in ("name", "title", "licence", "mapping"))
         assert bool(part["hub"]) != bool(part["path"])
         assert not part["revision"] or len(part["revision"]) == 40
@@ -760,10 +765,10 @@ def test_a_split_that_the_spec_names_is_taken_before_a_usual_one(tmp_path):
 def test_a_file_that_may_be_held_out_is_not_mixed_with_one_that_is(tmp_path):
     written(tmp_path, map(row, sentences(70)), "train_test.jsonl")
     written(tmp_path, map(row, sentences(30, 1)), "test.jsonl")
-    with pytest.raises(splits.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
+    with pytest.raises(BadRequest, match=r"is train_test\.jsonl held out or .*Rename it"):
         make_splits(asked(), {"tiny": str(tmp_path)})
-    with pytest.raises(splits.DataError, match=r"is train_test\.jsonl held out or .*Rename it"):
-        splits.load_spec(str(tmp_path), {})
+    with pytest.raises(BadRequest, match=r"is train_test\.jsonl held out or .*Rename it"):
+        load_spec(str(tmp_path), {})
     found = make_splits(asked(parts=[{"split": "train_test"}]), {"tiny": str(tmp_path)})
     assert found.origins["tiny"] == {"test": "test", "validation": "train_test", "train": "train_test"}
     assert not set(prompts(found.rows["train"])) & set(sentences(30, 1))

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.data import batches
 from harness.data.formats import Conversation, said
-from harness.data.rows import DataError
 from harness.data.study import marked, pieces, study, tokens_of
 from harness.data.template import COUNTED, Template, tokenize
+from harness.errors import BadRequest
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -335,7 +335,7 @@ def test_a_conversation_that_a_template_refuses_is_counted():
 def test_auto_takes_the_chat_template_where_there_is_one():
     assert Template(tiny.tokenizer(), "auto").kind == "chat"
     assert Template(gpt2_like(), "auto").kind == "instruction"
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(BadRequest, match="no chat template"):
         Template(gpt2_like(), "chat")
 
 

@@ -1,6 +1,6 @@
 """`run_bench.py data NAME`: what a model will see of a dataset, before anything is trained.
 
-`look` gives it as JSON values, `show` as text: a few rows with what is learned marked, their lengths, and
+`preview` gives it as JSON values, `show` as text: a few rows with what is learned marked, their lengths, and
 what was cut or left out.
 """
 
@@ -12,15 +12,29 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness import plan
-from harness.data import cache, splits
-from harness.data.batches import height, order, pack
-from harness.data.formats import FORMATS, required
-from harness.data.leaks import LEAKS
-from harness.data.study import marked, pieces, study, tokens_of
-from harness.data.template import COUNTED, Row, Template, rows_hash
-from harness.errors import brief
-from harness.report.text import listed, plain, shorten
+from harness.data import (
+    COUNTED,
+    FORMATS,
+    LEAKS,
+    SPLITS,
+    Row,
+    Template,
+    dataset_names,
+    height,
+    load_spec,
+    marked,
+    order,
+    pack,
+    pieces,
+    required,
+    rows_hash,
+    study,
+    token_rows,
+    tokens_of,
+)
+from harness.errors import Problems, shown
+from harness.plain import listed, plain, shorten
+from harness.plan import DRAWN, Request, find_dataset, find_sources, local_folder, read_request, unreachable
 from harness.spec import Hyperparams
 
 SAID = ("name", "licence", "format", "mapping")  # of a part
@@ -29,7 +43,6 @@ WIDTHS = [digit * 10**zeros for zeros in range(9) for digit in (1, 2, 5)]  # of 
 BAR = 40  # characters of its longest bar
 EXAMPLES = 3  # of the refused rows
 DEMO = "demo/model"  # whose tokenizer is taken, unless another is named
-ROWS = 3  # shown, unless more are asked for
 LONGEST = 4000  # characters shown of a row
 TURNS = "system, Instruction and Response, turn by turn"
 TEMPLATE_FIELDS = {  # format -> its field -> what the template makes of it
@@ -45,32 +58,19 @@ COLOURS = {  # learned, special -> the style of a piece
 }  # fmt: skip
 
 
-def look(
-    name: str | None = None,
-    model: str | None = None,
-    sources: list[str] = (),
-    settings: list[str] = (),
-    rows: int = ROWS,
-    preset: str | None = None,
-) -> dict:
-    """What is not said is as the preset has it; without one, the model is the demo's.
-
-    Raises plan.BadRequest with everything that is wrong, DataError for rows that cannot be used.
-    """
-    errors: list[str] = []
-    said = plan.PRESET if preset is None else plan.load_preset(preset, errors)
-    name = said["dataset"] if name is None else name
-    model = (said["model"] or DEMO) if model is None else model
-    values = plan.settings(settings, errors)
-    hp = plan.hyperparams({**said["hp"], **values.pop("hp", {})}, errors)
-    dataset = plan.find_dataset(name, {**said["data"], **values.pop("data", {})}, errors)
-    errors += [f"--set {group}.…: only hp and data have values here" for group in values]
-    locations = plan.find_sources(sources, dataset, errors, splits.own_rows(name)) if dataset else {}
-    tokenizer = find_tokenizer(model, errors)
-    if errors:
-        raise plan.BadRequest(errors)
+def preview(request: Request, rows: int) -> dict:
+    """As JSON values, `rows` of them whole. Without a preset the model is the demo's. Raises BadRequest."""
+    problems = Problems()
+    wanted = read_request(request, problems)
+    model = wanted.model or DEMO
+    dataset = find_dataset(wanted.dataset, wanted.data, problems)
+    sources = find_sources(request.sources, wanted.dataset, dataset, problems)
+    for group in wanted.options:
+        problems.add(f"--set {group}.…", "only hp and data have values here")
+    tokenizer = find_tokenizer(model, problems)
+    problems.refuse()
     template = Template(tokenizer, dataset["template"], dataset.get("loss", "all"))
-    read = cache.token_rows(dataset, locations, template, hp.max_length)
+    read = token_rows(dataset, sources, template, wanted.hp.max_length)
     made = read.rows["train"]
     found = {
         "dataset": dataset["name"],
@@ -78,9 +78,9 @@ def look(
         "model": model,
         "template": "none" if made and not any(row.prompt for row in made) else template.kind,
         "loss": template.loss,
-        "max_length": hp.max_length,
+        "max_length": wanted.hp.max_length,
         "parts": [{key: part[key] for key in SAID} for part in dataset["parts"]],
-        "left_out": {what: n for what, n in read.left_out.items() if not what.startswith(splits.SPLITS)},
+        "left_out": {what: n for what, n in read.left_out.items() if not what.startswith(SPLITS)},
         "refused": read.refused,
         "unused": read.unused,
         "revisions": read.revisions,
@@ -88,15 +88,15 @@ def look(
         "splits": {},
         "study": study(tokenizer, read.sample, template.loss),
     }
-    for split in reversed(splits.SPLITS):
+    for split in reversed(SPLITS):
         made = read.rows[split]
         counts = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
         found["splits"][split] = {"hash": rows_hash(made), **lengths(made), **counts}
         if split == "train":
             sizes = [row.length for row in made]
             found["histogram"] = histogram(sizes)
-            found["padding"] = padding(made, hp) if made else {}
-            found["rows"] = [shown(tokenizer, row) for row in spread_out(made, rows)]
+            found["padding"] = padding(made, wanted.hp) if made else {}
+            found["rows"] = [written(tokenizer, row) for row in spread_out(made, rows)]
     return found
 
 
@@ -106,8 +106,8 @@ def mappings() -> str:
         "| dataset | source | licence | source field → template field | in words |",
         "|---|---|---|---|---|",
     ]
-    for name in splits.available():
-        dataset = splits.load_spec(name, {})
+    for name in dataset_names():
+        dataset = load_spec(name, {})
         for part in dataset["parts"]:
             columns = {field: columns[0] for field, columns in FORMATS[part["format"]].items()} | part[
                 "fields"
@@ -120,18 +120,17 @@ def mappings() -> str:
     return "\n".join(lines)
 
 
-def find_tokenizer(model: str, errors: list[str]):
+def find_tokenizer(model: str, problems: Problems):
     from transformers import AutoTokenizer
 
-    model = model.removeprefix("random:")
-    folder, reason = plan.local_model(model)
-    if reason := reason or (plan.unreachable_model(model) if folder is None else None):
-        errors.append(f"model {brief(model)}: {reason}")
+    name, where = model.removeprefix(DRAWN), f"model {shown(model)}"
+    folder = local_folder(name)
+    if problems.add(where, unreachable(name, folder)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder or model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder or name, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for what is no tokenizer
-        errors.append(f"model {model}: no tokenizer to be had ({' '.join(str(error).split())[:200]})")
+        problems.add(where, f"no tokenizer to be had ({' '.join(str(error).split())[:200]})")
 
 
 def lengths(rows: list[Row]) -> dict:
@@ -179,7 +178,7 @@ def spread_out(rows: list[Row], count: int) -> list[Row]:
     return turns[:count]
 
 
-def shown(tokenizer, row: Row) -> dict:
+def written(tokenizer, row: Row) -> dict:
     ids, learned = tokens_of(row)
     return {"id": row.id, "tokens": row.length, "learned": sum(learned), "cut": row.cut,
             "pieces": pieces(tokenizer, ids, learned),

@@ -1,1 +1,17 @@
-"""The data path: a dataset's spec becomes rows of token ids, and these become batches."""
+"""The data path: a dataset's spec becomes examples of token ids, and these become batches."""
+
+from harness.data.batches import Batches, batches_of, collate, height, order, pack
+from harness.data.cache import splits_of, token_rows
+from harness.data.formats import FORMATS, required
+from harness.data.leaks import LEAKS, answered
+from harness.data.spec import dataset_names, load_spec, own_rows
+from harness.data.splits import SPLITS, describe, rows_of_part
+from harness.data.study import marked, pieces, study, tokens_of
+from harness.data.template import COUNTED, OPENING, Row, Template, rows_hash
+
+__all__ = [
+    "COUNTED", "FORMATS", "LEAKS", "OPENING", "SPLITS", "Batches", "Row", "Template",
+    "answered", "batches_of", "collate", "dataset_names", "describe", "height", "load_spec", "marked",
+    "order", "own_rows", "pack", "pieces", "required", "rows_hash", "rows_of_part", "splits_of", "study",
+    "token_rows", "tokens_of",
+]  # fmt: skip

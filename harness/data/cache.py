@@ -64,10 +64,10 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
     return tokens
 
 
-def splits_of(dataset: dict, locations: dict) -> splits.Splits:
-    """data.splits, from the cache where nothing has changed since."""
+def splits_of(dataset: dict, locations: dict, kept: bool = True) -> splits.Splits:
+    """data.splits, from the cache where nothing has changed since. Not `kept`: nothing is written."""
     key = "splits-" + digest([dataset, identities(dataset, locations), code(READING)])
-    if found := load(key):
+    if found := load(key, kept):
         try:
             value = found[0]
             read = {name: [Conversation(**row) for row in value["rows"][name]] for name in splits.SPLITS}
@@ -75,7 +75,9 @@ def splits_of(dataset: dict, locations: dict) -> splits.Splits:
         except (KeyError, TypeError):
             pass
     drawn = splits.make_splits(dataset, locations)
-    keep(key, {**vars(drawn), "rows": {name: list(map(vars, rows)) for name, rows in drawn.rows.items()}}, {})
+    if kept:
+        rows = {name: list(map(vars, rows)) for name, rows in drawn.rows.items()}
+        keep(key, {**vars(drawn), "rows": rows}, {})
     return drawn
 
 
@@ -171,13 +173,14 @@ def folder() -> Path:
     return Path(os.environ.get("TUNEOFF_CACHE") or caches / "tuneoff")
 
 
-def load(key: str) -> tuple[dict, dict[str, np.ndarray]] | None:
+def load(key: str, used: bool = True) -> tuple[dict, dict[str, np.ndarray]] | None:
     path = folder() / f"{key}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         value = json.loads(arrays.pop("json").tobytes())
-        os.utime(path)  # the folder keeps what was used last
+        if used:
+            os.utime(path)  # the folder keeps what was used last
     except Exception:  # of a broken archive come errors of many kinds; whichever it is, it is made again
         return None
     return value, arrays

@@ -14,6 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.errors import BadRequest
+
 CELL_CHARACTERS = 2**24  # of a .csv; Python's own limit, 131,072, is less than some real answers
 USUAL = {  # our split -> what files of it are called: the names that the datasets library reads
     "train": ("train", "training"),
@@ -27,28 +29,24 @@ BATCH = 1000  # rows that are made Python values together
 BESIDE = {"dataset_info.json", "dataset_infos.json"}  # what the hub keeps beside the rows
 
 
-class DataError(ValueError):
-    """What is wrong with a dataset, by name, and the remedy."""
-
-
 def rows_of_file(path: Path, split: str = ""):
     """Of a folder, the files of `split` alone, where any is named for it.
 
-    Raises DataError for a file that cannot be read or is empty, with its line where that is known.
+    Raises BadRequest for a file that cannot be read or is empty, with its line where that is known.
     """
     empty = True
     try:
         for row in read(path, split):
             empty = False
             yield row
-    except DataError:
+    except BadRequest:
         raise
     except Exception as error:  # of csv, gzip, pyarrow and datasets come errors of many kinds
         if isinstance(error, UnicodeDecodeError) and kind(path) in TEXTS:
-            raise DataError(foreign(path)) from error
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error or repr(error)}") from error
+            raise BadRequest(foreign(path)) from error
+        raise BadRequest(f"{path}: {getattr(error, 'strerror', None) or error or repr(error)}") from error
     if empty:
-        raise DataError(f"{path} holds no rows")
+        raise BadRequest(f"{path} holds no rows")
 
 
 def read(path: Path, split: str):
@@ -57,14 +55,14 @@ def read(path: Path, split: str):
     elif path.is_dir():
         files = labelled(path)
         if not files or (of_a_model(path) and {kind(file) for file in files} == {".json"}):
-            raise DataError(f"{path} holds no rows ({KINDS}) and is not from save_to_disk: {contents(path)}")
+            raise BadRequest(f"{path} holds no rows ({KINDS}) and is not from save_to_disk: {contents(path)}")
         for file in chosen(path, split):
             yield from rows_of_file(file)
     elif not is_rows(path):
         packed = ". Unpack it" if is_rows(path.with_suffix("")) else ""
-        raise DataError(f"{path}: cannot read a {path.suffix or 'nameless'} file, only {KINDS}{packed}")
+        raise BadRequest(f"{path}: cannot read a {path.suffix or 'nameless'} file, only {KINDS}{packed}")
     elif path.exists() and not path.is_file():  # a pipe would never end
-        raise DataError(f"{path} is neither a file nor a folder")
+        raise BadRequest(f"{path} is neither a file nor a folder")
     else:
         yield from READERS[kind(path)](path)
 
@@ -101,7 +99,7 @@ def chosen(folder: Path, split: str) -> list[Path]:
     begin = {path: bool(labels.begins & NAMED) for path, labels in labelled(folder).items()}
     if len({*begin.values()}) > 1:
         unclear = min(path for path, begins in begin.items() if not begins).relative_to(folder)
-        raise DataError(f"{folder} has nothing to train on: is {unclear} held out or to be trained on? "
+        raise BadRequest(f"{folder} has nothing to train on: is {unclear} held out or to be trained on? "
                         "Rename it to begin with its split's name, as train- or test-")  # fmt: skip
     return list(begin)
 
@@ -186,7 +184,7 @@ def jsonl(path: Path):
             try:
                 yield json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
+                raise BadRequest(f"{path}, line {number}: {error}") from error
 
 
 def json_list(path: Path):
@@ -200,7 +198,7 @@ def json_list(path: Path):
         yield from jsonl(path)  # a value on each line, under the name of .json: common on the hub
         return
     if not isinstance(rows, list):
-        raise DataError(f"{path} is not a list of rows{within(path, rows)}")
+        raise BadRequest(f"{path} is not a list of rows{within(path, rows)}")
     yield from rows
 
 
@@ -235,10 +233,10 @@ def table(path: Path):
         rows = csv.DictReader(lines, delimiter=max(",;\t", key=first.count), strict=True)
         try:
             if twice := [name for name, count in Counter(rows.fieldnames or ()).items() if count > 1]:
-                raise DataError(f"{path}: two columns are named {twice[0]!r}")
+                raise BadRequest(f"{path}: two columns are named {twice[0]!r}")
             yield from rows
         except csv.Error as error:
-            raise DataError(f"{path}, line {rows.reader.line_num}: {error}") from error
+            raise BadRequest(f"{path}, line {rows.reader.line_num}: {error}") from error
 
 
 TEXTS = {".jsonl": jsonl, ".json": json_list, ".csv": table, ".tsv": table}

@@ -1,8 +1,7 @@
-"""A dataset spec becomes conversations: every part's rows, sampled, without duplicates, split."""
+"""A dataset becomes conversations: every part's rows, sampled, without duplicates, split."""
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,166 +9,15 @@ from functools import cache
 from itertools import repeat
 from pathlib import Path
 
-from harness import ROOT
-from harness.data.formats import FORMATS, Conversation, Refused, detect, nearest, read, required, said, unused
+from harness.data.formats import Conversation, Refused, read, said, unused
 from harness.data.leaks import Held, digest, prompt
-from harness.data.rows import KINDS, USUAL, DataError, holds, is_rows, labelled, rows_of_dataset, rows_of_file
-from harness.errors import absent, brief, misfit, misfits, read_toml, shown, unknown, writable
-from harness.metrics import LANGUAGES, REWARDS
+from harness.data.rows import USUAL, holds, labelled, rows_of_dataset, rows_of_file
+from harness.data.spec import PartSpec
+from harness.errors import BadRequest
 
-FOLDER = ROOT / "datasets_spec"
 SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
-PART = {  # what a part of a dataset says, and what holds where it is silent
-    "name": "", "title": "", "hub": "", "config": "", "path": "", "revision": "", "licence": "",
-    "split": "train", "validation_split": "", "test_split": "",  # of the source; empty: as `split`
-    "format": "instruction", "fields": {}, "mapping": "",
-}  # fmt: skip
-DATASET = {
-    "name": "", "title": "", "notice": "", "template": "auto", "seed": 0, "language": "en",
-    "reward": "rouge_l", "loss": "all",
-    "near_duplicates": 0.8,  # share of their words in which two prompts are near (Jaccard); 0 or off: none is
-    "train": 1000, "validation": 64, "test": 200,
-}  # fmt: skip
-SPEC = {**DATASET, "part": {}, "parts": [], "mixture": []}  # what a file may hold
-TYPES = {"parts": list[dict], "mixture": list[str], "fields": dict[str, str]}  # the rest as their defaults
-
-LEAST = 0.7  # of near_duplicates: below, too many are missed
 SHOWN = 10  # refused rows that are named
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
-
-# Specs
-
-
-def available() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
-
-
-def load_spec(name: str, overrides: dict) -> dict:
-    """The whole spec of a dataset: `name` is one of `available()`, a TOML file, or a file or folder of rows.
-
-    `overrides` replaces top-level values. Raises DataError with everything that is wrong.
-    """
-    return load(name, overrides, ())
-
-
-def own_rows(name: str) -> Path | None:
-    """The file or folder of rows that a dataset's name is."""
-    path = Path(os.path.expanduser(name))
-    folder = name not in available() and not absent(path, "folder") and labelled(path)
-    return Path(os.path.abspath(path)) if folder else path if is_rows(path) else None
-
-
-def load(name: str, overrides: dict, within: tuple[str, ...]) -> dict:
-    """`within`: the mixtures on the way here."""
-    if path := own_rows(name):
-        if reason := absent(path):
-            raise DataError(f"dataset: {reason}")
-        if not writable(path.name):
-            raise DataError(f"dataset {shown(path)}: its name is not UTF-8, as a record's must be: rename it")
-        part = {"name": path.stem, "title": path.stem, "path": path.name, "format": format_of(path)}
-        spec = {"name": path.stem, "title": path.name, "parts": [part]}
-    else:
-        spec = read_spec(name, Path(os.path.expanduser(name)))
-    what, errors = f"dataset {shown(name)}", []
-    for values in (spec, overrides := dict(overrides)):
-        near = values.get("near_duplicates", 0.0)
-        if str(near).lower() in ("off", "false"):
-            values["near_duplicates"] = 0.0
-        elif misfit(near, float):
-            errors.append(f"data.near_duplicates: must be off, or from {LEAST} to 1, not {brief(near)}")
-            del values["near_duplicates"]
-    errors += misfits(what, spec, SPEC, TYPES)
-    settable = {key: DATASET[key] for key in set(DATASET) - {"name", "title", "notice"}}
-    for key, value in overrides.items():
-        if key not in settable:
-            errors.append(unknown("data option", key, settable))
-        elif reason := misfit(value, type(settable[key])):
-            errors.append(f"data.{key}: {reason}")
-    if errors:
-        raise DataError("\n".join(errors))
-    parts, mixture = spec.pop("parts", []), spec.pop("mixture", [])
-    parts = [*parts, spec.pop("part")] if "part" in spec else parts
-    for number, part in enumerate(parts, 1):
-        errors += part_errors(part, f"part {number} of {what}")
-    for mixed in mixture:
-        if mixed in (name, *within):
-            errors.append(f"{what}: it is in its own mixture")
-        else:
-            parts = parts + load(mixed, {}, (name, *within))["parts"]
-    names = [part.get("name") for part in parts]
-    twice = {name for name in names if names.count(name) > 1}
-    errors += [f"{what}: two parts are named {shown(name)}" for name in sorted(twice)]
-    if not parts and not errors:
-        errors.append(f"{what}: it has no part: write [part] or mixture = [...]")
-    spec = {**DATASET, "name": name, **spec, **overrides}
-    errors += [f"data.{s}: must be at least {int(s != 'validation')}, not {spec[s]}"
-               for s in SPLITS if spec[s] < (s != "validation")]  # fmt: skip
-    near = spec["near_duplicates"] = float(spec["near_duplicates"])
-    if near != 0 and not LEAST <= near <= 1:
-        errors.append(f"data.near_duplicates: must be off, or from {LEAST} to 1, not {near}")
-    for key, choices in (
-        ("template", ("auto", "chat", "instruction")),
-        ("loss", ("all", "last")),
-        ("reward", REWARDS),
-        ("language", LANGUAGES.split()),
-    ):
-        if spec[key] not in choices:
-            errors.append(unknown(key, spec[key], choices))
-    if errors:
-        raise DataError("\n".join(errors))
-    return {**spec, "parts": [{**PART, **part} for part in parts]}
-
-
-def part_errors(part: dict, what: str) -> list[str]:
-    errors = misfits(what, part, PART, TYPES)
-    if errors:
-        return errors
-    if not part.get("name"):
-        errors.append(f"{what}: it has no name")
-    if (format := part.get("format", PART["format"])) not in FORMATS:
-        return [*errors, unknown("format", format, FORMATS)]
-    mapped = part.get("fields", {})
-    return errors + [unknown(f"field of format {format}", f, FORMATS[format])
-                     for f in mapped if f not in FORMATS[format]]  # fmt: skip
-
-
-def format_of(path: Path) -> str:
-    """Of a user's own file, by the columns of its first row."""
-    row = next(rows_of_file(path))
-    if not isinstance(row, dict):
-        raise DataError(f"{path}: a row is {type(row).__name__}, not an object")
-    if found := detect(row):
-        return found
-    near, lacks = nearest(row)
-    fields = ", ".join(f"{field} = {json.dumps(column)}" for field, column in lacks.items())
-    formats = "; ".join(f"{name}: {', '.join(required(name))}" for name in FORMATS)
-    raise DataError(
-        f"{path}: its columns {', '.join(map(repr, row)) or 'none'} fit no format ({formats}). "
-        f"The nearest is {near}, without {' and '.join(lacks)}. Rename columns, or say which are which in a "
-        f'FILE.toml with [part] name = "{path.stem}", path = "{path.name}", format = "{near}", '
-        f"fields = {{{fields}}} and pass --dataset FILE.toml"
-    )
-
-
-def read_spec(name: str, path: Path) -> dict:
-    if name in available():
-        path = FOLDER / f"{name}.toml"
-    elif path.suffix != ".toml":
-        if os.path.isdir(path):
-            raise DataError(f"dataset {shown(name)} is a folder: name a spec, and --source PART=FOLDER")
-        known = unknown("dataset", name, available())
-        if os.path.exists(path):
-            known = f"{shown(name)} is no dataset. Available: {', '.join(available())}"
-        raise DataError(f"{known}, or a .toml or {KINDS} file")
-    if reason := absent(path, "file"):
-        raise DataError(f"dataset: {reason}")
-    try:
-        return read_toml(path)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-
-
-# Rows
 
 
 @dataclass
@@ -204,7 +52,7 @@ def make_splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
     A row's place is decided by a hash of the seed and its text: the order of the source does not
     matter. Of rows with the same prompt one is kept; of preference pairs all that differ, in one split. A
     row that leaks what is held out is passed over for the next. `room` times the rows asked for are held
-    in memory. Raises DataError if there are too few.
+    in memory. Raises BadRequest if there are too few.
     """
     found = Splits({}, Counter(), [], {}, {})
     pools = []
@@ -226,7 +74,7 @@ def make_splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
             if len(rows) < count and not pool.whole:
                 return make_splits(dataset, locations, 2 * room)
             if len(rows) < count:
-                raise DataError(too_few(pool, split, len(rows), dataset, found))
+                raise BadRequest(too_few(pool, split, len(rows), dataset, found))
             drawn += rows
         found.rows[split] = sorted(drawn, key=lambda c: c.id.rpartition(":")[2])  # mix the parts
         earlier += drawn
@@ -244,11 +92,11 @@ def sources(part: dict, location: str | None) -> dict[str, list[str]]:
     own = {"train": part["split"], **{s: part[f"{s}_split"] for s in SPLITS if s != "train"}}
     if location:
         path = Path(location)
-        named = {name for name in own.values() if part["path"]} - {"", PART["split"]}
+        named = {name for name in own.values() if part["path"]} - {"", PartSpec.split}
         if lacks := sorted(name for name in named if not holds(path, name)):  # a copy of the hub's may
             there = sorted({name for labels in labelled(path).values() for name in labels.begins})
             there = ", ".join(there) or "none"
-            raise DataError(f"part {part['name']}: {path} has no split {lacks[0]!r}. There are: {there}")
+            raise BadRequest(f"part {part['name']}: {path} has no split {lacks[0]!r}. There are: {there}")
         own = {s: next((n for n in (own[s], *USUAL[s]) if n and holds(path, n)), "") for s in SPLITS}
         own = own if own["train"] or holds(path) else {}
     else:
@@ -343,7 +191,7 @@ def from_hub(name: str, config: str, split: str, revision: str):
     try:
         return load_dataset(name, config or None, split=split, revision=revision or None)
     except Exception as error:  # of the hub's client, its transport or a builder
-        raise DataError(
+        raise BadRequest(
             f"dataset {name}: the hub does not give its split {split!r}: {error}. "
             "Read a copy with --source NAME=PATH"
         ) from error

@@ -6,8 +6,8 @@ from itertools import groupby
 from statistics import fmean
 
 from harness.data.formats import Conversation, said
-from harness.data.rows import DataError
 from harness.data.template import Template, is_text
+from harness.errors import BadRequest
 
 SAMPLE = 100  # conversations that the means are over
 READABLE = 1200  # characters of the conversation that is shown, if one is so short
@@ -29,7 +29,7 @@ def study(tokenizer, conversations: list[Conversation], loss: str = "all") -> di
             written[conversation.id] = {
                 name: form(tokenizer, conversation, loss) for name, form in FORMS.items()
             }
-        except DataError:  # the chat template refuses it: counted with the rows themselves
+        except BadRequest:  # the chat template refuses it: counted with the rows themselves
             continue
     known = [c for c in sample if c.id in written]
     if not known:
@@ -70,7 +70,7 @@ def templated(kind: str):
         counts = Counter()
         rows = Template(tokenizer, kind, loss).rows([conversation], UNCUT, counts)
         if not rows:
-            raise DataError(f"{conversation.id} cannot be written in the {kind} form")
+            raise BadRequest(f"{conversation.id} cannot be written in the {kind} form")
         return tokens_of(rows[0])
 
     return form

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from harness.data.formats import Conversation, is_text, learned, said
-from harness.data.rows import DataError
+from harness.errors import BadRequest
 
 COUNTED = {  # what happened to the rows of a split on their way to tokens
     "truncated": "lost the end of their response to max_length",
@@ -58,7 +58,7 @@ class Template:
 
     def __init__(self, tokenizer, kind: str, loss: str = "all"):
         if kind == "chat" and not tokenizer.chat_template:
-            raise DataError("this tokenizer has no chat template: use --set data.template=instruction")
+            raise BadRequest("this tokenizer has no chat template: use --set data.template=instruction")
         self.tokenizer = tokenizer
         self.kind = "chat" if tokenizer.chat_template and kind != "instruction" else "instruction"
         self.loss = loss
@@ -87,7 +87,7 @@ class Template:
                 return self.render_chat(form)
             except (TemplateError, TypeError) as error:  # TypeError: of an operator within the template
                 reason = error
-        raise DataError(f"the model's chat template refuses a conversation ({reason})")
+        raise BadRequest(f"the model's chat template refuses a conversation ({reason})")
 
     def render_instruction(self, messages):
         end = self.tokenizer.eos_token or ""
@@ -116,7 +116,7 @@ class Template:
         if not told:  # this template looks into its answers
             whole = self.written(messages)
         if not whole.startswith(prompt):
-            raise DataError(
+            raise BadRequest(
                 "this chat template writes a prompt otherwise than the start of the conversation: "
                 "use --set data.template=instruction"
             )
@@ -193,7 +193,7 @@ class Template:
         for i, messages in todo:
             try:
                 asked.append((i, messages, *self.render(messages)))
-            except DataError:
+            except BadRequest:
                 counts["refused"] += 1
         if not asked:
             return []

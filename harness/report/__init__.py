@@ -22,6 +22,7 @@ from harness.report.tables import brief
 from harness.report.text import markdown
 from harness.store import Store, save
 
+__all__ = ["brief_table", "render"]
 FORMATS = ("md", "html")
 
 

@@ -3,8 +3,7 @@
 from dataclasses import asdict
 from math import expm1, isfinite
 
-from harness.data.study import marked
-from harness.data.template import OPENING
+from harness.data import OPENING, marked
 from harness.metrics import METRICS, compared
 from harness.report import blocks as b
 from harness.report import differences, plots, tables

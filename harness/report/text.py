@@ -8,7 +8,9 @@ import re
 from math import floor, log10
 from statistics import fmean, stdev
 
-from harness.plain import plain
+from harness.plain import listed as listed
+from harness.plain import plain as plain
+from harness.plain import shorten as shorten
 
 UNKNOWN = "–"  # an en dash: null in a record is never 0
 
@@ -23,21 +25,6 @@ def markdown(value) -> str:
     text = LINKS.sub(lambda found: found[0] + "\u2060", plain(value))
     text = MARKDOWN.sub(lambda found: "\\" + found[0], text)
     return BLOCK_START.sub(r"\1\\\2", text)
-
-
-def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters, then how many more there were."""
-    if len(text) <= limit:
-        return text
-    return f"{text[:limit].rstrip()}… ({len(text) - limit:,} characters more)"
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """`A, B and C`; beyond `most`, the number of the others."""
-    names = list(names)
-    if len(names) > most:
-        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def number(value: float | None, decimals: int = 2, signed: bool = False) -> str:

@@ -3,7 +3,7 @@
 import torch
 from transformers import GenerationConfig
 
-from harness.data.template import Row
+from harness.data import Row
 from harness.spec import Hyperparams
 from harness.training.head import causal_lm
 

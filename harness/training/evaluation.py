@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from harness import metrics
-from harness.data.batches import batches_of, collate
-from harness.data.template import Row
+from harness.data import Row, batches_of, collate
 from harness.record import RunRecord
 from harness.store import OUTPUTS, RECORD
 from harness.training import head

@@ -14,15 +14,12 @@ import torch
 from accelerate import Accelerator
 
 from harness import metrics
-from harness.data import cache, leaks
-from harness.data.rows import DataError
-from harness.data.splits import SPLITS
-from harness.data.study import study
-from harness.data.template import COUNTED, Row, Template, rows_hash
-from harness.errors import redacted
+from harness.data import COUNTED, SPLITS, Row, Template, answered, rows_hash, study, token_rows
+from harness.errors import BadRequest
 from harness.measuring import machine
 from harness.measuring.meter import Meter, host_peak
 from harness.method import Method
+from harness.plain import redacted
 from harness.record import Data, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import EVENTS, MODEL, OUTPUTS, append, leave
@@ -105,12 +102,12 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
 def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Template, dict[str, list[Row]]]:
     """-> the template of this model, and the examples of each split."""
     template = Template(load_tokenizer(spec), spec.dataset["template"], spec.dataset.get("loss", "all"))
-    read = cache.token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
+    read = token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
     for split in SPLITS:
         record.hashes[split] = rows_hash(read.rows[split])
         if spec.dataset[split] and not read.rows[split]:
             why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
-            raise DataError(
+            raise BadRequest(
                 f"no {split} row is left: {why['too_long']} prompts fill "
                 f"hp.max_length={hp.max_length} tokens, {why['refused']} the chat template refuses"
                 + (f", {why['answered']} are answered in training" if why["answered"] else "")
@@ -120,7 +117,7 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
         rows={split: len(read.rows[split]) for split in SPLITS},
         left_out={what: count for what, count in read.left_out.items() if count},
         refused=read.refused,
-        answered={split: leaks.answered(read.rows[split], train) for split in SPLITS[:-1]},
+        answered={split: answered(read.rows[split], train) for split in SPLITS[:-1]},
         unused=read.unused,
         revisions=read.revisions,
         origins=read.origins,

@@ -5,8 +5,7 @@ import tempfile
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from harness.data.batches import collate, pack
-from harness.data.template import Row, Template
+from harness.data import Row, Template, collate, pack
 from harness.measuring import machine
 from harness.method import Unsupported
 from harness.spec import RunSpec

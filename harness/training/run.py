@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from harness import metrics
-from harness.data.batches import Batches, collate
-from harness.data.template import Row
-from harness.errors import brief, redacted, redacted_in
+from harness.data import Batches, Row, collate
+from harness.errors import brief
+from harness.plain import redacted, redacted_in
 from harness.record import RunRecord, finite
 from harness.shape import check, parse
 from harness.spec import Hyperparams

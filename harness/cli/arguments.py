@@ -1,0 +1,154 @@
+"""What can be typed: the commands and their arguments."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from harness import __version__
+from harness.errors import brief, writable
+from harness.plain import plain, redacted
+
+OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
+COMMANDS = {
+    "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
+    "data, report, doctor; each has its own --help.",
+    "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
+    "list": "What can be asked for.",
+    "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
+    "What was read is kept for a run, as a run would.",
+    "report": "Renders the report again from cached results. Needs no torch.",
+    "doctor": "What this machine has, what is wrong with it, and the remedy.",
+}
+EPILOG = """examples:
+  {0} --methods qlora galore                   the demo: real parts, small, no GPU needed
+  {0} --methods full lora --model DIR --dataset rows.jsonl --set hp.learning_rate=1e-4
+  {0} plan --preset NAME                       what would run, what is cached
+  {0} report                                   the report again, from cached results
+
+exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted,
+143 ended by SIGTERM, 129 by SIGHUP
+"""
+
+
+def parse_arguments(typed: list[str]) -> tuple[str, argparse.Namespace]:
+    """-> the command and its options. Ends the process with what is wrong with them."""
+    named = bool(typed) and typed[0] in COMMANDS
+    command, rest = (typed[0], typed[1:]) if named else ("run", typed)
+    made = parser(command)
+    if odd := next((text for text in rest if not writable(text)), None):
+        made.error(f"{brief(odd)} is not UTF-8 text: no record could name it")
+    if lost := next((text for text in rest if text.startswith("--") and text.endswith("=--")), None):
+        made.error(f"{lost}: -- is no value")  # argparse would drop it
+    return command, made.parse_args(rest)
+
+
+def program() -> str:
+    """What it was called as: the script of an installation, or the project's own."""
+    return "tuneoff" if Path(sys.argv[0]).stem == "tuneoff" else "run_bench.py"
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    made = Parser(
+        prog=program() if command == "run" else f"{program()} {command}",
+        description=COMMANDS[command],
+        epilog=EPILOG.format(program()) if command == "run" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, commands, reading in ARGUMENTS:
+        if command in commands:
+            made.add_argument(name, **reading)
+    return made
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Also of what was typed by accident: a token, an escape."""
+        super().error(plain(redacted(message)))
+
+
+class Once(argparse.Action):
+    """Of two values the last would hold in silence."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, value)
+
+
+# Kinds of values
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is empty")
+    return Path(os.path.expanduser(text))
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 on, not {text!r}")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """`30m` -> 1800.0 seconds."""
+    number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        if unit and 0 < (seconds := float(number) * unit) < float("inf"):
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
+
+
+# The arguments, each with the commands that take it
+
+
+def once(metavar: str, help: str, **more) -> dict:
+    return {"action": Once, "metavar": metavar, "help": help, **more}
+
+
+def several(metavar: str, help: str, **more) -> dict:
+    return {"action": "extend", "nargs": "+", "metavar": metavar, "help": help, **more}
+
+
+def flag(help: str) -> dict:
+    return {"action": "store_true", "help": help}
+
+
+ASKING, LISTS = ("run", "plan"), ("methods", "datasets", "presets", "results")
+ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
+DATASET = "a spec (see: list datasets), or a file or folder of rows"
+ARGUMENTS = (
+    ("what", ["list"], {"nargs": "?", "choices": LISTS, "help": "default: all"}),
+    ("name", ["data"], {"nargs": "?", "metavar": "NAME|FILE|DIR",
+                        "help": f"{DATASET}; none: all specs' fields"}),
+    ("--methods", ASKING, several("NAME", "methods to compare (see: list methods)")),
+    ("--preset", ASKING, once("NAME|FILE", "a whole comparison (see: list presets); demo if no model or "
+                              "dataset is named")),
+    ("--preset", ["data"], once("NAME|FILE", "whose dataset, model and options, where none is named")),
+    ("--model", ASKING, once("ID|DIR", "hub id or folder; random:DIR draws the weights, to measure cost "
+                             "alone")),
+    ("--model", ["data"], once("ID|DIR", "whose tokenizer; the preset's or the demo's by default")),
+    ("--dataset", ASKING, once("NAME|FILE|DIR", DATASET)),
+    ("--source", (*ASKING, "data"), several("NAME=PATH", "a local copy in place of the hub, for a part of "
+                                            "the dataset", default=[])),
+    ("--seeds", ASKING, several("N", "one run of each method for each; three or more allow a ranking",
+                                type=int)),
+    ("--set", ASKING, several("KEY=VALUE", "hp.NAME, data.NAME or METHOD.OPTION", default=[])),
+    ("--set", ["data"], several("KEY=VALUE", "data.NAME or hp.NAME", default=[])),
+    ("--rows", ["data"], once("N", f"rows to show (default: {ROWS})", type=count, default=ROWS)),
+    ("--plugins", (*ASKING, "list"), several("FILE", "files that each define a method", default=[])),
+    ("--force", ASKING, flag("run again what is cached")),
+    ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
+                               "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
+    ("--results", (*ASKING, "list", "report"), once(
+        "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
+    ("--reports", (*ASKING, "report"), once(
+        "DIR", "where reports are written (default: reports)", type=folder, default=Path("reports"))),
+    ("--format", ["report"], {"action": Once, "nargs": "+", "choices": ("md", "html"),
+                              "default": ["md", "html"], "help": "default: both"}),
+    ("--json", COMMANDS, flag("print one JSON value on standard output, progress on standard error")),
+    ("--version", ["run"], {"action": "version", "version": f"tuneoff {__version__}"}),
+)  # fmt: skip

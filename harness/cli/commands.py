@@ -1,0 +1,249 @@
+"""What each command does: options and what was typed in, an exit status out. Raises BadRequest."""
+
+import json
+import os
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from harness.cli.arguments import OK, SOME_FAILED, program
+from harness.errors import BadRequest, Problems, unreadable, unwritable
+from harness.plain import plain, redacted
+
+RUNS_AGAIN = "its method's code has changed; --force runs it again"
+
+
+def run_command(options, typed: list[str]) -> int:
+    from harness import bench
+    from harness.cli import progress
+    from harness.store import Store
+
+    specs, store = planned(options, keep=True), Store(options.results)
+    watcher = progress.make(sys.stderr if options.json else sys.stdout)
+    done, command = [], command_line(typed)
+    try:
+        with bench.lock(options.results):
+            for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
+                done.append(ended)
+        files = render(store, options.reports, ("md", "html"))
+    except BadRequest:
+        raise
+    except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
+        complain(f"error: {error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
+        return SOME_FAILED
+    finally:
+        watcher.close()
+    if options.json:
+        runs = [as_json(ended) for ended in done]
+        print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
+    else:
+        print_runs(done)
+        print("report: " + "  ".join(map(str, files)))
+    return OK if all(ended.record.ok for ended in done) else SOME_FAILED
+
+
+def planned(options, keep: bool = False):
+    """The plan of a request, or every problem, those of the folders included."""
+    from harness.plan import Request, plan
+
+    typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
+    request = Request(**{name: getattr(options, name) for name in typed},
+                      sources=options.source, settings=options.set)  # fmt: skip
+    problems, found = Problems(), None
+    with problems.caught():
+        found = plan(request, keep)
+    for name in ("results", "reports"):
+        problems.add(f"--{name}", unwritable(getattr(options, name)))
+    problems.refuse()
+    return found
+
+
+def as_json(ended) -> dict:
+    record = ended.record
+    return {
+        "run": record.spec.folder,
+        "status": record.status,
+        "error": record.error,
+        "cached": ended.cached,
+        "scores": record.scores,
+    }
+
+
+def print_runs(done: list) -> None:
+    from tabulate import tabulate
+
+    from harness.bench import stale
+    from harness.report import brief_table
+
+    table = brief_table([ended.record for ended in done])
+    look = {"headers": "keys", "showindex": False, "disable_numparse": True, "maxheadercolwidths": 12}
+    print(f"\n{tabulate(table, **look)}\n")
+    cached = [ended.record for ended in done if ended.cached]
+    names = ", ".join(record.spec.folder for record in cached)
+    print(f"{len(cached)} of {len(done)} cached" + (f": {names}" if cached else ""))
+    for record in cached:
+        if stale(record):
+            print(f"stale: {record.spec.folder}: {RUNS_AGAIN}")
+    for ended in done:
+        for warning in ended.record.warnings if not ended.cached else []:
+            print(plain(f"note: {ended.record.spec.folder}: {warning}"))
+    for record in (ended.record for ended in done):
+        if not record.ok:
+            print(plain(f"not ok: {record.spec.folder}: {record.status}: {record.error}"))
+
+
+def plan_command(options, typed: list[str]) -> int:
+    from harness.data import describe
+    from harness.store import Store
+
+    specs, store = planned(options), Store(options.results)
+    runs = [
+        {"run": spec.folder, "method": spec.method, "seed": spec.seed,
+         "state": state(spec, specs, store, options.force)}
+        for spec in specs
+    ]  # fmt: skip
+    if options.json:
+        print(json.dumps(runs, indent=1))
+        return OK
+    spec = specs[-1]
+    parts = ", ".join(part["name"] for part in spec.dataset["parts"])
+    rows = f"{describe(spec.dataset)} rows of each of {parts}"
+    print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}"))
+    hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
+    print("hyperparameters: " + ", ".join(hp))
+    for part, columns in specs.unused.items():
+        if columns:
+            print(plain(f"not used of {part}: {', '.join(columns)}"))
+    for run in runs:
+        print(plain(f"  {run['state']:12} {run['run']}"))
+    return OK
+
+
+def state(spec, specs, store, force: bool) -> str:
+    """What a bench would do with a run."""
+    from dataclasses import replace
+
+    from harness.bench import lacks, stale
+
+    earlier = store.find(spec)
+    if earlier is None or force:
+        return "will run"
+    if not earlier.ok:
+        return f"will run again ({earlier.status})"
+    if lacks(earlier, specs, store):
+        return "will run again (the untouched model has answers now)"
+    return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
+
+
+def list_command(options, typed: list[str]) -> int:
+    from harness import method
+    from harness.data import dataset_names, load_spec
+    from harness.plan import find_plugins, load_preset, preset_names
+    from harness.store import Store
+
+    problems, found, asked = Problems(), {}, options.what
+    plugins = find_plugins(options.plugins, problems)
+    problems.add("--results", unreadable(options.results))
+    if asked in (None, "methods"):
+        with problems.caught():
+            found["methods"] = {n: method.summary(s) for n, s in method.available(plugins).items()}
+    problems.refuse()
+    if asked in (None, "datasets"):
+        found["datasets"] = {n: title(lambda _, n=n: load_spec(n, {})["title"]) for n in dataset_names()}
+    if asked in (None, "presets"):
+        found["presets"] = {n: title(lambda said, n=n: load_preset(n, said).title) for n in preset_names()}
+    if asked in (None, "results"):
+        records, corrupt = Store(options.results).load()
+        found["results"] = {r.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
+        for line in corrupt:
+            complain(f"error: corrupt: {line}")
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return OK
+    for what, items in found.items():
+        print(f"{what}:")
+        for name, text in items.items():
+            print(plain(f"  {name:24} {text}"))
+        if not items:
+            print("  none")
+    return OK
+
+
+def title(read) -> str:
+    """Of a preset or a dataset; what is wrong with its file, where something is."""
+    problems, text = Problems(), ""
+    with problems.caught():
+        text = read(problems)
+    return f"cannot be read: {'; '.join(map(str, problems))}" if problems else text
+
+
+def data_command(options, typed: list[str]) -> int:
+    from rich.console import Console
+
+    from harness.cli import preview
+    from harness.plan import Request
+
+    if options.name is None and options.preset is None:
+        print(json.dumps(preview.mappings()) if options.json else preview.mappings())
+        return OK
+    request = Request(preset=options.preset, dataset=options.name, model=options.model,
+                      sources=options.source, settings=options.set)  # fmt: skip
+    found = preview.preview(request, options.rows)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        preview.show(found, Console())
+    return OK
+
+
+def report_command(options, typed: list[str]) -> int:
+    from harness.store import Store
+
+    problems = Problems()
+    problems.add("--results", unreadable(options.results))
+    problems.add("--reports", unwritable(options.reports))
+    problems.refuse()
+    try:
+        files = [str(file) for file in render(Store(options.results), options.reports, options.format)]
+    except (OSError, ValueError) as error:
+        raise BadRequest(str(error)) from error
+    print(json.dumps(files, indent=1) if options.json else "report: " + "  ".join(files))
+    return OK
+
+
+def render(store, folder: Path, formats) -> list[Path]:
+    from harness.report import render as made
+
+    return made(store, folder, tuple(formats))
+
+
+def doctor_command(options, typed: list[str]) -> int:
+    from harness.doctor import examine
+
+    findings, marks = examine(), {"ok": "ok  ", "note": "note", "wrong": "FIX "}
+    if options.json:
+        print(json.dumps(findings, indent=1))
+    else:
+        for finding in findings:
+            remedy = f"\n     -> {finding['remedy']}" if finding["remedy"] else ""
+            print(f"{marks[finding['state']]} {finding['what']}{remedy}")
+    return SOME_FAILED if any(f["state"] == "wrong" for f in findings) else OK
+
+
+COMMANDS = {
+    "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
+    "report": report_command, "doctor": doctor_command,
+}  # fmt: skip
+
+
+def command_line(typed: list[str]) -> str:
+    """As it was typed, the home folder written as ~."""
+    text = shlex.join([program(), *typed])
+    home = os.path.expanduser("~").rstrip("/")  # empty where it is / itself
+    return redacted(text.replace(home + "/", "~/") if home else text)
+
+
+def complain(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone
+        print(plain(redacted(text)), file=sys.stderr)

@@ -1,0 +1,70 @@
+"""The methods that a request names, each with its options."""
+
+from collections.abc import Iterator
+
+from harness import method, trial
+from harness.errors import Problem, Problems, unknown
+from harness.plan.request import Wanted
+from harness.spec import Hyperparams
+
+
+def find_methods(
+    wanted: Wanted, plugins: list[str], dataset: dict | None, problems: Problems
+) -> list[tuple[type[method.Method], dict]]:
+    """Each method, and the untouched row that it starts from, with all its options."""
+    sources, chosen = {}, {}  # name -> where it is defined; name -> class and options, None if it is wrong
+    with problems.caught():
+        sources = method.available(plugins)
+        if not wanted.methods:
+            known = ", ".join(sorted(sources))
+            problems.add("", f"no methods: name some with --methods. Available: {known}")
+
+    def choose(name: str) -> None:
+        source = method.find(name, sources)
+        if source is None:
+            problems.append(unknown("method", name, sources))
+        if source is None or name in chosen:
+            return
+        chosen[name] = None
+        cls = trial.find(name, sources, plugins, problems)
+        if cls is None:
+            return
+        if cls.baseline != name and cls.trains:
+            choose("base")
+            choose(cls.baseline)
+        with trial.blamed(name, source, problems):
+            options = {**wanted.preset_options.get(name, {}), **wanted.options.get(name, {})}
+            made = method.build(cls, options)
+            problems.extend(beyond(made, wanted.hp, dataset or {"parts": []}))
+            chosen[name] = (cls, method.options(made))
+
+    if not sources:
+        return []
+    for name in wanted.methods:
+        choose(name)
+    spelt = [chosen[name][0].name for name in wanted.methods if chosen.get(name)]  # peft.VERA is peft.vera
+    for name in sorted({name for name in spelt if spelt.count(name) > 1}):
+        problems.add("--methods", f"{name} is named twice")
+    misplaced_options(wanted, sources, chosen, problems)
+    return [found for found in chosen.values() if found]
+
+
+def beyond(made: method.Method, hp: Hyperparams, dataset: dict) -> Iterator[Problem]:
+    """What the hyperparameters or the data ask of a method that it cannot do."""
+    own = made.own(hp)
+    for limit, reason in made.cannot.items():
+        if method.LIMITS[limit].asked(own, dataset):
+            remedy = "leave it out, or " + method.LIMITS[limit].remedy.format(hp=own)
+            yield Problem(f"method {made.name} cannot do {limit}: {reason}", remedy=remedy)
+
+
+def misplaced_options(wanted: Wanted, sources: dict, chosen, problems: Problems) -> None:
+    """Adds the options of what is not asked for, and the preset's of what is no method."""
+    for name in sorted(set(wanted.options) - set(chosen)):
+        if method.find(name, sources):
+            problems.add(f"--set {name}.…", f"{name} is not among --methods {' '.join(wanted.methods)}")
+        else:
+            problems.append(unknown("group in --set", name, {"hp", "data", *chosen}))
+    for name in sorted(wanted.preset_options):
+        if not method.find(name, sources):
+            problems.append(unknown("method in the preset's options", name, sources))
