@@ -18,7 +18,7 @@ from harness.errors import brief, redacted, writable
 from harness.plain import plain
 
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
-COMMANDS = ("run", "list", "plan", "data", "report", "doctor")
+COMMANDS = ("run", "list", "plan", "data", "check", "report", "doctor")
 EPILOG = """examples:
   run_bench.py --methods qlora galore                   the demo: real parts, small, no GPU needed
   run_bench.py --methods full lora --model DIR --dataset rows.jsonl --set hp.learning_rate=1e-4
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a script's &, has it
             signal.signal(number, interrupt)
-    commands = {"run": run, "plan": plan, "list": show, "data": look, "report": report, "doctor": doctor}
+    commands = {"run": run, "plan": plan, "list": show, "data": look, "check": check, "report": report,
+                "doctor": doctor}  # fmt: skip
     try:
         with alone() if options.json else nullcontext():
             return commands[command](options, arguments)
@@ -115,10 +116,11 @@ def interrupt(number: int, frame) -> None:
 def parser(command: str) -> argparse.ArgumentParser:
     about = {
         "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), "
-        "list, plan, data, report, doctor; each has its own --help.",
+        "list, plan, data, check, report, doctor; each has its own --help.",
         "plan": "What a run with the same arguments would do, and what is cached. Starts nothing.",
         "list": "What can be asked for.",
         "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut.",
+        "check": "Tries what every method must hold on one of your own, trained on the demo for some steps.",
         "report": "Renders the report again from cached results. Needs no torch.",
         "doctor": "What this machine has, what is wrong with it, and the remedy.",
     }
@@ -213,7 +215,11 @@ def parser(command: str) -> argparse.ArgumentParser:
             help="a local copy in place of the hub, for a part of the dataset")  # fmt: skip
         add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], help="data.NAME or hp.NAME")
         add("--rows", action=Once, type=count, default=3, metavar="N", help="rows to show (default: 3)")
-    if command not in ("doctor", "data"):
+    if command == "check":
+        add("method", metavar="FILE|NAME", help="a file that defines a method, or the name of one")
+        add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
+            help="METHOD.OPTION, hp.NAME or data.NAME")  # fmt: skip
+    if command not in ("doctor", "data", "check"):
         add(
             "--results",
             action=Once,
@@ -522,6 +528,53 @@ def print_table(records) -> None:
         )
     )
     print()
+
+
+def check(options, arguments: list[str]) -> int:
+    from harness.plan import BadRequest
+
+    try:
+        spec = checked(options.method, options.set)
+    except BadRequest as error:
+        for line in error.errors:
+            complain(line)
+        return BAD_REQUEST
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported: a check is on the CPU
+    import warnings
+
+    from transformers.utils import logging as hints
+
+    from harness.contract import Stage, examine
+
+    warnings.simplefilter("ignore")  # the libraries' own, on what the harness calls
+    hints.set_verbosity_error()
+    hints.disable_progress_bar()
+    findings = []
+    for finding in examine(Stage.of(spec)):
+        findings.append(finding)
+        if not options.json:
+            mark = {True: "ok  ", False: "FIX ", None: "-   "}[finding.ok]
+            print(plain(f"{mark} {finding.holds}") + plain(f"\n     -> {finding.says}") * bool(finding.says))
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    return SOME_FAILED if any(finding.ok is False for finding in findings) else OK
+
+
+def checked(text: str, settings: list[str]):
+    """-> the spec of one run of a method, by its name or its file, on the demo. Raises BadRequest."""
+    from harness.errors import absent
+    from harness.plan import BadRequest, Request
+    from harness.plan import plan as planned
+
+    file = Path(os.path.expanduser(text))
+    own = file.suffix == ".py" or os.sep in text
+    if own and (reason := absent(file, "file")):
+        raise BadRequest([reason])
+    name = file.stem if own else text
+    spec = planned(Request(methods=[name], plugins=[text] * own, seeds=[0], settings=settings))[-1]
+    if not spec.trains:
+        raise BadRequest([f"{name} trains nothing: there is nothing to check"])
+    return spec
 
 
 def doctor(options, arguments: list[str]) -> int:
