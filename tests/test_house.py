@@ -15,7 +15,7 @@ FLOORS = [
     ["store", "measuring", "doctor", "data"],
     ["method"],
     ["trial", "training"],
-    ["plan", "child"],
+    ["plan", "child", "contract"],
     ["bench", "report"],
     ["cli"],
 ]

@@ -348,8 +348,8 @@ def computed_in_bf16(stage: Stage) -> str | None:
     other = [f"{what}: {found[what]}" for what in BF16 if found[what] != BF16[what]]
     if other:
         return (
-            f"in bf16 the types of the {'; '.join(other)}. Give what a hook adds to a state the state's type, "
-            "as .to(h.dtype)"
+            f"in bf16 the types of the {'; '.join(other)}. Give what a hook adds to a state the type of the "
+            "state, as .to(h.dtype)"
         )
 
 
