@@ -397,7 +397,7 @@ def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError, SafetensorError, KeyboardInterrupt, SystemExit])
 def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
-    record = fabricate.record("lora", phases={}, signatures={"bleu4": "x"})
+    record = fabricate.record("lora", status="failed", phases={}, signatures={"bleu4": "x"})
 
     class Breaks(Method):
         def save(self, model, folder):

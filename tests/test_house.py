@@ -19,7 +19,7 @@ FLOORS = [
     ["method", "doctor"],
     ["trial", "training"],
     ["plan", "child"],
-    ["bench", "report"],
+    ["bench", "report", "contract"],
     ["cli"],
 ]
 WINGS = ["data", "plan", "report", "cli"]  # folders of which only the face, their __init__, is a door

@@ -6,10 +6,11 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from harness import contract
+from harness.contract import stage
 from harness.data.template import Row, Template
 from harness.measuring.meter import Meter
 from harness.method import Method
@@ -145,14 +146,21 @@ def settings(*groups) -> list[str]:
 @contextmanager
 def computing(precision: str):
     """Within, accelerators compute in `no` (fp32) or `bf16`: there is one precision a process."""
+    accelerator.cache_clear()
     try:
-        AcceleratorState._reset_state(True)
-        accelerator.cache_clear()
-        Accelerator(cpu=True, mixed_precision=precision)
-        yield
+        with stage.computing(precision):
+            yield
     finally:
-        AcceleratorState._reset_state(True)
         accelerator.cache_clear()
+
+
+def examine(name: str, base, options: dict, examples, hp, plugins=()) -> list[contract.Finding]:
+    """What a method by its name comes to; `base`: the folder of its model."""
+    locations = {"model": str(base), "plugins": list(map(str, plugins))}
+    spec = RunSpec(name, 0, "tiny", {"language": "en", "reward": "rouge_l"}, hp, options, locations=locations)
+    splits = {"train": list(examples), "validation": [], "test": []}
+    with computing("no"):
+        return list(contract.examine(contract.Stage(spec, Template(tokenizer(), "chat"), splits)))
 
 
 def run(examples=(), hp=None, seed: int = 0, method=None, reward: str = "rouge_l", **splits) -> Run:

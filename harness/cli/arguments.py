@@ -12,11 +12,12 @@ from harness.plain import plain, redacted
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
-    "data, report, doctor; each has its own --help.",
+    "data, check, report, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
+    "check": "Tries what every method must hold on one of your own, trained on the demo for some steps.",
     "report": "Renders the report again from cached results. Needs no torch.",
     "doctor": "What this machine has, what is wrong with it, and the remedy.",
 }
@@ -124,6 +125,7 @@ ARGUMENTS = (
     ("what", ["list"], {"nargs": "?", "choices": LISTS, "help": "default: all"}),
     ("name", ["data"], {"nargs": "?", "metavar": "NAME|FILE|DIR",
                         "help": f"{DATASET}; none: all specs' fields"}),
+    ("method", ["check"], {"metavar": "FILE|NAME", "help": "a file that defines a method, or its name"}),
     ("--methods", ASKING, several("NAME", "methods to compare (see: list methods)")),
     ("--preset", ASKING, once("NAME|FILE", "a whole comparison (see: list presets); demo if no model or "
                               "dataset is named")),
@@ -137,6 +139,7 @@ ARGUMENTS = (
     ("--seeds", ASKING, several("N", "one run of each method for each; three or more allow a ranking",
                                 type=int)),
     ("--set", ASKING, several("KEY=VALUE", "hp.NAME, data.NAME or METHOD.OPTION", default=[])),
+    ("--set", ["check"], several("KEY=VALUE", "METHOD.OPTION, hp.NAME or data.NAME", default=[])),
     ("--set", ["data"], several("KEY=VALUE", "data.NAME or hp.NAME", default=[])),
     ("--rows", ["data"], once("N", f"rows to show (default: {ROWS})", type=count, default=ROWS)),
     ("--plugins", (*ASKING, "list"), several("FILE", "files that each define a method", default=[])),
