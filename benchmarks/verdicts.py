@@ -1,6 +1,6 @@
 """Do the report's verdicts hold? Simulated benches whose truth is known, through the report's own statistics.
 
-    python benchmarks/verdicts.py            1,000 benches a line, about ten minutes on one core
+    python benchmarks/verdicts.py            1,000 benches a line, about five minutes on one core
     python benchmarks/verdicts.py 200        fewer
 
 A word of a reference comes out right with a chance that depends on the technique, on the row (easy or hard
@@ -9,6 +9,10 @@ chance. BLEU-4 is of the corpus, ROUGE-L a mean over rows. A line: in how many b
 family hold at once (should be 95 %), and in how many any two techniques that are truly equal are told apart
 (at most 5 %). Then, for techniques that truly differ by one BLEU-4, in how many benches they were told apart,
 what the report said of its power to do so, and the smallest difference that it said it could see.
+
+Seen with 1,000 benches of 2, 6 and 12 techniques: 93 to 97 % hold where seeds vary alike, not at all, or
+three times as much for half of the techniques. Where one varies six times as much as the others it is 90 to
+93 %: three seeds are too few to tell. The stated power was within 7 points of what was found, mostly below.
 """
 
 import sys

@@ -226,7 +226,6 @@ class RunRecord:
     signatures: dict[str, str] = field(default_factory=dict)
     start: dict[str, list[float | None]] = field(default_factory=dict)
     repeat: Count = 0  # above 0: the same run once more, to see what comes out apart without a reason
-    disturbed: list[str] | None = None  # what else kept the machine busy, in words; null: nobody looked
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     # DERIVED from the outputs and from what was asked

@@ -176,12 +176,13 @@ class Comparison:
         return f"{self.spec.model} on {dataset.get('title') or dataset.get('name') or 'unnamed data'}"
 
     @property
-    def on_gpu(self) -> bool:
+    def counted(self) -> bool:
+        """Whether bytes of live tensors are known; else only what the process took is."""
         return any(r.peak("peak_allocated", tuple(r.phases)) is not None for r in self.records)
 
     @property
     def gauge(self) -> str:
-        return "Peak memory (GiB)" if self.on_gpu else "Peak host memory (GiB)"
+        return "Peak memory (GiB)" if self.counted else "Peak host memory (GiB)"
 
     def base(self, method: str) -> Technique | None:
         return next((t for t in self.bases if t.spec.method == method), None)
@@ -207,7 +208,7 @@ class Comparison:
 
     def peak_memory(self, record: RunRecord) -> float | None:
         """GiB over attach and train; null for a model that was not trained."""
-        peak = record.peak("peak_allocated" if self.on_gpu else "peak_host")
+        peak = record.peak("peak_allocated" if self.counted else "peak_host")
         return peak / GIB if peak is not None and record.spec.trains else None
 
 

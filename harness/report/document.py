@@ -28,14 +28,15 @@ MEASURED = (
     "not, over the training time.",
     "± is the sample standard deviation over seeds. GiB is 2^30 bytes. An en dash is unknown, not 0.",
 )
-ON_GPU = (
-    "Peak memory: the highest bytes of live tensors on the GPU while attaching and training "
-    "(allocated): the method's own demand, which depends least on the card. Reserved adds what the "
-    "allocator held, device adds the GPU context: what has to fit on the card."
+LIVE = (
+    "Peak memory: the highest bytes of live tensors while attaching and training (allocated): the method's "
+    "own demand, which depends least on the machine. On a GPU reserved adds what the allocator held, device "
+    "adds the GPU's context: what must fit on the card. On a CPU live tensors are counted in repeated steps "
+    "off the clock; host is the resident memory of the process, Python and its libraries included."
 )
-ON_CPU = (
-    "Peak memory: the highest resident memory of the run's process while attaching and training, as "
-    "there was no GPU. Python, its libraries and the loaded model are in it."
+RESIDENT = (
+    "Peak memory: the highest resident memory of the run's process while attaching and training, as live "
+    "tensors were not counted. Python, its libraries and the loaded model are in it."
 )
 TEXT_MEASURED = (
     "The rows are plain text: windows of up to the longest length; every token but the first is scored. "
@@ -64,7 +65,8 @@ FAMILY = (
     "techniques and each against the untouched models are one family. Other test rows and other seeds are "
     "the chance; rows are shared by all, and a technique's seeds are taken to vary as they did or as those "
     "of all did, whichever is more. The verdict is a difference where the interval excludes 0, else a tie, "
-    f"and takes {SEEDS_TO_RANK} seeds. Costs are compared by their ratios, over seeds."
+    f"and takes {SEEDS_TO_RANK} seeds. Costs are compared by their ratios, over seeds. Where one technique "
+    "is far less steady than the others three seeds are few: the intervals then hold at about 90%."
 )
 SINGLE = " Where a technique has a single seed its intervals speak of other test rows alone."
 NOISE = (
@@ -179,7 +181,7 @@ def results(comparison: Comparison) -> list[b.Block]:
             ),
             tables.brief(comparison, [*comparison.bases, *techniques], marks, techniques[0].aim),
         ]
-    found[-1].notes = [ON_GPU if comparison.on_gpu else ON_CPU, *notes]
+    found[-1].notes = [LIVE if comparison.counted else RESIDENT, *notes]
     if beyond := comparison.out_of_reach:
         found[-1].notes.append(
             f"{beyond:,} of {len(comparison.parts):,} {too_long(comparison)}; no answer can equal them."
@@ -465,7 +467,7 @@ def measuring(comparison: Comparison) -> list[b.Block]:
     }
     energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
     text = [TEXT_MEASURED] if comparison.plain_text else []
-    items = [*MEASURED, *text, ON_GPU if comparison.on_gpu else ON_CPU, *([ENERGY] if energy else [])]
+    items = [*MEASURED, *text, LIVE if comparison.counted else RESIDENT, *([ENERGY] if energy else [])]
     found = [b.Heading("How each number is measured"), b.Listing(items)]
     return found + ([b.Prose("Signatures:"), b.Listing(sorted(signatures))] if signatures else [])
 

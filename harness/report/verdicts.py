@@ -133,7 +133,7 @@ class Verdicts:
         found = []
         for m in [] if comparison.random_weights else compared():
             found.append(Standing(Quantity(m.name, m.label, m.better, m.decimals), scored(comparison, m)))
-        if comparison.on_gpu:  # resident memory is Python's and its libraries' for the most part
+        if comparison.counted:  # resident memory is Python's and its libraries' for the most part
             found.append(Standing(MEMORY, paid(comparison, comparison.peak_memory)))
         found.append(Standing(TIME, paid(comparison, undisturbed_seconds)))
         self.standings = {s.quantity.name: s for s in found if s.family.pairs}
