@@ -19,7 +19,7 @@ settings.register_profile("tests", deadline=None, derandomize=True, database=Non
 settings.load_profile("tests")
 
 SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs
-    "test_bench", "test_cli", "test_contract", "test_demo", "test_execute", "test_fuzz_records",
+    "test_bench", "test_cli", "test_contract", "test_demo", "test_fuzz_records",
     "test_fuzz_requests", "test_fuzz_rows", "test_ggpo", "test_lisa", "test_loop", "test_lora_family",
     "test_methods", "test_objectives", "test_optimizers", "test_peft", "test_qlora_galore", "test_reft",
     "test_requests", "test_run", "test_smt", "test_tensors",

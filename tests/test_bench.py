@@ -26,7 +26,7 @@ from harness.plan import Request, plan
 from harness.record import RunRecord, Sizes
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
-from harness.training.execute import save_model
+from harness.training.stages import save_model
 
 FAULTS = {  # a method's own code, as it breaks -> the status that must stand in its record
     "no_memory": ("import torch; raise torch.OutOfMemoryError('CUDA out of memory')", "oom_gpu"),

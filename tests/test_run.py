@@ -17,7 +17,8 @@ from test_cli import BITFIT
 from transformers import AutoModelForCausalLM
 
 from harness.child import chosen_method, diagnose
-from harness.data import cache, load_spec
+from harness.data import load_spec
+from harness.measuring import machine
 from harness.measuring.meter import Card
 from harness.method import FOLDER, build, resolve
 from harness.metrics import scores
@@ -28,7 +29,7 @@ from harness.report.comparison import comparisons, tokens_per_second
 from harness.report.tables import quality
 from harness.spec import RunSpec
 from harness.store import EVENTS, OUTPUTS, RECORD, append, score
-from harness.training import evaluation, execute
+from harness.training import evaluation, execute, stages
 from harness.training.head import arithmetic
 from harness.training.loop import validation_points
 from harness.training.reading import tokens_read
@@ -281,12 +282,13 @@ def test_answers_drawn_while_training_are_a_phase_that_is_charged():
     assert RunRecord(spec_of("grpo"), "ok", phases=phases).train_seconds >= 0.2
 
 
-def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong():
+def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong(monkeypatch):
     """Bytes of the card: 9 in use before the run, 4 when the neighbour has gone and the run holds 3."""
     card = Card.__new__(Card)
-    card.handle, card.before, card.highest = "card", 9, None
+    card.before = 9
     for used, peak in ((12, 3), (14, 5), (4, None), (11, None)):
-        card.highest, card.used = None, lambda used=used: used
+        card.highest = None
+        monkeypatch.setattr(machine, "card_bytes_used", lambda used=used: used)
         assert card.peak(reserved=3) == peak
 
 
@@ -351,14 +353,14 @@ def test_a_prompt_that_was_learned_and_scored_is_in_the_record(run, monkeypatch)
     found, _ = run("full")
     assert found.data.answered == {"test": 0, "validation": 0}
     assert found.data.rows == {"train": 32, "validation": 4, "test": 8}
-    token_rows = cache.token_rows
+    token_rows = stages.token_rows
 
     def leaking(*asked):
         read = token_rows(*asked)
         read.rows["train"][:3] = read.rows["test"][:3]
         return read
 
-    monkeypatch.setattr(cache, "token_rows", leaking)
+    monkeypatch.setattr(stages, "token_rows", leaking)
     found, _ = run("full")
     assert found.data.answered == {"test": 3, "validation": 0}
 

@@ -20,10 +20,10 @@ from harness.method import Method
 from harness.record import RunRecord
 from harness.spec import RunSpec
 from harness.training import evaluation, weights
-from harness.training.execute import read_data, seed_everything
 from harness.training.loop import Loop
 from harness.training.model import load_base, stop_tokens
 from harness.training.run import Run
+from harness.training.stages import read_data, seed_everything
 
 STEPS = 4  # of a training: enough to stop in it, and to move what moves slowly
 ROWS = {"train": 64, "validation": 0, "test": 4}  # of the dataset

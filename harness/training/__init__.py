@@ -1,3 +1,3 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
-from harness.training.execute import execute as execute
+from harness.training.stages import execute as execute
