@@ -245,6 +245,9 @@ def role_of_end(found, end: int) -> str | None:
 # A row
 
 
+LEVELS = 64  # of lists in each other: no conversation has as many, and who walks through them recurses
+
+
 def read(row, part: dict) -> tuple[list[dict], str | None]:
     """-> the messages of a row, and the worse last answer if it is a preference pair. Raises Refused."""
     if not isinstance(row, dict):
@@ -264,20 +267,24 @@ def read(row, part: dict) -> tuple[list[dict], str | None]:
             f"no field {mapped.get(lacks[0], lacks[0])!r} for format {format!r}; "
             f"a row has {', '.join(map(repr, row)) or 'none'}. {remedy}",
         )
-    try:
-        held = taken(row, format, mapped)
-        rest = {column: row[column] for column in row if column not in held.values()}
-        text_alone(rest)
-        value = {field: row[held[field]] if field in held else None for field in FORMATS[format]}
-        if judged(value.get("label")) is False:
-            raise Refused("labelled as bad")
-        lists = [column for column in rest if listing(rest[column])]
-        if lists and format == "question" and empty(value["choices"]) and type(value["answer"]) is int:
-            place = f"{value['answer']}, perhaps in {lists[0]!r}: map it as choices, or drop that column"
-            raise Refused("an answer by its place", place)
-        return READERS[format](value)
-    except RecursionError as error:
-        raise Refused("nested too deep") from error
+    held = taken(row, format, mapped)
+    if any(too_deep(row[column]) for field, column in held.items() if field != "label"):
+        raise Refused("nested too deep")
+    rest = {column: row[column] for column in row if column not in held.values()}
+    text_alone(rest)
+    value = {field: row[held[field]] if field in held else None for field in FORMATS[format]}
+    if judged(value.get("label")) is False:
+        raise Refused("labelled as bad")
+    lists = [column for column in rest if listing(rest[column])]
+    if lists and format == "question" and empty(value["choices"]) and type(value["answer"]) is int:
+        place = f"{value['answer']}, perhaps in {lists[0]!r}: map it as choices, or drop that column"
+        raise Refused("an answer by its place", place)
+    return READERS[format](value)
+
+
+def too_deep(value, levels: int = LEVELS) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(too_deep(item, levels - 1) for item in inside)
 
 
 # Each format's fields become messages, and a worse answer
