@@ -167,7 +167,8 @@ def with_progress(run: Run):
 
     def told(**values):
         if "step" in values:
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else host_peak()
+            cuda, rehearsed = torch.cuda.is_available(), run.record.memory
+            peak = torch.cuda.max_memory_allocated() if cuda else rehearsed.peak if rehearsed else host_peak()
             seconds = time.perf_counter() - started
             values |= {"tokens": tokens[values["step"] - 1], "seconds": seconds, "peak": peak}
         report(**values)
