@@ -54,7 +54,7 @@ def stale(record: RunRecord) -> bool:
 
 
 def method_of(spec: RunSpec) -> type[method.Method]:
-    source = method.find(spec.method, method.available(spec.locations.get("plugins", [])))
+    source = method.find(spec.method, method.known_methods(spec.locations.get("plugins", [])))
     return method.resolve(spec.method, source)
 
 

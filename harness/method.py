@@ -187,7 +187,7 @@ def adam(hp: Hyperparams) -> dict:
 # From names to methods
 
 
-def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
+def known_methods(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
     """Name -> where it is defined, importing nothing. Raises BadRequest for a name defined twice."""
     found = [(path.stem, path) for path in sorted(FOLDER.glob("*.py"))]
     found += [(point.name, point) for point in entry_points(group="tuneoff.methods")]

@@ -45,7 +45,7 @@ sys.path.insert(0, sys.argv[1])
 sys.modules.update(torch=None, transformers=None)
 from harness import method
 name, *plugins = sys.argv[2:]
-method.resolve(name, method.find(name, method.available(plugins)))
+method.resolve(name, method.find(name, method.known_methods(plugins)))
 """
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from harness import method as methods
 from harness.child import chosen_method
-from harness.data import Row, Template
+from harness.data import Example, Template
 from harness.errors import brief
 from harness.measuring.meter import Meter
 from harness.method import Method
@@ -88,10 +88,10 @@ class Stage:
     """The method of a spec, and what it is tried with: a small model and its rows, always on the CPU, where
     the same sums have the same bits."""
 
-    def __init__(self, spec: RunSpec, template: Template, splits: dict[str, list[Row]]):
+    def __init__(self, spec: RunSpec, template: Template, splits: dict[str, list[Example]]):
         hp = replace(spec.hp, max_steps=STEPS, validations=0, max_new_tokens=ANSWER)
         self.spec, self.template, self.splits = replace(spec, hp=hp), template, splits
-        self.sources = methods.available(spec.locations.get("plugins", []))
+        self.sources = methods.known_methods(spec.locations.get("plugins", []))
         self.cls = methods.resolve(spec.method, methods.find(spec.method, self.sources))
         self.made: dict = {}
 

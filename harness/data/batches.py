@@ -4,7 +4,7 @@ import heapq
 import random
 from math import ceil
 
-from harness.data.template import Row, rows_hash
+from harness.data.template import Example, examples_hash
 from harness.spec import Hyperparams
 
 WINDOW = 16  # batches sorted by length together: most of the padding gone, the order still random
@@ -17,10 +17,10 @@ class Batches:
     every method whatever a method draws.
     """
 
-    def __init__(self, examples: list[Row], hp: Hyperparams, seed: int):
+    def __init__(self, examples: list[Example], hp: Hyperparams, seed: int):
         self.examples = examples
         self.steps = list(order([example.length for example in examples], hp, seed))  # indices of each
-        self.hashes = [rows_hash(step) for step in self]
+        self.hashes = [examples_hash(step) for step in self]
         self.tokens = [sum(example.length for example in step) for step in self]
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class Batches:
 
 
 def order(lengths: list[int], hp: Hyperparams, seed: int):
-    """Row indices of each optimizer step, a fresh order every epoch.
+    """Example indices of each optimizer step, a fresh order every epoch.
 
     Rows are shuffled, sorted by length within windows of some batches, and the batches shuffled
     again: rows of a batch are about as long, and little is padded. The epoch's last rows, too few
@@ -54,7 +54,7 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
         epoch += 1
 
 
-def collate(rows: list[Row], pad_id: int, device, history: bool = False, packed: int = 0) -> dict:
+def collate(rows: list[Example], pad_id: int, device, history: bool = False, packed: int = 0) -> dict:
     """Right-padded input_ids, attention_mask and labels, each (B, T), labels only on the response, and
     with `history` on the earlier answers that the row says; prompt_lengths (B,); and the rows themselves.
 
@@ -92,7 +92,7 @@ def collate(rows: list[Row], pad_id: int, device, history: bool = False, packed:
     }  # fmt: skip
 
 
-def pack(rows: list[Row], width: int) -> list[list[Row]]:
+def pack(rows: list[Example], width: int) -> list[list[Example]]:
     """Rows in the sequences of at most `width` tokens that have the fewest slots, padding included; never
     more than a row a sequence would have."""
     longest_first = sorted(rows, key=lambda row: row.length, reverse=True)
@@ -101,10 +101,10 @@ def pack(rows: list[Row], width: int) -> list[list[Row]]:
     return min(fitting, key=lambda sequences: len(sequences) * height(sequences))
 
 
-def dealt(rows: list[Row], count: int) -> list[list[Row]]:
+def dealt(rows: list[Example], count: int) -> list[list[Example]]:
     """Each row to the sequence that is the shortest so far."""
     heap: list[tuple[int, int]] = [(0, i) for i in range(count)]
-    sequences: list[list[Row]] = [[] for _ in range(count)]
+    sequences: list[list[Example]] = [[] for _ in range(count)]
     for row in rows:
         length, i = heap[0]
         sequences[i].append(row)
@@ -112,11 +112,11 @@ def dealt(rows: list[Row], count: int) -> list[list[Row]]:
     return sequences
 
 
-def height(sequences: list[list[Row]]) -> int:
+def height(sequences: list[list[Example]]) -> int:
     return max(sum(row.length for row in sequence) for sequence in sequences)
 
 
-def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
+def batches_of(rows: list[Example], size: int) -> list[list[Example]]:
     """Longest first, so that a batch has little padding and the largest comes at the start."""
     by_length = sorted(rows, key=lambda row: row.length, reverse=True)
     return [by_length[i : i + size] for i in range(0, len(by_length), size)]

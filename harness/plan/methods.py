@@ -14,7 +14,7 @@ def find_methods(
     """Each method, and the untouched row that it starts from, with all its options."""
     sources, chosen = {}, {}  # name -> where it is defined; name -> class and options, None if it is wrong
     with problems.caught():
-        sources = method.available(plugins)
+        sources = method.known_methods(plugins)
         if not wanted.methods:
             known = ", ".join(sorted(sources))
             problems.add("", f"no methods: name some with --methods. Available: {known}")

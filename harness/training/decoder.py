@@ -3,7 +3,7 @@
 import torch
 from transformers import GenerationConfig
 
-from harness.data import Row
+from harness.data import Example
 from harness.spec import Hyperparams
 from harness.training.head import causal_lm
 
@@ -15,7 +15,7 @@ class Decoder:
     def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator):
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
 
-    def answers(self, model, rows: list[Row], report=lambda **_: None) -> list[dict]:
+    def answers(self, model, rows: list[Example], report=lambda **_: None) -> list[dict]:
         """Greedy answers in the order of rows: output, new_tokens, stopped. `report(**values)` is
         told of each batch."""
         return [
@@ -75,7 +75,7 @@ class Decoder:
         return tokens[: end + 1]
 
 
-def left_padded(rows: list[Row], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(rows: list[Example], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt ids and their mask, each (B, T)."""
     width = max(len(row.prompt_ids) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
