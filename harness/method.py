@@ -227,7 +227,7 @@ def imported(name: str, source: Path | EntryPoint) -> type[Method]:
     family, dot, variant = name.partition(".")
     if dot:
         cls = imported(family, source)
-        if not hasattr(cls, "variant"):
+        if not callable(getattr(cls, "variant", None)):  # it may be an option's name
             raise ValueError(f"{family} has no variants: write {family} alone")
         made = cls.variant(variant)
         return named(made, f"{family}.{getattr(made, 'spelling', variant)}")

@@ -178,7 +178,7 @@ def test_these_start_at_the_base_exactly(name, folder):
 def test_options_that_cannot_be_are_refused():
     for cls, options in ((LoftQ, {"iterations": 0}), (LoRAPlus, {"ratio": 0.0}), (EVA, {"rho": 0.5})):
         with pytest.raises(ValueError, match=next(iter(options))):
-            cls(**options)
+            build(cls, options)
         with pytest.raises(ValueError, match="rank"):
             build(cls, {"rank": 0})
 

@@ -205,6 +205,8 @@ def test_what_the_loss_would_not_reach_is_what_is_refused():
         ("peft", {}, "peft.vera.*vera"),
         ("peft.verra", {}, "did you mean vera"),
         ("peft.vera", {"rank": 4}, "unknown option"),
+        ("peft.vera", {"r": "much"}, "peft.vera.r: must be a number"),
+        ("peft.lora", {"use_dora": 1}, "use_dora: must be true or false"),
         ("peft.vera", {"layers_pattern": "layers"}, "layers_to_transform"),
         ("peft.adalora", {"init_r": 8, "target_r": 8}, "init_r"),
         ("peft.adalora", {"orth_reg_weight": -1.0}, "orth_reg_weight"),
