@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness import ROOT, method
+from harness import ROOT, machine, method
 from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import BadRequest
-from harness.measuring import machine
 from harness.plain import redacted
 from harness.record import RunRecord
 from harness.shape import parse

@@ -35,7 +35,7 @@ from harness.shape import (  # noqa: F401, the kinds of options among them
 from harness.spec import Hyperparams
 
 if TYPE_CHECKING:
-    from harness.training.run import Run
+    from harness.training import Run
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")

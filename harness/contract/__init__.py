@@ -9,6 +9,8 @@ from harness.contract.checks import CHECKS, NEEDS
 from harness.contract.stage import NotTried, Stage, Wrong, computing
 from harness.method import Method
 
+__all__ = ["CHECKS", "Finding", "Stage", "examine"]
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -18,8 +18,7 @@ from harness import method as methods
 from harness.contract.stage import STEPS, NotTried, Stage, Wrong, a_model, log_probabilities, outputs
 from harness.errors import brief
 from harness.method import Unsupported
-from harness.training.loop import Loop, prepare_model
-from harness.training.reading import Reading
+from harness.training import Loop, Reading, prepare_model
 
 STOP = 3  # steps before a stop: in the middle of what goes by twos
 SAME = 1e-4  # in fp32, of log-probabilities and losses: what differs by less, differs by rounding alone

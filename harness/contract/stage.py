@@ -15,15 +15,23 @@ from harness import method as methods
 from harness.child import chosen_method
 from harness.data import Example, Template
 from harness.errors import brief
-from harness.measuring.meter import Meter
+from harness.measuring import Meter
 from harness.method import Method
 from harness.record import RunRecord
 from harness.spec import RunSpec
-from harness.training import evaluation, weights
-from harness.training.loop import Loop
-from harness.training.model import load_base, stop_tokens
-from harness.training.run import Run
-from harness.training.stages import read_data, seed_everything
+from harness.training import (
+    Loop,
+    Run,
+    likelihoods,
+    load_base,
+    loaded_types,
+    master_weights,
+    one_arithmetic,
+    put_back,
+    read_data,
+    seed_everything,
+    stop_tokens,
+)
 
 STEPS = 4  # of a training: enough to stop in it, and to move what moves slowly
 ROWS = {"train": 64, "validation": 0, "test": 4}  # of the dataset
@@ -117,14 +125,14 @@ class Stage:
         model = a_model(method.load(self.load_base), "load")
         run = self.run(method, model)
         model = a_model(method.attach(model, run), "attach")
-        types = weights.loaded_types(model)
+        types = loaded_types(model)
         if not types:
             raise Wrong(
                 "attach left nothing to train: no parameter of the model has requires_grad. Register what is "
                 "to be trained as parameters of the model, and set their requires_grad"
             )
-        weights.master_weights(model, run.accelerator.mixed_precision)
-        weights.one_arithmetic(model, types)
+        master_weights(model, run.accelerator.mixed_precision)
+        one_arithmetic(model, types)
         before, leaves = values(model), []
         watch(method, leaves)
         return Training(Loop(model, run), types, before, leaves)
@@ -148,7 +156,7 @@ class Stage:
         training = self.trained()
         run = training.loop.run
         training.loop.model.zero_grad()
-        weights.put_back(training.types)
+        put_back(training.types)
         model = a_model(run.method.keep(training.loop.model, run), "keep")
         return model, outputs(model, run)
 
@@ -218,7 +226,7 @@ def outputs(model, run: Run) -> dict:
     some = run.splits["train"][:4]
     return {
         "log-probabilities": log_probabilities(model, run),
-        "likelihoods": evaluation.likelihoods(model, some, run),
+        "likelihoods": likelihoods(model, some, run),
         "greedy answers": run.decoder.answers(model, some),
     }
 

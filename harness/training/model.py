@@ -5,8 +5,8 @@ import tempfile
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from harness import machine
 from harness.data import Example, Template, collate, pack
-from harness.measuring import machine
 from harness.method import Unsupported
 from harness.spec import RunSpec
 from harness.training import head

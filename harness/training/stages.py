@@ -13,11 +13,10 @@ import numpy
 import torch
 from accelerate import Accelerator
 
-from harness import metrics
+from harness import machine, metrics
 from harness.data import COUNTED, SPLITS, Example, Template, answered, examples_hash, study, token_rows
 from harness.errors import BadRequest
-from harness.measuring import machine
-from harness.measuring.meter import Meter, host_peak
+from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
 from harness.record import Data, RunRecord, Sizes, answers_hash
