@@ -83,9 +83,9 @@ def bench(
     tried = False
     for number, spec in enumerate(specs, 1):
         earlier = None if force else store.find(spec)
-        cached = bool(earlier and earlier.ok and not lacks(earlier, specs, store))
-        if cached:
-            record = replace(earlier, spec=spec)
+        cached = False
+        if earlier and earlier.ok and not lacks(earlier, specs, store):
+            record, cached = replace(earlier, spec=spec), True
         else:
             if not tried:
                 try_imports(specs[number - 1 :])

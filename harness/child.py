@@ -52,7 +52,7 @@ def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
         spec.method, method.find(spec.method, method.known_methods(spec.locations.get("plugins", [])))
     )
     record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
-    record.overrides = {name: list(value) for name, value in cls.overrides.items()}
+    record.overrides = dict(cls.overrides)
     if missing := [name for name in cls.needs if not packages.found(name)]:
         needed = " ".join(missing)
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")

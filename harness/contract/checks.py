@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ NAMED = 3  # names that a finding has room for
 
 def card(stage: Stage) -> str | None:
     """its card has what the report prints"""
-    said = methods.card(stage.cls)
+    said: Mapping = methods.card(stage.cls)
     lacks = [f"`{n.capitalize()}:`" for n in ("performance", "efficiency", "generalisation")
              if n not in said["why"]]  # fmt: skip
     lacks += [what for name, what in (("summary", "a first line `Title: one line`"),

@@ -18,7 +18,7 @@ from harness.errors import brief
 from harness.measuring import Meter
 from harness.method import Method
 from harness.record import RunRecord
-from harness.spec import RunSpec
+from harness.spec import Dataset, RunSpec
 from harness.training import (
     Loop,
     Run,
@@ -34,7 +34,7 @@ from harness.training import (
 )
 
 STEPS = 4  # of a training: enough to stop in it, and to move what moves slowly
-ROWS = {"train": 64, "validation": 0, "test": 4}  # of the dataset
+ROWS: Dataset = {"train": 64, "validation": 0, "test": 4}  # of the dataset
 ANSWER = 8  # tokens of a greedy answer, at most: where two models part, they do so early
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -55,8 +55,8 @@ def once(make: Callable) -> Callable:
         if make not in stage.made:
             try:
                 stage.made[make] = make(stage), None
-            except (Exception, SystemExit) as error:
-                stage.made[make] = None, error
+            except (Exception, SystemExit) as failure:
+                stage.made[make] = None, failure
         value, error = stage.made[make]
         if error:
             raise error
@@ -96,6 +96,8 @@ class Stage:
     """The method of a spec, and what it is tried with: a small model and its rows, always on the CPU, where
     the same sums have the same bits."""
 
+    accelerator: Accelerator  # of the precision that is tried at the time
+
     def __init__(self, spec: RunSpec, template: Template, splits: dict[str, list[Example]]):
         hp = replace(spec.hp, max_steps=STEPS, validations=0, max_new_tokens=ANSWER)
         self.spec, self.template, self.splits = replace(spec, hp=hp), template, splits
@@ -133,8 +135,7 @@ class Stage:
             )
         master_weights(model, run.accelerator.mixed_precision)
         one_arithmetic(model, types)
-        before, leaves = values(model), []
-        watch(method, leaves)
+        before, leaves = values(model), watch(method)
         return Training(Loop(model, run), types, before, leaves)
 
     def run(self, method: Method, model) -> Run:
@@ -181,9 +182,10 @@ def a_model(value, hook: str):
     return value
 
 
-def watch(method: Method, leaves: list) -> None:
-    """Looks at the first loss of a method, from outside."""
+def watch(method: Method) -> list[torch.Tensor]:
+    """Looks at a method's loss, from outside. -> what the first one will have gradients for."""
     loss = method.loss
+    leaves: list[torch.Tensor] = []
 
     def watched(model, batch, run):
         value = loss(model, batch, run)
@@ -196,6 +198,7 @@ def watch(method: Method, leaves: list) -> None:
         return value
 
     vars(method)["loss"] = watched
+    return leaves
 
 
 def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:

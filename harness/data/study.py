@@ -67,7 +67,7 @@ def raw(tokenizer, conversation: Conversation, loss: str) -> tuple[list[int], li
 
 def templated(kind: str):
     def form(tokenizer, conversation: Conversation, loss: str):
-        counts = Counter()
+        counts: Counter[str] = Counter()
         rows = Template(tokenizer, kind, loss).examples([conversation], UNCUT, counts)
         if not rows:
             raise BadRequest(f"{conversation.id} cannot be written in the {kind} form")

@@ -12,7 +12,7 @@ from harness.errors import brief
 from harness.plain import redacted, redacted_in
 from harness.record import RunRecord, finite
 from harness.shape import check, parse
-from harness.spec import Hyperparams
+from harness.spec import Dataset, Hyperparams
 from harness.training import head, loop
 from harness.training.decoder import Decoder
 
@@ -30,7 +30,7 @@ class Run:
     """
 
     def __init__(
-        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Example]], *, dataset: dict,
+        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Example]], *, dataset: Dataset,
         template, stops: list[int], accelerator, meter, record: RunRecord, load_base, report=lambda **_: None,
     ):  # fmt: skip
         self.method, self.hp, self.seed, self.splits = method, hp, seed, splits
