@@ -90,15 +90,15 @@ class GRPO(LoRA):
         return self.objective_of(logps, batch["old"], batch.get("base"), batch["advantages"], answers)
 
     def state(self):
-        """Of the draw at hand only while further updates go on it; its rows but as ids, to be counted."""
+        """Of the draw at hand only while further updates go on it; its examples but as ids, to be counted."""
         open_draw = self.drawn if self.done % self.updates else []
-        drawn = [{**batch, "rows": [example.id for example in batch["rows"]]} for batch in open_draw]
+        drawn = [{**batch, "examples": [example.id for example in batch["examples"]]} for batch in open_draw]
         return {"done": self.done, "rewards": self.rewards, "flat": self.flat, "drawn": drawn}
 
     def restore_state(self, state, model, run):
-        examples = {example.id: example for step in run.batches for example in step}
+        known = {example.id: example for step in run.batches for example in step}
         self.done, self.rewards, self.flat = state["done"], state["rewards"], state["flat"]
-        self.drawn = [{**batch, "rows": [examples[id] for id in batch["rows"]]} for batch in state["drawn"]]
+        self.drawn = [{**b, "examples": [known[id] for id in b["examples"]]} for b in state["drawn"]]
 
     def objective_of(self, logps, old, base, advantages, answers):
         """All (B, T-1) but advantages (B,); base may be None. -> scalar, the mean over answers of the

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from harness.method import Method, Unsupported, unknown
 
-BYPASSED = "acts in PeftModel.forward, which the harness's loss does not pass through (training/head.py)"
+BYPASSED = "acts in PeftModel.forward, which the harness's loss passes by (harness/training/head.py)"
 LEFT_OUT = "needs a call that PEFT leaves to the training script"
 REFUSED = [  # option, the values that cannot be (None: any), and why
     ("alora_invocation_tokens", None, BYPASSED),

@@ -48,7 +48,7 @@ def of_lengths(lengths) -> list[Example]:
 
 def steps(hp, rows=None, seed=0):
     rows = rows or tiny.rows(50)
-    read = [[row.id for batch in step for row in batch["rows"]] for step in tiny.steps(rows, hp, seed)]
+    read = [[row.id for batch in step for row in batch["examples"]] for step in tiny.steps(rows, hp, seed)]
     return Batches(rows, hp, seed).hashes, read
 
 

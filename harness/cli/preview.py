@@ -207,6 +207,17 @@ def show(found: dict, console: Console) -> None:
             say(console, f"{part['name']}, splits of its source: {drawn}")
     console.print()
     console.print(table_of(found["splits"]))
+    show_left_out(found, console)
+    if not found["splits"]["train"]["rows"]:
+        say(console, "\nNo training row is left: raise hp.max_length, or read what was left out above.")
+        return
+    show_lengths(found, console)
+    show_rows(found["rows"], console)
+    if found["study"]:
+        show_study(found["study"], console)
+
+
+def show_left_out(found: dict, console: Console) -> None:
     notes = [f"{split}: {counts[what]} {meaning}" for split, counts in found["splits"].items()
              for what, meaning in COUNTED.items() if counts[what]]  # fmt: skip
     notes += [f"not read: {n} {what.replace('_', ' ')}" + (f" ({LEAKS[what]})" if what in LEAKS else "")
@@ -215,9 +226,9 @@ def show(found: dict, console: Console) -> None:
     notes += [f"not used of {part}: {listed(names)}" for part, names in found["unused"].items() if names]
     for note in notes:
         say(console, "  " + note)
-    if not found["splits"]["train"]["rows"]:
-        say(console, "\nNo training row is left: raise hp.max_length, or read what was left out above.")
-        return
+
+
+def show_lengths(found: dict, console: Console) -> None:
     heading(console, "Lengths of the training rows, in tokens")
     most = max(count for *_, count in found["histogram"])
     for start, stop, count in dropwhile(lambda bar: not bar[2], found["histogram"]):
@@ -227,9 +238,12 @@ def show(found: dict, console: Console) -> None:
     if found["padding"]:
         way = "{apart:.1%} of what a step reads is padding; {packed:.1%} with hp.packing=true"
         say(console, "\n" + way.format(**found["padding"]))
+
+
+def show_rows(rows: list[dict], console: Console) -> None:
     heading(console, "Rows")
     console.print(legend(console))
-    for row in found["rows"]:
+    for row in rows:
         cut = f", {row['cut']} more cut off" if row["cut"] else ""
         console.rule(
             Text(f"{row['id']}: {row['tokens']} tokens, {row['learned']} learned{cut}"), align="left"
@@ -237,8 +251,6 @@ def show(found: dict, console: Console) -> None:
         console.print(painted(row["pieces"], console))
         if row["rejected"]:
             say(console, f"worse answer: {shorten(row['rejected'], LONGEST)}", "red")
-    if found["study"]:
-        show_study(found["study"], console)
 
 
 def say(console: Console, text: str, style: str = "") -> None:

@@ -336,21 +336,21 @@ def shortened(messages: list[dict], spans: list, max_length: int) -> list[dict] 
 
 
 def tokenize(conversations: list[Conversation], template: Template, max_length: int):
-    """-> rows in the order of the conversations, and how many of each kind of COUNTED."""
-    rows, counts = [], dict.fromkeys(COUNTED, 0)
+    """-> examples in the order of the conversations, and how many of each kind of COUNTED."""
+    examples, counts = [], dict.fromkeys(COUNTED, 0)
     for start in range(0, len(conversations), BATCH):
-        rows += template.examples(conversations[start : start + BATCH], max_length, counts)
-    return rows, counts
+        examples += template.examples(conversations[start : start + BATCH], max_length, counts)
+    return examples, counts
 
 
-def examples_hash(rows: list[Example]) -> str:
+def examples_hash(examples: list[Example]) -> str:
     total = hashlib.sha256()
-    for row in rows:
-        total.update(example_bytes(row))
+    for example in examples:
+        total.update(example_bytes(example))
     return total.hexdigest()[:16]
 
 
-def example_bytes(row: Example) -> bytes:
-    parts = (row.prompt_ids, row.response_ids, row.rejected_ids or array("i"), row.learned)
+def example_bytes(example: Example) -> bytes:
+    parts = (example.prompt_ids, example.response_ids, example.rejected_ids or array("i"), example.learned)
     lengths = array("i", [len(part) for part in parts])
     return b"".join(part.tobytes() for part in (lengths, *parts))

@@ -106,7 +106,7 @@ def check(model, tokens: torch.Tensor) -> None:
     if not difference <= tolerance(model):
         raise ValueError(
             f"{type(causal_lm(model)).__name__} changes its logits after the head (by {difference:.3g} in "
-            "log-probability), which harness/head.py does not know: teach it there first"
+            "log-probability), which harness/training/head.py does not know: teach it there first"
         )
 
 
