@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness import ROOT, method
+from harness import ROOT, machine, method
 from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import BadRequest
-from harness.measuring import machine
 from harness.plain import redacted
 from harness.record import RunRecord
 from harness.shape import parse
@@ -54,7 +53,7 @@ def stale(record: RunRecord) -> bool:
 
 
 def method_of(spec: RunSpec) -> type[method.Method]:
-    source = method.find(spec.method, method.available(spec.locations.get("plugins", [])))
+    source = method.find(spec.method, method.known_methods(spec.locations.get("plugins", [])))
     return method.resolve(spec.method, source)
 
 
@@ -84,9 +83,9 @@ def bench(
     tried = False
     for number, spec in enumerate(specs, 1):
         earlier = None if force else store.find(spec)
-        cached = bool(earlier and earlier.ok and not lacks(earlier, specs, store))
-        if cached:
-            record = replace(earlier, spec=spec)
+        cached = False
+        if earlier and earlier.ok and not lacks(earlier, specs, store):
+            record, cached = replace(earlier, spec=spec), True
         else:
             if not tried:
                 try_imports(specs[number - 1 :])

@@ -49,10 +49,10 @@ def main(folder: Path) -> None:
 def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
     """The method with its options: nothing heavy is imported yet. Raises Unsupported without a package."""
     cls = method.resolve(
-        spec.method, method.find(spec.method, method.available(spec.locations.get("plugins", [])))
+        spec.method, method.find(spec.method, method.known_methods(spec.locations.get("plugins", [])))
     )
     record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
-    record.overrides = {name: list(value) for name, value in cls.overrides.items()}
+    record.overrides = dict(cls.overrides)
     if missing := [name for name in cls.needs if not packages.found(name)]:
         needed = " ".join(missing)
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")

@@ -6,8 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from harness import packages
-from harness.measuring import machine
+from harness import machine, packages
 
 Finding = dict[str, str]
 DISK_BYTES = 5 * 2**30  # room for one 1B model's weights and its results

@@ -130,7 +130,7 @@ def unwritable(folder: Path) -> Problem | None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        return Problem(error.strerror, shown(folder))
+        return Problem(error.strerror or str(error), shown(folder))
     if not os.access(existing, os.W_OK | os.X_OK):
         return Problem(f"cannot write in {existing}", remedy="choose another folder")
     return None

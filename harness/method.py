@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import chdir, redirect_stdout
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, get_type_hints
 from harness import ROOT
 from harness.errors import BadRequest, Problems, brief, unknown  # noqa: F401
 from harness.record import NAME as RECORDED
+from harness.record import Card
 from harness.shape import (  # noqa: F401, the kinds of options among them
     Count,
     Fraction,
@@ -35,7 +36,7 @@ from harness.shape import (  # noqa: F401, the kinds of options among them
 from harness.spec import Hyperparams
 
 if TYPE_CHECKING:
-    from harness.training.run import Run
+    from harness.training import Run
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -83,6 +84,7 @@ class Method:
     Fraction (from 0 to below 1), Annotated[float, Range(...)], Literal["a", "b"].
     """
 
+    name: str  # its file's stem, given where it is found
     axis = "none"  # what is varied: one of AXES
     objective = "sft"  # methods with different objectives are never ranked by their loss
     aim = "bleu4"  # the metric that the objective aims at
@@ -91,10 +93,10 @@ class Method:
     baseline = "base"  # the row of the same model, untouched, that this method starts from
     starts_at_base = True  # attached, it computes what its baseline does, up to rounding; else it is scored
     trains = True
-    needs = ()  # packages beyond the harness's own
-    overrides = {}  # hyperparameter -> (value, reason): each permitted difference, declared
-    cannot = {}  # one of LIMITS -> why: refused with that reason before anything starts, or said
-    hybrid = ()  # names of the methods that this one joins
+    needs: tuple[str, ...] = ()  # packages beyond the harness's own
+    overrides: dict[str, tuple] = {}  # hyperparameter -> (value, reason): each permitted difference, declared
+    cannot: dict[str, str] = {}  # one of LIMITS -> why: refused with it before anything starts, or said
+    hybrid: tuple[str, ...] = ()  # names of the methods that this one joins
 
     def __post_init__(self):
         """Raises ValueError for what the options' kinds cannot say: values that cannot be together."""
@@ -187,12 +189,13 @@ def adam(hp: Hyperparams) -> dict:
 # From names to methods
 
 
-def available(plugins: list[str | Path] = ()) -> dict[str, Path | EntryPoint]:
+def known_methods(plugins: Iterable[str | Path] = ()) -> dict[str, Path | EntryPoint]:
     """Name -> where it is defined, importing nothing. Raises BadRequest for a name defined twice."""
+    found: list[tuple[str, Path | EntryPoint]]
     found = [(path.stem, path) for path in sorted(FOLDER.glob("*.py"))]
     found += [(point.name, point) for point in entry_points(group="tuneoff.methods")]
     found += [(Path(path).stem, Path(path)) for path in plugins]
-    sources = {}
+    sources: dict[str, Path | EntryPoint] = {}
     for name, source in found:
         if name == "__init__":
             continue
@@ -212,13 +215,15 @@ def find(name: str, sources: dict) -> Path | EntryPoint | None:
     return sources.get(name) or sources.get(name.partition(".")[0])
 
 
-def resolve(name: str, source: Path | EntryPoint) -> type[Method]:
-    """Imports one method. Raises ValueError unless its file defines exactly one subclass of Method.
+def resolve(name: str, source: Path | EntryPoint | None) -> type[Method]:
+    """Imports one method. Raises ValueError unless its file is there and defines one subclass of Method.
 
     `family.variant` is what the family's class makes of it: `variant(name)`, whose `spelling` is its name
     where several would do. What an import prints goes to standard error: a plan may be JSON. Where it goes,
     it goes alone: paths that were typed are of the folder that they were typed in.
     """
+    if source is None:
+        raise ValueError(f"no method {name}: its file is gone")
     with redirect_stdout(sys.stderr), chdir("."):
         return imported(name, source)
 
@@ -227,7 +232,7 @@ def imported(name: str, source: Path | EntryPoint) -> type[Method]:
     family, dot, variant = name.partition(".")
     if dot:
         cls = imported(family, source)
-        if not hasattr(cls, "variant"):
+        if not callable(getattr(cls, "variant", None)):  # it may be an option's name
             raise ValueError(f"{family} has no variants: write {family} alone")
         made = cls.variant(variant)
         return named(made, f"{family}.{getattr(made, 'spelling', variant)}")
@@ -285,7 +290,7 @@ def options(method: Method) -> dict:
     return {name: value for name, value in asdict(method).items() if value is not None}
 
 
-def card(cls: type[Method]) -> dict:
+def card(cls: type[Method]) -> Card:
     """What the method says of itself, as JSON values: its class attributes and its docstring."""
     said = {name: getattr(cls, name) for name in ("name", "axis", "objective", "aim", "baseline", "cannot")}
     read = read_card(inspect.getmodule(cls).__doc__ or "")

@@ -5,7 +5,7 @@ A metric is a function of sums over test rows, so that it can be computed again 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -21,9 +21,9 @@ class Metric:
     name: str  # in records and JSON
     label: str  # in reports
     unit: str
-    sums: Callable[[dict, dict], Sequence[float | None]]  # null: not known
+    sums: Callable[[dict, Mapping], Sequence[float | None]]  # null: not known
     value: Callable[[np.ndarray], np.ndarray]  # (..., width) -> (...)
-    signature: Callable[[dict], str]  # how it was computed, for a dataset's spec
+    signature: Callable[[Mapping], str]  # how it was computed, for a dataset's spec
     better: Literal["higher", "lower"] = "higher"
     decimals: int = 3  # of a score in a table
     range: tuple[float, float] = (0.0, 1.0)  # in which a score must lie
@@ -82,7 +82,7 @@ def rouge():
     return RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
 
 
-def bleu_counts(output: dict, dataset: dict) -> list[int]:
+def bleu_counts(output: dict, dataset: Mapping) -> list[int]:
     """Output length, reference length, matches of 1- to 4-grams, n-grams of 1 to 4."""
     answer, reference = texts(output)
     # one row may be shorter than four words, a corpus is not
@@ -90,7 +90,7 @@ def bleu_counts(output: dict, dataset: dict) -> list[int]:
     return [found.sys_len, found.ref_len, *found.counts, *found.totals]
 
 
-def bleu_signature(dataset: dict) -> str:
+def bleu_signature(dataset: Mapping) -> str:
     corpus = bleu(dataset.get("language", "en"))
     corpus.corpus_score(["a"], [["a"]])  # it knows its number of references only after one
     return corpus.get_signature().format()
@@ -144,7 +144,7 @@ REWARDS = {  # what an answer earns, by the dataset's spec -> how, and its signa
 }
 
 
-def reward(dataset: dict) -> tuple[Callable[[str, str], float], str]:
+def reward(dataset: Mapping) -> tuple[Callable[[str, str], float], str]:
     """What an answer to a row of this dataset earns by its reference, 0 to 1, and the signature of it. Raises
     ValueError for a reward that this version does not know."""
     kind = dataset.get("reward", "rouge_l")
@@ -157,7 +157,7 @@ def ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
-def preferred(output: dict, dataset: dict) -> tuple[int, int]:
+def preferred(output: dict, dataset: Mapping) -> tuple[int, int]:
     """A row without a rejected answer does not count."""
     margin = output.get("margin")
     return (0, 0) if margin is None else (int(margin > 0), 1)
@@ -242,12 +242,12 @@ def compared() -> list[Metric]:
     return [metric for metric in METRICS.values() if metric.compared]
 
 
-def kept_sums(output: dict, dataset: dict) -> dict[str, list[float]]:
+def kept_sums(output: dict, dataset: Mapping) -> dict[str, list[float | None]]:
     """What a run keeps of a test output: the numbers that are slow to compute, by metric."""
     return {name: list(metric.sums(output, dataset)) for name, metric in METRICS.items() if metric.kept}
 
 
-def row_sums(outputs: list[dict], dataset: dict) -> dict[str, np.ndarray]:
+def row_sums(outputs: list[dict], dataset: Mapping) -> dict[str, np.ndarray]:
     """The numbers of each test row, by metric (rows, width). NaN: not known.
 
     What a run did not keep, as it is older than a metric, is computed from its texts; not known where the
@@ -261,7 +261,7 @@ def row_sums(outputs: list[dict], dataset: dict) -> dict[str, np.ndarray]:
     }
 
 
-def numbers(metric: Metric, output: dict, dataset: dict) -> Sequence[float | None]:
+def numbers(metric: Metric, output: dict, dataset: Mapping) -> Sequence[float | None]:
     kept = output.get("sums", {}).get(metric.name, ())
     if len(kept) == metric.width:
         return kept
@@ -271,19 +271,19 @@ def numbers(metric: Metric, output: dict, dataset: dict) -> Sequence[float | Non
         return [None] * metric.width
 
 
-def total(outputs: list[dict], dataset: dict) -> dict[str, list[float]]:
+def total(outputs: list[dict], dataset: Mapping) -> dict[str, list[float]]:
     """The sums over all test rows, by metric."""
     return {name: of_rows.sum(0).tolist() for name, of_rows in row_sums(outputs, dataset).items()}
 
 
-def scores(sums: dict[str, Sequence[float]]) -> dict[str, float | None]:
+def scores(sums: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
     """Sums over test rows (width,), by metric -> their scores; null for what is not finite."""
     with np.errstate(all="ignore"):
         found = {name: float(METRICS[name].value(np.asarray(s, dtype=float))) for name, s in sums.items()}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def check_range(sums: dict[str, np.ndarray], where: str) -> None:
+def check_range(sums: Mapping[str, np.ndarray | list], where: str) -> None:
     """Raises ValueError unless the scores of sums (..., width) lie in the ranges of their metrics."""
     for name, metric in METRICS.items():
         if name not in sums:

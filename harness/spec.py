@@ -138,7 +138,7 @@ WHOLE_BYTES = 2**26  # a file up to 64 MiB is hashed whole: well below a tenth o
 BLOCKS = 64  # of a mebibyte, evenly over a larger file: its header and every few layers of a model
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: str | Path) -> str:
     """Tells one local file or folder from another by names, sizes and content.
 
     Of a file above 64 MiB only evenly spaced blocks are read, as a large model would take a minute.

@@ -124,7 +124,7 @@ def tried(name: str, source: Path | EntryPoint, plugins: list[str]) -> list[Prob
 
 def answer(out, name: str, *plugins: str) -> None:
     problems = Problems()
-    examined(name, method.available(plugins), problems)
+    examined(name, method.known_methods(plugins), problems)
     json.dump([asdict(problem) for problem in problems], out)
     out.close()
 

@@ -15,8 +15,9 @@ AdamW's by weight.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from harness.method import adam
+from harness.method import Natural, Positive, adam
 from methods.galore import GaLore, project, projected_adamw
 
 GROWTH = 1.01  # of the update's norm from one step to the next, at most: Fira's limiter
@@ -27,15 +28,10 @@ class APOLLO(GaLore):
     """After apollo-torch 1.0.3, but epsilon and weight decay act as in torch's AdamW, and P is drawn again
     at each step, not kept."""
 
-    rank: int = 256  # of the subspace; the authors' default
-    gap: int = 200  # steps between two subspaces; the authors' default
-    scale: float = 1.0  # the update is multiplied by its root, as in the authors' code; 128 for rank 1
-    scaling: str = "channel"  # or tensor: one factor for a whole matrix, APOLLO-Mini with rank 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.scaling not in ("channel", "tensor"):
-            raise ValueError(f"scaling is channel or tensor, not {self.scaling!r}")
+    rank: Natural = 256  # of the subspace; the authors' default
+    gap: Natural = 200  # steps between two subspaces; the authors' default
+    scale: Positive = 1.0  # the update is multiplied by its root, as in the authors' code; 128 for rank 1
+    scaling: Literal["channel", "tensor"] = "channel"  # tensor: one for a matrix, APOLLO-Mini's
 
     def optimizer(self, model, run):
         """The groups are GaLore's: the linear layers of the decoder, and the rest as AdamW has it."""

@@ -9,11 +9,11 @@ Efficiency: costs nothing to train.
 Generalisation: that of the base, with small losses.
 """
 
-from methods.base import Base as BaseRow
+from methods.base import Base
 from methods.qlora import load_nf4
 
 
-class BaseNF4(BaseRow):
+class BaseNF4(Base):
     needs = ("bitsandbytes",)
 
     def load(self, load_base):

@@ -11,8 +11,9 @@ Generalisation: as LoRA's; the directions are those of this training data, and m
 
 from dataclasses import dataclass
 from itertools import chain, count, islice
+from typing import Annotated
 
-from harness.method import Unsupported
+from harness.method import Range, Unsupported
 from methods.lora import LoRA, adapted_layers
 
 BATCHES = 100  # of training data at most; they are gone through until the directions settle
@@ -26,12 +27,7 @@ class EVA(LoRA):
 
     cannot = {"packing": "its directions are those of inputs that attend to their own row alone"}
 
-    rho: float = 2.0  # a layer's rank is at most rho times `rank`; 1: the same everywhere. PEFT's default
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.rho < 1:
-            raise ValueError("rho must be at least 1")
+    rho: Annotated[float, Range(least=1)] = 2.0  # a layer's rank over `rank`, at most; PEFT's default
 
     def config(self, **more):
         from peft import EvaConfig

@@ -13,20 +13,16 @@ Generalisation: between full fine-tuning and LoRA; the weak directions of a grad
 
 from dataclasses import dataclass
 
-from harness.method import Method, adam
+from harness.method import Method, Natural, Positive, adam
 
 
 @dataclass
 class GaLore(Method):
-    rank: int = 128  # of the projected gradient; the authors' default
-    gap: int = 200  # steps between two subspaces; the authors' default
-    scale: float = 0.25  # of the projected update, so lr * scale is its learning rate; authors' default
+    rank: Natural = 128  # of the projected gradient; the authors' default
+    gap: Natural = 200  # steps between two subspaces; the authors' default
+    scale: Positive = 0.25  # of the projected update, so lr * scale is its learning rate; authors' default
 
     axis = "optimizer"
-
-    def __post_init__(self):
-        if self.rank < 1 or self.gap < 1 or self.scale <= 0:
-            raise ValueError("rank and gap must be at least 1, scale above 0")
 
     def optimizer(self, model, run):
         """The linear layers of the decoder are projected; embeddings, head and norms are not."""

@@ -14,7 +14,9 @@ Generalisation: the KL term holds it near the base; what no sampled answer does 
 from array import array
 from dataclasses import dataclass, replace
 from statistics import fmean as mean
+from typing import Annotated
 
+from harness.method import Natural, NotNegative, Positive, Range
 from methods.lora import LoRA
 
 
@@ -24,11 +26,11 @@ class GRPO(LoRA):
     1, as the probabilities that are trained are those. A micro-batch holds as many answers as it would
     rows, so that its memory is comparable; a step has `group` times as many of them."""
 
-    group: int = 8  # answers to each prompt: TRL's default; the paper draws 64
-    clip: float = 0.2  # of the probability ratio, which is 1 unless `updates` is above 1
-    kl: float = 0.04  # weight of the distance to the base model, the paper's; 0: no base model is read
-    updates: int = 1  # optimizer steps on each draw, the paper's; the rows of the steps between are not read
-    answer_tokens: int = 128  # of a drawn answer, at most; hp.max_new_tokens' default, the paper has 1024
+    group: Annotated[int, Range(least=2)] = 8  # answers to each prompt: TRL's default; the paper draws 64
+    clip: Positive = 0.2  # of the probability ratio, which is 1 unless `updates` is above 1
+    kl: NotNegative = 0.04  # weight of the distance to the base model, the paper's; 0: no base model is read
+    updates: Natural = 1  # optimizer steps on each draw, the paper's; the steps between read no rows
+    answer_tokens: Natural = 128  # of a drawn answer, at most; hp.max_new_tokens' default, the paper has 1024
 
     axis = "objective"
     objective = "reward"
@@ -38,13 +40,6 @@ class GRPO(LoRA):
         "packing": "it trains on answers of its own, a row a sequence",
         "plain text": "a text asks nothing and has no reference, so that no answer earns anything",
     }
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.group < 2 or min(self.updates, self.answer_tokens) < 1 or self.clip <= 0 or self.kl < 0:
-            raise ValueError(
-                "group must be at least 2, updates and answer_tokens 1, clip above 0, kl not negative"
-            )
 
     def attach(self, model, run):
         self.done, self.drawn, self.rewards, self.flat = 0, [], [], []
@@ -95,15 +90,15 @@ class GRPO(LoRA):
         return self.objective_of(logps, batch["old"], batch.get("base"), batch["advantages"], answers)
 
     def state(self):
-        """Of the draw at hand only while further updates go on it; its rows but as ids, to be counted."""
+        """Of the draw at hand only while further updates go on it; its examples but as ids, to be counted."""
         open_draw = self.drawn if self.done % self.updates else []
-        drawn = [{**batch, "rows": [example.id for example in batch["rows"]]} for batch in open_draw]
+        drawn = [{**batch, "examples": [example.id for example in batch["examples"]]} for batch in open_draw]
         return {"done": self.done, "rewards": self.rewards, "flat": self.flat, "drawn": drawn}
 
     def restore_state(self, state, model, run):
-        examples = {example.id: example for step in run.batches for example in step}
+        known = {example.id: example for step in run.batches for example in step}
         self.done, self.rewards, self.flat = state["done"], state["rewards"], state["flat"]
-        self.drawn = [{**batch, "rows": [examples[id] for id in batch["rows"]]} for batch in state["drawn"]]
+        self.drawn = [{**b, "examples": [known[id] for id in b["examples"]]} for b in state["drawn"]]
 
     def objective_of(self, logps, old, base, advantages, answers):
         """All (B, T-1) but advantages (B,); base may be None. -> scalar, the mean over answers of the

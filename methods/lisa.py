@@ -15,7 +15,7 @@ as full fine-tuning does.
 
 from dataclasses import dataclass
 
-from harness.method import Method, Unsupported
+from harness.method import Method, Natural, Unsupported
 
 
 @dataclass
@@ -24,14 +24,10 @@ class LISA(Method):
     Otherwise than there (its callback of 2024 leaves the optimizer alone), moments of a layer that leaves are
     dropped, and it starts anew when drawn again: kept, those of all layers would be held in the end."""
 
-    layers: int = 2  # of the decoder, trained at a time; LMFlow's default
-    period: int = 20  # steps between two draws; LMFlow's default
+    layers: Natural = 2  # of the decoder, trained at a time; LMFlow's default
+    period: Natural = 20  # steps between two draws; LMFlow's default
 
     axis = "optimizer"
-
-    def __post_init__(self):
-        if self.layers < 1 or self.period < 1:
-            raise ValueError("layers and period must be at least 1")
 
     def optimizer(self, model, run):
         layers = getattr(model.get_decoder(), "layers", None)

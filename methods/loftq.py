@@ -14,6 +14,7 @@ Generalisation: as QLoRA's; the adapters can not be taken off without loss, they
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.method import Natural
 from methods.galore import top_singular_vectors
 from methods.lora import adapted_layers, check_rank
 from methods.qlora import QLoRA, load_nf4
@@ -26,14 +27,9 @@ class LoftQ(QLoRA):
     """PEFT's loftq fits B A and forgets s, so that it is right for alpha = rank alone; here s B A is
     fitted. Q is NF4 with double quantisation, as QLoRA's; the authors' scales are not quantised again."""
 
-    iterations: int = 5  # of quantising and truncating; the paper's
+    iterations: Natural = 5  # of quantising and truncating; the paper's. 0 would be qlora
 
     starts_at_base = False  # but nearer to the model than the 4-bit one is
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError("iterations must be at least 1; 0 would be qlora")
 
     def attach(self, model, run):
         """With the base model beside it: reading that is no part of the training, but it is there."""

@@ -17,7 +17,9 @@ Generalisation: what stays good under such shifts lies in a flatter minimum, whi
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
+from harness.method import Fraction, NotNegative
 from methods.lora import LoRA
 
 
@@ -28,20 +30,13 @@ class LoRAGGPO(LoRA):
     second and third version, after the authors' trainer: here E is not rounded to the weights' precision, g
     is updated once a step and not once a micro-batch, and the momentum's decay is the shared hp.beta1."""
 
-    variant: str = "ggpo"  # or mgpo
-    sigma: float = 0.03  # ggpo: noise per length of the weight's row; the PR's recommendation
-    beta: float = 0.01  # ggpo: noise per squared length of the gradient's row; the PR's recommendation
-    rho: float = 0.01  # mgpo: length of the shift before it is divided by g; the authors' for generation
-    decay: float = 0.8  # mgpo: of the running mean g, per step; the authors' for generation
+    variant: Literal["ggpo", "mgpo"] = "ggpo"
+    sigma: NotNegative = 0.03  # ggpo: noise per length of the weight's row; the PR's recommendation
+    beta: NotNegative = 0.01  # ggpo: noise per squared length of the gradient's row; the PR's recommendation
+    rho: NotNegative = 0.01  # mgpo: length of the shift, before 1 / g; the authors' for generation
+    decay: Fraction = 0.8  # mgpo: of the running mean g, per step; the authors' for generation
 
     axis = "perturbation"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.variant not in ("ggpo", "mgpo"):
-            raise ValueError(f"variant is ggpo or mgpo, not {self.variant!r}")
-        if min(self.sigma, self.beta, self.rho, self.decay) < 0 or self.decay >= 1:
-            raise ValueError("sigma, beta and rho must be at least 0, decay from 0 to below 1")
 
     def attach(self, model, run):
         from peft.tuners.lora import LoraLayer

@@ -11,7 +11,7 @@ Generalisation: LoRA's; B moves `ratio` times as fast, so the best learning rate
 
 from dataclasses import dataclass
 
-from harness.method import adam
+from harness.method import Positive, adam
 from methods.lora import LoRA
 
 
@@ -19,12 +19,7 @@ from methods.lora import LoRA
 class LoRAPlus(LoRA):
     """Weight decay is the run's; the authors' code has none of its own unless asked."""
 
-    ratio: float = 16.0  # learning rate of B over that of A; the authors' default
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.ratio <= 0:
-            raise ValueError("ratio must be above 0")
+    ratio: Positive = 16.0  # learning rate of B over that of A; the authors' default
 
     def optimizer(self, model, run):
         """A first: its learning rate is the one that the run reports."""

@@ -15,6 +15,7 @@ from array import array
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from harness.method import Natural, NotNegative
 from methods.lora import LoRA
 
 
@@ -25,9 +26,9 @@ class ORPO(LoRA):
     the step's: of every answer of a conversation; the odds ratio is of the last answers, a mean over rows.
     The authors' code and TRL take the prompt's tokens into the likelihood, as `prompt_loss` does."""
 
-    weight: float = 0.1  # of the odds ratio: lambda of the paper, which uses 0.1 for Mistral
+    weight: NotNegative = 0.1  # of the odds ratio: lambda of the paper, which uses 0.1 for Mistral
     prompt_loss: bool = False  # learn the prompt's tokens too, as the authors' code does
-    answer_tokens: int = 128  # of a generated rejected answer, at most; hp.max_new_tokens' default
+    answer_tokens: Natural = 128  # of a generated rejected answer, at most; hp.max_new_tokens' default
 
     axis = "objective"
     objective = "preference"
@@ -37,11 +38,6 @@ class ORPO(LoRA):
         "packing": "it needs chosen and rejected answers side by side, a row a sequence",
         "plain text": "a text asks nothing, and what a model begins by itself is no worse answer to it",
     }
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.weight < 0 or self.answer_tokens < 1:
-            raise ValueError("weight must not be negative, answer_tokens at least 1")
 
     def attach(self, model, run):
         examples = {e.id: e for e in chain.from_iterable(run.batches) if not e.rejected_ids}.values()

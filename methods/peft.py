@@ -15,11 +15,11 @@ import sys
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, get_type_hints
 
 from harness.method import Method, Unsupported, unknown
 
-BYPASSED = "acts in PeftModel.forward, which the harness's loss does not pass through (harness/head.py)"
+BYPASSED = "acts in PeftModel.forward, which the harness's loss passes by (harness/training/head.py)"
 LEFT_OUT = "needs a call that PEFT leaves to the training script"
 REFUSED = [  # option, the values that cannot be (None: any), and why
     ("alora_invocation_tokens", None, BYPASSED),
@@ -40,6 +40,7 @@ SPARED = (  # scales, biases, rotations and choices, though held as matrices: th
     "beft_bias", "boft_", "hra_u", "ia3_l", "oft_R", "psoft_R", "vblora_logits",
 )  # fmt: skip
 MIXED = {"4-bit base": "its product with dequantised weights mixes types (PEFT 0.21)"}
+SCALARS = {bool: bool | None, int: float | None, float: float | None, str: str | None}  # an int may be 0.5
 FACTS = {  # class attributes of some variants, found by running each (tests/test_peft.py)
     "beft": {"cannot": {"merging": "it adds a bias, and these layers have none to hold it"}},
     "c3a": {"starts_at_base": False},
@@ -83,7 +84,8 @@ class Peft(Method):
         title = re.sub("(?i)(lo|ve|hi)ra$", lambda match: match[1].title() + "RA", title)
         facts = {"kind": kind, "spelling": name, "title": f"{title} (PEFT)", "__module__": __name__}
         facts |= FACTS.get(name, {})
-        options = [(option, Any, field(default=None)) for option in options_of(config)]
+        hints = get_type_hints(config)
+        options = [(o, SCALARS.get(hints[o], Any), field(default=None)) for o in options_of(config)]
         return make_dataclass(title, options, bases=(cls,), namespace=facts)
 
     def __post_init__(self):

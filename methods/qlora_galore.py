@@ -16,8 +16,8 @@ not be taken off, and forgets more than adapters alone. An argument, which the m
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.method import Method, Unsupported, adam
-from methods.galore import GaLore, projected_adamw
+from harness.method import Method, Natural, Positive, Unsupported, adam
+from methods.galore import projected_adamw
 from methods.lora import LoRA
 from methods.qlora import QLoRA, load_nf4
 
@@ -30,21 +30,17 @@ class QLoRAGaLore(Method):
     """One learning rate for both: the attention's is lr * scale, a quarter of the adapters'. Embeddings,
     head and norms are frozen."""
 
-    rank: int = 8  # of the MLP's adapters; lora's default
-    alpha: float = 16.0  # their difference is scaled by alpha / rank; lora's default
-    subspace: int = 128  # rank of the attention's projected gradients; galore's default
-    gap: int = 200  # steps between two subspaces; galore's default
-    scale: float = 0.25  # of the attention's update; galore's default
+    rank: Natural = 8  # of the MLP's adapters; lora's default
+    alpha: Positive = 16.0  # their difference is scaled by alpha / rank; lora's default
+    subspace: Natural = 128  # rank of the attention's projected gradients; galore's default
+    gap: Natural = 200  # steps between two subspaces; galore's default
+    scale: Positive = 0.25  # of the attention's update; galore's default
 
     axis = "parameterisation"
     starts_at_base = False  # its attention is not rounded, as that of base_nf4 is
     needs = ("bitsandbytes",)
     hybrid = ("qlora", "galore")
     cannot, merge = QLoRA.cannot, QLoRA.merge
-
-    def __post_init__(self):
-        LoRA(rank=self.rank, alpha=self.alpha)
-        GaLore(rank=self.subspace, gap=self.gap, scale=self.scale)
 
     def load(self, load_base):
         return load_nf4(load_base, skip=ATTENTION)

@@ -17,7 +17,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 
-from harness.method import Method, Unsupported
+from harness.method import Count, Fraction, Method, Natural, Unsupported
 
 WEIGHTS, OPTIONS = "interventions.safetensors", "interventions.json"
 
@@ -28,12 +28,12 @@ class LoReFT(Method):
     matrix beside them (276 MB for Gemma 3 1B, untied); these never decay; and W computes in fp32, as R does.
     """
 
-    rank: int = 8  # of the edited subspace; the authors' for reasoning, 4 for instructions
+    rank: Natural = 8  # of the edited subspace; the authors' for reasoning, 4 for instructions
     layers: str = "all"  # or indices from 0 with commas between: 3,9,18
-    first: int = 7  # tokens edited at the prompt's start, half of it at most; the authors' f7+l7
-    last: int = 7  # and at its end
+    first: Count = 7  # tokens edited at the prompt's start, half of it at most; the authors' f7+l7
+    last: Count = 7  # and at its end
     tied: bool = True  # one edit a layer for both ends, as the authors' for reasoning; false: one each
-    dropout: float = 0.0  # share of an edited state's values left out while training
+    dropout: Fraction = 0.0  # share of an edited state's values left out while training
 
     axis = "parameterisation"
     starts_at_base = False
@@ -44,10 +44,8 @@ class LoReFT(Method):
     }
 
     def __post_init__(self):
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("rank must be at least 1, dropout from 0 to below 1")
-        if min(self.first, self.last) < 0 or self.first + self.last == 0:
-            raise ValueError("first and last must be at least 0, and one of them above")
+        if self.first == self.last == 0:
+            raise ValueError("first and last are both 0: nothing would be edited")
         indices = self.layers.split(",")
         if self.layers != "all" and not all(i.strip().isdecimal() for i in indices):
             raise ValueError(f'layers must be "all" or indices like 3,9,18, not {self.layers!r}')

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from math import gcd
+from typing import Annotated, Literal
 
-from harness.method import Method
+from harness.method import Count, Method, Natural, Range
 
 FILE = "blocks.safetensors"
 LARGEST = 256  # the authors' side of a block
@@ -28,20 +29,14 @@ class SMT(Method):
     """Otherwise than in the authors' code, the warm-up does not move the weights, and `share` is of the
     decoder's linear layers alone: theirs counts the embedding and the head too."""
 
-    share: float = 0.0084  # of the weights of the decoder's linear layers; the authors' default
-    warmup: int = 100  # steps whose gradients choose the blocks; the authors' default
+    share: Annotated[float, Range(above=0, most=1)] = 0.0084  # of the decoder's linear weights; the authors'
+    warmup: Natural = 100  # steps whose gradients choose the blocks; the authors' default
     targets: str = "q_proj,k_proj,v_proj"  # names of layers, or all-linear; the authors' default
-    block: int = 0  # side, in weights; 0: the largest up to 256 that tiles every target
-    score: str = "abs_mean"  # mean |sum G|, the paper's; mean_abs: |mean sum G|, the default of the code
+    block: Count = 0  # side, in weights; 0: the largest up to 256 that tiles every target
+    score: Literal["abs_mean", "mean_abs"] = "abs_mean"  # mean |sum G|: the paper's; |mean sum G|: the code's
 
     axis = "parameterisation"
     cannot = {"4-bit base": "trained blocks are written into the weights, which 4-bit codes cannot hold"}
-
-    def __post_init__(self):
-        if not 0 < self.share <= 1 or self.warmup < 1 or self.block < 0:
-            raise ValueError("share must be above 0 and at most 1, warmup at least 1, block not negative")
-        if self.score not in ("abs_mean", "mean_abs"):
-            raise ValueError("score must be abs_mean or mean_abs")
 
     def attach(self, model, run):
         linear = decoder_linears(model)

@@ -19,7 +19,7 @@ from transformers import (
 
 from harness import method
 from harness.data.batches import Batches, collate, height, order, pack
-from harness.data.template import Row
+from harness.data.template import Example
 from harness.training import head
 from methods.full import Full
 
@@ -36,9 +36,9 @@ MODELS = {
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=24)
 
 
-def of_lengths(lengths) -> list[Row]:
+def of_lengths(lengths) -> list[Example]:
     return [
-        Row(f"tiny:{i:012x}", "tiny", "", "", tiny.array([tiny.BOS]), tiny.array([9] * (length - 1)))
+        Example(f"tiny:{i:012x}", "tiny", "", "", tiny.array([tiny.BOS]), tiny.array([9] * (length - 1)))
         for i, length in enumerate(lengths)
     ]
 
@@ -48,7 +48,7 @@ def of_lengths(lengths) -> list[Row]:
 
 def steps(hp, rows=None, seed=0):
     rows = rows or tiny.rows(50)
-    read = [[row.id for batch in step for row in batch["rows"]] for step in tiny.steps(rows, hp, seed)]
+    read = [[row.id for batch in step for row in batch["examples"]] for step in tiny.steps(rows, hp, seed)]
     return Batches(rows, hp, seed).hashes, read
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from harness.data import cache, leaks, splits
 from harness.data.spec import DatasetSpec, PartSpec
-from harness.data.template import Row, Template, rows_hash
+from harness.data.template import Example, Template, examples_hash
 
 DATASET, PART = asdict(DatasetSpec()), asdict(PartSpec())
 
@@ -72,7 +72,7 @@ def test_what_comes_from_the_cache_is_what_was_made(format, world):
     assert world.made == 3
     assert again == first
     for split in splits.SPLITS:
-        assert rows_hash(again.rows[split]) == rows_hash(first.rows[split])
+        assert examples_hash(again.rows[split]) == examples_hash(first.rows[split])
         assert [type(v) for v in vars(again.rows[split][0]).values()] == [
             type(v) for v in vars(first.rows[split][0]).values()
         ]
@@ -118,7 +118,7 @@ TEXTS = st.lists(st.text("ab", max_size=5), max_size=12)
 
 @given(held=TEXTS, train=TEXTS)
 def test_what_training_goes_through_is_found(held, train):
-    rows = [[Row(str(i), "", text, "", tiny.array([]), tiny.array([])) for i, text in enumerate(texts, 1)]
+    rows = [[Example(str(i), "", text, "", tiny.array([]), tiny.array([])) for i, text in enumerate(texts, 1)]
             for texts in (held, [t for t in train if t])]  # fmt: skip
     kept = [row.prompt for row in leaks.unanswered(*rows) if row.prompt]
     assert kept == [text for text in held if text and not any(t.startswith(text) for t in train)]
@@ -128,7 +128,7 @@ def test_what_training_goes_through_is_found(held, train):
 def test_what_is_answered_is_counted(held, train, starts):
     def row(text, learned=()):
         spans = tiny.array(place for start in learned if start < len(text) for place in (start, start + 1))
-        return Row("", "", "a prompt", "", tiny.array(map(ord, text)), tiny.array([1]), learned=spans)
+        return Example("", "", "a prompt", "", tiny.array(map(ord, text)), tiny.array([1]), learned=spans)
 
     answered = {text[:start] for text in train for start in starts if start < len(text)} | set(train)
     found = leaks.answered([row(text) for text in held], [row(text, starts) for text in train])

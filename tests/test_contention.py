@@ -10,7 +10,7 @@ from math import inf
 import pytest
 import torch
 
-from harness.measuring import machine
+from harness import machine
 from harness.measuring.contention import Contention, Counters, Glance, drifting
 from harness.measuring.meter import Meter
 

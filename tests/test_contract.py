@@ -11,7 +11,7 @@ import tiny
 import torch
 from tiny import fit, hyperparams
 
-from harness.method import LIMITS, available, build, card, code_hash, find, resolve
+from harness.method import LIMITS, build, card, code_hash, find, known_methods, resolve
 from harness.spec import RunSpec
 from harness.training.loop import train
 from harness.training.model import load_base, optimizer_bytes, sizes
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def names() -> list[str]:
-    return sorted({*available(), *VARIANTS, "bitfit"} - {"peft"})
+    return sorted({*known_methods(), *VARIANTS, "bitfit"} - {"peft"})
 
 
 @pytest.fixture(autouse=True)
@@ -65,13 +65,13 @@ def reward(monkeypatch):
 
 @pytest.fixture(params=names())
 def cls(request, plugin):
-    sources = available([plugin])
+    sources = known_methods([plugin])
     return resolve(request.param, find(request.param, sources))
 
 
 @pytest.fixture(params=[name for name in names() if name not in UNTOUCHED])
 def trained(request, plugin):
-    return resolve(request.param, find(request.param, available([plugin])))
+    return resolve(request.param, find(request.param, known_methods([plugin])))
 
 
 def make(cls, **options):
@@ -98,8 +98,8 @@ def test_a_card_says_what_the_report_needs(cls):
     assert said["paper"] or not cls.trains
     assert said["axis"] in ("none", "parameterisation", "optimizer", "objective", "perturbation")
     assert set(said["cannot"]) <= set(LIMITS)
-    assert set(said["hybrid"]) <= set(available())
-    assert cls.baseline in available()
+    assert set(said["hybrid"]) <= set(known_methods())
+    assert cls.baseline in known_methods()
     assert cls.trains == (cls.name not in UNTOUCHED)
     json.dumps(said)
 
@@ -164,7 +164,7 @@ ADAPTERS = (
 
 @pytest.mark.parametrize("name", [*ADAPTERS, "dora", "dora_loftq", *WHOLE])
 def test_counts_and_state_follow_closed_formulas(name, folder):
-    cls = resolve(name, available()[name])
+    cls = resolve(name, known_methods()[name])
     _, _, model, optimizer, _ = run(cls, folder)
     expected = TRAINABLE[name]() if name in TRAINABLE else everything() if name in WHOLE else adapters()
     if name != "lisa":  # at any moment LISA trains some layers alone
@@ -187,7 +187,7 @@ def test_the_code_of_a_method_has_a_hash(cls):
 def peak_bytes(name: str, folder, options: dict) -> tuple[int, int]:
     """-> weights before the training and the highest bytes of tensors that it held beyond them; bytes of
     the optimizer's state. From the allocator's own events: a process's resident memory has Python in it."""
-    chosen = build(resolve(name, available()[name]), options)
+    chosen = build(resolve(name, known_methods()[name]), options)
     hp = chosen.own(hyperparams(max_steps=2, batch_size=2, micro_batch_size=2))
     model, made = tiny.attached(chosen, chosen.load(base_loader(folder)), tiny.rows(4), hp)
     held = sizes(model)["weight_bytes"]

@@ -67,7 +67,7 @@ def texts(conversations) -> list[str]:
 def read_row(row, format="messages", **more):
     """-> its messages, or None where it is refused."""
     try:
-        return formats.read(row, {**PART, "format": format, **more})[0]
+        return formats.read_row(row, {**PART, "format": format, **more})[0]
     except formats.Refused as refusal:
         assert str(refusal)
 

@@ -26,7 +26,7 @@ MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
 
 def read(row, format=None, **more):
     part = {**PART, "name": "tiny", "format": format or formats.detect(row), **more}
-    return formats.read(row, part)
+    return formats.read_row(row, part)
 
 
 def told(row, **more) -> list[tuple[str, str]]:
@@ -398,7 +398,7 @@ def test_the_format_of_a_file_is_seen_in_its_columns(row, tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(row))
     part = load_spec(str(path), {})["parts"][0]
-    assert formats.read(row, part)
+    assert formats.read_row(row, part)
 
 
 def test_a_file_whose_name_no_record_could_hold_is_refused(tmp_path):
@@ -441,7 +441,7 @@ def test_columns_that_fit_no_format_are_named_with_the_nearest(row, near, lacks,
     spec.write_text(f'[part]\nname = "own"\npath = "own.jsonl"\nformat = "{near}"\n{fields}\n')
     part = load_spec(str(spec), {})["parts"][0]
     if near != "pairs":
-        found = [m["content"] for m in formats.read(row, part)[0]]
+        found = [m["content"] for m in formats.read_row(row, part)[0]]
         assert found == [text for text in row.values() if isinstance(text, str)]
 
 

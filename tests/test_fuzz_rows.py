@@ -147,7 +147,7 @@ def test_a_row_is_learned_or_refused(row, format, kind, depth, place):
     if isinstance(row, dict):
         formats.nearest(row)
     try:
-        messages, rejected = formats.read(row, part)
+        messages, rejected = formats.read_row(row, part)
     except formats.Refused as refusal:
         assert 0 < len(refusal.reason) < 40 and str(refusal).isprintable()
         return
@@ -176,10 +176,10 @@ def test_a_changed_value_changes_what_is_learned_or_is_refused_or_named(leaf, ot
     name, path = leaf
     row = SHAPES[name]
     part = part_of(formats.detect(row))
-    before = formats.read(row, part)
+    before = formats.read_row(row, part)
     after = changed(row, path, other)
     try:
-        if formats.read(after, part) != before:
+        if formats.read_row(after, part) != before:
             return
     except formats.Refused:
         return
@@ -209,13 +209,13 @@ COLUMNS = st.sampled_from([*NAMES, "image", "A", "B", "weight", "role", "score",
 def test_a_column_more_or_of_another_name_is_read_refused_or_named(shape, column, value, instead):
     row = dict(SHAPES[shape])
     part = part_of(formats.detect(row))
-    before = formats.read(row, part)
+    before = formats.read_row(row, part)
     if instead:
         value = row.pop(next(iter(row)))
     if column in row or formats.empty(value):
         return
     try:
-        found = formats.read({**row, column: value}, part)
+        found = formats.read_row({**row, column: value}, part)
     except formats.Refused:
         return
     named = formats.unused({**row, column: value}, part) - formats.unused(row, part)  # or what it replaces

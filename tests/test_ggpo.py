@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from harness import ROOT
 from harness.errors import BadRequest
-from harness.method import build
+from harness.method import build, known_methods, resolve
 from harness.training import head
 from methods.lora import LoRA
 from methods.lora_ggpo import LoRAGGPO, Noise
@@ -346,3 +346,5 @@ def test_impossible_options_are_refused():
     for wrong in ({"variant": "gpo"}, {"sigma": -1.0}, {"rho": -0.1}, {"decay": 1.0}, {"rank": 0}):
         with pytest.raises(BadRequest):
             build(LoRAGGPO, wrong)
+    with pytest.raises(ValueError, match="lora_ggpo has no variants"):
+        resolve("lora_ggpo.mgpo", known_methods()["lora_ggpo"])

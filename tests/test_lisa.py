@@ -6,7 +6,7 @@ import torch
 from tiny import copy_of, fit, hyperparams
 
 from harness.errors import BadRequest
-from harness.method import available, build, resolve
+from harness.method import build, known_methods, resolve
 from harness.training.model import optimizer_bytes, sizes
 from methods.full import Full
 from methods.lisa import LISA
@@ -182,7 +182,7 @@ def test_the_whole_model_is_saved_and_restored(tmp_path):
 
 
 def test_options_that_cannot_be_are_refused():
-    cls = resolve("lisa", available()["lisa"])
+    cls = resolve("lisa", known_methods()["lisa"])
     build(cls, {})
     for wrong in ({"layers": 0}, {"period": 0}, {"layers": 1.5}):
         with pytest.raises(BadRequest):

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from harness import ROOT
-from harness.method import Unsupported, available, build, card, resolve
+from harness.method import Unsupported, build, card, known_methods, resolve
 from harness.spec import RunSpec
 from harness.training.model import load_base, sizes
 from harness.training.weights import master_weights
@@ -86,7 +86,7 @@ def equal(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", ["rslora", "lora_plus", "pissa", "eva", "loftq", "dora_loftq"])
 def test_the_card_is_whole(name):
-    cls = resolve(name, available()[name])
+    cls = resolve(name, known_methods()[name])
     said = card(cls)
     assert all(said[key] for key in ("title", "summary", "formula", "paper"))
     assert said["why"].keys() == {"performance", "efficiency", "generalisation"}
@@ -178,7 +178,7 @@ def test_these_start_at_the_base_exactly(name, folder):
 def test_options_that_cannot_be_are_refused():
     for cls, options in ((LoftQ, {"iterations": 0}), (LoRAPlus, {"ratio": 0.0}), (EVA, {"rho": 0.5})):
         with pytest.raises(ValueError, match=next(iter(options))):
-            cls(**options)
+            build(cls, options)
         with pytest.raises(ValueError, match="rank"):
             build(cls, {"rank": 0})
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from harness.errors import BadRequest
-from harness.method import Unsupported, adam, available, build, options, resolve
+from harness.method import Unsupported, adam, build, known_methods, options, resolve
 from harness.spec import RunSpec
 from harness.training import head
 from harness.training.model import load_base, optimizer_bytes, sizes
@@ -114,7 +114,7 @@ def test_galore_holds_as_much_state_as_its_formula_says(rank, tied):
 
 
 def test_an_untouched_base_trains_nothing():
-    base = resolve("base", available()["base"])
+    base = resolve("base", known_methods()["base"])
     assert not base.trains
     assert sizes(tiny.model().requires_grad_(False))["trainable"] == 0
 
@@ -279,7 +279,7 @@ def test_recomputed_activations_give_the_same_gradients(name, folder):
 
 
 def test_options_come_as_asked_and_impossible_ones_are_refused():
-    sources = available()
+    sources = known_methods()
     for name in ("lora", "dora", "qlora", "galore", "full"):
         cls = resolve(name, sources[name])
         default = build(cls, {})
@@ -406,7 +406,7 @@ def test_an_evaluation_changes_neither_gradients_nor_weights_of_qlora(folder):
 
 
 def test_the_four_bit_base_row_is_what_qlora_starts_from(folder):
-    cls = resolve(QLoRA.baseline, available()[QLoRA.baseline])
+    cls = resolve(QLoRA.baseline, known_methods()[QLoRA.baseline])
     assert not cls.trains
     assert torch.equal(logits(loaded(cls(), folder)), logits(loaded(QLoRA(), folder)))
 

@@ -322,10 +322,10 @@ def test_correct_counts_the_models_own_most_likely_tokens(model):
     """On rows whose responses the model wrote itself, teacher-forced, all but the changed one are right."""
     row = ROWS[0]
     written = by_hand(model, row, 8, stops=[])
-    row = tiny.Row("own", "tiny", "", "", row.prompt_ids, tiny.array(written))
+    row = tiny.Example("own", "tiny", "", "", row.prompt_ids, tiny.array(written))
     assert likelihoods(model, [row], 1)[0]["correct"] == 8
     last = tiny.array([*written[:-1], (written[-1] + 1) % tiny.VOCABULARY])
-    row = tiny.Row("changed", "tiny", "", "", row.prompt_ids, last)
+    row = tiny.Example("changed", "tiny", "", "", row.prompt_ids, last)
     assert likelihoods(model, [row], 1)[0]["correct"] == 7
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 
@@ -14,7 +15,9 @@ from scipy.stats import chisquare
 from tiny import fit, hyperparams, losses, trained_weights
 from torch.utils.data import SequentialSampler
 
+from harness.data import Template
 from harness.data.batches import Batches
+from harness.data.formats import Conversation
 from harness.method import build
 from harness.training.decoder import left_padded
 from harness.training.head import token_logps
@@ -509,7 +512,7 @@ def test_micro_batches_of_unequal_size_are_as_one():
     drawn = first_draw(model, run)
     assert [len(batch["labels"]) for batch in drawn] == [3] * 13 + [1]
     assert len({(batch["labels"] != -100).sum() / len(batch["labels"]) for batch in drawn}) > 5
-    whole = [run.collate([row for batch in drawn for row in batch["rows"]])]
+    whole = [run.collate([row for batch in drawn for row in batch["examples"]])]
     whole[0]["advantages"] = torch.cat([batch["advantages"] for batch in drawn])
     for nudge in (0.0, 1.03):
         for parameter in model.parameters():
@@ -623,7 +626,7 @@ def test_the_evaluations_limit_cuts_no_answer_to_train_on(scored):
     tiny.attached(method, untied(), ROWS, hp)
     assert max(map(len, method.answers.values())) == 9
     drawn = first_draw(*tiny.attached(Judged(group=2, answer_tokens=9), untied(), ROWS, hp))
-    assert max(len(row.response_ids) for batch in drawn for row in batch["rows"]) == 9
+    assert max(len(row.response_ids) for batch in drawn for row in batch["examples"]) == 9
 
 
 def test_copies_of_a_greedy_answer_are_equal():
@@ -648,9 +651,9 @@ def test_every_answer_carries_the_advantage_that_it_earned():
     for step in run.batches:
         drawn = method.prepare(model, step, run)
         assert [len(batch["labels"]) for batch in drawn] == [3] * 10 + [2]
-        assert all(len(b["advantages"]) == len(b["rows"]) == len(b["labels"]) for b in drawn)
+        assert all(len(b["advantages"]) == len(b["examples"]) == len(b["labels"]) for b in drawn)
         answers, earned = (
-            [row for b in drawn for row in b["rows"]],
+            [row for b in drawn for row in b["examples"]],
             torch.cat([b["advantages"] for b in drawn]),
         )
         labels = [x[x != -100].tolist() for b in drawn for x in b["labels"]]
@@ -703,6 +706,24 @@ def test_what_is_rewarded_becomes_likelier():
     assert (first, last) == (pytest.approx(method.rewards[0]), pytest.approx(method.rewards[-1]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "reference", "other"),
+    [("rouge_l", "the cat sat on the mat", "the dog ran"), ("exact", "2 and 2: #### 4", "2 and 2: #### 5")],
+)
+def test_a_tokenised_reference_earns_all_and_another_answer_less(kind, reference, other):
+    def example(answer):
+        turns = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": answer}]
+        [made] = template.examples([Conversation("a:0", "a", turns)], 128, Counter())
+        return made
+
+    template = Template(tiny.tokenizer(), "chat")
+    run, asked = tiny.run(reward=kind), example(reference)
+    assert asked.response_ids[-1] in run.decoder.stops
+    for ids in (asked.response_ids, asked.response_ids[:-1]):  # with the stop token, and cut before it
+        assert run.reward(asked, list(ids)) == 1.0
+    assert run.reward(asked, list(example(other).response_ids)) < 1.0
+
+
 def test_two_updates_on_a_draw_read_every_second_step_and_are_clipped():
     hp = replace(HP, epochs=2.0, learning_rate=1e-2, schedule="constant", warmup_ratio=0.0)
 
@@ -722,9 +743,12 @@ def test_two_updates_on_a_draw_read_every_second_step_and_are_clipped():
 
 @pytest.mark.parametrize("wrong", [{"group": 1}, {"updates": 0}, {"clip": 0.0}, {"kl": -0.1}, {"rank": 0},
                                    {"answer_tokens": 0}])  # fmt: skip
-def test_options_that_cannot_be_are_refused(wrong):
+def test_options_that_cannot_be_are_refused_by_grpo(wrong):
     with pytest.raises(ValueError, match="must"):
         build(GRPO, wrong)
-    for wrong in ({"weight": -0.1}, {"answer_tokens": 0}):
-        with pytest.raises(ValueError, match="weight must not be negative, answer_tokens"):
-            ORPO(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"weight": -0.1}, {"answer_tokens": 0}])
+def test_options_that_cannot_be_are_refused_by_orpo(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: must be at least"):
+        build(ORPO, wrong)

@@ -10,7 +10,7 @@ import torch
 from tiny import fit, hyperparams, trained_weights
 from torch import nn
 
-from harness.method import Unsupported, available, build, card, code_hash, options, resolve
+from harness.method import Unsupported, build, card, code_hash, known_methods, options, resolve
 from harness.training import head
 from methods.peft import SEEDS, Peft, config_class, kinds, options_of
 
@@ -25,13 +25,13 @@ MATRICES = 14  # q k v o gate up down, twice
 
 
 def method(name: str, **chosen):
-    return build(resolve(f"peft.{name}", available()["peft"]), {**NEEDED.get(name, {}), **chosen})
+    return build(resolve(f"peft.{name}", known_methods()["peft"]), {**NEEDED.get(name, {}), **chosen})
 
 
 def refused(name: str, **chosen) -> str:
     """The one line that a plan would print."""
     with pytest.raises(ValueError) as error:
-        build(resolve(name, available()["peft"]), chosen)
+        build(resolve(name, known_methods()["peft"]), chosen)
     [line] = str(error.value).splitlines()
     return line
 
@@ -205,6 +205,8 @@ def test_what_the_loss_would_not_reach_is_what_is_refused():
         ("peft", {}, "peft.vera.*vera"),
         ("peft.verra", {}, "did you mean vera"),
         ("peft.vera", {"rank": 4}, "unknown option"),
+        ("peft.vera", {"r": "much"}, "peft.vera.r: must be a number"),
+        ("peft.lora", {"use_dora": 1}, "use_dora: must be true or false"),
         ("peft.vera", {"layers_pattern": "layers"}, "layers_to_transform"),
         ("peft.adalora", {"init_r": 8, "target_r": 8}, "init_r"),
         ("peft.adalora", {"orth_reg_weight": -1.0}, "orth_reg_weight"),
@@ -222,10 +224,10 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(name, chosen, reason
 
 
 def test_a_variant_is_a_method_as_any_other():
-    cls = resolve("peft.vera", available()["peft"])
-    assert cls is resolve("peft.vera", available()["peft"])
+    cls = resolve("peft.vera", known_methods()["peft"])
+    assert cls is resolve("peft.vera", known_methods()["peft"])
     assert cls.name == "peft.vera" and card(cls)["title"] == "VeRA (PEFT)" and card(cls)["formula"]
-    assert code_hash(cls) == code_hash(resolve("peft.ia3", available()["peft"]))
+    assert code_hash(cls) == code_hash(resolve("peft.ia3", known_methods()["peft"]))
     made = method("vera", r=64)
     assert options(made) == {"r": 64}
     assert options(method("vera", **options(made))) == {"r": 64}

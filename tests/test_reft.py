@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from harness.errors import BadRequest
-from harness.method import Unsupported, available, build, resolve
+from harness.method import Unsupported, build, known_methods, resolve
 from harness.training import decoder, head
 from harness.training.evaluation import mean_loss
 from harness.training.model import sizes
@@ -445,7 +445,7 @@ def test_impossible_options_are_refused():
         {"rank": 0}, {"dropout": 1.0}, {"first": -1}, {"first": 0, "last": 0},
         {"layers": ""}, {"layers": "1;2"},
     )  # fmt: skip
-    cls = resolve("reft", available()["reft"])
+    cls = resolve("reft", known_methods()["reft"])
     assert cls is LoReFT and build(cls, {"layers": "3, 9,18", "tied": False})
     for options in refused:
         with pytest.raises(BadRequest):

@@ -16,9 +16,9 @@ from test_batches import MODELS
 from test_cli import BITFIT
 from transformers import AutoModelForCausalLM
 
+from harness import machine
 from harness.child import chosen_method, diagnose
 from harness.data import load_spec
-from harness.measuring import machine
 from harness.measuring.meter import Card
 from harness.method import FOLDER, build, resolve
 from harness.metrics import scores

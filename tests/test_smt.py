@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from harness.errors import BadRequest
-from harness.method import Method, available, build, resolve
+from harness.method import Method, build, known_methods, resolve
 from harness.spec import RunSpec
 from harness.training import evaluation, head
 from harness.training.model import load_base, optimizer_bytes, sizes
@@ -277,7 +277,7 @@ def test_targets_are_linear_layers_of_the_decoder():
 
 
 def test_options_that_cannot_be_are_refused():
-    cls = resolve("smt", available()["smt"])
+    cls = resolve("smt", known_methods()["smt"])
     build(cls, {})
     for wrong in ({"share": 0.0}, {"share": 1.5}, {"warmup": 0}, {"block": -1}, {"score": "mean"}):
         with pytest.raises(BadRequest):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 
 from harness import contract
 from harness.contract import stage
-from harness.data.template import Row, Template
+from harness.data.template import Example, Template
 from harness.measuring.meter import Meter
 from harness.method import Method
 from harness.record import RunRecord
@@ -101,7 +101,7 @@ def model(config=None, seed: int = 0):
     return AutoModelForCausalLM.from_config(config or gemma(), dtype=torch.float32).eval()
 
 
-def rows(count: int, seed: int = 0, prompt=(3, 24), response=(1, 12)) -> list[Row]:
+def rows(count: int, seed: int = 0, prompt=(3, 24), response=(1, 12)) -> list[Example]:
     """Rows of random ordinary tokens, their lengths unequal."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -110,7 +110,7 @@ def rows(count: int, seed: int = 0, prompt=(3, 24), response=(1, 12)) -> list[Ro
         return torch.randint(len(SPECIAL), VOCABULARY, (length,), generator=draw).tolist()
 
     made = [([BOS, *ids(*prompt)], ids(*response)) for _ in range(count)]
-    return [Row(f"tiny:{i:012x}", "tiny", "", "", array(p), array(r)) for i, (p, r) in enumerate(made)]
+    return [Example(f"tiny:{i:012x}", "tiny", "", "", array(p), array(r)) for i, (p, r) in enumerate(made)]
 
 
 def array(ids):

@@ -147,7 +147,7 @@ def list_command(options, typed: list[str]) -> int:
     problems.add("--results", unreadable(options.results))
     if asked in (None, "methods"):
         with problems.caught():
-            found["methods"] = {n: method.summary(s) for n, s in method.available(plugins).items()}
+            found["methods"] = {n: method.summary(s) for n, s in method.known_methods(plugins).items()}
     problems.refuse()
     if asked in (None, "datasets"):
         found["datasets"] = {n: title(lambda _, n=n: load_spec(n, {})["title"]) for n in dataset_names()}

@@ -17,9 +17,10 @@ from harness.data import (
     FORMATS,
     LEAKS,
     SPLITS,
-    Row,
+    Example,
     Template,
     dataset_names,
+    examples_hash,
     height,
     load_spec,
     marked,
@@ -27,7 +28,6 @@ from harness.data import (
     pack,
     pieces,
     required,
-    rows_hash,
     study,
     token_rows,
     tokens_of,
@@ -91,7 +91,7 @@ def preview(request: Request, rows: int) -> dict:
     for split in reversed(SPLITS):
         made = read.rows[split]
         counts = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
-        found["splits"][split] = {"hash": rows_hash(made), **lengths(made), **counts}
+        found["splits"][split] = {"hash": examples_hash(made), **lengths(made), **counts}
         if split == "train":
             sizes = [row.length for row in made]
             found["histogram"] = histogram(sizes)
@@ -133,7 +133,7 @@ def find_tokenizer(model: str, problems: Problems):
         problems.add(where, f"no tokenizer to be had ({' '.join(str(error).split())[:200]})")
 
 
-def lengths(rows: list[Row]) -> dict:
+def lengths(rows: list[Example]) -> dict:
     """Tokens of rows, and the share of them that training learns."""
     sizes = sorted(row.length for row in rows)
     if not sizes:
@@ -155,7 +155,7 @@ def histogram(sizes: list[int]) -> list[tuple[int, int, int]]:
     return [(a, a + width - 1, sum(a <= size < a + width for size in sizes)) for a in starts]
 
 
-def padding(rows: list[Row], hp: Hyperparams) -> dict[str, float]:
+def padding(rows: list[Example], hp: Hyperparams) -> dict[str, float]:
     """Share of the tokens read in an epoch that is padding, with and without packing."""
     read = {"apart": 0, "packed": 0}
     total = 0
@@ -169,16 +169,16 @@ def padding(rows: list[Row], hp: Hyperparams) -> dict[str, float]:
     return {way: 1 - total / slots for way, slots in read.items()} if total else {}
 
 
-def spread_out(rows: list[Row], count: int) -> list[Row]:
+def spread_out(rows: list[Example], count: int) -> list[Example]:
     """Rows of each part in turn, so that every kind is seen."""
-    parts: dict[str, list[Row]] = {}
+    parts: dict[str, list[Example]] = {}
     for row in rows:
         parts.setdefault(row.part, []).append(row)
     turns = [row for turn in zip_longest(*parts.values()) for row in turn if row]
     return turns[:count]
 
 
-def written(tokenizer, row: Row) -> dict:
+def written(tokenizer, row: Example) -> dict:
     ids, learned = tokens_of(row)
     return {"id": row.id, "tokens": row.length, "learned": sum(learned), "cut": row.cut,
             "pieces": pieces(tokenizer, ids, learned),
@@ -207,6 +207,17 @@ def show(found: dict, console: Console) -> None:
             say(console, f"{part['name']}, splits of its source: {drawn}")
     console.print()
     console.print(table_of(found["splits"]))
+    show_left_out(found, console)
+    if not found["splits"]["train"]["rows"]:
+        say(console, "\nNo training row is left: raise hp.max_length, or read what was left out above.")
+        return
+    show_lengths(found, console)
+    show_rows(found["rows"], console)
+    if found["study"]:
+        show_study(found["study"], console)
+
+
+def show_left_out(found: dict, console: Console) -> None:
     notes = [f"{split}: {counts[what]} {meaning}" for split, counts in found["splits"].items()
              for what, meaning in COUNTED.items() if counts[what]]  # fmt: skip
     notes += [f"not read: {n} {what.replace('_', ' ')}" + (f" ({LEAKS[what]})" if what in LEAKS else "")
@@ -215,9 +226,9 @@ def show(found: dict, console: Console) -> None:
     notes += [f"not used of {part}: {listed(names)}" for part, names in found["unused"].items() if names]
     for note in notes:
         say(console, "  " + note)
-    if not found["splits"]["train"]["rows"]:
-        say(console, "\nNo training row is left: raise hp.max_length, or read what was left out above.")
-        return
+
+
+def show_lengths(found: dict, console: Console) -> None:
     heading(console, "Lengths of the training rows, in tokens")
     most = max(count for *_, count in found["histogram"])
     for start, stop, count in dropwhile(lambda bar: not bar[2], found["histogram"]):
@@ -227,9 +238,12 @@ def show(found: dict, console: Console) -> None:
     if found["padding"]:
         way = "{apart:.1%} of what a step reads is padding; {packed:.1%} with hp.packing=true"
         say(console, "\n" + way.format(**found["padding"]))
+
+
+def show_rows(rows: list[dict], console: Console) -> None:
     heading(console, "Rows")
     console.print(legend(console))
-    for row in found["rows"]:
+    for row in rows:
         cut = f", {row['cut']} more cut off" if row["cut"] else ""
         console.rule(
             Text(f"{row['id']}: {row['tokens']} tokens, {row['learned']} learned{cut}"), align="left"
@@ -237,8 +251,6 @@ def show(found: dict, console: Console) -> None:
         console.print(painted(row["pieces"], console))
         if row["rejected"]:
             say(console, f"worse answer: {shorten(row['rejected'], LONGEST)}", "red")
-    if found["study"]:
-        show_study(found["study"], console)
 
 
 def say(console: Console, text: str, style: str = "") -> None:

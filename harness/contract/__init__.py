@@ -9,6 +9,8 @@ from harness.contract.checks import CHECKS, NEEDS
 from harness.contract.stage import NotTried, Stage, Wrong, computing
 from harness.method import Method
 
+__all__ = ["CHECKS", "Finding", "Stage", "examine"]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -29,7 +31,7 @@ def examine(stage: Stage) -> Iterator[Finding]:
 
 def found_by(check: Callable, stage: Stage, failed: dict) -> Finding:
     """A stranger's code runs in here: a check that it breaks has found that. A fault is told once."""
-    holds = check.__doc__
+    holds = check.__doc__ or ""
     if earlier := failed.get(NEEDS.get(check)):
         return Finding(holds, None, f"not tried, as this fails: {earlier}")
     try:

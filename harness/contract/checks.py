@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -18,8 +19,7 @@ from harness import method as methods
 from harness.contract.stage import STEPS, NotTried, Stage, Wrong, a_model, log_probabilities, outputs
 from harness.errors import brief
 from harness.method import Unsupported
-from harness.training.loop import Loop, prepare_model
-from harness.training.reading import Reading
+from harness.training import Loop, Reading, prepare_model
 
 STOP = 3  # steps before a stop: in the middle of what goes by twos
 SAME = 1e-4  # in fp32, of log-probabilities and losses: what differs by less, differs by rounding alone
@@ -29,7 +29,7 @@ NAMED = 3  # names that a finding has room for
 
 def card(stage: Stage) -> str | None:
     """its card has what the report prints"""
-    said = methods.card(stage.cls)
+    said: Mapping = methods.card(stage.cls)
     lacks = [f"`{n.capitalize()}:`" for n in ("performance", "efficiency", "generalisation")
              if n not in said["why"]]  # fmt: skip
     lacks += [what for name, what in (("summary", "a first line `Title: one line`"),
@@ -45,7 +45,7 @@ sys.path.insert(0, sys.argv[1])
 sys.modules.update(torch=None, transformers=None)
 from harness import method
 name, *plugins = sys.argv[2:]
-method.resolve(name, method.find(name, method.available(plugins)))
+method.resolve(name, method.find(name, method.known_methods(plugins)))
 """
 
 

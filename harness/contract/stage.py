@@ -13,20 +13,28 @@ from accelerate.state import AcceleratorState
 
 from harness import method as methods
 from harness.child import chosen_method
-from harness.data import Row, Template
+from harness.data import Example, Template
 from harness.errors import brief
-from harness.measuring.meter import Meter
+from harness.measuring import Meter
 from harness.method import Method
 from harness.record import RunRecord
-from harness.spec import RunSpec
-from harness.training import evaluation, weights
-from harness.training.loop import Loop
-from harness.training.model import load_base, stop_tokens
-from harness.training.run import Run
-from harness.training.stages import read_data, seed_everything
+from harness.spec import Dataset, RunSpec
+from harness.training import (
+    Loop,
+    Run,
+    likelihoods,
+    load_base,
+    loaded_types,
+    master_weights,
+    one_arithmetic,
+    put_back,
+    read_data,
+    seed_everything,
+    stop_tokens,
+)
 
 STEPS = 4  # of a training: enough to stop in it, and to move what moves slowly
-ROWS = {"train": 64, "validation": 0, "test": 4}  # of the dataset
+ROWS: Dataset = {"train": 64, "validation": 0, "test": 4}  # of the dataset
 ANSWER = 8  # tokens of a greedy answer, at most: where two models part, they do so early
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -47,8 +55,8 @@ def once(make: Callable) -> Callable:
         if make not in stage.made:
             try:
                 stage.made[make] = make(stage), None
-            except (Exception, SystemExit) as error:
-                stage.made[make] = None, error
+            except (Exception, SystemExit) as failure:
+                stage.made[make] = None, failure
         value, error = stage.made[make]
         if error:
             raise error
@@ -88,10 +96,12 @@ class Stage:
     """The method of a spec, and what it is tried with: a small model and its rows, always on the CPU, where
     the same sums have the same bits."""
 
-    def __init__(self, spec: RunSpec, template: Template, splits: dict[str, list[Row]]):
+    accelerator: Accelerator  # of the precision that is tried at the time
+
+    def __init__(self, spec: RunSpec, template: Template, splits: dict[str, list[Example]]):
         hp = replace(spec.hp, max_steps=STEPS, validations=0, max_new_tokens=ANSWER)
         self.spec, self.template, self.splits = replace(spec, hp=hp), template, splits
-        self.sources = methods.available(spec.locations.get("plugins", []))
+        self.sources = methods.known_methods(spec.locations.get("plugins", []))
         self.cls = methods.resolve(spec.method, methods.find(spec.method, self.sources))
         self.made: dict = {}
 
@@ -117,16 +127,15 @@ class Stage:
         model = a_model(method.load(self.load_base), "load")
         run = self.run(method, model)
         model = a_model(method.attach(model, run), "attach")
-        types = weights.loaded_types(model)
+        types = loaded_types(model)
         if not types:
             raise Wrong(
                 "attach left nothing to train: no parameter of the model has requires_grad. Register what is "
                 "to be trained as parameters of the model, and set their requires_grad"
             )
-        weights.master_weights(model, run.accelerator.mixed_precision)
-        weights.one_arithmetic(model, types)
-        before, leaves = values(model), []
-        watch(method, leaves)
+        master_weights(model, run.accelerator.mixed_precision)
+        one_arithmetic(model, types)
+        before, leaves = values(model), watch(method)
         return Training(Loop(model, run), types, before, leaves)
 
     def run(self, method: Method, model) -> Run:
@@ -148,7 +157,7 @@ class Stage:
         training = self.trained()
         run = training.loop.run
         training.loop.model.zero_grad()
-        weights.put_back(training.types)
+        put_back(training.types)
         model = a_model(run.method.keep(training.loop.model, run), "keep")
         return model, outputs(model, run)
 
@@ -173,9 +182,10 @@ def a_model(value, hook: str):
     return value
 
 
-def watch(method: Method, leaves: list) -> None:
-    """Looks at the first loss of a method, from outside."""
+def watch(method: Method) -> list[torch.Tensor]:
+    """Looks at a method's loss, from outside. -> what the first one will have gradients for."""
     loss = method.loss
+    leaves: list[torch.Tensor] = []
 
     def watched(model, batch, run):
         value = loss(model, batch, run)
@@ -188,6 +198,7 @@ def watch(method: Method, leaves: list) -> None:
         return value
 
     vars(method)["loss"] = watched
+    return leaves
 
 
 def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
@@ -218,7 +229,7 @@ def outputs(model, run: Run) -> dict:
     some = run.splits["train"][:4]
     return {
         "log-probabilities": log_probabilities(model, run),
-        "likelihoods": evaluation.likelihoods(model, some, run),
+        "likelihoods": likelihoods(model, some, run),
         "greedy answers": run.decoder.answers(model, some),
     }
 

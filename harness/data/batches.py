@@ -4,7 +4,7 @@ import heapq
 import random
 from math import ceil
 
-from harness.data.template import Row, rows_hash
+from harness.data.template import Example, examples_hash
 from harness.spec import Hyperparams
 
 WINDOW = 16  # batches sorted by length together: most of the padding gone, the order still random
@@ -17,10 +17,10 @@ class Batches:
     every method whatever a method draws.
     """
 
-    def __init__(self, examples: list[Row], hp: Hyperparams, seed: int):
+    def __init__(self, examples: list[Example], hp: Hyperparams, seed: int):
         self.examples = examples
         self.steps = list(order([example.length for example in examples], hp, seed))  # indices of each
-        self.hashes = [rows_hash(step) for step in self]
+        self.hashes = [examples_hash(step) for step in self]
         self.tokens = [sum(example.length for example in step) for step in self]
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class Batches:
 
 
 def order(lengths: list[int], hp: Hyperparams, seed: int):
-    """Row indices of each optimizer step, a fresh order every epoch.
+    """Example indices of each optimizer step, a fresh order every epoch.
 
     Rows are shuffled, sorted by length within windows of some batches, and the batches shuffled
     again: rows of a batch are about as long, and little is padded. The epoch's last rows, too few
@@ -54,69 +54,68 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
         epoch += 1
 
 
-def collate(rows: list[Row], pad_id: int, device, history: bool = False, packed: int = 0) -> dict:
+def collate(examples: list[Example], pad_id: int, device, history: bool = False, packed: int = 0) -> dict:
     """Right-padded input_ids, attention_mask and labels, each (B, T), labels only on the response, and
-    with `history` on the earlier answers that the row says; prompt_lengths (B,); and the rows themselves.
+    with `history` on the earlier answers that an example says; prompt_lengths (B,); and the examples.
 
-    `packed`: rows share sequences of up to so many tokens. Then position_ids (B, T) begin anew with each
-    row, which keeps attention within it, and there are no prompt_lengths.
+    `packed`: examples share sequences of up to so many tokens. Then position_ids (B, T) begin anew with each
+    example, which keeps attention within it, and there are no prompt_lengths.
     """
     import torch
 
-    sequences = pack(rows, packed) if packed else [[row] for row in rows]
+    sequences = pack(examples, packed) if packed else [[example] for example in examples]
     shape = len(sequences), height(sequences)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
     mask, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for i, sequence in enumerate(sequences):
         start = 0
-        for row in sequence:
-            p, stop = start + len(row.prompt_ids), start + row.length
-            ids[i, start:stop] = torch.tensor(list(row.prompt_ids) + list(row.response_ids))
+        for example in sequence:
+            p, stop = start + len(example.prompt_ids), start + example.length
+            ids[i, start:stop] = torch.tensor(list(example.prompt_ids) + list(example.response_ids))
             learned = [(p, stop)]
             if history:
-                spans = zip(row.learned[::2], row.learned[1::2], strict=True)
+                spans = zip(example.learned[::2], example.learned[1::2], strict=True)
                 learned += [(start + a, start + b) for a, b in spans]
             for a, b in learned:
                 labels[i, a:b] = ids[i, a:b]
             mask[i, start:stop] = 1
-            positions[i, start:stop] = torch.arange(row.length)
+            positions[i, start:stop] = torch.arange(example.length)
             start = stop
         positions[i, start:] = torch.arange(shape[1] - start)  # padding is a row of its own
     tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if packed:
         tensors["position_ids"] = positions
     else:
-        tensors["prompt_lengths"] = torch.tensor([len(row.prompt_ids) for row in rows])
-    return {
-        "rows": rows, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    }  # fmt: skip
+        tensors["prompt_lengths"] = torch.tensor([len(example.prompt_ids) for example in examples])
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return {"examples": examples, **moved}
 
 
-def pack(rows: list[Row], width: int) -> list[list[Row]]:
+def pack(examples: list[Example], width: int) -> list[list[Example]]:
     """Rows in the sequences of at most `width` tokens that have the fewest slots, padding included; never
-    more than a row a sequence would have."""
-    longest_first = sorted(rows, key=lambda row: row.length, reverse=True)
-    choices = [dealt(longest_first, count) for count in range(1, len(rows) + 1)]
+    more than an example a sequence would have."""
+    longest_first = sorted(examples, key=lambda example: example.length, reverse=True)
+    choices = [dealt(longest_first, count) for count in range(1, len(examples) + 1)]
     fitting = [c for c in choices if height(c) <= max(width, longest_first[0].length)]
     return min(fitting, key=lambda sequences: len(sequences) * height(sequences))
 
 
-def dealt(rows: list[Row], count: int) -> list[list[Row]]:
-    """Each row to the sequence that is the shortest so far."""
+def dealt(examples: list[Example], count: int) -> list[list[Example]]:
+    """Each example to the sequence that is the shortest so far."""
     heap: list[tuple[int, int]] = [(0, i) for i in range(count)]
-    sequences: list[list[Row]] = [[] for _ in range(count)]
-    for row in rows:
+    sequences: list[list[Example]] = [[] for _ in range(count)]
+    for example in examples:
         length, i = heap[0]
-        sequences[i].append(row)
-        heapq.heapreplace(heap, (length + row.length, i))
+        sequences[i].append(example)
+        heapq.heapreplace(heap, (length + example.length, i))
     return sequences
 
 
-def height(sequences: list[list[Row]]) -> int:
-    return max(sum(row.length for row in sequence) for sequence in sequences)
+def height(sequences: list[list[Example]]) -> int:
+    return max(sum(example.length for example in sequence) for sequence in sequences)
 
 
-def batches_of(rows: list[Row], size: int) -> list[list[Row]]:
+def batches_of(examples: list[Example], size: int) -> list[list[Example]]:
     """Longest first, so that a batch has little padding and the largest comes at the start."""
-    by_length = sorted(rows, key=lambda row: row.length, reverse=True)
+    by_length = sorted(examples, key=lambda example: example.length, reverse=True)
     return [by_length[i : i + size] for i in range(0, len(by_length), size)]

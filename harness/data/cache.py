@@ -19,7 +19,7 @@ import numpy as np
 from harness.data import splits
 from harness.data.formats import Conversation
 from harness.data.leaks import unanswered
-from harness.data.template import Row, Template, tokenize
+from harness.data.template import Example, Template, tokenize
 from harness.spec import digest, fingerprint
 
 LIMIT = 2**31  # bytes of the folder; what was not used for longest goes first
@@ -31,7 +31,7 @@ READING = ("rows", "formats", "duplicates", "leaks", "splits", "cache")  # the c
 class Tokens:
     """A dataset as token ids."""
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, list[Example]]
     left_out: dict[str, int]  # by why, of the whole dataset, then of each split in tokenising
     refused: list[dict]
     revisions: dict[str, str]
@@ -126,7 +126,7 @@ def packed(tokens: Tokens) -> tuple[dict, dict[str, np.ndarray]]:
     value, arrays = {**vars(tokens), "rows": {}, "sample": list(map(vars, tokens.sample))}, {}
     for split, made in tokens.rows.items():
         value["rows"][split] = columns = {}
-        for name in (field.name for field in fields(Row)):
+        for name in (field.name for field in fields(Example)):
             column = [getattr(row, name) for row in made]
             if any(isinstance(item, array) for item in column):
                 lengths = [-1 if item is None else len(item) for item in column]
@@ -141,11 +141,11 @@ def unpacked(value: dict, arrays: dict[str, np.ndarray]) -> Tokens:
     made = {}
     for split, columns in value["rows"].items():
         columns = dict(columns)
-        for name in (field.name for field in fields(Row)):
+        for name in (field.name for field in fields(Example)):
             if name not in columns:
                 columns[name] = pieces(arrays[f"{split}.{name}"], arrays[f"{split}.{name}.lengths"])
         made[split] = [
-            Row(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
+            Example(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
         ]
     return Tokens(**{**value, "rows": made, "sample": [Conversation(**c) for c in value["sample"]]})
 

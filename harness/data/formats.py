@@ -248,7 +248,7 @@ def role_of_end(found, end: int) -> str | None:
 LEVELS = 64  # of lists in each other: no conversation has as many, and who walks through them recurses
 
 
-def read(row, part: dict) -> tuple[list[dict], str | None]:
+def read_row(row, part: dict) -> tuple[list[dict], str | None]:
     """-> the messages of a row, and the worse last answer if it is a preference pair. Raises Refused."""
     if not isinstance(row, dict):
         raise Refused("not an object", f"a row is {type(row).__name__}")

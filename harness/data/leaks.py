@@ -156,7 +156,8 @@ def digest(text: str) -> bytes:
 def unanswered(held: list, train: list) -> list:
     """The held-out rows without those whose prompt, as it is scored, begins a training row's."""
     prompts = sorted({row.prompt for row in held if row.prompt})
-    shorter, within = [], []  # the place of the longest other prompt that each begins with; of those so far
+    shorter: list[int] = []  # the place of the longest other prompt that each begins with
+    within: list[int] = []  # of those so far
     for i, text in enumerate(prompts):
         while within and not text.startswith(prompts[within[-1]]):
             within.pop()

@@ -127,11 +127,11 @@ def labelled(folder: Path) -> dict[Path, Labels]:
 
 
 def labels(parts: tuple[str, ...]) -> Labels:
-    parts = [part.casefold() for part in parts]
-    words = [{word.removesuffix("set") for word in WORD.findall(part)} for part in reversed(parts)]
+    folded = [part.casefold() for part in parts]
+    words = [{word.removesuffix("set") for word in WORD.findall(part)} for part in reversed(folded)]
     told = ({*names} & said for said in words for names in reversed(USUAL.values()))
     usual = next(filter(None, told), set())
-    return Labels({re.split("[-.]", part)[0] for part in parts} - (NAMED - usual), usual)
+    return Labels({re.split("[-.]", part)[0] for part in folded} - (NAMED - usual), usual)
 
 
 # What a source of another kind is told

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import repeat
 from pathlib import Path
 
-from harness.data.formats import Conversation, Refused, read, said, unused
+from harness.data.formats import Conversation, Refused, read_row, said, unused
 from harness.data.leaks import Held, digest, prompt
 from harness.data.rows import USUAL, holds, labelled, rows_of_dataset, rows_of_file
 from harness.data.spec import PartSpec
@@ -118,7 +118,7 @@ def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: dict,
     columns = set(found.unused.get(name, []))
     for number, row in enumerate(rows_of_part(part, location, pool.source, found.revisions), 1):
         try:
-            messages, rejected = read(row, part)
+            messages, rejected = read_row(row, part)
         except Refused as refusal:
             pool.left_out[refusal.reason] += 1
             if len(found.refused) < SHOWN:

@@ -67,8 +67,8 @@ def raw(tokenizer, conversation: Conversation, loss: str) -> tuple[list[int], li
 
 def templated(kind: str):
     def form(tokenizer, conversation: Conversation, loss: str):
-        counts = Counter()
-        rows = Template(tokenizer, kind, loss).rows([conversation], UNCUT, counts)
+        counts: Counter[str] = Counter()
+        rows = Template(tokenizer, kind, loss).examples([conversation], UNCUT, counts)
         if not rows:
             raise BadRequest(f"{conversation.id} cannot be written in the {kind} form")
         return tokens_of(rows[0])

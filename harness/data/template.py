@@ -28,7 +28,7 @@ MARKS = "\ue000", "\ue001"  # private characters that show where the template pu
 
 
 @dataclass
-class Row:
+class Example:
     """One conversation, or one window of a plain text, as token ids.
 
     `learned`: start, stop, start, stop... in prompt_ids of the earlier answers that training learns as
@@ -172,9 +172,11 @@ class Template:
 
     # Tokens
 
-    def rows(self, conversations: list[Conversation], max_length: int, counts: dict[str, int]) -> list[Row]:
+    def examples(
+        self, conversations: list[Conversation], max_length: int, counts: dict[str, int]
+    ) -> list[Example]:
         """Adds to `counts` what COUNTED says. A response is cut to what its prompt leaves of max_length."""
-        made: list[list[Row]] = [[] for _ in conversations]
+        made: list[list[Example]] = [[] for _ in conversations]
         todo = []
         for i, conversation in enumerate(conversations):
             if is_text(conversation.messages):
@@ -216,7 +218,7 @@ class Template:
         for (i, messages, prompt, _, ids, spans), response in zip(fitting, responses, strict=True):
             conversation, room = conversations[i], max_length - len(ids)
             counts["truncated"] += len(response) > room
-            row = Row(
+            row = Example(
                 conversation.id, conversation.part, prompt, messages[-1]["content"], array("i", ids),
                 response[:room], max(0, len(response) - room),
                 learned=array("i", chain(*filter(None, spans)) if self.loss == "all" else ()),
@@ -268,7 +270,7 @@ class Template:
 
     # Plain text
 
-    def windows(self, conversation: Conversation, max_length: int) -> list[Row]:
+    def windows(self, conversation: Conversation, max_length: int) -> list[Example]:
         """A plain text in rows of max_length in which all but the first token is learned: <bos>, or where
         the tokenizer has none, the token before. So each token of the text is learned once."""
         ids = self.ids([conversation.messages[0]["content"]])[0]
@@ -280,10 +282,10 @@ class Template:
             before = bos if bos is not None else ids[start - 1]
             name = conversation.id + f"+{len(found)}" * bool(found)
             window = array("i", ids[start : start + max_length - 1])
-            found.append(Row(name, conversation.part, "", "", array("i", [before]), window))
+            found.append(Example(name, conversation.part, "", "", array("i", [before]), window))
         return found
 
-    def question(self, row: Row, new_tokens: int) -> Row:
+    def question(self, row: Example, new_tokens: int) -> Example:
         """The row as generation is asked it: a plain text's first tokens are the prompt, and as many as
         may be generated are the reference. Other rows have a prompt."""
         if row.prompt:
@@ -334,21 +336,21 @@ def shortened(messages: list[dict], spans: list, max_length: int) -> list[dict] 
 
 
 def tokenize(conversations: list[Conversation], template: Template, max_length: int):
-    """-> rows in the order of the conversations, and how many of each kind of COUNTED."""
-    rows, counts = [], dict.fromkeys(COUNTED, 0)
+    """-> examples in the order of the conversations, and how many of each kind of COUNTED."""
+    examples, counts = [], dict.fromkeys(COUNTED, 0)
     for start in range(0, len(conversations), BATCH):
-        rows += template.rows(conversations[start : start + BATCH], max_length, counts)
-    return rows, counts
+        examples += template.examples(conversations[start : start + BATCH], max_length, counts)
+    return examples, counts
 
 
-def rows_hash(rows: list[Row]) -> str:
+def examples_hash(examples: list[Example]) -> str:
     total = hashlib.sha256()
-    for row in rows:
-        total.update(row_bytes(row))
+    for example in examples:
+        total.update(example_bytes(example))
     return total.hexdigest()[:16]
 
 
-def row_bytes(row: Row) -> bytes:
-    parts = (row.prompt_ids, row.response_ids, row.rejected_ids or array("i"), row.learned)
+def example_bytes(example: Example) -> bytes:
+    parts = (example.prompt_ids, example.response_ids, example.rejected_ids or array("i"), example.learned)
     lengths = array("i", [len(part) for part in parts])
     return b"".join(part.tobytes() for part in (lengths, *parts))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from math import sqrt
 from statistics import median
 
-from harness.measuring import machine
+from harness import machine
 
 SHARE = 0.05  # of what the run may use, or of the seconds: what takes more may slow a step by as much
 LEAST_SECONDS = 0.3  # of others' work: the kernel counts in hundredths of a second, on each core

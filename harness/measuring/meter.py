@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from harness.measuring import machine
+from harness import machine
 from harness.measuring.contention import Contention
 from harness.record import TRAINING, Phase
 

@@ -1,6 +1,7 @@
 """The dataset that a request names, and where the rows of its parts lie."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import ROOT
@@ -19,10 +20,12 @@ def find_dataset(name: str, settings: dict, problems: Problems) -> dict | None:
         return load_spec(name, settings)
 
 
-def find_sources(texts: list[str], name: str, dataset: dict | None, problems: Problems) -> dict[str, str]:
+def find_sources(
+    texts: Sequence[str], asked: str, dataset: dict | None, problems: Problems
+) -> dict[str, str]:
     """Part of the dataset -> where its rows lie: in rows of one's own, as `NAME=PATH` says, or as its spec
     does (from here or from the project's folder); the rest come from the hub."""
-    own = own_rows(name) if dataset else None
+    own = own_rows(asked) if dataset else None
     found = {own.stem: str(own.resolve())} if own else {}
     named = typed_sources(texts, dataset, found, problems)
     for name, part in parts_of(dataset).items():
@@ -35,7 +38,7 @@ def find_sources(texts: list[str], name: str, dataset: dict | None, problems: Pr
             problems.add(f"dataset {part['hub']}", unreachable_dataset(part["hub"], name))
         else:
             remedy = f"say where with --source {name}=PATH"
-            problems.add(f"dataset {dataset['name']}", f"no rows of part {name}", remedy)
+            problems.add(f"dataset {asked}", f"no rows of part {name}", remedy)
     return found
 
 
@@ -43,7 +46,7 @@ def parts_of(dataset: dict | None) -> dict[str, dict]:
     return {part["name"]: part for part in dataset["parts"]} if dataset else {}
 
 
-def typed_sources(texts: list[str], dataset: dict | None, found: dict, problems: Problems) -> set[str]:
+def typed_sources(texts: Sequence[str], dataset: dict | None, found: dict, problems: Problems) -> set[str]:
     """Adds to `found` where the typed parts lie. -> the names that were typed, right or wrong."""
     parts, named = parts_of(dataset), set()
     for text in texts:

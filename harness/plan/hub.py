@@ -2,10 +2,14 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from harness import ROOT
 from harness.errors import Problem, neighbour
+
+Answer = TypeVar("Answer")
 
 SECONDS = 30  # for one answer: the hub gives it in one or two, and its client alone would try for minutes
 
@@ -75,12 +79,13 @@ def unreached(error: Exception, remedy: str) -> Problem:
     return Problem(f"the hub cannot be reached ({why}), and it is not in the local cache", remedy=remedy)
 
 
-def within(seconds: float, ask):
+def within(seconds: float, ask: Callable[[], Answer]) -> Answer:
     """What a call gives. Waits for it no longer than this, and raises TimeoutError: a hub that takes a
     connection and says nothing would hold a plan for as long as its client cares to retry."""
-    answers, errors = [], []
+    answers: list[Answer] = []
+    errors: list[BaseException] = []
 
-    def call():
+    def call() -> None:
         try:
             answers.append(ask())
         except BaseException as error:  # raised again where it was asked for

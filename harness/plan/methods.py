@@ -12,9 +12,10 @@ def find_methods(
     wanted: Wanted, plugins: list[str], dataset: dict | None, problems: Problems
 ) -> list[tuple[type[method.Method], dict]]:
     """Each method, and the untouched row that it starts from, with all its options."""
-    sources, chosen = {}, {}  # name -> where it is defined; name -> class and options, None if it is wrong
+    sources: dict = {}  # name -> where it is defined
+    chosen: dict[str, tuple[type[method.Method], dict] | None] = {}  # None: it is wrong
     with problems.caught():
-        sources = method.available(plugins)
+        sources = method.known_methods(plugins)
         if not wanted.methods:
             known = ", ".join(sorted(sources))
             problems.add("", f"no methods: name some with --methods. Available: {known}")
@@ -42,7 +43,7 @@ def find_methods(
         return []
     for name in wanted.methods:
         choose(name)
-    spelt = [chosen[name][0].name for name in wanted.methods if chosen.get(name)]  # peft.VERA is peft.vera
+    spelt = [it[0].name for name in wanted.methods if (it := chosen.get(name))]  # peft.VERA is peft.vera
     for name in sorted({name for name in spelt if spelt.count(name) > 1}):
         problems.add("--methods", f"{name} is named twice")
     misplaced_options(wanted, sources, chosen, problems)
@@ -58,7 +59,7 @@ def beyond(made: method.Method, hp: Hyperparams, dataset: dict) -> Iterator[Prob
             yield Problem(f"method {made.name} cannot do {limit}: {reason}", remedy=remedy)
 
 
-def misplaced_options(wanted: Wanted, sources: dict, chosen, problems: Problems) -> None:
+def misplaced_options(wanted: Wanted, sources: dict, chosen: dict, problems: Problems) -> None:
     """Adds the options of what is not asked for, and the preset's of what is no method."""
     for name in sorted(set(wanted.options) - set(chosen)):
         if method.find(name, sources):

@@ -2,9 +2,10 @@
 
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from harness import ROOT
 from harness.errors import Problems, absent, brief, read_toml, shown, unknown
@@ -24,10 +25,10 @@ class Request:
     preset: str | None = None
     model: str | None = None
     dataset: str | None = None
-    sources: list[str] = ()
+    sources: Sequence[str] = ()
     seeds: list[int] | None = None
-    settings: list[str] = ()
-    plugins: list[str] = ()
+    settings: Sequence[str] = ()
+    plugins: Sequence[str] = ()
 
 
 @dataclass
@@ -93,7 +94,7 @@ def load_preset(name: str, problems: Problems) -> Preset:
     return Preset(**fitting(said, kinds, f"key in {what}", f"{what}: ", problems))
 
 
-def settings(texts: list[str], problems: Problems) -> dict[str, dict]:
+def settings(texts: Sequence[str], problems: Problems) -> dict[str, dict]:
     """`lora.rank=16` -> {"lora": {"rank": 16}}; a value is TOML, or else a text."""
     found: dict[str, dict] = {}
     for text in texts:
@@ -110,7 +111,7 @@ def settings(texts: list[str], problems: Problems) -> dict[str, dict]:
     return found
 
 
-def value_of(text: str):
+def value_of(text: str) -> Any:
     """As TOML has it, else the text itself."""
     try:
         table = tomllib.loads(f"value = {text}")
@@ -138,7 +139,7 @@ def distinct(seeds: list[int], problems: Problems) -> list[int]:
     return seeds
 
 
-def find_plugins(texts: list[str], problems: Problems) -> list[str]:
+def find_plugins(texts: Sequence[str], problems: Problems) -> list[str]:
     """The files that are Python's."""
     found = []
     for path in map(Path, map(os.path.expanduser, texts)):

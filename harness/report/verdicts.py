@@ -143,22 +143,24 @@ class Verdicts:
     def front(self, cost: str, gain: str, group: str) -> list[str]:
         """From the cheapest on: those of which each is known to gain more than all that cost less, and
         to cost less than all that gain more."""
-        cost, gain = self.standings.get(cost), self.standings.get(gain)
-        if not cost or not gain:
+        both = [self.standings[name] for name in (cost, gain) if name in self.standings]
+        if len(both) < 2:
             return []
-        names = [name for name in cost.ranked(group) if name in gain.ranked(group)]
+        names = [name for name in both[0].ranked(group) if name in both[1].ranked(group)]
 
         def beaten(name: str, by: str) -> bool:
-            better, worse = ([s.beats(*pair) for s in (cost, gain)] for pair in ((by, name), (name, by)))
+            better, worse = ([s.beats(*pair) for s in both] for pair in ((by, name), (name, by)))
             return any(better) and not any(worse)
 
         return [name for name in names if not any(beaten(name, other) for other in names)]
 
     def steps(self, cost: str, gain: str, group: str) -> list[tuple[str, str]]:
         """Neighbours on the front of which the second is known to cost more, and to gain more."""
-        costs, gains = self.standings.get(cost), self.standings.get(gain)
-        neighbours = pairwise(self.front(cost, gain, group))
-        return [(a, b) for a, b in neighbours if costs.beats(a, b) and gains.beats(b, a)]
+        return [
+            (a, b)
+            for a, b in pairwise(self.front(cost, gain, group))
+            if self.standings[cost].beats(a, b) and self.standings[gain].beats(b, a)
+        ]
 
 
 def scored(comparison: Comparison, metric) -> list[Entrant]:

@@ -1,3 +1,14 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
-from harness.training.stages import execute as execute
+from harness.training.evaluation import likelihoods
+from harness.training.loop import Loop, prepare_model
+from harness.training.model import load_base, stop_tokens
+from harness.training.reading import Reading
+from harness.training.run import Run
+from harness.training.stages import execute, read_data, seed_everything
+from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
+
+__all__ = [
+    "Loop", "Reading", "Run", "execute", "likelihoods", "load_base", "loaded_types", "master_weights",
+    "one_arithmetic", "prepare_model", "put_back", "read_data", "seed_everything", "stop_tokens",
+]  # fmt: skip

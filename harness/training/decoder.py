@@ -3,7 +3,7 @@
 import torch
 from transformers import GenerationConfig
 
-from harness.data import Row
+from harness.data import Example
 from harness.spec import Hyperparams
 from harness.training.head import causal_lm
 
@@ -15,13 +15,13 @@ class Decoder:
     def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator):
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
 
-    def answers(self, model, rows: list[Row], report=lambda **_: None) -> list[dict]:
-        """Greedy answers in the order of rows: output, new_tokens, stopped. `report(**values)` is
+    def answers(self, model, examples: list[Example], report=lambda **_: None) -> list[dict]:
+        """Greedy answers in the order of examples: output, new_tokens, stopped. `report(**values)` is
         told of each batch."""
         return [
             {"output": self.text_of(ids), "new_tokens": len(ids), "stopped": ids[-1] in self.stops}
             for [ids] in self.continuations(
-                model, rows, self.hp.eval_batch_size, self.hp.max_new_tokens, report=report
+                model, examples, self.hp.eval_batch_size, self.hp.max_new_tokens, report=report
             )
         ]
 
@@ -31,19 +31,19 @@ class Decoder:
 
     @torch.inference_mode()
     def continuations(
-        self, model, rows, at_once, new_tokens, copies=1, temperature=0.0, report=lambda **_: None
+        self, model, examples, at_once, new_tokens, copies=1, temperature=0.0, report=lambda **_: None
     ):
-        """In the order of rows, `copies` of each: the new tokens, the stop token too if there was one."""
+        """In the order of examples, `copies` of each: the new tokens, the stop token too if there was one."""
         model.eval()
         causal = causal_lm(model)
         config = self.config(temperature, new_tokens)
         own, causal.generation_config = causal.generation_config, config
         # passed as an argument, it would be filled up from the model's own, whose repetition penalty and
         # the like are not this decoder's
-        by_length = sorted(rows, key=lambda row: len(row.prompt_ids), reverse=True)
+        by_length = sorted(examples, key=lambda example: len(example.prompt_ids), reverse=True)
         size = max(1, at_once // copies)
         found = {}
-        for start in range(0, len(rows), size):
+        for start in range(0, len(examples), size):
             batch = by_length[start : start + size]
             ids, mask = left_padded(batch, self.tokenizer.pad_token_id, self.accelerator.device)
             with self.accelerator.autocast():
@@ -54,11 +54,11 @@ class Decoder:
             if len(whole) != len(batch) * copies:
                 raise RuntimeError(f"{len(whole)} answers to {len(batch)} prompts")
             new = [self.until_stop(tokens) for tokens in whole[:, ids.shape[1] :].tolist()]
-            for i, row in enumerate(batch):
-                found[row.id] = new[i * copies : (i + 1) * copies]
-            report(answered=len(found), rows=len(rows))
+            for i, example in enumerate(batch):
+                found[example.id] = new[i * copies : (i + 1) * copies]
+            report(answered=len(found), rows=len(examples))
         causal.generation_config = own  # what is saved is the model, without the bench's limits
-        return [found[row.id] for row in rows]
+        return [found[example.id] for example in examples]
 
     def config(self, temperature: float, new_tokens: int) -> GenerationConfig:
         drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
@@ -75,12 +75,12 @@ class Decoder:
         return tokens[: end + 1]
 
 
-def left_padded(rows: list[Row], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(examples: list[Example], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt ids and their mask, each (B, T)."""
-    width = max(len(row.prompt_ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
+    width = max(len(example.prompt_ids) for example in examples)
+    ids = torch.full((len(examples), width), pad_id)
     mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row.prompt_ids) :] = torch.tensor(list(row.prompt_ids))
-        mask[i, width - len(row.prompt_ids) :] = 1
+    for i, example in enumerate(examples):
+        ids[i, width - len(example.prompt_ids) :] = torch.tensor(list(example.prompt_ids))
+        mask[i, width - len(example.prompt_ids) :] = 1
     return ids.to(device), mask.to(device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from harness import metrics
-from harness.data import Row, batches_of, collate
+from harness.data import Example, batches_of, collate
 from harness.record import RunRecord
 from harness.store import OUTPUTS, RECORD
 from harness.training import head
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def likelihoods(model, examples: list[Row], run: "Run") -> list[dict]:
+def likelihoods(model, examples: list[Example], run: "Run") -> list[dict]:
     """tokens, nll (summed, in nats) and correct of each example's response, in the order of examples."""
     model.eval()
     scores = {}
@@ -91,7 +91,7 @@ def add_margins(model, outputs: list[dict], before: list[dict], run: "Run") -> N
             output["margin"] = worse[output["id"]] - mean_loss([output])
 
 
-def rejected(before: list[dict], run: "Run") -> list[Row]:
+def rejected(before: list[dict], run: "Run") -> list[Example]:
     """The test examples with a worse response: the preference pair's, else the untouched model's own answer,
     as far as that is another one than the reference."""
     answers = {answer["id"]: answer for answer in before}

@@ -69,7 +69,8 @@ def text_config(causal) -> dict:
 def arithmetic(model):
     """-> a dict that the forwards within fill: the types of the `residual stream`, which each decoder layer
     is given, and of `products`, which each matrix gives. Null where this architecture does not show them."""
-    causal, types = causal_lm(model), {"residual stream": set(), "products": set()}
+    causal = causal_lm(model)
+    types: dict[str, set] = {"residual stream": set(), "products": set()}
     decoder, count = causal.get_decoder(), causal.config.get_text_config().num_hidden_layers
     lists = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     layers = [layer for layers in lists for layer in layers]
@@ -84,7 +85,7 @@ def arithmetic(model):
 
     hooks = [layer.register_forward_pre_hook(given, with_kwargs=True) for layer in layers]
     hooks += [m.register_forward_hook(made) for m in [*matrices, causal.get_output_embeddings()]]
-    found = {}
+    found: dict[str, str | None] = {}
     try:
         yield found
     finally:
@@ -105,7 +106,7 @@ def check(model, tokens: torch.Tensor) -> None:
     if not difference <= tolerance(model):
         raise ValueError(
             f"{type(causal_lm(model)).__name__} changes its logits after the head (by {difference:.3g} in "
-            "log-probability), which harness/head.py does not know: teach it there first"
+            "log-probability), which harness/training/head.py does not know: teach it there first"
         )
 
 

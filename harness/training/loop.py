@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import get_scheduler
 
-from harness.measuring.meter import StepClock
-from harness.measuring.tensors import LiveTensors, rehearse
+from harness.measuring import LiveTensors, StepClock, rehearse
 from harness.record import Memory
 from harness.spec import Hyperparams
 from harness.training import evaluation, head

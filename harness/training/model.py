@@ -5,8 +5,8 @@ import tempfile
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from harness.data import Row, Template, collate, pack
-from harness.measuring import machine
+from harness import machine
+from harness.data import Example, Template, collate, pack
 from harness.method import Unsupported
 from harness.spec import RunSpec
 from harness.training import head
@@ -76,7 +76,7 @@ def model_source(spec: RunSpec) -> str:
     return spec.locations.get("model") or spec.model
 
 
-def stop_tokens(template: Template, model, examples: list[Row]) -> list[int]:
+def stop_tokens(template: Template, model, examples: list[Example]) -> list[int]:
     """The end of sequence, and the token that ends a turn in the rows trained on."""
     tokenizer, configured = template.tokenizer, model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}

@@ -26,7 +26,7 @@ class Reading:
         hashes = mixed(by_row(mixed((places << 32) + tokens + 1) * chosen, batch)).sum(1)
         counts = chosen.sum((1, 2))
         self.now.append(torch.cat([hashes, counts, mask.numel() - counts[:1]]))
-        self.rows |= {row.id for row in batch.get("rows", ())}
+        self.rows |= {example.id for example in batch.get("examples", ())}
 
     def end_step(self, micro_batches: list[dict]) -> None:
         """A loss that goes its own way past Run.token_logps is taken to read what it was handed: that is

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from harness import metrics
-from harness.data import Batches, Row, collate
+from harness.data import Batches, Example, collate
 from harness.errors import brief
 from harness.plain import redacted, redacted_in
 from harness.record import RunRecord, finite
 from harness.shape import check, parse
-from harness.spec import Hyperparams
+from harness.spec import Dataset, Hyperparams
 from harness.training import head, loop
 from harness.training.decoder import Decoder
 
@@ -30,7 +30,7 @@ class Run:
     """
 
     def __init__(
-        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Row]], *, dataset: dict,
+        self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Example]], *, dataset: Dataset,
         template, stops: list[int], accelerator, meter, record: RunRecord, load_base, report=lambda **_: None,
     ):  # fmt: skip
         self.method, self.hp, self.seed, self.splits = method, hp, seed, splits
@@ -49,17 +49,17 @@ class Run:
         with self.meter.phase("load"):
             return self.loader(**more)
 
-    def micro_batches(self, examples: list[Row]) -> list[list[Row]]:
+    def micro_batches(self, examples: list[Example]) -> list[list[Example]]:
         size = self.hp.micro_batch_size
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
-    def collate(self, examples: list[Row], history: bool = True) -> dict:
+    def collate(self, examples: list[Example], history: bool = True) -> dict:
         """-> a micro-batch, labels on every answer that is to be learned; without history, on the last."""
         packed = self.hp.max_length if self.hp.packing else 0
         return collate(examples, self.pad, self.device, history, packed)
 
     def sample(
-        self, model, examples: list[Row], new_tokens: int, copies: int = 1, temperature: float = 0.0
+        self, model, examples: list[Example], new_tokens: int, copies: int = 1, temperature: float = 0.0
     ) -> list[list[list[int]]]:
         """-> for each example `copies` answers to its prompt, each at most so many new token ids, as long as
         hp.max_length leaves room for; greedy at temperature 0. As many at once as a step has rows: how an
@@ -78,7 +78,7 @@ class Run:
         tokens.sampled = (tokens.sampled or 0) + sum(len(ids) for group in answers for ids in group)
         return answers
 
-    def reward(self, example: Row, ids: list[int]) -> float:
+    def reward(self, example: Example, ids: list[int]) -> float:
         """What the dataset's spec says an answer to this prompt earns, 0 to 1."""
         earned, _ = metrics.reward(self.dataset)
         return earned(self.decoder.text_of(ids), example.reference)

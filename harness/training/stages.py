@@ -13,11 +13,10 @@ import numpy
 import torch
 from accelerate import Accelerator
 
-from harness import metrics
-from harness.data import COUNTED, SPLITS, Row, Template, answered, rows_hash, study, token_rows
+from harness import machine, metrics
+from harness.data import COUNTED, SPLITS, Example, Template, answered, examples_hash, study, token_rows
 from harness.errors import BadRequest
-from harness.measuring import machine
-from harness.measuring.meter import Meter, host_peak
+from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
 from harness.record import Data, RunRecord, Sizes, answers_hash
@@ -99,12 +98,12 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
     return model, run
 
 
-def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Template, dict[str, list[Row]]]:
+def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Template, dict[str, list[Example]]]:
     """-> the template of this model, and the examples of each split."""
     template = Template(load_tokenizer(spec), spec.dataset["template"], spec.dataset.get("loss", "all"))
     read = token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
     for split in SPLITS:
-        record.hashes[split] = rows_hash(read.rows[split])
+        record.hashes[split] = examples_hash(read.rows[split])
         if spec.dataset[split] and not read.rows[split]:
             why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
             raise BadRequest(

@@ -47,7 +47,9 @@ def one_arithmetic(model, types: dict) -> None:
     is rounded to it as well, as Gemma's 33.94 that is 34 in bf16. Torch's own norms go by autocast alone."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        loaded = types.get(weight) if isinstance(weight, torch.nn.Parameter) else None
+        if not isinstance(weight, torch.nn.Parameter):
+            continue
+        loaded = types.get(weight)
         embeds = isinstance(module, torch.nn.Embedding)
         norm = loaded and weight.ndim == 1 and not type(module).__module__.startswith("torch.")
         if loaded in (None, torch.float32) or not (embeds or norm):
