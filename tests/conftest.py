@@ -18,12 +18,20 @@ torch.set_num_threads(1)  # tiny tensors: threads cost more than they give, and 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
 
-SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs
-    "test_bench", "test_cli", "test_contract", "test_demo", "test_fuzz_records",
+SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs, what else takes seconds
+    "test_bench", "test_check", "test_cli", "test_contract", "test_demo", "test_fuzz_records",
     "test_fuzz_requests", "test_fuzz_rows", "test_ggpo", "test_lisa", "test_loop", "test_lora_family",
-    "test_methods", "test_objectives", "test_optimizers", "test_peft", "test_qlora_galore", "test_reft",
-    "test_requests", "test_run", "test_smt", "test_tensors",
+    "test_methods", "test_new_metric", "test_objectives", "test_optimizers", "test_peft",
+    "test_qlora_galore", "test_reft", "test_requests", "test_run", "test_smt", "test_tensors",
+    "test_a_busy_neighbour_marks_a_training_and_only_a_training",
+    "test_a_kill_at_any_call_loses_neither_the_earlier_run_nor_the_new_one",
     "test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_there",
+    "test_any_row_is_a_conversation_or_refused",
+    "test_many_near_duplicates_are_no_form",
+    "test_no_verdict_disagrees_in_lead_tables_and_fronts",
+    "test_rendered_twice_is_the_same_bytes_but_for_the_time",
+    "test_they_are_listed_and_reported",
+    "test_what_many_rows_share_does_not_make_them_near",
 }  # fmt: skip
 
 

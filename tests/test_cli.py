@@ -142,7 +142,7 @@ def test_a_report_needs_no_torch_and_is_the_same_but_for_the_time(home):
         "raise SystemExit(main(['report', '--reports', sys.argv[1]]))"
     )
     for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", code, name], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-P", "-c", code, name], cwd=folder, check=True)
     files = sorted(p.relative_to(folder / "one") for p in (folder / "one").rglob("*") if p.is_file())
     assert any(p.suffix == ".html" for p in files) and any(p.suffix == ".svg" for p in files)
     stamp = re.compile(rb"20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00|Z| UTC)?")

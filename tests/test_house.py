@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = [p for p in (ROOT / "harness").rglob("*.py") if p != ROOT / "harness" / "__init__.py"]
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every module that a file imports anywhere, `from harness import x` counted as harness.x; those that it
     names in annotations alone are not."""
