@@ -1,4 +1,4 @@
-"""A list of specs becomes a list of records: cached ones are read, others run in a child each.
+"""The runs of a plan become records: cached ones are read, others run in a child each.
 
 A fresh process for every run: allocator state, crashes and running out of memory stay in it, and
 what ended it is a status in its record, never the end of the bench.
@@ -23,6 +23,7 @@ from harness import ROOT, machine, method
 from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import BadRequest
 from harness.plain import redacted
+from harness.plan import Plan
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
@@ -66,7 +67,7 @@ class Missing(BadRequest):
 
 
 def bench(
-    specs: list[RunSpec],
+    plan: Plan,
     store: Store,
     command: str,
     progress,
@@ -81,41 +82,54 @@ def bench(
     """
     store.recover()
     tried = False
-    for number, spec in enumerate(specs, 1):
-        earlier = None if force else store.find(spec)
-        cached = False
-        if earlier and earlier.ok and not lacks(earlier, specs, store):
-            record, cached = replace(earlier, spec=spec), True
-        else:
-            if not tried:
-                try_imports(specs[number - 1 :])
-                tried = True
-            if before := next((s for s in specs if is_base(s) and s.evaluation == spec.evaluation), None):
-                locations = {**spec.locations, "before": str(store.path(before))}
-                spec = replace(spec, locations=locations)
-            progress.start(spec, number, len(specs))
-            record = run(spec, store, command, progress, limit)
-        progress.end(record, cached)
-        yield Done(record, cached)
+    done: dict[str, RunRecord] = {}
+    while stage := plan.upcoming(done):
+        total = plan.total(done, stage)
+        for spec in stage:
+            earlier = None if force else cached(spec, plan, store)
+            if earlier:
+                record = replace(earlier, spec=spec)
+            else:
+                if not tried:
+                    try_imports(plan.methods())
+                    tried = True
+                if before := base_of(spec, plan):
+                    spec = replace(spec, locations={**spec.locations, "before": str(store.path(before))})
+                progress.start(spec, len(done) + 1, total)
+                record = run(spec, store, command, progress, limit)
+            done[spec.digest] = record
+            progress.end(record, bool(earlier))
+            yield Done(record, bool(earlier))
 
 
-def lacks(record: RunRecord, specs: list[RunSpec], store: Store) -> bool:
+def cached(spec: RunSpec, plan: Plan, store: Store) -> RunRecord | None:
+    """The record of a run that need not be run again. That a trial diverged is what the search asked for."""
+    record = store.find(spec)
+    if record is None or lacks(record, plan, store):
+        return None
+    return record if record.ok or (spec.trial and record.status == "diverged") else None
+
+
+def lacks(record: RunRecord, plan: Plan, store: Store) -> bool:
     """A run that found no answers of the untouched model, where there are some now."""
     if record.hashes.get("before", "") is not None:
         return False
-    bases = (s for s in specs if is_base(s) and s.evaluation == record.spec.evaluation)
-    return any((found := store.find(base)) and found.ok for base in bases)
+    before = base_of(record.spec, plan)
+    return bool(before and (found := store.find(before)) and found.ok)
 
 
-def is_base(spec: RunSpec) -> bool:
-    return spec.method == "base"
+def base_of(spec: RunSpec, plan: Plan) -> RunSpec | None:
+    """The run of the untouched model that is evaluated as this one is."""
+    bases = (base for base in plan if base.method == "base" and base.trial == spec.trial)
+    return next((base for base in bases if base.evaluation == spec.evaluation), None)
 
 
 def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None = None) -> RunRecord:
     with held() as signals:
         folder = store.attempt(spec)
         started, kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
-        job = {"spec": {**spec.asked(), "locations": spec.locations}, "command": command}
+        own = {"reason": spec.reason, "locations": spec.locations}
+        job = {"spec": spec.asked() | own, "command": command}
         save(folder / SPEC, json.dumps(job, indent=1))
         end = time.monotonic() + (limit or float("inf"))
 

@@ -53,6 +53,7 @@ def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
     )
     record.card, record.hashes["method_code"] = method.card(cls), method.code_hash(cls)
     record.overrides = dict(cls.overrides)
+    record.overrides |= {name: (value, spec.reason) for name, value in spec.changes.items()}
     if missing := [name for name in cls.needs if not packages.found(name)]:
         needed = " ".join(missing)
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")

@@ -97,6 +97,9 @@ class Method:
     overrides: dict[str, tuple] = {}  # hyperparameter -> (value, reason): each permitted difference, declared
     cannot: dict[str, str] = {}  # one of LIMITS -> why: refused with it before anything starts, or said
     hybrid: tuple[str, ...] = ()  # names of the methods that this one joins
+    # That a search begins with: full fine-tuning's, 2e-5 for 7B models.
+    learning_rates: tuple[float, float] = (1e-5, 1e-4)
+    tunes: tuple[str, tuple] = ("", ())  # the further option that matters most, and values worth a trial
 
     def __post_init__(self):
         """Raises ValueError for what the options' kinds cannot say: values that cannot be together."""
@@ -292,7 +295,8 @@ def options(method: Method) -> dict:
 
 def card(cls: type[Method]) -> Card:
     """What the method says of itself, as JSON values: its class attributes and its docstring."""
-    said = {name: getattr(cls, name) for name in ("name", "axis", "objective", "aim", "baseline", "cannot")}
+    told = ("name", "axis", "objective", "aim", "baseline", "cannot", "learning_rates", "tunes")
+    said = {name: getattr(cls, name) for name in told}
     read = read_card(inspect.getmodule(cls).__doc__ or "")
     return {**said, "hybrid": list(cls.hybrid), **read, "title": cls.title or read["title"]}
 

@@ -133,6 +133,8 @@ class Card(TypedDict, total=False):
     cannot: dict[str, str]
     hybrid: list[str]
     why: dict[str, str]
+    learning_rates: tuple[float, float]
+    tunes: tuple[str, list[Any]]
 
 
 class Hashes(TypedDict, total=False):
@@ -235,6 +237,23 @@ class RunRecord:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def judged_by_loss(self) -> bool:
+        """A trial of the likelihood objective: it answers nothing. Any other is judged by the metric that its
+        objective aims at, over its answers to the validation rows."""
+        return self.spec.trial and self.spec.trains and self.card.get("objective", "sft") == "sft"
+
+    @property
+    def loss_of_trial(self) -> float | None:
+        """What a search makes low: null where the trial broke."""
+        if not self.ok:
+            return None
+        if self.judged_by_loss:
+            return self.validation[-1]["loss"]
+        aim = self.card["aim"]
+        value = self.scores.get(aim)
+        return -value if value is not None and METRICS[aim].better == "higher" else value
 
     @property
     def train_seconds(self) -> float | None:

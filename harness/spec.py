@@ -74,7 +74,9 @@ class Dataset(TypedDict, total=False):
 class RunSpec:
     """One method, one seed: everything that decides the result, and nothing else.
 
-    `locations` says where things lie on this machine; it is neither hashed nor kept in a record.
+    `changes`: hyperparameters of this arm's own, in place of the shared ones; `reason`, which is not hashed,
+    says why. `search`: of a trial, which sees the validation rows alone, the options that its search began
+    with. `locations` says where things lie on this machine; it is neither hashed nor kept in a record.
     """
 
     method: str
@@ -85,15 +87,32 @@ class RunSpec:
     options: dict[str, Any] = field(default_factory=dict)  # the method's own options, defaults included
     fingerprints: dict[str, str] = field(default_factory=dict)  # of local files: model, sources
     locations: dict = field(default_factory=dict, compare=False)
+    changes: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
+    reason: str = field(default="", compare=False)
 
     @property
     def trains(self) -> bool:
         return self.hp.epochs > 0
 
+    @property
+    def trial(self) -> bool:
+        return self.search is not None
+
+    @property
+    def own_hp(self) -> Hyperparams:
+        """The shared hyperparameters with this arm's changes."""
+        return replace(self.hp, **self.changes)
+
     def asked(self) -> dict:
-        """The spec as JSON values, without this machine's paths."""
+        """The spec as JSON values, without this machine's paths. What an arm may change is left out where it
+        changes nothing, as before there were arms."""
         asked = asdict(self)
-        del asked["locations"]
+        del asked["locations"], asked["reason"]
+        if not self.changes:
+            del asked["changes"]
+        if not self.trial:
+            del asked["search"]
         return asked
 
     @property
@@ -108,7 +127,7 @@ class RunSpec:
 
     @property
     def comparison(self) -> str:
-        """Equal for runs that belong in one table: all but method, options and seed."""
+        """Equal for runs that belong in one table: all but seed, method, and its options and changes."""
         return digest([self.evaluation, asdict(self.hp)])
 
     @property
@@ -118,7 +137,7 @@ class RunSpec:
     @classmethod
     def from_json(cls, value: dict) -> "RunSpec":
         known = {f.name for f in fields(Hyperparams)}
-        if unknown := set(value["hp"]) - known:
+        if unknown := (set(value["hp"]) | set(value.get("changes", {}))) - known:
             raise ValueError(f"unknown hyperparameter {', '.join(sorted(unknown))}")
         return cls(**{**value, "hp": Hyperparams(**value["hp"])})
 

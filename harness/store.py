@@ -80,6 +80,10 @@ class Store:
             return record
         if record.spec.trains and not record.phases.get("train", Phase()).seconds:
             raise ValueError(f"{RECORD} has trained in no time: its phase train is missing")
+        if record.judged_by_loss:
+            if not record.validation or record.validation[-1].get("loss") is None:
+                raise ValueError(f"{RECORD} is of a trial, and has no validation loss")
+            return record
         outputs = self.outputs(record)
         if "outputs" not in record.hashes:
             raise ValueError(f"{RECORD} has no hash of {OUTPUTS}")
@@ -89,9 +93,10 @@ class Store:
             check(output, Output, f"{OUTPUTS}, line {number}")
             if output["correct"] > output["tokens"]:
                 raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
-        rows = record.data.rows.get("test", len(outputs))
+        split = "validation" if record.spec.trial else "test"
+        rows = record.data.rows.get(split, len(outputs))
         if rows != len(outputs) or rows != len({output["id"] for output in outputs}):
-            raise ValueError(f"{OUTPUTS} has not one output for each of {rows} test rows")
+            raise ValueError(f"{OUTPUTS} has not one output for each of {rows} {split} rows")
         score(record, outputs)
         return record
 

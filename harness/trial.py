@@ -21,7 +21,7 @@ from typing import Any, Literal, get_type_hints
 from harness import ROOT, method
 from harness.errors import BadRequest, Problem, Problems, brief, unknown
 from harness.metrics import METRICS
-from harness.shape import misfits
+from harness.shape import Positive, misfits
 from harness.spec import Hyperparams
 
 SECONDS = 60  # for a plugin's import, which may be torch's and its kin's: ten where the disk is slow
@@ -29,6 +29,7 @@ NEARLY = 0.87  # alike, by difflib's measure: optimiser (0.89), but not load_nf4
 DECLARED = {  # what a class says of itself; texts and truth values are as their defaults
     "axis": Literal[method.AXES], "aim": Literal[tuple(METRICS)], "mean_over": Literal["tokens", "rows"],
     "needs": list[str], "hybrid": list[str],
+    "learning_rates": tuple[Positive, Positive], "tunes": tuple[str, list],
     "cannot": dict[Literal[tuple(method.LIMITS)], str], "overrides": dict,
 }  # fmt: skip
 CHILD = """
@@ -142,7 +143,8 @@ def faults(cls: type[method.Method], sources: dict) -> list[Problem]:
         if kind:
             wrong += misfits(getattr(cls, name), kind, name)
     return wrong or [
-        *related(cls, sources), *excused(cls), *options(cls, known), *hooks(cls), *misspelt(cls, known),
+        *related(cls, sources), *excused(cls), *options(cls, known), *searched(cls), *hooks(cls),
+        *misspelt(cls, known),
     ]  # fmt: skip
 
 
@@ -181,6 +183,22 @@ def options(cls, known: set[str]) -> Iterator[Problem]:
             yield Problem("has no default", f"option {option.name}")
         elif default is not None:
             yield from misfits(default, kinds[option.name], f"the default of option {option.name}")
+
+
+def searched(cls) -> Iterator[Problem]:
+    """What a search for its best values begins with, and could not try."""
+    low, high = cls.learning_rates
+    if low > high:
+        yield Problem("must be (lowest, highest)", "learning_rates")
+    option, values = cls.tunes
+    if option:
+        known, said = [f.name for f in fields(cls)], Problems()
+        if option not in known:
+            yield unknown("option in tunes", option, known)
+        for value in values if option in known else ():
+            with said.caught("tunes"):
+                method.build(cls, {option: value})
+        yield from said
 
 
 def hooks(cls) -> Iterator[Problem]:

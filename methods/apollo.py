@@ -33,6 +33,9 @@ class APOLLO(GaLore):
     scale: Positive = 1.0  # the update is multiplied by its root, as in the authors' code; 128 for rank 1
     scaling: Literal["channel", "tensor"] = "channel"  # tensor: one for a matrix, APOLLO-Mini's
 
+    learning_rates = (1e-5, 1e-4)  # full fine-tuning's, as its steps are about as long as AdamW's
+    tunes = ("rank", (16, 64))  # it claims to need less than GaLore
+
     def optimizer(self, model, run):
         """The groups are GaLore's: the linear layers of the decoder, and the rest as AdamW has it."""
         groups = super().optimizer(model, run).param_groups

@@ -33,6 +33,8 @@ class GRPO(LoRA):
     answer_tokens: Natural = 128  # of a drawn answer, at most; hp.max_new_tokens' default, the paper has 1024
 
     axis = "objective"
+    learning_rates = (1e-5, 1e-4)  # ten times the paper's 1e-6 and more, as LoRA's weights want
+    tunes = ("kl", (0.0, 0.001))  # TRL's default, and DeepSeek-R1's
     objective = "reward"
     aim = "reward"
     mean_over = "rows"

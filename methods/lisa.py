@@ -28,6 +28,7 @@ class LISA(Method):
     period: Natural = 20  # steps between two draws; LMFlow's default
 
     axis = "optimizer"
+    tunes = ("layers", (4, 8))  # twice and four times the default: as many more turns for each layer
 
     def optimizer(self, model, run):
         layers = getattr(model.get_decoder(), "layers", None)

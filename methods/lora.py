@@ -23,6 +23,8 @@ class LoRA(Method):
     targets: str = "all-linear"  # or names of layers with commas between: q_proj,v_proj
 
     axis = "parameterisation"
+    learning_rates = (1e-4, 1e-3)  # ten times full fine-tuning's (LoRA Without Regret, 2025); QLoRA's is 2e-4
+    tunes = ("rank", (4, 16, 64))  # bounds what it can express; the paper tries 1 to 64
 
     def attach(self, model, run):
         from peft import get_peft_model

@@ -21,6 +21,9 @@ class LoRAPlus(LoRA):
 
     ratio: Positive = 16.0  # learning rate of B over that of A; the authors' default
 
+    learning_rates = (1e-5, 1e-4)  # of A: B's are LoRA's own
+    tunes = ("ratio", (4.0, 64.0))  # four times the default, and a quarter of it
+
     def optimizer(self, model, run):
         """A first: its learning rate is the one that the run reports."""
         from torch.optim import AdamW

@@ -42,16 +42,21 @@ SPARED = (  # scales, biases, rotations and choices, though held as matrices: th
 MIXED = {"4-bit base": "its product with dequantised weights mixes types (PEFT 0.21)"}
 SCALARS = {bool: bool | None, int: float | None, float: float | None, str: str | None}  # an int may be 0.5
 FACTS = {  # class attributes of some variants, found by running each (tests/test_peft.py)
+    "adalora": {"learning_rates": (5e-4, 5e-3)},  # its authors' for GLUE: 5e-4 to 2e-3
     "beft": {"cannot": {"merging": "it adds a bias, and these layers have none to hold it"}},
     "c3a": {"starts_at_base": False},
     "delora": {"cannot": MIXED},
-    "fourierft": {"starts_at_base": False},
-    "ia3": {"cannot": MIXED},
+    "fourierft": {
+        "starts_at_base": False,
+        "learning_rates": (1e-2, 1e-1),
+    },  # a value moves little
+    "ia3": {"cannot": MIXED, "learning_rates": (1e-3, 1e-2)},  # PEFT's comparison: 5e-3
     "lily": {"cannot": {"merging": "what it adds to a weight depends on the input"}},
     "loha": {"cannot": MIXED},
     "randlora": {"cannot": MIXED},
     "unilora": {"starts_at_base": False},
     "vblora": {"starts_at_base": False},
+    "vera": {"learning_rates": (1e-3, 1e-2)},  # ten to a hundred times LoRA's
 }
 
 
@@ -63,6 +68,7 @@ class Peft(Method):
     of its own (VeRA's projections, FourierFT's places) it draws by the run's."""
 
     axis = "parameterisation"
+    learning_rates = (1e-4, 1e-3)  # LoRA's, where FACTS has no other
     kind = ""  # PEFT's own name of the type
 
     @classmethod

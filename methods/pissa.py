@@ -24,6 +24,7 @@ class PiSSA(LoRA):
     """By PEFT, with the exact SVD where the authors recommend a randomised one. In bf16 what is left of W
     is rounded, so that the start equals the base as far as bf16 does."""
 
+    learning_rates = (2e-5, 2e-4)  # from the authors' 2e-5 on: its factors begin large
     cannot = {"4-bit base": "what is left of a weight would be rounded again: loftq starts a 4-bit base so"}
 
     def config(self, **more):

@@ -37,6 +37,7 @@ class QLoRAGaLore(Method):
     scale: Positive = 0.25  # of the attention's update; galore's default
 
     axis = "parameterisation"
+    learning_rates, tunes = QLoRA.learning_rates, QLoRA.tunes
     starts_at_base = False  # its attention is not rounded, as that of base_nf4 is
     needs = ("bitsandbytes",)
     hybrid = ("qlora", "galore")

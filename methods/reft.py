@@ -36,6 +36,8 @@ class LoReFT(Method):
     dropout: Fraction = 0.0  # share of an edited state's values left out while training
 
     axis = "parameterisation"
+    learning_rates = (3e-4, 3e-3)  # around the authors' 9e-4
+    tunes = ("rank", (8, 16, 32, 64))  # the authors' own choices
     starts_at_base = False
     cannot = {
         "packing": "a packed sequence has no one prompt with a first and a last token",

@@ -36,6 +36,8 @@ class SMT(Method):
     score: Literal["abs_mean", "mean_abs"] = "abs_mean"  # mean |sum G|: the paper's; |mean sum G|: the code's
 
     axis = "parameterisation"
+    learning_rates = (1e-5, 1e-4)  # the paper's 1e-5, and the 1e-4 that its code says can improve on it
+    tunes = ("share", (0.02, 0.05))  # it claims no plateau as more is trained
     cannot = {"4-bit base": "trained blocks are written into the weights, which 4-bit codes cannot hold"}
 
     def attach(self, model, run):

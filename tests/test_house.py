@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["errors", "plain"],
+    ["errors", "plain", "search"],
     ["shape"],
     ["spec", "metrics", "migrate", "packages"],
     ["record"],
-    ["store", "machine", "data"],
+    ["store", "tuning", "machine", "data"],
     ["method", "doctor", "measuring"],
     ["trial", "training"],
     ["plan", "child"],

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from itertools import count
 
 import peft
@@ -69,10 +70,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(files, tmp_path):
-    """As the child runs it, to its status: `run(method, *settings, code=a plugin's)` -> record, folder."""
+    """As the child runs it, to its status: `run(method, *settings, code=a plugin's)` -> record, folder.
+    `arm`: of the spec."""
     numbers = count()
 
-    def one(name, *settings, code="", rows="rows", status="ok", before=None):
+    def one(name, *settings, code="", rows="rows", status="ok", before=None, **arm):
         plugin = tmp_path / f"{name}.py"
         if code:
             plugin.write_text(code)
@@ -82,6 +84,7 @@ def run(files, tmp_path):
         )  # fmt: skip
         (spec,) = [spec for spec in plan(request) if spec.method == name]
         spec.locations["before"] = before and str(before)
+        spec = replace(spec, **arm)
         folder, record = tmp_path / f"{next(numbers)} {name}", RunRecord(spec, "failed")
         folder.mkdir()
         try:
@@ -91,7 +94,7 @@ def run(files, tmp_path):
             record.status, record.error = diagnose(error)
         assert record.status == status, record.error
         (folder / RECORD).write_text(record.to_json())
-        if record.ok:
+        if record.ok and not record.judged_by_loss:
             score(record, lines(folder / OUTPUTS))
         return record, folder
 
@@ -432,3 +435,54 @@ def test_what_a_method_notes_can_always_be_recorded():
 
 def test_more_validations_than_steps_are_one_at_each():
     assert validation_points(3, 10**12) == {1, 2, 3} and validation_points(3, 0) == set()
+
+
+# Arms and trials
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """The ids of all examples whose likelihood was taken, and of those that the run could test on."""
+    seen, take = set(), evaluation.likelihoods
+
+    def noticing(model, examples, run):
+        seen.update(example.id for example in [*examples, *run.splits["test"]])
+        return take(model, examples, run)
+
+    monkeypatch.setattr(evaluation, "likelihoods", noticing)
+    return seen
+
+
+def test_a_trial_is_judged_by_its_validation_loss_alone(run, answered):
+    whole, folder = run("lora")
+    tested = {output["id"] for output in lines(folder / OUTPUTS)}
+    assert tested < answered
+    answered.clear()
+    trial, kept = run("lora", search={})
+    assert answered and not answered & tested
+    assert {file.name for file in kept.iterdir()} == {EVENTS, RECORD}, "no answers, and no model"
+    assert not {"evaluate", "generate", "save"} & set(trial.phases)
+    assert trial.training == whole.training and trial.validation == whole.validation
+    assert trial.loss_of_trial == trial.validation[-1]["loss"] and trial.validation[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["orpo", "grpo"])
+def test_a_trial_of_another_objective_is_judged_by_what_it_aims_at(name, run, answered):
+    base, before = run("base", search={})
+    trial, kept = run(name, f"{name}.answer_tokens=4", search={}, before=before)
+    outputs = lines(kept / OUTPUTS)
+    assert len(outputs) == trial.data.rows["validation"] == 4 == len(answered)
+    assert [o["id"] for o in outputs] == [o["id"] for o in lines(before / OUTPUTS)]
+    aim = trial.card["aim"]
+    assert trial.loss_of_trial == -trial.scores[aim] and trial.scores[aim] is not None
+    assert trial.hashes["before"] == base.hashes["before"] and not (kept / "model").exists()
+
+
+def test_an_arm_trains_with_its_own_hyperparameters_and_says_why(run):
+    arm = {"changes": {"learning_rate": 1e-3, "weight_decay": 0.1}, "reason": "swept"}
+    own, _ = run("lora", **arm)
+    set_for_all, _ = run("lora", "hp.learning_rate=1e-3", "hp.weight_decay=0.1")
+    assert own.training == set_for_all.training
+    assert own.overrides == {"learning_rate": (1e-3, "swept"), "weight_decay": (0.1, "swept")}
+    assert own.spec.comparison != set_for_all.spec.comparison
+    assert RunRecord.from_json(own.to_json()).spec.changes == arm["changes"]

@@ -14,6 +14,7 @@ import fabricate
 import pytest
 
 from harness import bench
+from harness.plan import Plan
 from harness.record import RunRecord
 from harness.spec import content_hash
 from harness.store import MODEL, OUTPUTS, RECORD, Store, append, save
@@ -264,7 +265,7 @@ def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_t
     base = kept(tmp_path, "base", status="failed", error="killed")
     for seed, hashes in enumerate(({"before": None}, {"before": "5e1f"}, {})):  # {}: before it was recorded
         kept(tmp_path, seed=seed, hashes=hashes)
-    specs = [base.spec, *(fabricate.record("lora", seed).spec for seed in range(3))]
+    specs = Plan([base.spec, *(fabricate.record("lora", seed).spec for seed in range(3))], [0, 1, 2])
 
     class Silent:
         start = end = event = lambda *_: None

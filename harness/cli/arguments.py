@@ -8,6 +8,7 @@ from pathlib import Path
 from harness import __version__
 from harness.errors import brief, writable
 from harness.plain import plain, redacted
+from harness.search import TRIALS
 
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
@@ -92,6 +93,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    if not count(text):
+        raise argparse.ArgumentTypeError("a whole number from 1 on, not 0")
+    return int(text)
+
+
 def duration(text: str) -> float:
     """`30m` -> 1800.0 seconds."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
@@ -140,6 +147,14 @@ ARGUMENTS = (
                                 type=int)),
     ("--set", ASKING, several("KEY=VALUE", "hp.NAME, data.NAME or METHOD.OPTION", default=[])),
     ("--set", ["check"], several("KEY=VALUE", "METHOD.OPTION, hp.NAME or data.NAME", default=[])),
+    ("--sweep", ASKING, several("METHOD.NAME=VALUE,VALUE", "a row for each value of an option or a "
+                                "hyperparameter of one method", default=[])),
+    ("--track", ASKING, {"action": Once, "nargs": "+", "choices": ("identical", "tuned"),
+                         "default": ["identical"], "help": "identical: the same hyperparameters for all (the "
+                         "default); tuned: each method's own best, by as many trials each on the validation "
+                         "rows; or both"}),
+    ("--trials", ASKING, once("N", f"of the tuned track, for each method (default: {TRIALS})", type=natural,
+                              default=TRIALS)),
     ("--set", ["data"], several("KEY=VALUE", "data.NAME or hp.NAME", default=[])),
     ("--rows", ["data"], once("N", f"rows to show (default: {ROWS})", type=count, default=ROWS)),
     ("--plugins", (*ASKING, "list"), several("FILE", "files that each define a method", default=[])),

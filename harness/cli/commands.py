@@ -40,7 +40,7 @@ def run_command(options, typed: list[str]) -> int:
     else:
         print_runs(done)
         print("report: " + "  ".join(map(str, files)))
-    return OK if all(ended.record.ok for ended in done) else SOME_FAILED
+    return SOME_FAILED if failed(done) else OK
 
 
 def planned(options, keep: bool = False):
@@ -49,7 +49,8 @@ def planned(options, keep: bool = False):
 
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
-                      sources=options.source, settings=options.set)  # fmt: skip
+                      sources=options.source, settings=options.set, sweeps=options.sweep,
+                      tracks=options.track, trials=options.trials)  # fmt: skip
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
@@ -88,9 +89,14 @@ def print_runs(done: list) -> None:
     for ended in done:
         for warning in ended.record.warnings if not ended.cached else []:
             print(plain(f"note: {ended.record.spec.folder}: {warning}"))
-    for record in (ended.record for ended in done):
-        if not record.ok:
-            print(plain(f"not ok: {record.spec.folder}: {record.status}: {record.error}"))
+    for record in failed(done):
+        print(plain(f"not ok: {record.spec.folder}: {record.status}: {record.error}"))
+
+
+def failed(done: list) -> list:
+    """The records of runs that should have been ok: that a trial diverges is what a search finds out."""
+    records = [ended.record for ended in done if not ended.record.ok]
+    return [record for record in records if not (record.spec.trial and record.status == "diverged")]
 
 
 def plan_command(options, typed: list[str]) -> int:
@@ -101,12 +107,12 @@ def plan_command(options, typed: list[str]) -> int:
     runs = [
         {"run": spec.folder, "method": spec.method, "seed": spec.seed,
          "state": state(spec, specs, store, options.force)}
-        for spec in specs
+        for spec in known(specs, store, options.force)
     ]  # fmt: skip
     if options.json:
         print(json.dumps(runs, indent=1))
         return OK
-    spec = specs[-1]
+    spec = specs.methods()[-1]
     parts = ", ".join(part["name"] for part in spec.dataset["parts"])
     rows = f"{describe(spec.dataset)} rows of each of {parts}"
     print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}"))
@@ -117,23 +123,47 @@ def plan_command(options, typed: list[str]) -> int:
             print(plain(f"not used of {part}: {', '.join(columns)}"))
     for run in runs:
         print(plain(f"  {run['state']:12} {run['run']}"))
+    if specs.tunings:
+        print(plain(tuned(specs)))
     return OK
+
+
+def tuned(specs) -> str:
+    """What the tuned track of a plan will do."""
+    names = [tuning.trial.method for tuning in specs.tunings]
+    which = f"each of {len(names)} methods" if len(names) > 1 else names[0]
+    seeds = " ".join(map(str, specs.seeds))
+    return f"tuned: {specs.trials} trials for {which}, then the best of each with seeds {seeds}"
+
+
+def known(specs, store, force: bool) -> list:
+    """The runs that can be named: as far as those trials lead that are cached, and all that wait for none."""
+    from harness.bench import cached
+
+    found: list = []
+    done: dict = {}
+    while stage := specs.upcoming(done):
+        found += stage
+        done |= {spec.digest: None if force else cached(spec, specs, store) for spec in stage}
+        if any(spec.trial and done[spec.digest] is None for spec in stage):
+            break
+    return found + [spec for spec in specs if spec not in found]
 
 
 def state(spec, specs, store, force: bool) -> str:
     """What a bench would do with a run."""
     from dataclasses import replace
 
-    from harness.bench import lacks, stale
+    from harness.bench import cached, stale
 
     earlier = store.find(spec)
     if earlier is None or force:
         return "will run"
+    if cached(spec, specs, store):
+        return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
     if not earlier.ok:
         return f"will run again ({earlier.status})"
-    if lacks(earlier, specs, store):
-        return "will run again (the untouched model has answers now)"
-    return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
+    return "will run again (the untouched model has answers now)"
 
 
 def list_command(options, typed: list[str]) -> int:

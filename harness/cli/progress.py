@@ -33,13 +33,19 @@ class Steady:
 
 
 def describe(spec) -> str:
-    return f"{spec.method}, seed {spec.seed}" if spec.trains else spec.method
+    own = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in spec.changes.items())
+    method = f"{spec.method} ({own})" if own else spec.method
+    if spec.trial:
+        return f"trial of {method}"
+    return f"{method}, seed {spec.seed}" if spec.trains else method
 
 
 def outcome(record, cached: bool) -> str:
     """One line of a finished run."""
     if not record.ok:
         return f"{record.status}: {record.error}"
+    if record.judged_by_loss:
+        return ("cached: " if cached else "") + f"validation loss {record.loss_of_trial:.3f}"
     parts = [
         f"{metric.label} {value:.{metric.decimals}f}"
         for metric in compared()

@@ -3,16 +3,20 @@
 Nothing is created and no model is loaded here, so that a wrong request costs a second, not an hour.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from harness.data import splits_of
 from harness.errors import BadRequest, Problem, Problems
+from harness.plan.arms import Arm, untunable
 from harness.plan.dataset import find_dataset, find_sources
 from harness.plan.methods import find_methods
 from harness.plan.model import DRAWN, find_model, local_folder, unreachable
 from harness.plan.request import Request, find_plugins, load_preset, preset_names, read_request
+from harness.plan.schedule import Plan
 from harness.spec import Hyperparams, RunSpec, fingerprint
+from harness.tuning import SEED, Tuning
 
 __all__ = [
     "DRAWN", "Plan", "Request", "find_dataset", "find_plugins", "find_sources", "load_preset", "local_folder",
@@ -22,44 +26,63 @@ __all__ = [
 MOST_STEPS = 10**6  # a fine-tuning takes thousands; the order of its rows is held in memory
 
 
-class Plan(list):
-    """Of RunSpec, and what was seen of the rows on the way."""
-
-    unused: dict[str, list[str]] = {}  # part -> its columns that no row is made of, where all parts lie here
-
-
 def plan(request: Request, keep: bool = False) -> Plan:
-    """The runs of a request, base rows first, then seed by seed, so that drift of the machine hits
-    every method alike. Raises BadRequest. `keep`: the rows that were read are kept for the runs."""
+    """The runs of a request. Raises BadRequest. `keep`: the rows that were read are kept for the runs."""
     problems = Problems()
     wanted = read_request(request, problems)
     model = find_model(wanted.model, problems)
     dataset = find_dataset(wanted.dataset, wanted.data, problems)
     sources = find_sources(request.sources, wanted.dataset, dataset, problems)
     plugins = find_plugins(request.plugins, problems)
-    methods = find_methods(wanted, plugins, dataset, problems)
-    if dataset and not problems:
-        problems.add("", endless(wanted.hp, dataset["train"]))
+    methods, arms = find_methods(wanted, plugins, dataset, problems)
+    if "tuned" in request.tracks and dataset:
+        problems.extend(unsearchable(methods, wanted.hp, dataset))
+    for arm in arms if dataset and not problems else ():
+        problems.add("", endless(replace(wanted.hp, **arm.changes), dataset["train"]))
     problems.refuse()
-    found, prints = Plan(), {}
+    unused, prints = {}, {}
     try:
         if len(sources) == len(dataset["parts"]):  # what is on the hub is not downloaded for a plan
-            found.unused = splits_of(dataset, sources, keep).unused
+            unused = splits_of(dataset, sources, keep).unused
         prints = {"model": fingerprint(model.folder)} if model.folder else {}
         prints |= {name: fingerprint(path) for name, path in sources.items()}
     except OSError as error:  # a file in a folder of rows or weights that may not be read
         raise BadRequest(f"{error.filename}: {error.strerror}") from error
     locations = {"sources": sources, "plugins": [str(Path(plugin).resolve()) for plugin in plugins]}
     locations |= {"model": str(model.folder)} if model.folder else {}
-    for seed in wanted.seeds:
-        for cls, options in methods:
-            spec = RunSpec(cls.name, seed, model.name, dataset, wanted.hp, options, prints, locations)
-            if not cls.trains:  # no seed and no training hyperparameter acts on it: one run, shared
-                spec = replace(spec, seed=0, hp=wanted.hp.untrained())
-            if spec not in found:
-                found.append(spec)
-    found.sort(key=lambda spec: spec.trains)
+    blank = RunSpec("", 0, model.name, dataset, wanted.hp, {}, prints, locations)
+    if "identical" not in request.tracks:
+        arms = [arm for arm in arms if not arm.cls.trains or arm.cls.name in wanted.sweeps]
+    specs = [arm.spec(blank, seed) for seed in wanted.seeds for arm in arms]
+    searches = tunings(methods, blank, wanted.seeds) if "tuned" in request.tracks else []
+    if searches and any(arm.cls.aim == "preference_accuracy" for arm in methods):
+        base = next(spec for spec in specs if spec.method == "base")
+        specs.append(replace(base, search={}))  # to its answers the trials prefer references
+    found = Plan(specs, wanted.seeds, searches, request.trials)
+    found.unused = unused
     return found
+
+
+def unsearchable(methods: list[Arm], hp: Hyperparams, dataset: dict) -> Iterator[Problem]:
+    """Why nothing could be chosen on the validation rows."""
+    if not dataset["validation"]:
+        yield Problem(
+            "there are no validation rows to choose by", "--track tuned", remedy="raise data.validation"
+        )
+    if not hp.validations:
+        yield Problem("nothing is validated", "--track tuned", remedy="set hp.validations to 1 or more")
+    for arm in methods:
+        yield from untunable(arm.cls)
+
+
+def tunings(methods: list[Arm], blank: RunSpec, seeds: list[int]) -> list[Tuning]:
+    """A search for each method that is trained, with a seed that is none of the report's."""
+    seed = next(seed for seed in range(SEED, SEED + len(seeds) + 1) if seed not in seeds)
+    trained = [arm for arm in methods if arm.cls.trains]
+    return [
+        Tuning(replace(arm.spec(blank, seed), search=arm.options), arm.cls.learning_rates, arm.cls.tunes)
+        for arm in trained
+    ]
 
 
 def endless(hp: Hyperparams, rows: int) -> Problem | None:

@@ -1,19 +1,22 @@
 """The methods that a request names, each with its options."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from harness import method, trial
 from harness.errors import Problem, Problems, unknown
+from harness.plan.arms import Arm, sweep
 from harness.plan.request import Wanted
 from harness.spec import Hyperparams
 
 
 def find_methods(
     wanted: Wanted, plugins: list[str], dataset: dict | None, problems: Problems
-) -> list[tuple[type[method.Method], dict]]:
-    """Each method, and the untouched row that it starts from, with all its options."""
+) -> tuple[list[Arm], list[Arm]]:
+    """-> each method, and the untouched row that it starts from, with all its options; and the same with
+    those of a sweep in their places."""
     sources: dict = {}  # name -> where it is defined
-    chosen: dict[str, tuple[type[method.Method], dict] | None] = {}  # None: it is wrong
+    chosen: dict[str, tuple[Arm, list[Arm]] | None] = {}  # None: it is wrong
     with problems.caught():
         sources = method.known_methods(plugins)
         if not wanted.methods:
@@ -35,19 +38,23 @@ def find_methods(
             choose(cls.baseline)
         with trial.blamed(name, source, problems):
             options = {**wanted.preset_options.get(name, {}), **wanted.options.get(name, {})}
-            made = method.build(cls, options)
-            problems.extend(beyond(made, wanted.hp, dataset or {"parts": []}))
-            chosen[name] = (cls, method.options(made))
+            asked = Arm(cls, method.options(method.build(cls, options)))
+            arms = sweep(asked, wanted.sweeps.get(name, {}), wanted.hp, problems)
+            for arm in arms:
+                made, hp = method.build(cls, arm.options), replace(wanted.hp, **arm.changes)
+                problems.extend(beyond(made, hp, dataset or {"parts": []}))
+            chosen[name] = (asked, arms)
 
     if not sources:
-        return []
+        return [], []
     for name in wanted.methods:
         choose(name)
-    spelt = [it[0].name for name in wanted.methods if (it := chosen.get(name))]  # peft.VERA is peft.vera
+    spelt = [it[0].cls.name for name in wanted.methods if (it := chosen.get(name))]  # peft.VERA is peft.vera
     for name in sorted({name for name in spelt if spelt.count(name) > 1}):
         problems.add("--methods", f"{name} is named twice")
     misplaced_options(wanted, sources, chosen, problems)
-    return [found for found in chosen.values() if found]
+    found = list(filter(None, chosen.values()))
+    return [asked for asked, _ in found], [arm for _, arms in found for arm in arms]
 
 
 def beyond(made: method.Method, hp: Hyperparams, dataset: dict) -> Iterator[Problem]:
@@ -61,11 +68,14 @@ def beyond(made: method.Method, hp: Hyperparams, dataset: dict) -> Iterator[Prob
 
 def misplaced_options(wanted: Wanted, sources: dict, chosen: dict, problems: Problems) -> None:
     """Adds the options of what is not asked for, and the preset's of what is no method."""
-    for name in sorted(set(wanted.options) - set(chosen)):
-        if method.find(name, sources):
-            problems.add(f"--set {name}.…", f"{name} is not among --methods {' '.join(wanted.methods)}")
-        else:
-            problems.append(unknown("group in --set", name, {"hp", "data", *chosen}))
+    for argument, said in (("--set", wanted.options), ("--sweep", wanted.sweeps)):
+        for name in sorted(set(said) - set(chosen)):
+            if method.find(name, sources):
+                methods = " ".join(wanted.methods)
+                problems.add(f"{argument} {name}.…", f"{name} is not among --methods {methods}")
+            else:
+                groups = {"hp", "data"} if argument == "--set" else set()
+                problems.append(unknown(f"group in {argument}", name, groups | set(chosen)))
     for name in sorted(wanted.preset_options):
         if not method.find(name, sources):
             problems.append(unknown("method in the preset's options", name, sources))

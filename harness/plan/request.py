@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 from harness import ROOT
 from harness.errors import Problems, absent, brief, read_toml, shown, unknown
+from harness.search import TRIALS
 from harness.shape import Range, fitting, misfits
 from harness.spec import Hyperparams
 
@@ -29,6 +30,9 @@ class Request:
     seeds: list[int] | None = None
     settings: Sequence[str] = ()
     plugins: Sequence[str] = ()
+    sweeps: Sequence[str] = ()
+    tracks: Sequence[str] = ("identical",)  # or tuned, or both
+    trials: int = TRIALS
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Wanted:
     data: dict  # settings of the dataset
     preset_options: dict[str, dict]  # of methods that need not be asked for
     options: dict[str, dict]  # as typed: method -> option -> value
+    sweeps: dict[str, dict[str, list]]  # method -> option or hyperparameter -> values
 
 
 def read_request(request: Request, problems: Problems) -> Wanted:
@@ -74,6 +79,7 @@ def read_request(request: Request, problems: Problems) -> Wanted:
         data={**preset.data, **typed.pop("data", {})},
         preset_options=preset.options,
         options=typed,
+        sweeps=sweeps(request.sweeps, problems),
     )
 
 
@@ -108,6 +114,23 @@ def settings(texts: Sequence[str], problems: Problems) -> dict[str, dict]:
         earlier = found.setdefault(group, {}).setdefault(name, value)
         if (earlier, type(earlier)) != (value, type(value)):
             problems.add(f"--set {group}.{name}", f"has two values, {brief(earlier)} and {brief(value)}")
+    return found
+
+
+def sweeps(texts: Sequence[str], problems: Problems) -> dict[str, dict[str, list]]:
+    """`lora.rank=8,64` -> {"lora": {"rank": [8, 64]}}; the values are TOML, or else texts."""
+    found: dict[str, dict[str, list]] = {}
+    for text in texts:
+        key, _, said = text.partition("=")
+        group, _, name = key.strip().rpartition(".")
+        if not (group and name and said.strip()):
+            problems.add(f"--sweep {shown(text)}", "write it as METHOD.NAME=VALUE,VALUE")
+            continue
+        values = value_of(f"[{said}]")
+        values = values if isinstance(values, list) else [value_of(part.strip()) for part in said.split(",")]
+        if name in found.setdefault(group, {}):
+            problems.add(f"--sweep {group}.{name}", "is given twice", "write all values behind one =")
+        found[group][name] = values
     return found
 
 

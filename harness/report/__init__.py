@@ -40,10 +40,11 @@ def render(
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(FORMATS)}")
     records, corrupt = store.load()
-    if not records:
+    found = comparisons(records)
+    if not found:
         unreadable = f": {len(corrupt)} could not be read, such as {corrupt[0]}" if corrupt else ""
         raise ValueError(f"no run to report in {store.folder}{unreadable}")
-    blocks = document(comparisons(records), store, corrupt)
+    blocks = document(found, store, corrupt)
     now = now or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)

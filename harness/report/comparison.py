@@ -10,8 +10,9 @@ import numpy as np
 from harness.metrics import row_sums, scores
 from harness.record import TRAINING, RunRecord
 from harness.report.text import shorten
-from harness.spec import RunSpec
+from harness.spec import RunSpec, digest
 from harness.store import Store
+from harness.tuning import Found, searches
 
 UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"
 GIB = 2**30
@@ -30,13 +31,14 @@ STATUS = {
 
 @dataclass
 class Technique:
-    """What is compared: a method with its options. `sums`: of each seed that is done the numbers of each test
-    row, by metric (rows, width)."""
+    """What is compared: a method with options and hyperparameters of its own. `sums`: of each seed that is
+    done the numbers of each test row, by metric (rows, width)."""
 
     label: str
     records: list[RunRecord]  # one a seed, by seed
     sums: list[dict[str, np.ndarray]] = field(default_factory=list)
     outputs_of: RunRecord | None = None  # the lowest seed's, for examples
+    tuned: bool = False  # what a search has found, where that is not what was asked for
     repeats: list[RunRecord] = field(default_factory=list)  # the same runs again: no sample, but the noise
 
     @property
@@ -101,10 +103,12 @@ class Technique:
 
 @dataclass
 class Comparison:
-    """Rows that differ in method, options and seed alone. Untouched models come first."""
+    """Techniques that differ in method, options and hyperparameters of their own alone, each with its seeds.
+    Untouched models come first."""
 
     techniques: list[Technique]
     warnings: list[str] = field(default_factory=list)
+    searches: list[Found] = field(default_factory=list)  # of the tuned track
     parts: list[str] = field(default_factory=list)  # of each test row; from the outputs
     reference_tokens: np.ndarray | None = None  # (test rows,), end marks included; from the outputs
 
@@ -214,6 +218,8 @@ class Comparison:
 
 def comparisons(records: list[RunRecord]) -> list[Comparison]:
     """Newest first. Untouched models join every comparison that is evaluated as they were."""
+    trials = [record for record in records if record.spec.trial]
+    records = [record for record in records if not record.spec.trial]
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.spec.trains:
@@ -228,24 +234,38 @@ def comparisons(records: list[RunRecord]) -> list[Comparison]:
         bases = [r for r in records if not r.spec.trains and r.spec.evaluation == evaluation]
         bases.sort(key=lambda r: r.spec.method != UNTOUCHED)
         trained = [r for r in group if r.spec.trains]
-        found.append((max(r.started for r in group), Comparison(techniques_of(bases + trained))))
+        searched = searches([r for r in trials if r.spec.comparison == group[0].spec.comparison])
+        techniques = techniques_of(bases + trained, searched)
+        found.append((max(r.started for r in group), Comparison(techniques, searches=searched)))
     return [comparison for _, comparison in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def techniques_of(records: list[RunRecord]) -> list[Technique]:
-    """In the order of their first record; the same method with other options is another technique."""
-    groups: dict[tuple, dict[int, list[RunRecord]]] = {}
+def techniques_of(records: list[RunRecord], searched: list[Found] = ()) -> list[Technique]:
+    """In the order of their first record; the same method with other values is another technique."""
+    groups: dict[str, dict[int, list[RunRecord]]] = {}
     for record in records:
-        key = (record.spec.method, tuple(sorted((k, repr(v)) for k, v in record.spec.options.items())))
+        key = digest([record.spec.method, record.spec.options, record.spec.changes])
         groups.setdefault(key, {}).setdefault(record.spec.seed, []).append(record)
     techniques = []
     for seeds in groups.values():
         runs = [run_and_repeats(seeds[seed]) for seed in sorted(seeds)]
         repeats = [repeat for _, rest in runs for repeat in rest]
         techniques.append(Technique("", [run for run, _ in runs], repeats=repeats))
+    for found in searched:
+        if (chosen := arm(techniques, found.spec)) and chosen is not arm(techniques, found.tuning.identical):
+            chosen.tuned = True
     for technique in techniques:
         technique.label = label(technique, techniques)
     return techniques
+
+
+def arm(techniques: list[Technique], spec: RunSpec | None) -> Technique | None:
+    """The one whose runs differ from a spec in seed alone."""
+    if spec is None:
+        return None
+    asked = (spec.method, spec.options, spec.changes)
+    specs = ((t, t.spec) for t in techniques)
+    return next((t for t, own in specs if (own.method, own.options, own.changes) == asked), None)
 
 
 def run_and_repeats(records: list[RunRecord]) -> tuple[RunRecord, list[RunRecord]]:
@@ -257,16 +277,19 @@ def run_and_repeats(records: list[RunRecord]) -> tuple[RunRecord, list[RunRecord
 
 
 def label(technique: Technique, techniques: list[Technique]) -> str:
-    """A method's title, with the options in which its techniques differ."""
-    same = [r.spec.options for r in techniques if r.spec.method == technique.spec.method]
-    names = sorted({name for options in same for name in options})
-    differing = [n for n in names if len({repr(options.get(n)) for options in same}) > 1]
-    chosen = ", ".join(f"{n.replace('_', ' ')} {technique.spec.options.get(n)}" for n in differing)
+    """A method's title, with the options and hyperparameters in which its techniques of a track differ."""
+    track = [t for t in techniques if (t.spec.method, t.tuned) == (technique.spec.method, technique.tuned)]
+    changed = {name for t in track for name in t.spec.changes}
+    values = {id(t): t.spec.options | {n: getattr(t.spec.own_hp, n) for n in changed} for t in track}
+    names = sorted({name for own in values.values() for name in own})
+    differing = [n for n in names if len({repr(own.get(n)) for own in values.values()}) > 1]
+    chosen = ", ".join(f"{n.replace('_', ' ')} {values[id(technique)].get(n)}" for n in differing)
     title = technique.card.get("title") or technique.spec.method
     others = [t for t in techniques if t.spec.method != technique.spec.method]
     if any(title == (t.card.get("title") or t.spec.method) for t in others):
         title = f"{title} ({technique.spec.method})"
-    return f"{title} ({chosen})" if chosen else title
+    marks = ", ".join(filter(None, ("tuned" * technique.tuned, chosen)))
+    return f"{title} ({marks})" if marks else title
 
 
 def reason(record: RunRecord) -> str:

@@ -12,6 +12,7 @@ from harness.report.certificate import certificate, facts
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, read_outputs, score
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
+from harness.report.tuning import tracks
 from harness.report.verdicts import Verdicts
 from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
@@ -78,6 +79,11 @@ SCATTER = (
     "the Pareto front as far as it is known: each technique on it is known to gain more than all that cost "
     "less; the dashed line is the untouched model."
 )
+RATES = (
+    "Against the learning rate: what the trials of each search were judged by, a run each (lines: at what "
+    "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
+    "the scores of all arms on the test rows (beside each mean its number of seeds)."
+)
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
@@ -103,6 +109,7 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
         *results(comparison),
         *hybrids(comparison),
         *significance(comparison, verdicts),
+        *tracks(comparison, verdicts),
         *figures(comparison, verdicts, suffix),
         b.Heading("Cost of each phase"),
         phases(comparison),
@@ -269,6 +276,7 @@ def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.B
         add("scores", labels + SCATTER, plots.scores_by_cost(comparison, verdicts))
         if fronts := differences.fronts(comparison, verdicts):
             found += [b.Prose("Pareto fronts, as far as differences are verdicts:"), b.Listing(fronts)]
+        add("tuning", RATES, plots.by_learning_rate(comparison))
         for objective in sorted({technique.objective for technique in comparison.trained}):
             add(
                 f"loss-{safe(objective)}",

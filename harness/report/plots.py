@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from harness.metrics import compared
@@ -15,6 +16,7 @@ from harness.plain import plain
 from harness.report.comparison import Comparison, Technique, score, seconds
 from harness.report.text import shorten
 from harness.report.verdicts import MEMORY, TIME, Verdicts
+from harness.tuning import Found
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is
 # faint on white; the marker tells apart those beyond seven.
@@ -140,11 +142,16 @@ def scatter(ax, techniques: list[Technique], cost, gain, look) -> dict[str, tupl
         ax.to_label.append((x, y, shorten(plain(technique.label), 32), points))
     costs = [x for x, *_ in ax.to_label]
     if costs and max(costs) > WIDE * min(costs) > 0:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
+        logarithmic(ax, (1, 2, 5))
     return means
+
+
+def logarithmic(ax, steps: tuple[int, ...]) -> None:
+    """`steps`: of a decade, that are labelled."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=steps))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_front(ax, place: dict[str, tuple[float, float]], steps: list[tuple[str, str]]) -> None:
@@ -204,6 +211,81 @@ def place_labels(ax) -> None:
 def overlap(a, b) -> float:
     """The area that two boxes (left, low, right, high) share."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+@drawn
+def by_learning_rate(comparison: Comparison) -> Figure | None:
+    """What the trials of each search were judged by, and the scores of all arms, against the learning rate.
+    None where no method has two."""
+    judged = sorted({criterion(found) for found in comparison.searches})
+    trained = [t for t in comparison.trained if t.done]
+    rates = {(t.spec.method, learning_rate(t)) for t in trained}
+    varied = len(rates) > len({method for method, _ in rates})
+    metrics = compared() if varied and not comparison.random_weights else []
+    if not judged and not metrics:
+        return None
+    titles = {f.tuning.trial.method: f.tuning.trial.method for f in comparison.searches}
+    titles |= {t.spec.method: t.card.get("title") or t.spec.method for t in comparison.trained}
+    look = {m: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]} for i, m in enumerate(titles)}
+    lines = -(-(len(judged) + len(metrics)) // 2)  # of two panels each
+    figure = Figure(figsize=(9.4, 3.3 * lines + 0.4), layout="constrained")
+    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
+    for ax, name in zip(axes, judged, strict=False):
+        ax.set_ylabel(name.capitalize())
+        for found in comparison.searches:
+            if criterion(found) == name:
+                draw_search(ax, found, look[found.tuning.trial.method])
+    for ax, metric in zip(axes[len(judged) :], metrics, strict=False):
+        ax.set_ylabel(f"{metric.label} of the test rows")
+        draw_arms(ax, trained, lambda r, m=metric.name: score(r, m), look)
+    for i, ax in enumerate(axes):
+        low, high = ax.dataLim.intervalx
+        logarithmic(ax, (1,) if high > 100 * low else (1, 2, 5))
+        ax.set_xlabel("Learning rate")
+        ax.margins(0.08, 0.12)
+        ax.set_visible(i < len(judged) + len(metrics))
+    handles = [Line2D([], [], **look[m], label=shorten(plain(titles[m]), 32)) for m in look]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+    return figure
+
+
+def draw_search(ax, found: Found, style: dict) -> None:
+    points = list(zip(found.trials, found.values, strict=True))
+    asked = found.tuning.search.values[0]
+    line = sorted((t.rate, value) for t, value in points if t.option == asked and value is not None)
+    ax.plot(*zip(*line, strict=True) if line else ([], []), linewidth=1.4, markersize=5, **style)
+    others = [(t.rate, value) for t, value in points if t.option != asked and value is not None]
+    for rate, value in others:
+        ax.plot(rate, value, linestyle="", markersize=5, markerfacecolor="white", **style)
+    for trial, value in points:
+        if value is None:
+            ax.plot(trial.rate, 0.97, "x", color=style["color"], transform=ax.get_xaxis_transform())
+        elif trial is found.best:
+            ax.plot(trial.rate, value, "o", markersize=11, markerfacecolor="none", color=style["color"])
+
+
+def draw_arms(ax, techniques: list[Technique], of, look: dict[str, dict]) -> None:
+    """A line a method through its arms, each the mean of as many seeds as stand beside it."""
+    lines: dict[str, list[tuple[float, float, int]]] = {}
+    for technique in techniques:
+        if values := technique.values(of):
+            point = (learning_rate(technique), float(np.mean(values)), len(values))
+            lines.setdefault(technique.spec.method, []).append(point)
+    for method, points in lines.items():
+        ax.plot(*zip(*(point[:2] for point in sorted(points)), strict=True), linewidth=1.4, markersize=5,
+                **look[method])  # fmt: skip
+        for rate, mean, seeds in points:
+            ax.annotate(str(seeds), (rate, mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
+
+
+def learning_rate(technique: Technique) -> float:
+    """Declared, its own or the shared one."""
+    return technique.newest.overrides.get("learning_rate", [technique.spec.own_hp.learning_rate])[0]
+
+
+def criterion(found: Found) -> str:
+    """What the trials of a search are judged by, in words."""
+    return found.criterion.label.lower() if found.criterion else "validation loss"
 
 
 @drawn

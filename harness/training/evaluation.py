@@ -50,8 +50,8 @@ def validate(model, run: "Run") -> float | None:
 
 
 def test(model, run: "Run") -> list[dict]:
-    """An output of the model as it is for each test example, with its likelihood and scores."""
-    examples = run.splits["test"]
+    """An output of the model as it is for each scored example, with its likelihood and scores."""
+    examples = run.scored
     with run.meter.phase("evaluate"), head.arithmetic(model) as types:
         scores = likelihoods(model, examples, run)
     run.record.arithmetic["scoring"] = types
@@ -92,11 +92,11 @@ def add_margins(model, outputs: list[dict], before: list[dict], run: "Run") -> N
 
 
 def rejected(before: list[dict], run: "Run") -> list[Example]:
-    """The test examples with a worse response: the preference pair's, else the untouched model's own answer,
-    as far as that is another one than the reference."""
+    """The scored examples with a worse response: the preference pair's, else the untouched model's answer, as
+    far as that is another one than the reference."""
     answers = {answer["id"]: answer for answer in before}
     examples = []
-    for example in run.splits["test"]:
+    for example in run.scored:
         if not example.prompt:  # plain text has no better and worse answer
             continue
         ids = example.rejected_ids

@@ -90,7 +90,7 @@ def stop_tokens(template: Template, model, examples: list[Example]) -> list[int]
 def check_model(model, run) -> None:
     """Tries some tokens on the model. Raises where the one LM head, or packing, would measure it wrongly."""
     with run.accelerator.autocast():
-        tokens = [list((e.prompt_ids + e.response_ids)[:8]) for e in run.splits["test"][:1]]
+        tokens = [list((e.prompt_ids + e.response_ids)[:8]) for e in run.scored[:1]]
         head.check(model.eval(), torch.tensor(tokens).to(run.device))
         if not run.hp.packing:
             return

@@ -25,8 +25,9 @@ class Run:
     through as often as one likes; `rng`, a generator on the CPU that is this run's method's alone; and
     `load_base(**kwargs)`, the untouched model once more, off the clock of what goes on.
 
-    For the harness: `splits`, the examples of each; what it computes, decodes, scores and measures with; the
-    `record` that it fills; `report(**values)`, which is told what a bench shows.
+    For the harness: `splits`, the examples of each, and those of them that are `scored`; what it computes,
+    decodes, scores and measures with; the `record` that it fills; `report(**values)`, which is told what a
+    bench shows.
     """
 
     def __init__(
@@ -43,6 +44,11 @@ class Run:
         self.rng = torch.Generator().manual_seed(seed)
         self.reading: loop.Reading | None = None  # while the loop trains
         self.loader = load_base
+
+    @property
+    def scored(self) -> list[Example]:
+        """The examples that it is evaluated on: the test's, or the validation's for a trial of a search."""
+        return self.splits["validation" if self.record.spec.trial else "test"]
 
     def load_base(self, **more):
         """The untouched model. `more` goes to from_pretrained."""

@@ -45,15 +45,17 @@ def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> N
         model = trained(model, run)
     else:
         record.sizes = Sizes(**sizes(model.requires_grad_(False)))
+    if record.judged_by_loss:
+        return
     outputs = evaluation.test(model, run)
     before = outputs if spec.method == "base" else evaluation.outputs_before(spec.locations.get("before"))
-    if any(example.prompt and not example.rejected_ids for example in run.splits["test"]):
+    if any(example.prompt and not example.rejected_ids for example in run.scored):
         record.hashes["before"] = answers_hash(before)
     evaluation.add_margins(model, outputs, before, run)
     for output in outputs:
         append(folder / OUTPUTS, output)
     record.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    if spec.trains:
+    if spec.trains and not spec.trial:
         save_model(model, run, folder)
 
 
@@ -64,7 +66,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
         with suppress(OSError):  # a full disk: what is only shown does not end a run
             append(folder / EVENTS, values)
 
-    hp = method.own(spec.hp)
+    hp = method.own(spec.own_hp)
     precision = resolve_precision(hp.precision)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
@@ -125,7 +127,7 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
         plain_text=all(not example.prompt for example in train),
     )
     record.study = study(template.tokenizer, read.sample, template.loss)
-    return template, read.rows
+    return template, {**read.rows, "test": []} if spec.trial else read.rows  # none that a search could see
 
 
 def trained(model, run: Run):
@@ -141,7 +143,7 @@ def trained(model, run: Run):
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
     record.tokens.attach = int(sum(read))
-    if not method.starts_at_base:
+    if not method.starts_at_base and not record.spec.trial:
         record.start = metrics.total(evaluation.test(model, run), run.dataset)
     record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
     start = weights.fingerprints(types)
