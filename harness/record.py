@@ -227,7 +227,6 @@ class RunRecord:
     validation: list[Point] = field(default_factory=list)
     signatures: dict[str, str] = field(default_factory=dict)
     start: dict[str, list[float | None]] = field(default_factory=dict)
-    repeat: Count = 0  # above 0: the same run once more, to see what comes out apart without a reason
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     # DERIVED from the outputs and from what was asked

@@ -88,6 +88,7 @@ class RunSpec:
     fingerprints: dict[str, str] = field(default_factory=dict)  # of local files: model, sources
     locations: dict = field(default_factory=dict, compare=False)
     changes: dict[str, Any] = field(default_factory=dict)
+    repeat: Count = 0  # above 0: the same run once more, to see what comes out apart without a reason
     search: dict[str, Any] | None = None
     reason: str = field(default="", compare=False)
 
@@ -111,6 +112,8 @@ class RunSpec:
         del asked["locations"], asked["reason"]
         if not self.changes:
             del asked["changes"]
+        if not self.repeat:
+            del asked["repeat"]
         if not self.trial:
             del asked["search"]
         return asked

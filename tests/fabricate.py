@@ -45,7 +45,8 @@ def record(method: str, seed: int = 0, model: str = "google/gemma-3-1b-it", **ch
     hp = changes.pop("hp", Hyperparams())
     options = changes.pop("options", {"rank": 8} if trains else {})
     dataset = changes.pop("dataset", DATASET)
-    spec = RunSpec(method, seed, model, dataset, hp if trains else hp.untrained(), options)
+    hp = hp if trains else hp.untrained()
+    spec = RunSpec(method, seed, model, dataset, hp, options, repeat=changes.pop("repeat", 0))
     luck = random.Random(f"{method} {seed}")
     order = list(METHODS).index(method) if method in METHODS else 99
     found = RunRecord(spec, "ok", command="python run_bench.py --preset gemma", card={

@@ -17,6 +17,7 @@ from harness.errors import BadRequest
 from harness.method import known_methods, resolve
 from harness.plan import Request, plan
 from harness.record import Phase, RunRecord, Sizes
+from harness.report.comparison import comparisons
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
 from harness.trial import searched
@@ -335,3 +336,18 @@ def test_a_plan_counts_the_trials_and_follows_those_that_are_there(stubbed, tmp_
     stubbed.most = 10**6
     ended = list(bench.bench(plan(request), Store(tmp_path), "", Silent()))
     assert planned() == [("cached", done.record.spec.folder) for done in ended]
+
+
+def test_the_first_run_again_is_a_run_of_its_own_after_all_others_and_no_seed(stubbed, tmp_path):
+    request = asked("full", "galore", seeds=[3, 1], repeat=2)
+    ended = [done.record for done in bench.bench(plan(request), Store(tmp_path), "", Silent())]
+    names = [(r.spec.method, r.spec.seed, r.spec.repeat) for r in ended]
+    assert names == [("base", 0, 0), ("full", 3, 0), ("galore", 3, 0), ("full", 1, 0), ("galore", 1, 0),
+                     ("full", 3, 1), ("full", 3, 2)]  # fmt: skip
+    assert len({r.spec.folder for r in ended}) == 7
+    assert len({r.spec.comparison for r in ended if r.spec.trains}) == 1
+    again = [done.cached for done in bench.bench(plan(request), Store(tmp_path), "", Silent())]
+    assert all(again)
+    [comparison] = comparisons(Store(tmp_path).load()[0])
+    counts = {t.spec.method: (len(t.records), len(t.repeats)) for t in comparison.trained}
+    assert counts == {"full": (2, 2), "galore": (2, 0)}

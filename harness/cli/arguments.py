@@ -155,6 +155,8 @@ ARGUMENTS = (
                          "rows; or both"}),
     ("--trials", ASKING, once("N", f"of the tuned track, for each method (default: {TRIALS})", type=natural,
                               default=TRIALS)),
+    ("--repeat", ASKING, once("N", "times to run the first run again, unchanged: how far apart it comes out "
+                              "is the noise floor (default: 0)", type=count, default=0)),
     ("--set", ["data"], several("KEY=VALUE", "data.NAME or hp.NAME", default=[])),
     ("--rows", ["data"], once("N", f"rows to show (default: {ROWS})", type=count, default=ROWS)),
     ("--plugins", (*ASKING, "list"), several("FILE", "files that each define a method", default=[])),

@@ -50,7 +50,7 @@ def planned(options, keep: bool = False):
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
                       sources=options.source, settings=options.set, sweeps=options.sweep,
-                      tracks=options.track, trials=options.trials)  # fmt: skip
+                      tracks=options.track, trials=options.trials, repeat=options.repeat)  # fmt: skip
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)

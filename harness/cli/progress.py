@@ -37,7 +37,7 @@ def describe(spec) -> str:
     method = f"{spec.method} ({own})" if own else spec.method
     if spec.trial:
         return f"trial of {method}"
-    return f"{method}, seed {spec.seed}" if spec.trains else method
+    return f"{method}, seed {spec.seed}{', again' * bool(spec.repeat)}" if spec.trains else method
 
 
 def outcome(record, cached: bool) -> str:

@@ -54,6 +54,8 @@ def plan(request: Request, keep: bool = False) -> Plan:
     if "identical" not in request.tracks:
         arms = [arm for arm in arms if not arm.cls.trains or arm.cls.name in wanted.sweeps]
     specs = [arm.spec(blank, seed) for seed in wanted.seeds for arm in arms]
+    for first in [spec for spec in specs if spec.trains][:1]:
+        specs += [replace(first, repeat=number) for number in range(1, request.repeat + 1)]
     searches = tunings(methods, blank, wanted.seeds) if "tuned" in request.tracks else []
     if searches and any(arm.cls.aim == "preference_accuracy" for arm in methods):
         base = next(spec for spec in specs if spec.method == "base")

@@ -31,7 +31,7 @@ class Plan(list):
         stages = (
             [spec for spec in self if not spec.trains],
             [trial for _, trial in walks if trial],
-            sorted(trained, key=lambda spec: self.seeds.index(spec.seed)),
+            sorted(trained, key=lambda spec: (spec.repeat, self.seeds.index(spec.seed))),
         )
         pending = ([spec for spec in once(stage) if spec.digest not in done] for stage in stages)
         return next(filter(None, pending), [])

@@ -270,10 +270,10 @@ def arm(techniques: list[Technique], spec: RunSpec | None) -> Technique | None:
 
 def run_and_repeats(records: list[RunRecord]) -> tuple[RunRecord, list[RunRecord]]:
     """Of one seed: the newest run that is done, and what was run again to see the noise."""
-    first = min(record.repeat for record in records)
-    runs = [record for record in records if record.repeat == first]
+    first = min(record.spec.repeat for record in records)
+    runs = [record for record in records if record.spec.repeat == first]
     run = next((record for record in reversed(runs) if record.ok), runs[-1])
-    return run, [record for record in records if record.repeat > first]
+    return run, [record for record in records if record.spec.repeat > first]
 
 
 def label(technique: Technique, techniques: list[Technique]) -> str:
