@@ -299,7 +299,7 @@ class RunRecord:
             raise ValueError(f"not a run record: {error}") from error
         value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
         parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance, "memory": Memory}
-        value |= {name: made(kind, value[name]) for name, kind in parts.items() if value.get(name)}
+        value |= {name: made(kind, value[name]) for name, kind in parts.items() if value.get(name) is not None}
         return made(cls, value)
 
 
