@@ -299,7 +299,8 @@ class RunRecord:
             raise ValueError(f"not a run record: {error}") from error
         value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
         parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance, "memory": Memory}
-        value |= {name: made(kind, value[name]) for name, kind in parts.items() if value.get(name) is not None}
+        said = {name: value[name] for name in parts if value.get(name) is not None}
+        value |= {name: made(parts[name], part) for name, part in said.items()}
         return made(cls, value)
 
 
