@@ -351,3 +351,8 @@ def test_the_first_run_again_is_a_run_of_its_own_after_all_others_and_no_seed(st
     [comparison] = comparisons(Store(tmp_path).load()[0])
     counts = {t.spec.method: (len(t.records), len(t.repeats)) for t in comparison.trained}
     assert counts == {"full": (2, 2), "galore": (2, 0)}
+
+
+def test_what_only_a_search_will_find_is_not_run_again():
+    with pytest.raises(BadRequest, match=r"--repeat: .*: add --track identical"):
+        plan(asked("full", tracks=["tuned"], repeat=1))

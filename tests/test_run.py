@@ -285,6 +285,15 @@ def test_answers_drawn_while_training_are_a_phase_that_is_charged():
     assert RunRecord(spec_of("grpo"), "ok", phases=phases).train_seconds >= 0.2
 
 
+def test_a_run_whose_tensors_could_not_be_counted_says_so(run, monkeypatch):
+    counted, _ = run("lora", "hp.max_steps=1")
+    assert counted.memory.peak == counted.phases["train"].peak_allocated and not counted.warnings
+    monkeypatch.setattr(stages, "rehearsed", lambda *_: None)
+    record, _ = run("lora", "hp.max_steps=1")
+    assert record.phases["train"].peak_allocated is None
+    assert ["peak memory is unknown" in warning for warning in record.warnings] == [True]
+
+
 def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong(monkeypatch):
     """Bytes of the card: 9 in use before the run, 4 when the neighbour has gone and the run holds 3."""
     card = Card.__new__(Card)

@@ -16,7 +16,7 @@ from harness import machine
 SHARE = 0.05  # of what the run may use, or of the seconds: what takes more may slow a step by as much
 LEAST_SECONDS = 0.3  # of others' work: the kernel counts in hundredths of a second, on each core
 LAUNCHING_CORES = 2  # that a run on a GPU can use: one thread gives the card its work, one in the backward
-DRIFT = 0.25  # of a step: thirds of trainings that nobody disturbed were seen 18 % apart
+DRIFT = 0.25  # of a step: thirds of trainings that nobody disturbed were seen 16 % apart
 CHANCE = 3.3  # standard errors: thirds of an even training differ so far in one of a thousand
 
 

@@ -39,6 +39,10 @@ def plan(request: Request, keep: bool = False) -> Plan:
         problems.extend(unsearchable(methods, wanted.hp, dataset))
     for arm in arms if dataset and not problems else ():
         problems.add("", endless(replace(wanted.hp, **arm.changes), dataset["train"]))
+    if "identical" not in request.tracks:
+        arms = [arm for arm in arms if not arm.cls.trains or arm.cls.name in wanted.sweeps]
+        if request.repeat and not any(arm.cls.trains for arm in arms):
+            problems.add("--repeat", "what is run first is a search", "add --track identical tuned")
     problems.refuse()
     unused, prints = {}, {}
     try:
@@ -51,11 +55,9 @@ def plan(request: Request, keep: bool = False) -> Plan:
     locations = {"sources": sources, "plugins": [str(Path(plugin).resolve()) for plugin in plugins]}
     locations |= {"model": str(model.folder)} if model.folder else {}
     blank = RunSpec("", 0, model.name, dataset, wanted.hp, {}, prints, locations)
-    if "identical" not in request.tracks:
-        arms = [arm for arm in arms if not arm.cls.trains or arm.cls.name in wanted.sweeps]
     specs = [arm.spec(blank, seed) for seed in wanted.seeds for arm in arms]
-    for first in [spec for spec in specs if spec.trains][:1]:
-        specs += [replace(first, repeat=number) for number in range(1, request.repeat + 1)]
+    first = next((spec for spec in specs if spec.trains), None)
+    specs += [replace(first, repeat=number) for number in range(1, request.repeat + 1) if first]
     searches = tunings(methods, blank, wanted.seeds) if "tuned" in request.tracks else []
     if searches and any(arm.cls.aim == "preference_accuracy" for arm in methods):
         base = next(spec for spec in specs if spec.method == "base")

@@ -148,6 +148,8 @@ def trained(model, run: Run):
     record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
     start = weights.fingerprints(types)
     record.memory = rehearsed(model, run)
+    if run.device.type == "cpu" and not record.memory:
+        record.warnings.append("live tensors could not be counted here: peak memory is unknown")
     run.report = with_progress(run)
     loop = train(model, run)
     if record.memory:  # where no allocator counts
