@@ -41,7 +41,11 @@ def answer(comparison: Comparison, verdicts: Verdicts) -> str:
 
 
 def opening(comparison: Comparison) -> str:
-    spec, techniques = comparison.spec, comparison.trained
+    spec, identical = comparison.spec, [t for t in comparison.trained if not t.tuned]
+    techniques = identical or comparison.trained
+    both = ", with the shared hyperparameters and each at its own best" * bool(
+        comparison.searches and identical
+    )
     if not techniques:
         return f"{spec.model}, untouched, on {data_title(comparison)}."
     seeds = sorted({len(t.records) for t in techniques})
@@ -49,11 +53,11 @@ def opening(comparison: Comparison) -> str:
     tested = f"{len(comparison.parts):,} " if comparison.parts else ""
     scored = any(t.done for t in techniques)
     return (
-        f"{count(len(techniques), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}, "
+        f"{count(len(techniques), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}{both}, "
         f"{' to '.join(map(str, ends))} seed{'s' * (seeds != [1])} each"
         + (f", and were scored on the same {tested}test rows." if scored else ".")
         if len(techniques) > 1 else
-        f"{techniques[0].label} fine-tuned {spec.model} on {data_title(comparison)} with "
+        f"{techniques[0].label} fine-tuned {spec.model} on {data_title(comparison)}{both} with "
         f"{count(seeds[0], 'seed')}" + (f" and was scored on {tested}test rows." if scored else ".")
     )  # fmt: skip
 
