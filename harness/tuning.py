@@ -96,8 +96,12 @@ class Tuning:
 
 def tuned(spec: RunSpec, seed: int, trials: int) -> RunSpec:
     """The run of a trial's arm with a seed of the report: the identical one, where nothing was changed."""
-    reason = f"the best of {trials} trials on the validation rows"
-    return replace(spec, seed=seed, search=None, reason=reason if spec.changes else "")
+    return replace(spec, seed=seed, search=None, reason=found_by(trials) if spec.changes else "")
+
+
+def found_by(trials: int) -> str:
+    """The reason for what a search has chosen."""
+    return f"the best of {trials} trials on the validation rows"
 
 
 def searches(trials: list[RunRecord]) -> list[Found]:

@@ -145,7 +145,9 @@ def test_a_run_that_was_disturbed_has_no_time(tmp_path):
     lead, rest = text.split("## Results")
     assert "Times of disturbed runs are not ranked: QLoRA (1 run)." in lead
     assert "least memory" in lead and "least training time" not in lead
-    assert "1 of 3 runs disturbed" in rest.split("## More on quality")[0]
+    main = rest.split("## More on quality")[0]
+    marked = [line.split(" | ")[0] for line in main.split("\n") if line.endswith("\\* |")]
+    assert marked == ["| QLoRA"] and "\\* With a run that was disturbed" in main
     fine, details = certified(*Store(results).load()[0])["Nothing else kept the machine busy"]
     assert (
         fine is False

@@ -89,6 +89,38 @@ def test_identical_runs_differ_by_exactly_nothing():
     assert d.value == 0 and d.low == -d.high and d.sign == 0
 
 
+@pytest.mark.parametrize("unsteady", [0.0, 0.2])
+@pytest.mark.parametrize("other_rows", [0, 1])
+def test_a_twin_widens_the_intervals_no_more_than_a_stranger(other_rows, unsteady):
+    """Two techniques with the same answers, as where a method has become another one's special case, but for
+    the order of a sum, or a row that a tie of two words decides."""
+    rng = np.random.default_rng(5)
+    a, b, stranger = rng.random((3, 3, 60)) + unsteady * rng.standard_normal((3, 3, 1))
+    twin = a + 1e-14 * rng.standard_normal(a.shape)
+    twin[0, :other_rows] += 0.1
+
+    def of_three(third):
+        samples = {"a": scored(a), "b": scored(b), "third": scored(third)}
+        return Family(samples, all_pairs(samples))
+
+    family, width = of_three(twin), of_three(stranger).width[0]
+    d, same = family.difference("a", "b"), family.difference("a", "third")
+    assert (d.high - d.low) / 2 < 1.1 * width
+    assert same.sign == 0 and same.high - same.low < width / 2
+    assert other_rows or (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_what_rounding_leaves_of_a_difference_is_nothing():
+    for k in range(40):
+        rng = np.random.default_rng(k)
+        values = dict(zip("abc", rng.random((3, 3, 60)), strict=True))
+        values["twin of a"] = values["a"] + 1e-14 * rng.standard_normal((3, 60))
+        samples = {name: scored(seeds) for name, seeds in values.items()}
+        strangers = samples | {"twin of a": scored(rng.random((3, 60)))}
+        critical = [Family(each, all_pairs(each)).critical for each in (samples, strangers)]
+        assert critical[0] < 1.1 * critical[1]
+
+
 def test_the_same_samples_have_the_same_interval():
     a, b = np.random.default_rng(0).random((2, 3, 80))
     assert difference(a, b) == difference(a, b)

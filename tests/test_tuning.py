@@ -12,7 +12,7 @@ from harness.method import card, known_methods, resolve
 from harness.plan import Request, plan
 from harness.record import Sizes
 from harness.report import brief_table, render
-from harness.report.comparison import comparisons
+from harness.report.comparison import comparisons, read_outputs
 from harness.report.verdicts import Verdicts
 from harness.store import RECORD, Store
 
@@ -141,9 +141,23 @@ def test_both_tracks_stand_side_by_side_as_the_verdicts_have_them(report):
     assert all("of 3" in rows[name]["Rank (tuned)"] for name in ("Full", "LoRA", "GaLore"))
 
 
-def test_the_verdicts_that_turn_over_are_named_and_no_others(report):
-    from harness.report.comparison import read_outputs
+def test_each_track_is_ranked_by_itself(report):
+    """What was asked for stands in both where it is a method's own best, and another objective by itself."""
+    (comparison,) = comparisons(report[0].load()[0])
+    groups = {name: {t.label for t in of} for name, of in comparison.groups.items()}
+    assert groups == {
+        " of the sft techniques with the shared hyperparameters": {"Full", "LoRA", "GaLore"},
+        " of the sft techniques with each at its own best": {"Full (tuned)", "LoRA (tuned)", "GaLore"},
+        " of the preference techniques with the shared hyperparameters": {"ORPO"},
+        " of the preference techniques with each at its own best": {"ORPO (tuned)"},
+    }
+    read_outputs(comparison, report[0])
+    (standing, *_) = Verdicts(comparison).metrics
+    assert ("Full (tuned)", "Full") in standing.pairs and ("LoRA (tuned)", "Full") not in standing.pairs
+    assert standing.verdict("Full", "LoRA (tuned)").word == ""
 
+
+def test_the_verdicts_that_turn_over_are_named_and_no_others(report):
     store, text = report
     (comparison,) = comparisons(store.load()[0])
     read_outputs(comparison, store)

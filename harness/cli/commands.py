@@ -79,10 +79,9 @@ def print_runs(done: list) -> None:
 
     table = brief_table([ended.record for ended in done])
     look = {"headers": "keys", "showindex": False, "disable_numparse": True, "maxheadercolwidths": 12}
-    print(f"\n{tabulate(table, **look)}\n")
+    print("\n".join([f"\n{tabulate(table, **look)}", *table.attrs["notes"], ""]))
     cached = [ended.record for ended in done if ended.cached]
-    names = ", ".join(record.spec.folder for record in cached)
-    print(f"{len(cached)} of {len(done)} cached" + (f": {names}" if cached else ""))
+    print(f"{len(cached)} of {len(done)} cached")
     for record in cached:
         if stale(record):
             print(f"stale: {record.spec.folder}: {RUNS_AGAIN}")

@@ -33,7 +33,11 @@ class Steady:
 
 
 def describe(spec) -> str:
-    own = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in spec.changes.items())
+    chosen = {
+        name: value for name, value in spec.options.items() if spec.trial and value != spec.search.get(name)
+    }
+    changed = spec.changes | chosen
+    own = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
     method = f"{spec.method} ({own})" if own else spec.method
     if spec.trial:
         return f"trial of {method}"

@@ -60,10 +60,13 @@ def render(
 
 
 def brief_table(records: list[RunRecord]) -> pandas.DataFrame:
-    """The brief's table as text, a row a technique; of several comparisons, the newest first."""
+    """The brief's table as text, a row a technique; of several comparisons, the newest first. Its notes are
+    `attrs["notes"]`."""
     tables = [brief(c, [*c.bases, *chain(*c.objectives.values())]) for c in comparisons(records)]
     rows = [[plain(cell) for cell in row] for table in tables for row in table.rows]
-    return pandas.DataFrame(rows, columns=tables[0].columns if tables else None)
+    table = pandas.DataFrame(rows, columns=tables[0].columns if tables else None)
+    table.attrs["notes"] = list(dict.fromkeys(note for table in tables for note in table.notes))
+    return table
 
 
 def write_markdown(blocks: list[Block], now: str) -> str:

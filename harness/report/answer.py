@@ -7,10 +7,12 @@ from harness.record import RunRecord
 from harness.report.comparison import SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique
 from harness.report.stats import CONFIDENCE
 from harness.report.text import duration, listed, number, size
+from harness.report.tuning import turned
 from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
 
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
 FALL = 0.01  # of a metric's range, at the least: from 0.1 BLEU-4 to 0 is no loss of a skill
+MOST = 2  # overturned verdicts that the lead names
 MANY = 0.1  # share of the test rows that the lead speaks of
 UNITS = {MEMORY.name: size, TIME.name: duration}
 
@@ -28,11 +30,9 @@ def answer(comparison: Comparison, verdicts: Verdicts) -> str:
         sentences.append("Without the test outputs of two runs there is no interval, and no ranking.")
     else:
         sentences += [gains(comparison, verdicts.metrics[0]), no_ranking(comparison, done)]
-    for objective in comparison.objectives:
-        among = f" of the {objective} techniques" if len(comparison.objectives) > 1 else ""
-        sentences += [highest(standing, objective, among) for standing in verdicts.metrics]
-        sentences += [cheapest(standing, objective, among) for standing in verdicts.costs]
-    sentences.append(disturbed(comparison))
+    for group in comparison.groups:
+        sentences += within(group, verdicts)
+    sentences += [overturned(comparison, verdicts), disturbed(comparison)]
     sentences += [f"{t.label} has no result: {t.status}." for t in comparison.techniques if not t.done]
     others = [t for t in done if t.objective != "sft"]
     if others and not comparison.random_weights:
@@ -151,16 +151,36 @@ def gains(comparison: Comparison, standing: Standing) -> str:
     return f"Against the untouched model, {standing.quantity.label} {listed(told)}." if told else ""
 
 
-def highest(standing: Standing, objective: str, among: str) -> str:
-    names = standing.ranked(objective)
+def within(group: str, verdicts: Verdicts) -> list[str]:
+    """Who is best in what, of those that are ranked with each other: the first sentence says who they are."""
+    found = [highest(standing, group) for standing in verdicts.metrics]
+    found += [cheapest(standing, group) for standing in verdicts.costs]
+    first, *rest = list(filter(None, found)) or [""]
+    if group and first:
+        first = first[0].lower() + first[1:] if first.startswith(("In ", "No ")) else first
+        first = f"{group[1].upper()}{group[2:]}, {first}"
+    return [first, *rest]
+
+
+def overturned(comparison: Comparison, verdicts: Verdicts) -> str:
+    over = turned(comparison, verdicts) if comparison.searches else None
+    if not over:
+        return ""
+    more = f"; and {len(over) - MOST} more" * (len(over) > MOST)
+    turns = f"{count(len(over), 'verdict')} turn{'s' * (len(over) == 1)} over between the tracks"
+    return f"{turns}: {'; '.join(over[:MOST])}{more}."
+
+
+def highest(standing: Standing, group: str) -> str:
+    names = standing.ranked(group)
     if len(names) < 2:
         return ""
-    best, quantity, tied = names[0], standing.quantity, standing.tied(names[0], objective)
-    if standing.alike(objective) == [names]:
+    best, quantity, tied = names[0], standing.quantity, standing.tied(names[0], group)
+    if standing.alike(group) == [names]:
         return f"In {quantity.label}, {listed(names)} are tied: test rows and seeds cannot tell them apart."
     most = "highest" if quantity.better == "higher" else "lowest"
     value = number(standing.point(best), quantity.decimals)
-    text = f"{best} has the {most} {quantity.label}{among}, {value}"
+    text = f"{best} has the {most} {quantity.label}, {value}"
     text += f", but is tied with {listed(tied)}" if tied else ""
     behind = next((name for name in names if name not in (best, *tied)), None)
     if not behind:
@@ -172,17 +192,17 @@ def highest(standing: Standing, objective: str, among: str) -> str:
     return f"{text}{link} {ahead} ahead of {behind} ({CONFIDENCE:.0%} CI {low} to {high})."
 
 
-def cheapest(standing: Standing, objective: str, among: str) -> str:
+def cheapest(standing: Standing, group: str) -> str:
     """Those that cannot be told from the best share the place."""
-    names, quantity = standing.ranked(objective), standing.quantity
+    names, quantity = standing.ranked(group), standing.quantity
     if len(names) < 2:
         return ""
-    tied = standing.tied(names[0], objective)
+    tied = standing.tied(names[0], group)
     if len(tied) == len(names) - 1:
-        return f"No technique took clearly less {quantity.label.lower()} than all others{among}."
+        return f"No technique took clearly less {quantity.label.lower()} than all others."
     least, most = standing.point(names[0]), standing.point(names[-1])
     what = quantity.label.lower().removeprefix("peak ")
-    text = f"{listed([names[0], *tied])} took the least {what}{among} ({UNITS[quantity.name](least)})"
+    text = f"{listed([names[0], *tied])} took the least {what} ({UNITS[quantity.name](least)})"
     if names[-1] in tied:
         return text + "."
     ratio = most / least

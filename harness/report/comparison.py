@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from harness.metrics import row_sums, scores
+from harness.metrics import compared, row_sums, scores
 from harness.record import TRAINING, RunRecord
 from harness.report.text import shorten
 from harness.spec import RunSpec, digest
@@ -16,6 +16,7 @@ from harness.tuning import Found, searches
 
 UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"
 GIB = 2**30
+IDENTICAL, TUNED = " with the shared hyperparameters", " with each at its own best"  # the tracks
 SEEDS_TO_RANK = 3  # seeds: fewer say nothing of how a method varies from run to run
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 STATUS = {
@@ -29,7 +30,7 @@ STATUS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Technique:
     """What is compared: a method with options and hyperparameters of its own. `sums`: of each seed that is
     done the numbers of each test row, by metric (rows, width)."""
@@ -74,6 +75,10 @@ class Technique:
     @property
     def diverged(self) -> bool:
         return any(record.status == "diverged" for record in self.records)
+
+    @property
+    def disturbed(self) -> bool:
+        return any(record.disturbed for record in self.done)
 
     @property
     def unranked_because(self) -> str:
@@ -131,6 +136,34 @@ class Comparison:
         return {name: [t for t in self.trained if t.objective == name] for name in names}
 
     @property
+    def groups(self) -> dict[str, list[Technique]]:
+        """Who is ranked with whom: the techniques of one objective and one track. By what tells a group from
+        the others, in words. What was asked for stands in both tracks where it is a method's own best."""
+        best = [arm(self.techniques, found.spec) for found in self.searches]
+        found = {}
+        for objective, members in self.objectives.items():
+            of = f" of the {objective} techniques" if len(self.objectives) > 1 else ""
+            tracks = {IDENTICAL: [t for t in members if not t.tuned],
+                      TUNED: [t for t in members if t in best]}  # fmt: skip
+            apart = set(tracks[IDENTICAL]) - set(tracks[TUNED]) and tracks[TUNED]
+            found |= {of + name: those for name, those in tracks.items()} if apart else {of: members}
+        return found
+
+    def groups_of(self, technique: Technique) -> list[str]:
+        """Its track with the shared hyperparameters first."""
+        return [name for name, members in self.groups.items() if technique in members]
+
+    def search_of(self, technique: Technique) -> Found | None:
+        """That a tuned technique was found by."""
+        of = (found for found in self.searches if arm([technique], found.spec))
+        return next(of, None) if technique.tuned else None
+
+    def asked_for(self, technique: Technique) -> Technique | None:
+        """Of a tuned technique the one with the shared hyperparameters, where that was run."""
+        found = self.search_of(technique)
+        return arm(self.techniques, found.tuning.identical) if found else None
+
+    @property
     def spec(self) -> RunSpec:
         return self.techniques[-1].spec
 
@@ -164,6 +197,17 @@ class Comparison:
         if metric == "preference_accuracy" and len(self.preferred_to) > 1:
             return None
         return score(record, metric)
+
+    @property
+    def twins(self) -> list[list[Technique]]:
+        """Trained techniques whose answers score the same in every test row and with every seed."""
+        found: dict[tuple, list[Technique]] = {}
+        for technique in self.trained:
+            if technique.sums:
+                seeds = zip(technique.done, technique.sums, strict=True)
+                rows = [(r.spec.seed, *(sums[m.name].tobytes() for m in compared())) for r, sums in seeds]
+                found.setdefault(tuple(rows), []).append(technique)
+        return [same for same in found.values() if len(same) > 1]
 
     @property
     def out_of_reach(self) -> int:

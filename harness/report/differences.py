@@ -17,12 +17,12 @@ ALL_PAIRS = 6  # techniques of which every pair is shown: 15 lines
 
 
 def ranks(comparison: Comparison, verdicts: Verdicts) -> list[Table]:
-    """The places that the verdicts leave to each technique, a table an objective."""
+    """The places that the verdicts leave to each technique, a table a group."""
     found = []
-    for objective, techniques in comparison.objectives.items():
-        standings = [s for s in (*verdicts.metrics, *verdicts.costs) if len(s.ranked(objective)) > 1]
-        cells = [[t.label, *(place(s, t.label, objective) for s in standings)] for t in techniques]
-        columns = ["Technique", *(f"Rank in {inside(s.quantity.label)}" for s in standings)]
+    for group, techniques in comparison.groups.items():
+        standings = [s for s in (*verdicts.metrics, *verdicts.costs) if len(s.ranked(group)) > 1]
+        cells = [[t.label, *(place(s, t.label, group) for s in standings)] for t in techniques]
+        columns = [f"Technique{group}", *(f"Rank in {inside(s.quantity.label)}" for s in standings)]
         if standings:
             found.append(Table(columns, cells, words=tuple(range(len(columns)))))
     return found
@@ -33,12 +33,12 @@ def inside(label: str) -> str:
     return label.lower() if label[1:].islower() else label
 
 
-def place(standing: Standing, label: str, objective: str) -> str:
+def place(standing: Standing, label: str, group: str) -> str:
     """`2 to 4 of 9, bc`: techniques that share a letter cannot be told apart."""
-    if label not in standing.ranked(objective):
+    if label not in standing.ranked(group) or standing.ranked(group) == [label]:
         return UNKNOWN
-    first, last, of = standing.rank(label, objective)
-    letters = [letter(i) for i, members in enumerate(standing.alike(objective)) if label in members]
+    first, last, of = standing.rank(label, group)
+    letters = [letter(i) for i, members in enumerate(standing.alike(group)) if label in members]
     return f"{first}{f' to {last}' * (last > first)} of {of}, {''.join(letters)}"
 
 
@@ -49,13 +49,14 @@ def letter(i: int) -> str:
 
 def differences(comparison: Comparison, verdicts: Verdicts) -> list[Table]:
     """Against the untouched model, against each method's own base, and against each other: those of one
-    objective, and where they are many, all against the first."""
+    group, and where they are many, all against the first."""
     first = next(iter(verdicts.metrics + verdicts.costs))
     shown = [t for t in comparison.trained if any(t.label in s.entrants for s in verdicts.standings.values())]
     shown.sort(key=lambda t: (not t.ranked, -np.nan_to_num(first.point(t.label), nan=-np.inf)))
-    equals = [[t for t in shown if t in group] for group in comparison.objectives.values()]
+    equals = [[t for t in shown if t in group] for group in comparison.groups.values()]
     few = all(len(group) <= ALL_PAIRS for group in equals)
-    others = [pair for group in equals for pair in combinations(group, 2) if few or pair[0] is group[0]]
+    pairs = [pair for group in equals for pair in combinations(group, 2) if few or pair[0] is group[0]]
+    others = list({(a.label, b.label): (a, b) for a, b in pairs}.values())
     title = "Against each other" if few else f"The highest {first.quantity.label} against the others"
     tables = [
         difference_table("Against the untouched model", verdicts.metrics,
@@ -100,15 +101,14 @@ def interval(difference: Difference, quantity: Quantity) -> str:
 def fronts(comparison: Comparison, verdicts: Verdicts) -> list[str]:
     """What is on the front of each score and cost, from the cheapest on."""
     found = []
-    for objective, gain, cost in product(comparison.objectives, verdicts.metrics, verdicts.costs):
+    for group, gain, cost in product(comparison.groups, verdicts.metrics, verdicts.costs):
         names = [standing.quantity.name for standing in (cost, gain)]
-        if min(len(standing.ranked(objective)) for standing in (cost, gain)) < 2:
+        if min(len(standing.ranked(group)) for standing in (cost, gain)) < 2:
             continue
-        known = verdicts.steps(*names, objective)
-        on = verdicts.front(*names, objective) if known else []
+        known = verdicts.steps(*names, group)
+        on = verdicts.front(*names, group) if known else []
         said = listed(on) if on else "none, as no two techniques are known to trade one for the other"
-        among = f" of the {objective} techniques" if len(comparison.objectives) > 1 else ""
-        found.append(f"{gain.quantity.label} against {inside(cost.quantity.label)}{among}: {said}.")
+        found.append(f"{gain.quantity.label} against {inside(cost.quantity.label)}{group}: {said}.")
     return found
 
 

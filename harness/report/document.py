@@ -16,6 +16,7 @@ from harness.report.tuning import tracks
 from harness.report.verdicts import Verdicts
 from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
+from harness.tuning import found_by
 
 MEASURED = (
     "BLEU-4: corpus level, 0 to 100, against one reference. ROUGE-L: F1, 0 to 1, mean over test rows.",
@@ -49,6 +50,7 @@ LOSS = {
     "last": "the last answer of a conversation, with its end mark",
 }
 PLAIN_TEXT = "every token of the text but the first of a row"
+TWINS = "{} score the same in every test row and with every seed, as one and the same method would."
 OWN = (
     " The data hold no pairs: the rejected answer is the untouched model's own, which most fine-tuning "
     "comes to like less than the reference."
@@ -188,7 +190,7 @@ def results(comparison: Comparison) -> list[b.Block]:
             ),
             tables.brief(comparison, [*comparison.bases, *techniques], marks, techniques[0].aim),
         ]
-    found[-1].notes = [LIVE if comparison.counted else RESIDENT, *notes]
+    found[-1].notes += [LIVE if comparison.counted else RESIDENT, *notes]
     if beyond := comparison.out_of_reach:
         found[-1].notes.append(
             f"{beyond:,} of {len(comparison.parts):,} {too_long(comparison)}; no answer can equal them."
@@ -218,15 +220,30 @@ def results(comparison: Comparison) -> list[b.Block]:
 
 
 def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
-    """Label -> footnote mark, and the footnotes: the shared hyperparameters a method has left."""
+    """Label -> footnote mark, and the footnotes: what a method has left of what was asked for."""
     marks, notes = {}, []
     for technique in comparison.techniques:
-        for name, (value, reason) in sorted(technique.newest.overrides.items()):
+        for reason, changed in left(comparison, technique).items():
             mark = str(len(notes) + 1).translate(tables.SUPERSCRIPT)
             marks[technique.label] = f"{marks.get(technique.label, '')} {mark}"
-            shared = getattr(comparison.spec.hp, name, UNKNOWN)
-            notes.append(f"{mark} {technique.label}: {words(name)} {value} instead of {shared}: {reason}")
+            notes.append(f"{mark} {technique.label}: {', '.join(changed)}: {reason}")
+    notes += [TWINS.format(listed([t.label for t in same], len(same))) for same in comparison.twins]
     return marks, notes
+
+
+def left(comparison: Comparison, technique: Technique) -> dict[str, list[str]]:
+    """Reason -> the hyperparameters, and options of a tuned one, that are others than was asked for."""
+    found = {}
+    for name, (value, reason) in sorted(technique.newest.overrides.items()):
+        shared = getattr(comparison.spec.hp, name, UNKNOWN)
+        found.setdefault(reason, []).append(f"{words(name)} {value} instead of {shared}")
+    if search := comparison.search_of(technique):
+        asked = search.tuning.identical.options
+        for name, value in technique.spec.options.items():
+            if value != asked.get(name):
+                reason = found_by(len(search.trials))
+                found.setdefault(reason, []).append(f"{words(name)} {value} instead of {asked.get(name)}")
+    return found
 
 
 def words(name: str) -> str:

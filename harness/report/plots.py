@@ -92,8 +92,8 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
         before = comparison.before(techniques[0])
         level = before.mean(lambda r, m=metric.name: score(r, m)) if before else None
         place = scatter(axes[i, j], techniques, cost, lambda r, m=metric.name: score(r, m), looks(comparison))
-        for objective in comparison.objectives:
-            draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, objective))
+        for group in comparison.groups:
+            draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, group))
         draw_level(axes[i, j], level)
         if j == 0:
             axes[i, j].set_ylabel(metric.label)

@@ -13,6 +13,7 @@ import numpy as np
 
 CONFIDENCE = 0.95  # that all intervals of a family hold
 POWER = 0.8  # of the smallest difference that a bench could have seen; the convention since Cohen 1988
+SAME = 1e-9  # relative: numbers so little apart are equal, but were summed in another order
 DRAWS = 5000  # simulated benches: 5 % of them are known to 0.3 %
 
 
@@ -129,9 +130,24 @@ class Family:
     def variance(self, of_seed: np.ndarray, rows: np.ndarray | float = 1.0) -> np.ndarray:
         """(..., pairs) of each difference. `rows` (..., 1): the rows' part is so many times as large."""
         a, b = self.ends
-        row_part = self.covariance[a, a] + self.covariance[b, b] - 2 * self.covariance[a, b]
         beyond = self.beyond(of_seed)
-        return np.maximum(row_part, 0) * rows + beyond[..., a] + beyond[..., b]
+        return self.row_part * rows + self.apart * (beyond[..., a] + beyond[..., b])
+
+    @cached_property
+    def row_part(self) -> np.ndarray:
+        """(pairs,) the variance of each difference as far as test rows are the chance."""
+        a, b = self.ends
+        both = self.covariance[a, a] + self.covariance[b, b]
+        part = both - 2 * self.covariance[a, b]
+        return np.where(part > SAME * both, part, 0.0)
+
+    @cached_property
+    def apart(self) -> np.ndarray:
+        """(pairs,) from 0 to 1: how far the seeds of two techniques are chance of their own. Not at all where
+        both answer alike in each seed, as a method does that has become another one's special case."""
+        of_own = (self.own_rows / self.seeds)[self.ends].sum(0)
+        ratio = np.divide(self.row_part, of_own, out=np.ones_like(of_own), where=of_own > 0)
+        return (2 * ratio).clip(0, 1)  # twice: over few rows independent seeds may come out as alike as that
 
     def beyond(self, of_seed: np.ndarray) -> np.ndarray:
         """(..., techniques) of the mean over seeds, less what the rows' part holds already."""
@@ -142,12 +158,13 @@ class Family:
         rng = np.random.default_rng(0)
         count, (a, b) = len(self.samples), self.ends
         values, vectors = np.linalg.eigh(self.covariance)
-        errors = rng.standard_normal((draws, count)) * np.sqrt(values.clip(0)) @ vectors.T
-        errors += rng.standard_normal((draws, count)) * np.sqrt(self.beyond(of_seed))
+        by_rows = rng.standard_normal((draws, count)) * np.sqrt(values.clip(0)) @ vectors.T
+        by_seeds = rng.standard_normal((draws, count)) * np.sqrt(self.beyond(of_seed))
+        errors = by_rows[:, a] - by_rows[:, b] + np.sqrt(self.apart) * (by_seeds[:, a] - by_seeds[:, b])
         freedom, rows = np.maximum(self.seeds - 1, 1), max(self.rows - 1, 1)
         spread = of_seed * rng.chisquare(freedom, (draws, count)) / freedom
         row_part = rng.chisquare(rows, (draws, 1)) / rows
-        return errors[:, a] - errors[:, b], np.sqrt(self.variance(self.larger(spread), row_part))
+        return errors, np.sqrt(self.variance(self.larger(spread), row_part))
 
     def difference(self, one: str, other: str) -> Difference:
         """`one` less `other`; unknown for a pair that the family does not hold."""
@@ -155,8 +172,9 @@ class Family:
         i = self.place.get((one, other) if sign > 0 else (other, one))
         if i is None:
             return Difference()
-        value, width = sign * float(self.points[self.ends[:, i]] @ [1, -1]), float(self.width[i])
-        return Difference(value, value - width, value + width)
+        a, b = self.points[self.ends[:, i]]
+        value = 0.0 if np.isclose(a, b, rtol=SAME, atol=0) else sign * float(a - b)
+        return Difference(value, value - float(self.width[i]), value + float(self.width[i]))
 
     @cached_property
     def repeated(self) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from harness.store import Store
 
 EXAMPLES = 10  # test rows shown side by side; the brief asks for 5 to 10
 LONGEST = 700  # characters of a shown text
+DISTURBED = "* With a run that was disturbed; times of such runs are not ranked."
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -36,11 +37,12 @@ def brief(
             cells += before_and_after(comparison, technique, metric)
         cells += [
             spread(technique.values(comparison.peak_memory)),
-            hours(technique.values(seconds)) + disturbed(technique),
+            hours(technique.values(seconds)) + "*" * technique.disturbed,
         ]
         rows.append(cells)
     scores = [f"{metric.label} ({when})" for metric in metrics for when in ("before", "after")]
-    return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows)
+    notes = [DISTURBED] * any(technique.disturbed for technique in chosen)
+    return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows, notes)
 
 
 def before_and_after(comparison: Comparison, technique: Technique, metric: Metric) -> list[str]:
@@ -53,11 +55,6 @@ def before_and_after(comparison: Comparison, technique: Technique, metric: Metri
         for side in (before, technique)
     )
     return [spread(v, metric.decimals) for v in values]
-
-
-def disturbed(technique: Technique) -> str:
-    runs = sum(bool(record.disturbed) for record in technique.done)
-    return f", {runs} of {len(technique.done)} runs disturbed" if runs else ""
 
 
 def hours(times: list[float]) -> str:

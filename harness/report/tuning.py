@@ -5,7 +5,7 @@ from itertools import combinations
 from harness.record import TRAINING
 from harness.report.blocks import Block, Heading, Listing, Prose, Table
 from harness.report.comparison import Comparison, Technique, arm
-from harness.report.differences import interval
+from harness.report.differences import interval, place
 from harness.report.plots import criterion
 from harness.report.tables import without_unknown
 from harness.report.text import UNKNOWN, duration, listed, number
@@ -37,9 +37,13 @@ def tracks(comparison: Comparison, verdicts: Verdicts) -> list[Block]:
         found.append(Prose(f"Not the same number of trials: {listed(each, len(each))}."))
     pairs = both(comparison)
     for standing in verdicts.metrics if pairs else ():
-        found.append(side_by_side(standing, pairs))
-    if pairs and verdicts.metrics:
-        found += turned(verdicts.metrics, pairs)
+        found.append(side_by_side(comparison, standing, pairs))
+    over = turned(comparison, verdicts)
+    if over:
+        found.append(Prose(f"Verdicts that turn over between the tracks: {len(over)}."))
+        found.append(Listing([f"{verdict}." for verdict in over]))
+    elif over is not None:
+        found.append(Prose("No verdict turns over between the tracks."))
     return [*found, searched(comparison)]
 
 
@@ -61,7 +65,9 @@ def title(comparison: Comparison, found: Found) -> str:
     return technique.label if technique else card.get("title") or spec.method
 
 
-def side_by_side(standing: Standing, pairs: list[tuple[str, Technique, Technique]]) -> Table:
+def side_by_side(
+    comparison: Comparison, standing: Standing, pairs: list[tuple[str, Technique, Technique]]
+) -> Table:
     quantity, rows = standing.quantity, []
     for name, identical, tuned in pairs:
         verdict = standing.verdict(tuned.label, identical.label) if tuned is not identical else None
@@ -70,41 +76,26 @@ def side_by_side(standing: Standing, pairs: list[tuple[str, Technique, Technique
             *(number(standing.point(t.label), quantity.decimals) for t in (identical, tuned)),
             interval(verdict.difference, quantity) if verdict else SAME,
             (verdict.word if verdict else "") or UNKNOWN,
-            place(standing, identical, [one for _, one, _ in pairs]),
-            place(standing, tuned, [other for _, _, other in pairs]),
+            place(standing, identical.label, comparison.groups_of(identical)[0]),
+            place(standing, tuned.label, comparison.groups_of(tuned)[-1]),
         ])  # fmt: skip
     columns = [quantity.label, "Identical", "Tuned", "Tuned − identical", "Verdict",
                "Rank (identical)", "Rank (tuned)"]  # fmt: skip
     return Table(columns, rows, words=(0, 4, 5, 6))
 
 
-def place(standing: Standing, technique: Technique, track: list[Technique]) -> str:
-    """`2 to 3 of 5`: the places that the verdicts leave to it in its track, among those of its objective."""
-    ranked = standing.ranked(technique.objective)
-    others = [t.label for t in track if t is not technique and t.label in ranked]
-    if technique.label not in ranked or not others:
-        return UNKNOWN
-    first = 1 + sum(standing.beats(other, technique.label) for other in others)
-    last = 1 + len(others) - sum(standing.beats(technique.label, other) for other in others)
-    return f"{first}{f' to {last}' * (last > first)} of {1 + len(others)}"
-
-
-def turned(standings: list[Standing], pairs: list[tuple[str, Technique, Technique]]) -> list[Block]:
-    """The verdicts on two methods that are another one where both are tuned."""
+def turned(comparison: Comparison, verdicts: Verdicts) -> list[str] | None:
+    """The verdicts on two methods that are another one where both are tuned; None where none is ranked."""
     found, ranked = [], False
-    for standing in standings:
-        for (one, *a), (other, *b) in combinations(pairs, 2):
+    for standing in verdicts.metrics:
+        for (one, *a), (other, *b) in combinations(both(comparison), 2):
             words = [standing.verdict(x.label, y.label).word for x, y in zip(a, b, strict=True)]
             known = set(words) <= {"higher", "lower", "tied"} and a[0].objective == b[0].objective
             ranked |= known
             if known and words[0] != words[1]:
                 found.append(f"{standing.quantity.label}, {one} against {other}: {words[0]} with the shared "
-                             f"hyperparameters, {words[1]} with each at its own best.")  # fmt: skip
-    if not ranked:
-        return []
-    if not found:
-        return [Prose("No verdict turns over between the tracks.")]
-    return [Prose(f"Verdicts that turn over between the tracks: {len(found)}."), Listing(found)]
+                             f"hyperparameters, {words[1]} with each at its own best")  # fmt: skip
+    return found if ranked else None
 
 
 def searched(comparison: Comparison) -> Table:

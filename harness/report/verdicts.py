@@ -31,14 +31,18 @@ TIME = Quantity("seconds", "Training time", "lower", cost=True)
 
 @dataclass(frozen=True)
 class Entrant:
-    """Who is compared in a quantity. `group`: all of one are compared with each other. `before`: the
-    untouched models that it is compared with. `unranked`: why it gets no verdict; empty where it does."""
+    """Who is compared in a quantity. `groups`: all of one are compared with each other. `against`: with whom
+    else it is compared: untouched models, itself before it was tuned. `unranked`: why it gets no verdict;
+    empty where it does."""
 
     label: str
     sample: Sample
-    group: str | None = None
-    before: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
     unranked: str = ""
+
+    def meets(self, other: "Entrant") -> bool:
+        return not set(self.groups).isdisjoint(other.groups)
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,15 @@ class Verdict:
 
 
 class Standing:
-    """The verdicts in one quantity: one family of all pairs of a group, and each against its befores."""
+    """The verdicts in one quantity: one family of all pairs of a group, and of each with those that it is
+    against."""
 
     def __init__(self, quantity: Quantity, entrants: list[Entrant], draws: int = DRAWS):
         self.quantity = quantity
         self.entrants = {e.label: e for e in entrants if e.sample.known}
         known = list(self.entrants.values())
-        pairs = [(a.label, b.label) for a, b in combinations(known, 2) if a.group and a.group == b.group]
-        pairs += [(e.label, b) for e in known for b in dict.fromkeys(e.before) if b in self.entrants]
+        pairs = [(a.label, b.label) for a, b in combinations(known, 2) if a.meets(b)]
+        pairs += [(e.label, b) for e in known for b in dict.fromkeys(e.against) if b in self.entrants]
         self.family = Family({e.label: e.sample for e in known}, pairs, draws)
         self.pairs = set(pairs)
 
@@ -87,7 +92,7 @@ class Standing:
     def ranked(self, group: str) -> list[str]:
         """From the best on, by what was measured."""
         sign = -1 if self.quantity.better == "higher" else 1
-        members = [e for e in self.entrants.values() if e.group == group and not e.unranked]
+        members = [e for e in self.entrants.values() if group in e.groups and not e.unranked]
         return [e.label for e in sorted(members, key=lambda e: sign * e.sample.point)]
 
     def rank(self, label: str, group: str) -> tuple[int, int, int]:
@@ -121,8 +126,8 @@ class Standing:
     def detectable(self) -> float:
         """The true difference of two ranked techniques that such a bench would have told apart in 8 of 10
         repetitions: the median of their pairs. NaN without such a pair."""
-        groups = [(self.entrants[a], self.entrants[b]) for a, b in self.family.pairs]
-        chosen = [a.group == b.group and not (a.unranked or b.unranked) for a, b in groups]
+        both = [(self.entrants[a], self.entrants[b]) for a, b in self.family.pairs]
+        chosen = [a.meets(b) and not (a.unranked or b.unranked) for a, b in both]
         return float(np.median(self.family.detectable()[chosen])) if any(chosen) else np.nan
 
 
@@ -169,9 +174,8 @@ def scored(comparison: Comparison, metric) -> list[Entrant]:
     for technique in comparison.techniques:
         if technique.sums:
             sample = Sample.of_rows([seed[metric.name] for seed in technique.sums], metric.value)
-            before = [comparison.before(technique), comparison.own_base(technique)]
-            labels = tuple(b.label for b in before if b and b is not technique)
-            found.append(entrant(technique, sample, labels))
+            befores = comparison.before(technique), comparison.own_base(technique)
+            found.append(entrant(comparison, technique, sample, befores))
     return found
 
 
@@ -186,12 +190,13 @@ def paid(comparison: Comparison, of) -> list[Entrant]:
     for technique in comparison.trained:
         values = [value for value in technique.values(of) if value > 0]
         if technique.ranked and len(values) >= SEEDS_TO_RANK:
-            found.append(entrant(technique, Sample.of_seeds(np.log(values))))
+            found.append(entrant(comparison, technique, Sample.of_seeds(np.log(values))))
     return found
 
 
-def entrant(technique: Technique, sample: Sample, before: tuple[str, ...] = ()) -> Entrant:
+def entrant(comparison: Comparison, technique: Technique, sample: Sample, befores: tuple = ()) -> Entrant:
     if not technique.spec.trains:
         return Entrant(technique.label, sample)  # it has no seeds to vary, and is ranked with nothing
     unranked = "" if technique.ranked else technique.unranked_because
-    return Entrant(technique.label, sample, technique.objective, before, unranked)
+    against = tuple(t.label for t in (*befores, comparison.asked_for(technique)) if t)
+    return Entrant(technique.label, sample, tuple(comparison.groups_of(technique)), against, unranked)
