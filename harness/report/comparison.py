@@ -153,6 +153,10 @@ class Comparison:
         """Its track with the shared hyperparameters first."""
         return [name for name, members in self.groups.items() if technique in members]
 
+    def untuned(self, technique: Technique) -> bool:
+        """Whether it stands beside a better one of its own, that a search has found."""
+        return any(name.endswith(IDENTICAL) for name in self.groups_of(technique)[-1:])
+
     def search_of(self, technique: Technique) -> Found | None:
         """That a tuned technique was found by."""
         of = (found for found in self.searches if arm([technique], found.spec))

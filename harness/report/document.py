@@ -81,10 +81,12 @@ SCATTER = (
     "the Pareto front as far as it is known: each technique on it is known to gain more than all that cost "
     "less; the dashed line is the untouched model."
 )
+DASHED = " Dashed: with the shared hyperparameters."
+HOLLOW = " Hollow: with the shared hyperparameters, and a line to the same method at its own best."
 RATES = (
     "Against the learning rate: what the trials of each search were judged by, a run each (lines: at what "
     "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
-    "the scores of all arms on the test rows (beside each mean its number of seeds)."
+    "the scores of all arms on the test rows (means over as many seeds as is said)."
 )
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
@@ -290,15 +292,16 @@ def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.B
         add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
     else:
         labels = listed([metric.label for metric in compared()])
-        add("scores", labels + SCATTER, plots.scores_by_cost(comparison, verdicts))
+        tuned = any(comparison.untuned(t) for t in comparison.trained)
+        add("scores", labels + SCATTER + HOLLOW * tuned, plots.scores_by_cost(comparison, verdicts))
         if fronts := differences.fronts(comparison, verdicts):
             found += [b.Prose("Pareto fronts, as far as differences are verdicts:"), b.Listing(fronts)]
         add("tuning", RATES, plots.by_learning_rate(comparison))
         for objective in sorted({technique.objective for technique in comparison.trained}):
             add(
                 f"loss-{safe(objective)}",
-                f"Loss of the {objective} objective. Thick lines are means over seeds (training: also "
-                "over neighbouring steps), thin lines single seeds.",
+                f"Loss of the {objective} objective. Thick lines are means over seeds (training: also over "
+                "neighbouring steps), thin lines, where there is room, single seeds." + DASHED * tuned,
                 plots.loss_curves(comparison, objective),
             )
     return [b.Heading("Plots"), *found] if found else []

@@ -22,6 +22,7 @@ from harness.tuning import Found
 # faint on white; the marker tells apart those beyond seven.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+CROWD = 6  # techniques in a plot of curves: single seeds of more hide the means
 INK, FAINT = "#333333", "#8a8a8a"
 WIDE = 8  # costs further apart than this share a logarithmic axis, or all but one would be one spot
 STYLE = {
@@ -68,10 +69,12 @@ def drawn(draw):
 
 
 def looks(comparison: Comparison) -> dict[str, dict]:
-    """Label -> colour and marker: the same in every plot of a comparison."""
+    """Method -> colour and marker: the same in every plot of a comparison."""
+    methods = [t.spec.method for t in comparison.trained]
+    methods += [found.tuning.trial.method for found in comparison.searches]
     return {
-        technique.label: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
-        for i, technique in enumerate(comparison.trained)
+        method: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
+        for i, method in enumerate(dict.fromkeys(methods))
     }
 
 
@@ -91,7 +94,7 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
     for (i, metric), (j, (quantity, (unit, cost))) in product(enumerate(metrics), enumerate(costs.items())):
         before = comparison.before(techniques[0])
         level = before.mean(lambda r, m=metric.name: score(r, m)) if before else None
-        place = scatter(axes[i, j], techniques, cost, lambda r, m=metric.name: score(r, m), looks(comparison))
+        place = scatter(axes[i, j], comparison, techniques, cost, lambda r, m=metric.name: score(r, m))
         for group in comparison.groups:
             draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, group))
         draw_level(axes[i, j], level)
@@ -116,7 +119,7 @@ def cost_alone(comparison: Comparison) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     ax = figure.subplots()
-    scatter(ax, techniques, scaled_time(comparison), comparison.peak_memory, looks(comparison))
+    scatter(ax, comparison, techniques, scaled_time(comparison), comparison.peak_memory)
     ax.set_xlabel(time_unit(comparison))
     ax.set_ylabel(comparison.gauge)
     ax.margins(x=0.16, y=0.16)
@@ -125,21 +128,33 @@ def cost_alone(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def scatter(ax, techniques: list[Technique], cost, gain, look) -> dict[str, tuple[float, float]]:
-    """A dot a seed, a marker at the mean. -> label -> where its marker is."""
-    means = {}
+def scatter(
+    ax, comparison: Comparison, techniques: list[Technique], cost, gain
+) -> dict[str, tuple[float, float]]:
+    """A dot a seed, a marker at the mean, and a line to it from the same method before it was tuned, which
+    then has no label. -> label -> where its marker is."""
+    look, means = looks(comparison), {}
+    tuned_from = [comparison.asked_for(technique) for technique in techniques]
     ax.to_label = []
     for technique in techniques:
         points = [(cost(r), gain(r)) for r in technique.done]
         points = np.array([p for p in points if None not in p], dtype=float)
         if not len(points):
             continue
-        style = look[technique.label]
+        style = look[technique.spec.method]
         x, y = means[technique.label] = tuple(points.mean(0))
         if len(points) > 1:
             ax.scatter(*points.T, s=14, color=style["color"], alpha=0.45, linewidths=0, zorder=3)
-        ax.scatter(x, y, s=52, **style, edgecolors="white", linewidths=0.8, zorder=4)
-        ax.to_label.append((x, y, shorten(plain(technique.label), 32), points))
+        hollow = comparison.untuned(technique)
+        ax.scatter(x, y, s=44 if hollow else 52, marker=style["marker"], zorder=4,
+                   facecolors="white" if hollow else style["color"], linewidths=1.4 if hollow else 0.8,
+                   edgecolors=style["color"] if hollow else "white")  # fmt: skip
+        named = "" if technique in tuned_from else (comparison.asked_for(technique) or technique).label
+        ax.to_label.append((x, y, shorten(plain(named), 32), points))
+    for technique, asked in zip(techniques, tuned_from, strict=True):
+        if asked and {asked.label, technique.label} <= set(means):
+            ends = zip(means[asked.label], means[technique.label], strict=True)
+            ax.plot(*ends, color=look[technique.spec.method]["color"], linewidth=0.9, alpha=0.6, zorder=2)
     costs = [x for x, *_ in ax.to_label]
     if costs and max(costs) > WIDE * min(costs) > 0:
         logarithmic(ax, (1, 2, 5))
@@ -183,6 +198,8 @@ def place_labels(ax) -> None:
             px, py = to_pixels(centre)
             taken.append((px - half, py - half, px + half, py + half))
     for x, y, label, _ in sorted(ax.to_label, key=lambda item: (item[1], item[0])):
+        if not label:
+            continue
         probe = ax.annotate(label, (x, y), fontsize=8)
         box = probe.get_window_extent(renderer)
         probe.remove()
@@ -226,7 +243,7 @@ def by_learning_rate(comparison: Comparison) -> Figure | None:
         return None
     titles = {f.tuning.trial.method: f.tuning.trial.method for f in comparison.searches}
     titles |= {t.spec.method: t.card.get("title") or t.spec.method for t in comparison.trained}
-    look = {m: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]} for i, m in enumerate(titles)}
+    look = looks(comparison)
     lines = -(-(len(judged) + len(metrics)) // 2)  # of two panels each
     figure = Figure(figsize=(9.4, 3.3 * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, 2, squeeze=False).flat)
@@ -236,8 +253,10 @@ def by_learning_rate(comparison: Comparison) -> Figure | None:
             if criterion(found) == name:
                 draw_search(ax, found, look[found.tuning.trial.method])
     for ax, metric in zip(axes[len(judged) :], metrics, strict=False):
-        ax.set_ylabel(f"{metric.label} of the test rows")
-        draw_arms(ax, trained, lambda r, m=metric.name: score(r, m), look)
+        counts = {len(t.done) for t in trained}
+        seeds = f", {counts.pop()} seeds" if len(counts) == 1 else ""
+        ax.set_ylabel(f"{metric.label} of the test rows{seeds}")
+        draw_arms(ax, trained, lambda r, m=metric.name: score(r, m), look, numbered=not seeds)
     for i, ax in enumerate(axes):
         low, high = ax.dataLim.intervalx
         logarithmic(ax, (1,) if high > 100 * low else (1, 2, 5))
@@ -264,8 +283,8 @@ def draw_search(ax, found: Found, style: dict) -> None:
             ax.plot(trial.rate, value, "o", markersize=11, markerfacecolor="none", color=style["color"])
 
 
-def draw_arms(ax, techniques: list[Technique], of, look: dict[str, dict]) -> None:
-    """A line a method through its arms, each the mean of as many seeds as stand beside it."""
+def draw_arms(ax, techniques: list[Technique], of, look: dict[str, dict], numbered: bool) -> None:
+    """A line a method through its arms, each a mean over seeds: if `numbered`, of as many as it says."""
     lines: dict[str, list[tuple[float, float, int]]] = {}
     for technique in techniques:
         if values := technique.values(of):
@@ -274,7 +293,7 @@ def draw_arms(ax, techniques: list[Technique], of, look: dict[str, dict]) -> Non
     for method, points in lines.items():
         ax.plot(*zip(*(point[:2] for point in sorted(points)), strict=True), linewidth=1.4, markersize=5,
                 **look[method])  # fmt: skip
-        for rate, mean, seeds in points:
+        for rate, mean, seeds in points if numbered else ():
             ax.annotate(str(seeds), (rate, mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
 
 
@@ -299,19 +318,18 @@ def loss_curves(comparison: Comparison, objective: str) -> Figure | None:
     left, right = figure.subplots(1, 2)
     for ax, curve, title in ((left, "training", "Training loss"), (right, "validation", "Validation loss")):
         for technique in techniques:
-            colour = look[technique.label]["color"]
+            style = look[technique.spec.method]
+            line = {"color": style["color"], "linestyle": "--" if comparison.untuned(technique) else "-"}
             seeds = [series(getattr(record, curve)) for record in technique.done]
             seeds = [s for s in seeds if len(s)]
             if not seeds:
                 continue
-            for s in seeds if len(seeds) > 1 else []:
-                ax.plot(*s.T, color=colour, linewidth=0.6, alpha=0.35)
+            for s in seeds if len(seeds) > 1 and len(techniques) <= CROWD else []:
+                ax.plot(*s.T, **line, linewidth=0.6, alpha=0.35)
             steps, losses = mean_curve(seeds)
-            mark = (
-                {"marker": look[technique.label]["marker"], "markersize": 4} if curve == "validation" else {}
-            )
+            mark = {"marker": style["marker"], "markersize": 4} if curve == "validation" else {}
             window = len(steps) // 50 if curve == "training" else 0
-            ax.plot(steps, smooth(losses, window), color=colour, linewidth=1.8, **mark,
+            ax.plot(steps, smooth(losses, window), **line, linewidth=1.8, **mark,
                     label=shorten(plain(technique.label), 32))  # fmt: skip
         ax.set_title(title)
         ax.set_xlabel("Optimizer step")
