@@ -5,9 +5,9 @@
 
 A word of a reference comes out right with a chance that depends on the technique, on the row (easy or hard
 for all), on how the technique takes to that row, and on the seed; what then happens to a word in a seed is
-chance. BLEU-4 is of the corpus, ROUGE-L a mean over rows. A line: in how many benches all intervals of the
-family hold at once (should be 95 %), and in how many any two techniques that are truly equal are told apart
-(at most 5 %). Then, for techniques that truly differ by one BLEU-4, in how many benches they were told apart,
+chance. BLEU-4 is of the corpus, ROUGE-L a mean over rows, perplexity of how sure the run was of all words.
+A line: in how many benches all intervals of the family hold at once (should be 95 %), and in how many any two
+techniques that are truly equal are told apart (at most 5 %). Then, for techniques that truly differ by one BLEU-4, in how many benches they were told apart,
 what the report said of its power to do so, and the smallest difference that it said it could see.
 
 Seen with 1,000 benches of 2, 6 and 12 techniques, drawn from another seed than the statistics were chosen
@@ -27,11 +27,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.metrics import METRICS
-from harness.report.stats import Family, Sample
+from harness.report.stats import Family
+from harness.report.verdicts import sample_of
 
 BENCHES = 1000  # a share near 95 % is then known to 0.7 points
 DRAWS = 2000  # the report takes more; the critical value is the same but for its own noise
 SHORTEST, LONGEST = 8, 20  # words of a reference
+UNSURE = 0.5  # standard deviation in logits: of how sure a run is of a word
 EASE, TASTE = 0.6, 0.3  # standard deviations in logits: of rows for all, and of a technique's taste for a row
 UNTOUCHED = -1.5  # logits: the skill of the untouched model; the techniques' is about 0
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)  # an expectation over a normal variable
@@ -61,8 +63,11 @@ def run(skill: np.ndarray, lengths: np.ndarray, rng) -> dict[str, np.ndarray]:
         matches.append(grams.sum(1))
         grams = grams[:, :-1] & right[:, n:]
     totals = [lengths - n for n in range(4)]
+    sure = skill[:, None] + rng.normal(0, UNSURE, words.shape)
+    loss = (np.logaddexp(0, -sure) * words).sum(1)
     return {"bleu4": np.stack([lengths, lengths, *matches, *totals], 1).astype(float),
-            "rouge_l": np.stack([matches[0] / lengths, np.ones(len(lengths))], 1)}  # fmt: skip
+            "rouge_l": np.stack([matches[0] / lengths, np.ones(len(lengths))], 1),
+            "perplexity": np.stack([loss, lengths], 1)}  # fmt: skip
 
 
 def bench(world: World, rng) -> list[list[dict[str, np.ndarray]]]:
@@ -77,7 +82,11 @@ def bench(world: World, rng) -> list[list[dict[str, np.ndarray]]]:
 
 
 def truth(metric: str, skill: float, luck: float) -> float:
-    """The expected score over all seeds and endless test rows."""
+    """The expected score over all seeds and endless test rows; of perplexity its logarithm, in which it is
+    judged."""
+    if metric == "perplexity":
+        spread = np.sqrt(luck**2 + EASE**2 + TASTE**2 + UNSURE**2)
+        return float(WEIGHTS @ np.logaddexp(0, -(skill + spread * NODES)))
     right = chance(skill + luck * NODES[:, None] + np.hypot(EASE, TASTE) * NODES)  # (seeds, rows)
     if metric == "rouge_l":
         return float(WEIGHTS @ right @ WEIGHTS)
@@ -107,8 +116,7 @@ def judged(world: World, metric: str, benches: int, seed: int = 0) -> dict[str, 
     stated, smallest = [], []
     for _ in range(benches):
         runs = bench(world, rng)
-        samples = {i: Sample.of_rows([sums[metric] for sums in of], METRICS[metric].value)
-                   for i, of in enumerate(runs)}  # fmt: skip
+        samples = {i: sample_of(METRICS[metric], [sums[metric] for sums in of]) for i, of in enumerate(runs)}
         family = Family(samples, pairs, DRAWS)
         seen = {pair: family.difference(*pair) for pair in pairs}
         hold += all(d.low <= true[a] - true[b] <= d.high for (a, b), d in seen.items())
@@ -135,7 +143,7 @@ def main(benches: int) -> None:
     lines = [(count, 3, 300, vary) for count in (2, 6, 12) for vary in SEEDS_VARY]
     lines += [(6, 5, 300, "alike"), (6, 3, 50, "alike"), (6, 3, 2000, "alike"), (6, 1, 300, "not at all")]
     for count, seeds, rows, vary in lines:
-        for metric in ("bleu4", "rouge_l"):
+        for metric in ("bleu4", "rouge_l", "perplexity"):
             luck = SEEDS_VARY[vary](count)
             world = World((0.0,) * count, tuple(luck), seeds, rows)
             found = judged(world, metric, benches)

@@ -29,6 +29,7 @@ class Metric:
     range: tuple[float, float] = (0.0, 1.0)  # in which a score must lie
     width: int = 2  # numbers a row: most metrics are one sum over another
     kept: bool = False  # a run keeps the numbers of its rows: they are slow to compute
+    ratio: bool = False  # techniques differ by a share of it, not by an amount: it grows as an exponential
     compared: bool = False  # has differences, verdicts and plots; others stand in a table alone
 
 
@@ -199,6 +200,8 @@ METRICS = {
             better="lower",
             decimals=2,
             range=(0.0, math.inf),
+            ratio=True,
+            compared=True,
         ),
         Metric(
             "token_accuracy",

@@ -1,6 +1,6 @@
 """Damaged records, outputs and events: whatever stands in them, a report is made of the runs that are whole.
 
-The real runs of results/reference, shortened, are each damaged in a way drawn from a seeded generator.
+The real runs of results/reference/demo, shortened, are each damaged in a way drawn from a seeded generator.
 TUNEOFF_FUZZ=10000 draws as many.
 """
 
@@ -28,7 +28,7 @@ from harness.report import brief_table, comparisons, document
 from harness.spec import content_hash, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
-REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "demo"
 RECORDS = Path(__file__).with_name("records")
 EXAMPLES = int(os.environ.get("TUNEOFF_FUZZ", "250"))
 WRITTEN, DRAWN = (

@@ -14,7 +14,7 @@ from harness.metrics import METRICS, Metric
 from harness.report import brief_table, render
 from harness.store import Store
 
-REFERENCE = Path(__file__).parents[1] / "results" / "reference"
+REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "demo"
 ORDERS = range(1, 7)
 
 

@@ -95,7 +95,7 @@ def test_the_briefs_table_has_its_columns_and_every_row(usual):
     table = brief_table(Store(usual).load()[0])
     assert list(table.columns) == [
         "Technique", "BLEU-4 (before)", "BLEU-4 (after)", "ROUGE-L (before)", "ROUGE-L (after)",
-        "Peak memory (GiB)", "Training time (h)",
+        "Perplexity (before)", "Perplexity (after)", "Peak memory (GiB)", "Training time (h)",
     ]  # fmt: skip
     assert list(table["Technique"]) == ["Base", "Base, 4 bits", "QLoRA", "GaLore"]
     base, own, qlora, galore = (table.iloc[i] for i in range(4))
@@ -129,10 +129,11 @@ def test_the_same_run_again_shows_the_noise_and_is_no_seed(tmp_path):
         "Runs",
         "BLEU-4",
         "ROUGE-L",
+        "Perplexity",
         "Peak memory",
         "Training time",
     ]
-    assert table.rows == [["QLoRA (seed 1)", "3", "0.50", "0.000", "0.0%", "10.0%"]]
+    assert table.rows == [["QLoRA (seed 1)", "3", "0.50", "0.000", "0.00", "0.0%", "10.0%"]]
     assert noise_floor(comparisons(Store(results).load()[0])[0]) is None
 
 
@@ -203,8 +204,8 @@ def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     test[0]["nll"] = None
     fabricate.keep(results, found, test)
     text, _ = rendered(tmp_path, results)
-    brief, quality = [line.split(" | ") for line in text.splitlines() if line.startswith("| QLoRA |")][:2]
-    assert brief[5] == quality[2] == "–", "peak memory, perplexity after"
+    brief = next(line.split(" | ") for line in text.splitlines() if line.startswith("| QLoRA |"))
+    assert brief[6] == brief[7] == "–", "perplexity after, peak memory"
     assert "nan" not in text.lower().replace("nanogpt", "")
 
 
@@ -214,7 +215,7 @@ def test_random_weights_have_costs_and_no_scores(tmp_path):
     text, _ = rendered(tmp_path, tmp_path / "r")
     assert "only the cost columns mean anything" in text.split("## Results")[0]
     row = next(line for line in text.splitlines() if line.startswith("| QLoRA |"))
-    assert row.startswith("| QLoRA | – | – | – | – | 5.10")
+    assert row.startswith("| QLoRA | – | – | – | – | – | – | 5.10")
     assert "Answers side by side" not in text and "scores.png" not in text and "cost.png" in text
 
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import fabricate
@@ -13,7 +13,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
-from harness.metrics import scores, total
+from harness.metrics import compared, scores, total
 from harness.report import plots, write_markdown
 from harness.report.comparison import comparisons, read_outputs
 from harness.report.document import section
@@ -37,8 +37,9 @@ def outputs(skill: float, lengths: np.ndarray, rng) -> list[dict]:
     """As a model of this skill, in logits, answers rows of these lengths."""
     sums = simulation.run(np.full(len(lengths), skill), lengths, rng)
     texts = {"part": "alpaca", "prompt": "?", "reference": "a", "output": "b", "stopped": True, "correct": 1}
+    nll = lengths * np.exp(rng.normal(0.5 - skill / 4, 0.2, len(lengths)))
     return [
-        {**texts, "id": str(i), "tokens": int(length), "nll": float(length),
+        {**texts, "id": str(i), "tokens": int(length), "nll": float(nll[i]),
          "sums": {"reward": [0, 1], **{metric: found[i].tolist() for metric, found in sums.items()}}}
         for i, length in enumerate(lengths)
     ]  # fmt: skip
@@ -90,7 +91,7 @@ def read(text: str) -> dict[str, list[list[str]]]:
 
 
 def numbers(cell: str) -> list[float]:
-    return [float(n.replace("−", "-").replace(",", "")) for n in re.findall(r"[+−]?[\d,]*\.\d+", cell)]
+    return [float(n.replace("−", "-").replace(",", "")) for n in re.findall(r"[+−]?\d[\d,]*(?:\.\d+)?", cell)]
 
 
 def names(text: str) -> set[str]:
@@ -123,7 +124,9 @@ class Read:
                             quantity = quantity if "-" in quantity else quantity.capitalize()
                             first, last, of = int(m[1]), int(m[2] or m[1]), int(m[3])
                             self.ranks[quantity, cells[0]] = first, last, of, set(m[4])
-        self.fronts = re.findall(r"- (BLEU-4|ROUGE-L) against (.*?)( of the \w+ techniques)?: (.*)\.", text)
+        self.fronts = re.findall(
+            r"- (BLEU-4|ROUGE-L|Perplexity) against (.*?)( of the \w+ techniques)?: (.*)\.", text
+        )
 
 
 def better(quantity: str) -> str:
@@ -166,22 +169,25 @@ def agree_lead(said: Read, groups: dict[str, list[str]]) -> int:
     group_of = {label: group for group in groups.values() for label in group}
     checked = 0
     highest = (
-        r"(M\d) has the highest (BLEU-4|ROUGE-L), [\d.]+"
+        r"(M\d) has the (highest|lowest) (BLEU-4|ROUGE-L|perplexity), [\d.]+"
         r"(, but is tied with [^.;]+)?"
-        r"(?:[;,] (?:it is )?([\d.]+) ahead of (M\d) \(95% CI ([\d.]+) to ([\d.]+)\))?\."
+        r"(?:[;,] (?:it is )?([\d.]+)%? ahead of (M\d) \(95% CI ([\d.]+)%? to ([\d.]+)%?\))?\."
     )
-    for best, quantity, tied, ahead, behind, low, high in re.findall(highest, said.lead):
+    for best, most, name, tied, ahead, behind, low, high in re.findall(highest, said.lead):
+        quantity = name.replace("perplexity", "Perplexity")
+        assert (most == "highest") == (better(quantity) == "higher")
         assert said.ranks[quantity, best][0] == 1 and names(tied) == tied_with(quantity, best)
         if behind:
-            assert said.words.get((quantity, best, behind), "higher") == "higher"
+            assert said.words.get((quantity, best, behind), better(quantity)) == better(quantity)
             assert behind not in tied_with(quantity, best)
-            shown = said.intervals.get((quantity, best, behind))
-            assert shown is None or shown == pytest.approx(
-                [float(ahead), float(low), float(high)], abs=0.0051
-            )
+            if shown := said.intervals.get((quantity, best, behind)):
+                if most == "lowest":  # in percent, and the other way round
+                    shown = [100 * (100 / (100 + end) - 1) for end in (shown[0], shown[2], shown[1])]
+                near = {"rel": 0.02, "abs": 0.11} if most == "lowest" else {"abs": 0.0051}
+                assert [float(ahead), float(low), float(high)] == pytest.approx(shown, **near)
         checked += 1
-    for quantity, tied in re.findall(r"[Ii]n (BLEU-4|ROUGE-L), ([^.]+) are tied", said.lead):
-        pairs = combinations(sorted(names(tied)), 2)
+    for quantity, tied in re.findall(r"[Ii]n (BLEU-4|ROUGE-L|perplexity), ([^.]+) are tied", said.lead):
+        quantity, pairs = quantity.replace("perplexity", "Perplexity"), combinations(sorted(names(tied)), 2)
         assert all(b in tied_with(quantity, a) for a, b in pairs)
         checked += 1
     if told := re.search(r"Against the untouched model, BLEU-4 (.*?)\)\.", said.lead):
@@ -209,14 +215,15 @@ def agree_fronts(said: Read, groups: dict[str, list[str]]) -> int:
             continue
         for label in members if "none" not in front else ():
             cheaper = [m for m in members if said.words.get((cost, m, label)) == "lower"]
-            ahead = [m for m in members if said.words.get((gain, m, label)) == "higher"]
-            on = all(said.words[gain, label, m] == "higher" for m in cheaper)
+            ahead = [m for m in members if said.words.get((gain, m, label)) == better(gain)]
+            on = all(said.words[gain, label, m] == better(gain) for m in cheaper)
             on &= all(said.words[cost, label, m] == "lower" for m in ahead)
             assert (label in names(front)) == on
             checked += 1
         shown = [m for m in members if m in names(front)]
         trade = [
-            said.words[cost, a, b] == said.words[gain, a, b] != "tied" for a, b in combinations(shown, 2)
+            said.words[cost, a, b] == "higher" and said.words[gain, a, b] == better(gain)
+            for a, b in permutations(shown, 2)
         ]
         assert any(trade) == ("none" not in front)
     return checked
@@ -236,7 +243,7 @@ def test_no_verdict_disagrees_in_lead_tables_and_fronts(monkeypatch):
 
 
 def test_the_steps_of_a_plot_are_differences_in_both(monkeypatch):
-    rng, drawn = np.random.default_rng(3), 0
+    rng, drawn, gains = np.random.default_rng(3), 0, {m.name: m.better for m in compared()}
     monkeypatch.setattr(plots, "images", lambda figure: figure)
     monkeypatch.setattr(plots, "place_labels", lambda ax: None)
     monkeypatch.setattr(plots.Figure, "draw_without_rendering", lambda figure: None)
@@ -244,11 +251,11 @@ def test_the_steps_of_a_plot_are_differences_in_both(monkeypatch):
         comparison, shelf = random_bench(rng)
         read_outputs(comparison, shelf)
         verdicts = Verdicts(comparison)
-        fronts = product(("peak_memory", "seconds"), ("bleu4", "rouge_l"), comparison.groups)
+        fronts = product(("peak_memory", "seconds"), gains, comparison.groups)
         if not any(verdicts.steps(*front) for front in fronts):
             continue
         figure = plots.scores_by_cost(comparison, verdicts)
-        panels = [(gain, cost) for gain in ("bleu4", "rouge_l") for cost in ("peak_memory", "seconds")]
+        panels = product(gains, ("peak_memory", "seconds"))
         for ax, (gain, cost) in zip(figure.axes, panels, strict=True):
             at = {(x, y): label for x, y, label, _ in ax.to_label}
             for line in ax.lines:
@@ -256,7 +263,7 @@ def test_the_steps_of_a_plot_are_differences_in_both(monkeypatch):
                     points = line.get_xydata()
                     a, b = at[tuple(points[0])], at[tuple(points[2])]
                     assert verdicts.standings[cost].verdict(b, a).word == "higher"
-                    assert verdicts.standings[gain].verdict(b, a).word == "higher"
+                    assert verdicts.standings[gain].verdict(b, a).word == gains[gain]
                     assert len({t.objective for t in comparison.trained if t.label in (a, b)}) == 1
                     drawn += 1
     assert drawn > 5
@@ -304,11 +311,11 @@ def test_groups_are_not_compared():
     assert found.family.pairs == [("a", "c"), ("c", "d")] and found.verdict("a", "b").word == ""
 
 
-@pytest.mark.parametrize("count", [2, 6, 12])
-def test_intervals_hold_and_equals_are_not_told_apart(count):
-    """The bench that benchmarks/verdicts.py simulates, in BLEU-4, a few times."""
+@pytest.mark.parametrize(("count", "metric"), [(2, "bleu4"), (6, "bleu4"), (12, "bleu4"), (6, "perplexity")])
+def test_intervals_hold_and_equals_are_not_told_apart(count, metric):
+    """The bench that benchmarks/verdicts.py simulates, a few times."""
     world = simulation.World((0.0,) * count, (0.1,) * count, rows=60)
-    found = simulation.judged(world, "bleu4", 80)
+    found = simulation.judged(world, metric, 80)
     assert found["hold"] >= 0.88  # 95 % less three standard errors
     assert found["equal"] <= 0.12
 

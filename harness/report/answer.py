@@ -5,6 +5,7 @@ from math import inf
 from harness.metrics import METRICS, compared
 from harness.record import RunRecord
 from harness.report.comparison import SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique
+from harness.report.differences import inside
 from harness.report.stats import CONFIDENCE
 from harness.report.text import duration, listed, number, size
 from harness.report.tuning import turned
@@ -76,6 +77,8 @@ def worse(comparison: Comparison, verdicts: Verdicts) -> list[str]:
             said.append(f"perplexity {most} against {number(max(before))}")
         for standing in verdicts.metrics:
             metric = METRICS[standing.quantity.name]
+            if metric.better == "lower":
+                continue
             value, level = (standing.point(side.label) for side in (technique, base))
             far = FAR * value < level and level - value >= FALL * metric.range[1]
             if far and standing.verdict(technique.label, base.label).difference.sign < 0:
@@ -176,18 +179,19 @@ def highest(standing: Standing, group: str) -> str:
     if len(names) < 2:
         return ""
     best, quantity, tied = names[0], standing.quantity, standing.tied(names[0], group)
+    label = inside(quantity.label)
     if standing.alike(group) == [names]:
-        return f"In {quantity.label}, {listed(names)} are tied: test rows and seeds cannot tell them apart."
+        return f"In {label}, {listed(names)} are tied: test rows and seeds cannot tell them apart."
     most = "highest" if quantity.better == "higher" else "lowest"
     value = number(standing.point(best), quantity.decimals)
-    text = f"{best} has the {most} {quantity.label}, {value}"
+    text = f"{best} has the {most} {label}, {value}"
     text += f", but is tied with {listed(tied)}" if tied else ""
     behind = next((name for name in names if name not in (best, *tied)), None)
     if not behind:
         return text + "."
     first, second = (best, behind) if quantity.better == "higher" else (behind, best)
     d = standing.verdict(first, second).difference
-    ahead, low, high = (number(v, quantity.decimals) for v in (d.value, d.low, d.high))
+    ahead, low, high = map(quantity.amount, (d.value, d.low, d.high))
     link = "; it is" if tied else ","
     return f"{text}{link} {ahead} ahead of {behind} ({CONFIDENCE:.0%} CI {low} to {high})."
 

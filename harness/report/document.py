@@ -1,7 +1,7 @@
 """The report's order: the answer first, then the numbers, then why they can be believed."""
 
 from dataclasses import asdict
-from math import expm1, isfinite
+from math import isfinite
 
 from harness.data import OPENING, marked
 from harness.metrics import METRICS, compared
@@ -64,12 +64,14 @@ RANKS = (
     "that it beats. Techniques that share a letter cannot be told apart."
 )
 FAMILY = (
-    f"Intervals of {CONFIDENCE:.0%} that hold at once: of each score and cost, all pairs of comparable "
-    "techniques and each against the untouched models are one family. Other test rows and other seeds are "
+    f"Intervals of {CONFIDENCE:.0%} that hold at once: of each score and cost, all pairs of techniques "
+    "that are ranked with each other, each against the untouched models and a tuned one against itself with "
+    "the shared hyperparameters are one family. Other test rows and other seeds are "
     "the chance; rows are shared by all, and a technique's seeds are taken to vary as they did or as those "
     "of all did, whichever is more. The verdict is a difference where the interval excludes 0, else a tie, "
-    f"and takes {SEEDS_TO_RANK} seeds. Costs are compared by their ratios, over seeds. Where one technique "
-    "is far less steady than the others three seeds are few: the intervals then hold at about 90%."
+    f"and takes {SEEDS_TO_RANK} seeds. Perplexity and costs are compared by their ratios, costs over seeds. "
+    "Where one technique is far less steady than the others three seeds are few: the intervals then hold at "
+    "about 90%."
 )
 SINGLE = " Where a technique has a single seed its intervals speak of other test rows alone."
 NOISE = (
@@ -79,7 +81,7 @@ NOISE = (
 SCATTER = (
     " against peak memory and training time. Large markers are means, small dots seeds; the grey steps are "
     "the Pareto front as far as it is known: each technique on it is known to gain more than all that cost "
-    "less; the dashed line is the untouched model."
+    "less; the dashed line is the untouched model, as far as it is near."
 )
 DASHED = " Dashed: with the shared hyperparameters."
 HOLLOW = " Hollow: with the shared hyperparameters, and a line to the same method at its own best."
@@ -275,8 +277,7 @@ def smallest(verdicts: Verdicts) -> str:
     for standing in verdicts.standings.values():
         quantity, least = standing.quantity, standing.detectable()
         if isfinite(least):
-            amount = f"{100 * expm1(least):.2g}%" if quantity.cost else number(least, quantity.decimals)
-            found.append(f"{amount} {differences.inside(quantity.label)}")
+            found.append(f"{quantity.amount(least)} {differences.inside(quantity.label)}")
     told = "Between two techniques, the smallest difference that this bench could have seen (with a power of"
     return f" {told} {POWER:.0%}) is {listed(found)}." if found else ""
 

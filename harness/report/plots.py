@@ -18,9 +18,9 @@ from harness.report.text import shorten
 from harness.report.verdicts import MEMORY, TIME, Verdicts
 from harness.tuning import Found
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is
-# faint on white; the marker tells apart those beyond seven.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with Tol's wine in place of the yellow
+# that is faint on white; the marker tells apart those beyond eight.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 CROWD = 6  # techniques in a plot of curves: single seeds of more hide the means
 INK, FAINT = "#333333", "#8a8a8a"
@@ -73,7 +73,7 @@ def looks(comparison: Comparison) -> dict[str, dict]:
     methods = [t.spec.method for t in comparison.trained]
     methods += [found.tuning.trial.method for found in comparison.searches]
     return {
-        method: {"color": COLOURS[i % 7], "marker": MARKERS[(i + i // 7) % 7]}
+        method: {"color": COLOURS[i % 8], "marker": MARKERS[i % 7]}
         for i, method in enumerate(dict.fromkeys(methods))
     }
 
@@ -97,9 +97,9 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
         place = scatter(axes[i, j], comparison, techniques, cost, lambda r, m=metric.name: score(r, m))
         for group in comparison.groups:
             draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, group))
-        draw_level(axes[i, j], level)
+        draw_level(axes[i, j], level, metric.decimals)
         if j == 0:
-            axes[i, j].set_ylabel(metric.label)
+            axes[i, j].set_ylabel(f"{metric.label}{' (lower is better)' * (metric.better == 'lower')}")
         if i == len(metrics) - 1:
             axes[i, j].set_xlabel(unit)
     for ax in axes.flat:
@@ -175,12 +175,20 @@ def draw_front(ax, place: dict[str, tuple[float, float]], steps: list[tuple[str,
         ax.plot([x, next_x, next_x], [y, y, next_y], color=FAINT, linewidth=1, zorder=2)
 
 
-def draw_level(ax, level: float | None) -> None:
-    """The untouched model's score."""
-    if level is not None:
+def draw_level(ax, level: float | None, decimals: int) -> None:
+    """The untouched model's score: a line, but for one so far away that the techniques would be one spot."""
+    if level is None:
+        return
+    low, high = ax.dataLim.intervaly
+    beyond = max(level - high, low - level)
+    if beyond <= high - low:
         ax.axhline(level, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
         ax.annotate("before", (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", ha="right", va="bottom", fontsize=7.5)  # fmt: skip
+        return
+    arrow, place, edge = ("↑", 0.985, "top") if level > high else ("↓", 0.015, "bottom")
+    ax.annotate(f"{arrow} before: {level:.{decimals}f}", (0.995, place), xycoords="axes fraction",
+                ha="right", va=edge, fontsize=7.5)  # fmt: skip
 
 
 def place_labels(ax) -> None:

@@ -71,7 +71,7 @@ def quality(comparison: Comparison) -> Table:
     if comparison.spec.dataset.get("reward", "rouge_l") == "rouge_l":  # it is in the first table
         metrics.remove(METRICS["reward"])
     columns = ["Technique", *(f"{m.label} ({when})" for m in metrics for when in ("before", "after"))]
-    own = [*compared(), METRICS["perplexity"]]
+    own = compared()
     with_own = any(comparison.own_scores(t, m.name) for t in comparison.techniques for m in own)
     if with_own:
         columns += [f"{m.label} (own base)" for m in own]

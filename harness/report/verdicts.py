@@ -5,28 +5,36 @@ Computed once. Lead, tables, ranks, fronts and plots only read it, so that no tw
 
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from math import expm1
 
 import numpy as np
 
-from harness.metrics import compared
+from harness.metrics import Metric, compared
 from harness.record import RunRecord
 from harness.report.comparison import SEEDS_TO_RANK, Comparison, Technique, seconds
 from harness.report.stats import DRAWS, Difference, Family, Sample
+from harness.report.text import number
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What techniques are compared in. A cost is judged by its ratios, as the same load makes all slower."""
+    """What techniques are compared in. `ratio`: judged by ratios, as costs are: a load makes all slower by a
+    share."""
 
     name: str
     label: str
     better: str = "higher"
     decimals: int = 3
-    cost: bool = False
+    ratio: bool = False
+
+    def amount(self, difference: float) -> str:
+        """Of a difference, in words: in percent where ratios count."""
+        return f"{number(100 * expm1(difference), 1)}%" if self.ratio else number(difference, self.decimals)
 
 
-MEMORY = Quantity("peak_memory", "Peak memory", "lower", cost=True)
-TIME = Quantity("seconds", "Training time", "lower", cost=True)
+MEMORY = Quantity("peak_memory", "Peak memory", "lower", ratio=True)
+TIME = Quantity("seconds", "Training time", "lower", ratio=True)
+COSTS = (MEMORY, TIME)
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,12 @@ class Standing:
         self.pairs = set(pairs)
 
     def point(self, label: str) -> float:
-        """The mean over seeds, in the quantity's own unit; the geometric mean of a cost."""
+        """The mean over seeds, in the quantity's own unit; the geometric mean where ratios count."""
         point = self.entrants[label].sample.point if label in self.entrants else np.nan
-        return float(np.exp(point)) if self.quantity.cost else point
+        return float(np.exp(point)) if self.quantity.ratio else point
 
     def verdict(self, one: str, other: str) -> Verdict:
-        """Of `one` against `other`. A cost's difference is of logarithms."""
+        """Of `one` against `other`; a ratio's difference is of logarithms."""
         difference = self.family.difference(one, other)
         if not np.isfinite(difference.value):
             return Verdict(difference, "")
@@ -137,13 +145,14 @@ class Verdicts:
     def __init__(self, comparison: Comparison):
         found = []
         for m in [] if comparison.random_weights else compared():
-            found.append(Standing(Quantity(m.name, m.label, m.better, m.decimals), scored(comparison, m)))
+            quantity = Quantity(m.name, m.label, m.better, m.decimals, m.ratio)
+            found.append(Standing(quantity, scored(comparison, m)))
         if comparison.counted:  # resident memory is Python's and its libraries' for the most part
             found.append(Standing(MEMORY, paid(comparison, comparison.peak_memory)))
         found.append(Standing(TIME, paid(comparison, undisturbed_seconds)))
         self.standings = {s.quantity.name: s for s in found if s.family.pairs}
-        self.metrics = [s for s in self.standings.values() if not s.quantity.cost]
-        self.costs = [s for s in self.standings.values() if s.quantity.cost]
+        self.metrics = [s for s in self.standings.values() if s.quantity not in COSTS]
+        self.costs = [s for s in self.standings.values() if s.quantity in COSTS]
 
     def front(self, cost: str, gain: str, group: str) -> list[str]:
         """From the cheapest on: those of which each is known to gain more than all that cost less, and
@@ -168,12 +177,19 @@ class Verdicts:
         ]
 
 
-def scored(comparison: Comparison, metric) -> list[Entrant]:
+def sample_of(metric: Metric, seeds: list[np.ndarray]) -> Sample:
+    """From the sums of each test row, (rows, width) a seed. Where ratios count, in logarithms."""
+    if metric.ratio:
+        return Sample.of_rows(seeds, lambda sums: np.log(metric.value(sums)))
+    return Sample.of_rows(seeds, metric.value)
+
+
+def scored(comparison: Comparison, metric: Metric) -> list[Entrant]:
     """All whose test outputs are there."""
     found = []
     for technique in comparison.techniques:
         if technique.sums:
-            sample = Sample.of_rows([seed[metric.name] for seed in technique.sums], metric.value)
+            sample = sample_of(metric, [seed[metric.name] for seed in technique.sums])
             befores = comparison.before(technique), comparison.own_base(technique)
             found.append(entrant(comparison, technique, sample, befores))
     return found
