@@ -7,7 +7,8 @@ A word of a reference comes out right with a chance that depends on the techniqu
 for all), on how the technique takes to that row, and on the seed; what then happens to a word in a seed is
 chance. BLEU-4 is of the corpus, ROUGE-L a mean over rows, perplexity of how sure the run was of all words.
 A line: in how many benches all intervals of the family hold at once (should be 95 %), and in how many any two
-techniques that are truly equal are told apart (at most 5 %). Then, for techniques that truly differ by one BLEU-4, in how many benches they were told apart,
+techniques that are truly equal are told apart (at most 5 %). Then, for techniques that truly differ by one
+BLEU-4, in how many benches they were told apart,
 what the report said of its power to do so, and the smallest difference that it said it could see.
 
 Seen with 1,000 benches of 2, 6 and 12 techniques, drawn from another seed than the statistics were chosen
