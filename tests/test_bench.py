@@ -321,6 +321,12 @@ def slow(folder: Path, code: str = "time.sleep(99)") -> list[str]:
     return ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
 
 
+def heeding(*ignored):
+    """Before a bench starts: signals as a terminal leaves them, whatever started the tests, less these."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("number", "ignored", "status"),
     [
@@ -333,7 +339,7 @@ def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tm
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path)], cwd=tmp_path, env=stubs, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: [signal.signal(other, signal.SIG_IGN) for other in ignored],
+        preexec_fn=lambda: heeding(*ignored),
     )  # fmt: skip
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     for other in ignored:
@@ -348,8 +354,9 @@ def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tm
 
 def test_a_second_ctrl_c_does_not_wait_for_a_stubborn_child(tmp_path, stubs):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path, STUBBORN)], cwd=tmp_path, env=stubs
-    )
+        [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path, STUBBORN)], cwd=tmp_path, env=stubs,
+        preexec_fn=heeding,
+    )  # fmt: skip
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     process.send_signal(signal.SIGINT)
     time.sleep(1)
