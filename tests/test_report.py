@@ -109,7 +109,7 @@ def test_the_briefs_table_has_its_columns_and_every_row(usual):
 def test_the_answer_says_the_difference_with_its_interval(usual, tmp_path):
     text, _ = rendered(tmp_path, usual)
     assert "GaLore has the highest BLEU-4" in text and "ahead of QLoRA (95% CI" in text
-    assert "QLoRA took the least memory (5.1 GiB), GaLore the most, 1.8 times as much." in text
+    assert "QLoRA took the least memory, 5.1 GiB; the highest mean, of GaLore, is 1.8 times as much." in text
     assert "Not everything was the same" not in text
 
 

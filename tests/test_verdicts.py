@@ -171,7 +171,7 @@ def agree_lead(said: Read, groups: dict[str, list[str]]) -> int:
     highest = (
         r"(M\d) has the (highest|lowest) (BLEU-4|ROUGE-L|perplexity), [\d.]+"
         r"(, but is tied with [^.;]+)?"
-        r"(?:[;,] (?:it is )?([\d.]+)%? ahead of (M\d) \(95% CI ([\d.]+)%? to ([\d.]+)%?\))?\."
+        r"(?:[;,] (?:it is )?([\d.]+)%? (?:ahead of|below) (M\d) \(95% CI ([\d.]+)%? to ([\d.]+)%?\))?\."
     )
     for best, most, name, tied, ahead, behind, low, high in re.findall(highest, said.lead):
         quantity = name.replace("perplexity", "Perplexity")
@@ -181,10 +181,8 @@ def agree_lead(said: Read, groups: dict[str, list[str]]) -> int:
             assert said.words.get((quantity, best, behind), better(quantity)) == better(quantity)
             assert behind not in tied_with(quantity, best)
             if shown := said.intervals.get((quantity, best, behind)):
-                if most == "lowest":  # in percent, and the other way round
-                    shown = [100 * (100 / (100 + end) - 1) for end in (shown[0], shown[2], shown[1])]
-                near = {"rel": 0.02, "abs": 0.11} if most == "lowest" else {"abs": 0.0051}
-                assert [float(ahead), float(low), float(high)] == pytest.approx(shown, **near)
+                signed = shown if most == "highest" else [-shown[0], -shown[2], -shown[1]]
+                assert [float(ahead), float(low), float(high)] == pytest.approx(signed, abs=0.0051)
         checked += 1
     for quantity, tied in re.findall(r"[Ii]n (BLEU-4|ROUGE-L|perplexity), ([^.]+) are tied", said.lead):
         quantity, pairs = quantity.replace("perplexity", "Perplexity"), combinations(sorted(names(tied)), 2)
@@ -196,11 +194,10 @@ def agree_lead(said: Read, groups: dict[str, list[str]]) -> int:
         for verb, labels in zip(parts[1::2], parts[2::2], strict=True):
             assert {said.words["BLEU-4", label, "Base"] for label in names(labels)} == {verbs[verb]}
             checked += 1
-    least = r"((?:M\d(?:, | and )?)+) took the least (memory|training time)"
-    for labels, what in re.findall(least, said.lead):
+    least = r"(M\d) took the least (memory|training time), [^;,]+(, but is tied with [^.;]+)?[.;]"
+    for best, what, tied in re.findall(least, said.lead):
         quantity = {"memory": "Peak memory", "training time": "Training time"}[what]
-        first = [label for label in names(labels) if said.ranks[quantity, label][0] == 1]
-        assert any(names(labels) == {label} | tied_with(quantity, label) for label in first)
+        assert said.ranks[quantity, best][0] == 1 and names(tied) == tied_with(quantity, best)
         checked += 1
     return checked
 

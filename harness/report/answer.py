@@ -8,8 +8,8 @@ from harness.report.comparison import SEEDS_TO_RANK, UNTOUCHED, Comparison, Tech
 from harness.report.differences import inside
 from harness.report.stats import CONFIDENCE
 from harness.report.text import duration, listed, number, size
-from harness.report.tuning import turned
-from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
+from harness.report.tuning import title, turned
+from harness.report.verdicts import MEMORY, ROWS_TO_RANK, TIME, Standing, Verdicts
 
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
 FALL = 0.01  # of a metric's range, at the least: from 0.1 BLEU-4 to 0 is no loss of a skill
@@ -18,35 +18,36 @@ MANY = 0.1  # share of the test rows that the lead speaks of
 UNITS = {MEMORY.name: size, TIME.name: duration}
 
 
-def answer(comparison: Comparison, verdicts: Verdicts) -> str:
-    sentences = [opening(comparison), *worse(comparison, verdicts), unreached(comparison)]
+def answer(comparison: Comparison, verdicts: Verdicts) -> list[str]:
+    """In paragraphs: what was asked and gained; who is best, a paragraph a group; what else must be known."""
+    first = [opening(comparison), *worse(comparison, verdicts), unreached(comparison)]
     done = [t for t in comparison.trained if t.done]
     if not comparison.trained:
-        sentences.append("No technique has been run yet.")
+        first.append("No technique has been run yet.")
     elif not done:
-        sentences.append("None of them has a result.")
+        first.append("None of them has a result.")
     elif comparison.random_weights:
-        sentences.append("The weights were drawn at random, so that only the cost columns mean anything.")
+        first.append("The weights were drawn at random, so that only the cost columns mean anything.")
     elif not verdicts.metrics:
-        sentences.append("Without the test outputs of two runs there is no interval, and no ranking.")
+        first.append("Without the test outputs of two runs there is no interval, and no ranking.")
     else:
-        sentences += [gains(comparison, verdicts.metrics[0]), no_ranking(comparison, done)]
-    for group in comparison.groups:
-        sentences += within(group, verdicts)
-    sentences += [overturned(comparison, verdicts), disturbed(comparison)]
-    sentences += [f"{t.label} has no result: {t.status}." for t in comparison.techniques if not t.done]
+        first += [gains(comparison, verdicts.metrics[0]), no_ranking(comparison, done)]
+        if (rows := len(comparison.parts)) < ROWS_TO_RANK:
+            first.append(f"{count(rows, 'test row')}: no ranking by scores, which takes {ROWS_TO_RANK}.")
+    last = [overturned(comparison, verdicts), edges(comparison), disturbed(comparison)]
+    last += [f"{t.label} has no result: {t.status}." for t in comparison.techniques if not t.done]
     others = [t for t in done if t.objective != "sft"]
     if others and not comparison.random_weights:
-        sentences.append(f"Other objectives, not ranked with the rest: {listed(aims(comparison, others))}.")
-    return " ".join(filter(None, sentences))
+        last.append(f"Other objectives, not ranked with the rest: {listed(aims(comparison, others))}.")
+    paragraphs = [first, *(within(group, verdicts) for group in comparison.groups), last]
+    return list(filter(None, (" ".join(filter(None, sentences)) for sentences in paragraphs)))
 
 
 def opening(comparison: Comparison) -> str:
     spec, identical = comparison.spec, [t for t in comparison.trained if not t.tuned]
     techniques = identical or comparison.trained
-    both = ", with the shared hyperparameters and each at its own best" * bool(
-        comparison.searches and identical
-    )
+    untuned = any(comparison.untuned(technique) for technique in identical)
+    both = ", with the shared hyperparameters and each at its own best" * untuned
     if not techniques:
         return f"{spec.model}, untouched, on {data_title(comparison)}."
     seeds = sorted({len(t.records) for t in techniques})
@@ -174,6 +175,12 @@ def overturned(comparison: Comparison, verdicts: Verdicts) -> str:
     return f"{turns}: {'; '.join(over[:MOST])}{more}."
 
 
+def edges(comparison: Comparison) -> str:
+    """Whose best may not be its best."""
+    found = [title(comparison, search) for search in comparison.searches if search.edge]
+    return f"Best at the edge of what was tried, and perhaps better beyond: {listed(found)}." if found else ""
+
+
 def highest(standing: Standing, group: str) -> str:
     names = standing.ranked(group)
     if len(names) < 2:
@@ -189,15 +196,15 @@ def highest(standing: Standing, group: str) -> str:
     behind = next((name for name in names if name not in (best, *tied)), None)
     if not behind:
         return text + "."
-    first, second = (best, behind) if quantity.better == "higher" else (behind, best)
-    d = standing.verdict(first, second).difference
-    ahead, low, high = map(quantity.amount, (d.value, d.low, d.high))
-    link = "; it is" if tied else ","
-    return f"{text}{link} {ahead} ahead of {behind} ({CONFIDENCE:.0%} CI {low} to {high})."
+    d = standing.verdict(best, behind).difference
+    ends = sorted((d.low, d.high), key=abs)
+    ahead, low, high = (end.lstrip("−") for end in quantity.amounts(d.value, *ends))
+    link, side = "; it is" if tied else ",", "ahead of" if quantity.better == "higher" else "below"
+    return f"{text}{link} {ahead} {side} {behind} ({CONFIDENCE:.0%} CI {low} to {high})."
 
 
 def cheapest(standing: Standing, group: str) -> str:
-    """Those that cannot be told from the best share the place."""
+    """Who took least, and who cannot be told from it."""
     names, quantity = standing.ranked(group), standing.quantity
     if len(names) < 2:
         return ""
@@ -206,12 +213,13 @@ def cheapest(standing: Standing, group: str) -> str:
         return f"No technique took clearly less {quantity.label.lower()} than all others."
     least, most = standing.point(names[0]), standing.point(names[-1])
     what = quantity.label.lower().removeprefix("peak ")
-    text = f"{listed([names[0], *tied])} took the least {what} ({UNITS[quantity.name](least)})"
+    text = f"{names[0]} took the least {what}, {UNITS[quantity.name](least)}"
+    text += f", but is tied with {listed(tied)}" if tied else ""
     if names[-1] in tied:
         return text + "."
     ratio = most / least
     more = f"{ratio:.2g} times as much" if ratio >= 1.1 else f"{ratio - 1:.0%} more"
-    return f"{text}, {names[-1]} the most, {more}."
+    return f"{text}; the highest mean, of {names[-1]}, is {more}."
 
 
 def disturbed(comparison: Comparison) -> str:

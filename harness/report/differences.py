@@ -84,17 +84,10 @@ def difference_table(title: str, standings: list[Standing], pairs: list[tuple]) 
 
 
 def interval(difference: Difference, quantity: Quantity) -> str:
-    """With so many decimals that an end which is not 0 does not read as 0. Ratios in percent."""
     ends = [difference.value, difference.low, difference.high]
     if not np.isfinite(ends).all():
         return UNKNOWN
-    if quantity.ratio:
-        ends = [100 * np.expm1(end) for end in ends]
-    decimals = 1 if quantity.ratio else quantity.decimals
-    while decimals < 9 and any(end and not round(end, decimals) for end in ends):
-        decimals += 1
-    unit = "%" if quantity.ratio else ""
-    value, low, high = (number(end, decimals, signed=True) + unit for end in ends)
+    value, low, high = quantity.amounts(*ends, signed=True)
     return f"{value} ({low} to {high})"
 
 

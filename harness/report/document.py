@@ -66,12 +66,12 @@ RANKS = (
 FAMILY = (
     f"Intervals of {CONFIDENCE:.0%} that hold at once: of each score and cost, all pairs of techniques "
     "that are ranked with each other, each against the untouched models and a tuned one against itself with "
-    "the shared hyperparameters are one family. Other test rows and other seeds are "
-    "the chance; rows are shared by all, seeds as far as two techniques answer alike with each, and the "
-    "seeds of a technique are taken to vary as they did or as those of all did, whichever is more. The verdict is a difference where the interval excludes 0, else a tie, "
-    f"and takes {SEEDS_TO_RANK} seeds. Perplexity and costs are compared by their ratios, costs over seeds. "
-    "Where one technique is far less steady than the others three seeds are few: the intervals then hold at "
-    "about 90%."
+    "the shared hyperparameters are one family. Other test rows and other seeds are the chance; rows are "
+    "shared by all, seeds as far as two techniques answer alike with each, and the seeds of a technique are "
+    "taken to vary as they did or as those of all did, whichever is more. The verdict is a difference where "
+    f"the interval excludes 0, else a tie, and takes {SEEDS_TO_RANK} seeds. Perplexity and costs are "
+    "compared by their ratios, costs over seeds. Where one technique is far less steady than the others "
+    "three seeds are few: the intervals then hold at about 90%."
 )
 SINGLE = " Where a technique has a single seed its intervals speak of other test rows alone."
 NOISE = (
@@ -88,7 +88,7 @@ HOLLOW = " Hollow: with the shared hyperparameters, and a line to the same metho
 RATES = (
     "Against the learning rate: what the trials of each search were judged by, a run each (lines: at what "
     "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
-    "the scores of all arms on the test rows (means over as many seeds as is said)."
+    "the scores of all arms on the test rows (means over as many seeds as is said; hollow: other options)."
 )
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
@@ -110,7 +110,7 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
     checks = certificate(comparison)
     return [
         b.Title(comparison.title),
-        b.Lead(answer(comparison, verdicts)),
+        *(b.Lead(paragraph) for paragraph in answer(comparison, verdicts)),
         *notices(comparison, checks, corrupt),
         *results(comparison),
         *hybrids(comparison),
@@ -277,9 +277,9 @@ def smallest(verdicts: Verdicts) -> str:
     for standing in verdicts.standings.values():
         quantity, least = standing.quantity, standing.detectable()
         if isfinite(least):
-            found.append(f"{quantity.amount(least)} {differences.inside(quantity.label)}")
+            found.append(f"{quantity.amounts(least)[0]} {differences.inside(quantity.label)}")
     told = "Between two techniques, the smallest difference that this bench could have seen (with a power of"
-    return f" {told} {POWER:.0%}) is {listed(found)}." if found else ""
+    return f" {told} {POWER:.0%}, the median of all pairs) is {listed(found)}." if found else ""
 
 
 def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.Block]:
@@ -361,7 +361,11 @@ def setup(comparison: Comparison) -> list[b.Block]:
     hp = asdict(spec.hp)
     if not spec.trains:
         hp = {name: hp[name] for name in EVALUATION}
-    rows += [[words(name).capitalize(), str(value)] for name, value in hp.items()]
+    own = {name for technique in comparison.trained for name in technique.spec.changes}
+    rows += [
+        [words(name).capitalize(), str(value) + ", but for rows with one of their own" * (name in own)]
+        for name, value in hp.items()
+    ]
     return [b.Heading("What was the same for all"), b.Table(["Setting", "Value"], rows, words=(0, 1))]
 
 
@@ -420,9 +424,18 @@ def cards(comparison: Comparison) -> list[b.Block]:
         methods.setdefault(technique.spec.method, []).append(technique)
     for techniques in methods.values():
         technique, card = techniques[0], techniques[0].card
-        options = "; ".join(
-            ", ".join(f"{words(k)} {v}" for k, v in sorted(r.spec.options.items())) for r in techniques
-        )
+
+        def of_each(said: list[str], techniques: list[Technique] = techniques) -> str:
+            """Once where it is the same for all arms, else under the label of each."""
+            labelled = (f"{t.label}: {text}" for t, text in zip(techniques, said, strict=True) if text)
+            return said[0] if len(set(said)) == 1 else "; ".join(labelled)
+
+        options = of_each([
+            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items())) for t in techniques
+        ])  # fmt: skip
+        notes = of_each([
+            ", ".join(f"{k}: {noted(v)}" for k, v in t.newest.notes.items()) for t in techniques
+        ])  # fmt: skip
         why = card.get("why") or {}
         facts = [
             ("What it is", card.get("summary")),
@@ -431,7 +444,7 @@ def cards(comparison: Comparison) -> list[b.Block]:
             ("Objective", card.get("objective")),
             ("Options", options),
             ("Weights", technique.newest.weights),
-            ("This run found", "; ".join(f"{k}: {noted(v)}" for k, v in technique.newest.notes.items())),
+            ("This run found", notes),
             ("It cannot do", "; ".join(f"{k}: {v}" for k, v in (card.get("cannot") or {}).items())),
             *((name.capitalize(), why.get(name)) for name in ("performance", "efficiency", "generalisation")),
         ]

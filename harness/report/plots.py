@@ -16,6 +16,7 @@ from harness.plain import plain
 from harness.report.comparison import Comparison, Technique, score, seconds
 from harness.report.text import shorten
 from harness.report.verdicts import MEMORY, TIME, Verdicts
+from harness.spec import digest
 from harness.tuning import Found
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, with Tol's wine in place of the yellow
@@ -94,7 +95,8 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
     for (i, metric), (j, (quantity, (unit, cost))) in product(enumerate(metrics), enumerate(costs.items())):
         before = comparison.before(techniques[0])
         level = before.mean(lambda r, m=metric.name: score(r, m)) if before else None
-        place = scatter(axes[i, j], comparison, techniques, cost, lambda r, m=metric.name: score(r, m))
+        place = scatter(axes[i, j], comparison, techniques, cost, lambda r, m=metric.name: score(r, m),
+                        starred=quantity is TIME)  # fmt: skip
         for group in comparison.groups:
             draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, group))
         draw_level(axes[i, j], level, metric.decimals)
@@ -129,10 +131,10 @@ def cost_alone(comparison: Comparison) -> Figure | None:
 
 
 def scatter(
-    ax, comparison: Comparison, techniques: list[Technique], cost, gain
+    ax, comparison: Comparison, techniques: list[Technique], cost, gain, starred: bool = True
 ) -> dict[str, tuple[float, float]]:
     """A dot a seed, a marker at the mean, and a line to it from the same method before it was tuned, which
-    then has no label. -> label -> where its marker is."""
+    then has no label. `starred`: where runs were disturbed. -> label -> where its marker is."""
     look, means = looks(comparison), {}
     tuned_from = [comparison.asked_for(technique) for technique in techniques]
     ax.to_label = []
@@ -150,6 +152,7 @@ def scatter(
                    facecolors="white" if hollow else style["color"], linewidths=1.4 if hollow else 0.8,
                    edgecolors=style["color"] if hollow else "white")  # fmt: skip
         named = "" if technique in tuned_from else (comparison.asked_for(technique) or technique).label
+        named += "*" * (starred and technique.disturbed and bool(named))
         ax.to_label.append((x, y, shorten(plain(named), 32), points))
     for technique, asked in zip(techniques, tuned_from, strict=True):
         if asked and {asked.label, technique.label} <= set(means):
@@ -262,9 +265,9 @@ def by_learning_rate(comparison: Comparison) -> Figure | None:
                 draw_search(ax, found, look[found.tuning.trial.method])
     for ax, metric in zip(axes[len(judged) :], metrics, strict=False):
         counts = {len(t.done) for t in trained}
-        seeds = f", {counts.pop()} seeds" if len(counts) == 1 else ""
+        seeds = f", {counts.pop()} seeds each" if len(counts) == 1 and counts != {1} else ""
         ax.set_ylabel(f"{metric.label} of the test rows{seeds}")
-        draw_arms(ax, trained, lambda r, m=metric.name: score(r, m), look, numbered=not seeds)
+        draw_arms(ax, trained, lambda r, m=metric.name: score(r, m), look, numbered=len(counts) > 1)
     for i, ax in enumerate(axes):
         low, high = ax.dataLim.intervalx
         logarithmic(ax, (1,) if high > 100 * low else (1, 2, 5))
@@ -292,15 +295,19 @@ def draw_search(ax, found: Found, style: dict) -> None:
 
 
 def draw_arms(ax, techniques: list[Technique], of, look: dict[str, dict], numbered: bool) -> None:
-    """A line a method through its arms, each a mean over seeds: if `numbered`, of as many as it says."""
-    lines: dict[str, list[tuple[float, float, int]]] = {}
+    """A line through the arms of a method that differ in the rate alone, hollow where options are others than
+    its first one's. Each a mean over seeds: if `numbered`, of as many as it says."""
+    lines: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     for technique in techniques:
         if values := technique.values(of):
             point = (learning_rate(technique), float(np.mean(values)), len(values))
-            lines.setdefault(technique.spec.method, []).append(point)
-    for method, points in lines.items():
+            lines.setdefault((technique.spec.method, digest(technique.spec.options)), []).append(point)
+    drawn = set()
+    for (method, _), points in lines.items():
+        face = {"markerfacecolor": "white"} if method in drawn else {}
+        drawn.add(method)
         ax.plot(*zip(*(point[:2] for point in sorted(points)), strict=True), linewidth=1.4, markersize=5,
-                **look[method])  # fmt: skip
+                **look[method], **face)  # fmt: skip
         for rate, mean, seeds in points if numbered else ():
             ax.annotate(str(seeds), (rate, mean), xytext=(4, 3), textcoords="offset points", fontsize=7)
 

@@ -13,7 +13,8 @@ import numpy as np
 
 CONFIDENCE = 0.95  # that all intervals of a family hold
 POWER = 0.8  # of the smallest difference that a bench could have seen; the convention since Cohen 1988
-SAME = 1e-9  # relative: numbers so little apart are equal, but were summed in another order
+SAME = 1e-12  # relative: numbers so little apart are equal, but were summed in another order
+FEW = 20  # times as alike as they are: how three seeds come out in one case of 20 (chi-square, 2 degrees)
 DRAWS = 5000  # simulated benches: 5 % of them are known to 0.3 %
 
 
@@ -91,14 +92,16 @@ class Family:
         self.seeds = np.array([len(s.values) for s in self.samples.values()])
         spread = [s.values.var(ddof=1) if len(s.values) > 1 else 0.0 for s in self.samples.values()]
         self.spread = np.array(spread)
-        freedom = (
-            self.seeds - 1
-        ).sum()  # few seeds may understate: the mean of what may be true is so much more
-        more = freedom / max(freedom - 2, 1)
+        freedom = (self.seeds - 1).sum()
+        more = freedom / max(freedom - 2, 1)  # few seeds may understate: the mean of what may be true
         errors, standard = self.simulate(np.maximum(more * self.larger(self.spread), self.own_rows), draws)
         studentised = np.divide(np.abs(errors), standard, out=np.zeros_like(errors), where=standard > 0)
-        self.critical = float(np.quantile(studentised.max(1, initial=0.0), CONFIDENCE))
-        self.width = self.critical * np.sqrt(self.variance(self.larger(self.spread)))
+        twins = self.apart < 1  # hardly anything is left to divide by: they decide only among themselves
+        counted = studentised if twins.all() else studentised[:, ~twins]
+        self.critical = float(np.quantile(counted.max(1, initial=0.0), CONFIDENCE))
+        variance = self.variance(self.larger(self.spread))
+        least = np.where(twins, self.paired, 0.0)  # what is no chance of their own was seen in pairs
+        self.width = self.critical * np.sqrt(np.maximum(variance, least))
         self.draws = draws
 
     def rows_covariance(self) -> None:
@@ -143,11 +146,25 @@ class Family:
 
     @cached_property
     def apart(self) -> np.ndarray:
-        """(pairs,) from 0 to 1: how far the seeds of two techniques are chance of their own. Not at all where
-        both answer alike in each seed, as a method does that has become another one's special case."""
-        of_own = (self.own_rows / self.seeds)[self.ends].sum(0)
-        ratio = np.divide(self.row_part, of_own, out=np.ones_like(of_own), where=of_own > 0)
-        return (2 * ratio).clip(0, 1)  # twice: over few rows independent seeds may come out as alike as that
+        """(pairs,) from 0 to 1: how far the seeds of two techniques are chance of their own, by their rows or
+        by their scores, whichever says more. Not at all where both are alike with each seed, as a method is
+        that has become another one's special case."""
+        own, spread = ((of / self.seeds)[self.ends].sum(0) for of in (self.own_rows, self.spread))
+        by_rows = np.divide(self.row_part, own, out=np.ones_like(own), where=own > 0)
+        by_seeds = np.divide(self.paired, spread, out=np.zeros_like(spread), where=spread > 0)
+        return np.maximum(2 * by_rows, FEW * by_seeds).clip(0, 1)
+
+    @cached_property
+    def paired(self) -> np.ndarray:
+        """(pairs,) the variance of the mean difference over the seeds of both; infinite where these are one, or
+        not as many."""
+        values = [sample.values for sample in self.samples.values()]
+        pairs = [(values[i], values[j]) for i, j in self.ends.T]
+        both = (1 < len(one) == len(other) for one, other in pairs)
+        return np.array([
+            (one - other).var(ddof=1) / len(one) if known else np.inf
+            for (one, other), known in zip(pairs, both, strict=True)
+        ])  # fmt: skip
 
     def beyond(self, of_seed: np.ndarray) -> np.ndarray:
         """(..., techniques) of the mean over seeds, less what the rows' part holds already."""
@@ -160,7 +177,8 @@ class Family:
         values, vectors = np.linalg.eigh(self.covariance)
         by_rows = rng.standard_normal((draws, count)) * np.sqrt(values.clip(0)) @ vectors.T
         by_seeds = rng.standard_normal((draws, count)) * np.sqrt(self.beyond(of_seed))
-        errors = by_rows[:, a] - by_rows[:, b] + np.sqrt(self.apart) * (by_seeds[:, a] - by_seeds[:, b])
+        errors = by_rows[:, a] - by_rows[:, b]
+        errors += np.sqrt(self.apart) * (by_seeds[:, a] - by_seeds[:, b])
         freedom, rows = np.maximum(self.seeds - 1, 1), max(self.rows - 1, 1)
         spread = of_seed * rng.chisquare(freedom, (draws, count)) / freedom
         row_part = rng.chisquare(rows, (draws, 1)) / rows

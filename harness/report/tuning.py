@@ -85,7 +85,8 @@ def side_by_side(
 
 
 def turned(comparison: Comparison, verdicts: Verdicts) -> list[str] | None:
-    """The verdicts on two methods that are another one where both are tuned; None where none is ranked."""
+    """The verdicts on two methods that are another one where both are tuned, those that are turned round
+    first; None where none is ranked."""
     found, ranked = [], False
     for standing in verdicts.metrics:
         for (one, *a), (other, *b) in combinations(both(comparison), 2):
@@ -93,9 +94,10 @@ def turned(comparison: Comparison, verdicts: Verdicts) -> list[str] | None:
             known = set(words) <= {"higher", "lower", "tied"} and a[0].objective == b[0].objective
             ranked |= known
             if known and words[0] != words[1]:
-                found.append(f"{standing.quantity.label}, {one} against {other}: {words[0]} with the shared "
-                             f"hyperparameters, {words[1]} with each at its own best")  # fmt: skip
-    return found if ranked else None
+                said = (f"{standing.quantity.label}, {one} against {other}: {words[0]} with the shared "
+                        f"hyperparameters, {words[1]} with each at its own best")  # fmt: skip
+                found.append((("tied" in words), said))
+    return [said for _, said in sorted(found, key=lambda pair: pair[0])] if ranked else None
 
 
 def searched(comparison: Comparison) -> Table:
@@ -108,6 +110,13 @@ def searched(comparison: Comparison) -> Table:
         "Tuning cost: attaching and training in all trials; it is in no technique's training time. Declared: "
         "the rates that the search began with."
     ]
+    if any(record.disturbed for found in comparison.searches for record in found.records):
+        table.notes.append("† Trials were disturbed, as by each other: alone they take less time.")
+    if (
+        len({sum(record.tokens.trained or 0 for record in found.records) for found in comparison.searches})
+        == 1
+    ):
+        table.notes.append("Tokens: the same in the steps of all; what a method reads before them is added.")
     if any(found.edge for found in comparison.searches):
         table.notes.append(f"* {EDGE}.")
     return table
@@ -125,7 +134,7 @@ def chosen(found: Found) -> list[str]:
     values = listed([str(value) for value in found.tuning.search.values if value in options], len(options))
     shared = found.best.rate == found.tuning.trial.hp.learning_rate
     rate = f"{found.best.rate:g}" + ", the shared one" * shared + "*" * found.edge
-    further = f"{option.replace('_', ' ')} {found.best.option} of {values}"
+    further = f"{option.replace('_', ' ')} {found.best.option} (tried: {values})"
     value = found.values[found.trials.index(found.best)]
     return [rate, tried, further if option else UNKNOWN, f"{criterion(found)} {number(value, 3)}", count]
 
@@ -135,4 +144,6 @@ def cost(found: Found) -> list[str]:
     tokens = [(r.tokens.trained or 0) + (r.tokens.attach or 0) for r in found.records]
     joules = [phase.joules for phase in phases if phase.joules is not None]
     energy = sum(joules) / 3600 if joules and len(joules) == len(phases) else None
-    return [duration(sum(phase.seconds for phase in phases)), number(sum(tokens), 0), number(energy)]
+    busy = any(record.disturbed for record in found.records)  # and the card's energy is not theirs alone
+    time = duration(sum(phase.seconds for phase in phases)) + "†" * busy
+    return [time, number(sum(tokens), 0), number(None if busy else energy)]

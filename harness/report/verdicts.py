@@ -3,7 +3,7 @@
 Computed once. Lead, tables, ranks, fronts and plots only read it, so that no two of them can disagree.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from math import expm1
 
@@ -27,14 +27,20 @@ class Quantity:
     decimals: int = 3
     ratio: bool = False
 
-    def amount(self, difference: float) -> str:
-        """Of a difference, in words: in percent where ratios count."""
-        return f"{number(100 * expm1(difference), 1)}%" if self.ratio else number(difference, self.decimals)
+    def amounts(self, *ends: float, signed: bool = False) -> list[str]:
+        """Of differences, in words: in percent where ratios count, and with so many decimals that one which is
+        not 0 does not read as 0."""
+        shown = [100 * expm1(end) for end in ends] if self.ratio else ends
+        decimals = 1 if self.ratio else self.decimals
+        while decimals < 9 and any(end and not round(end, decimals) for end in shown):
+            decimals += 1
+        return [number(end, decimals, signed) + "%" * self.ratio for end in shown]
 
 
 MEMORY = Quantity("peak_memory", "Peak memory", "lower", ratio=True)
 TIME = Quantity("seconds", "Training time", "lower", ratio=True)
 COSTS = (MEMORY, TIME)
+ROWS_TO_RANK = 20  # test rows: over fewer the intervals hold less often than they say (of 10 in 89 %)
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,11 @@ class Standing:
         self.pairs = set(pairs)
 
     def point(self, label: str) -> float:
-        """The mean over seeds, in the quantity's own unit; the geometric mean where ratios count."""
-        point = self.entrants[label].sample.point if label in self.entrants else np.nan
-        return float(np.exp(point)) if self.quantity.ratio else point
+        """The mean over seeds, in the quantity's own unit."""
+        if label not in self.entrants:
+            return np.nan
+        values = self.entrants[label].sample.values
+        return float((np.exp(values) if self.quantity.ratio else values).mean())
 
     def verdict(self, one: str, other: str) -> Verdict:
         """Of `one` against `other`; a ratio's difference is of logarithms."""
@@ -136,7 +144,8 @@ class Standing:
         repetitions: the median of their pairs. NaN without such a pair."""
         both = [(self.entrants[a], self.entrants[b]) for a, b in self.family.pairs]
         chosen = [a.meets(b) and not (a.unranked or b.unranked) for a, b in both]
-        return float(np.median(self.family.detectable()[chosen])) if any(chosen) else np.nan
+        known = np.array(chosen, dtype=bool) & (self.family.width > 0)
+        return float(np.median(self.family.detectable()[known])) if known.any() else np.nan
 
 
 class Verdicts:
@@ -191,7 +200,10 @@ def scored(comparison: Comparison, metric: Metric) -> list[Entrant]:
         if technique.sums:
             sample = sample_of(metric, [seed[metric.name] for seed in technique.sums])
             befores = comparison.before(technique), comparison.own_base(technique)
-            found.append(entrant(comparison, technique, sample, befores))
+            one = entrant(comparison, technique, sample, befores)
+            rows = sample.pulls.shape[1]
+            few = f"{rows} test row{'s' * (rows != 1)}" if rows < ROWS_TO_RANK else ""
+            found.append(replace(one, unranked=one.unranked or few))
     return found
 
 
