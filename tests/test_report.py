@@ -158,6 +158,20 @@ def test_a_run_that_was_disturbed_has_no_time(tmp_path):
     assert "| Nothing else kept the machine busy | NO |" in rest
 
 
+@pytest.mark.parametrize("rows", [12, 20])
+def test_few_rows_rank_nothing(tmp_path, rows):
+    for method, seeds in (("base", [0]), ("qlora", range(3)), ("galore", range(3))):
+        for seed in seeds:
+            fabricate.keep(
+                tmp_path / "r", fabricate.record(method, seed), fabricate.outputs(method, seed, rows)
+            )
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    few = rows < 20
+    assert ("12 test rows: no ranking by scores" in text) == few == ("no ranking: 12 test rows" in text)
+    assert ("has the highest BLEU-4" in text or "In BLEU-4, " in text) != few
+    assert "took the least memory" in text
+
+
 def test_one_seed_ranks_nothing(tmp_path):
     text, _ = rendered(tmp_path, fabricate.results(tmp_path / "r", seeds=(0,)))
     assert "Single seed: no ranking, which takes 3. Measured were QLoRA (BLEU-4 2" in text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from math import log10
 
@@ -181,6 +182,19 @@ def test_tuning_costs_nothing_in_a_techniques_own_time(report):
     assert all(t.mean(lambda r: r.train_seconds) < 3600 * hours / 2 for t in comparison.trained)
 
 
+def test_a_disturbed_search_has_no_energy_and_a_mark(report, tmp_path):
+    shutil.copytree(report[0].folder, tmp_path / "results")
+    store = Store(tmp_path / "results")
+    trial = next(r for r in store.load()[0] if r.spec.trial and r.spec.method == "lora")
+    assert "†" not in report[1]
+    trial.disturbed = ["other programs held the card"]
+    (store.folder / trial.folder / RECORD).write_text(trial.to_json())
+    searches = table(rendered(store, tmp_path), "The searches")
+    assert [name for name, row in searches.items() if row["Tuning cost"].endswith("†")] == ["LoRA"]
+    known = {name: row.get("Energy (Wh)") for name, row in searches.items()}
+    assert known["LoRA"] in (None, "–") and known["Full"] not in (None, "–")
+
+
 def test_the_chosen_rate_is_footnoted_as_a_difference(report):
     assert re.search(
         r"LoRA \(tuned\): learning rate 0.00632 instead of 0.002: the best of 8 trials", report[1]
@@ -190,6 +204,7 @@ def test_the_chosen_rate_is_footnoted_as_a_difference(report):
 def test_a_best_at_the_edge_and_an_unequal_budget_are_told(tmp_path):
     store = bench(tmp_path, "full", "lora", trials=2, seeds=[0], **BOTH)
     text = rendered(store, tmp_path)
+    assert "Best at the edge of what was tried" in text.split("## Results")[0]
     assert "best at the edge" in text and table(text, "The searches")["LoRA"]["Learning rate"].endswith("*")
     bench(tmp_path, "full", trials=5, seeds=[0], **BOTH)
     assert "Not the same number of trials: Full 5 and LoRA 2." in rendered(store, tmp_path)

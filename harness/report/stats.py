@@ -156,8 +156,8 @@ class Family:
 
     @cached_property
     def paired(self) -> np.ndarray:
-        """(pairs,) the variance of the mean difference over the seeds of both; infinite where these are one, or
-        not as many."""
+        """(pairs,) the variance of the mean difference over the seeds of both. Infinite
+        where these are one, or not as many."""
         values = [sample.values for sample in self.samples.values()]
         pairs = [(values[i], values[j]) for i, j in self.ends.T]
         both = (1 < len(one) == len(other) for one, other in pairs)

@@ -58,11 +58,11 @@ def before_and_after(comparison: Comparison, technique: Technique, metric: Metri
 
 
 def hours(times: list[float]) -> str:
-    """Hours as the brief asks for; seconds too where hours are too long a unit to read."""
+    """Hours as the brief asks for; in seconds too where hours are too long a unit to read."""
     in_hours = [t / 3600 for t in times]
     if max(in_hours, default=1) >= 0.1:
         return spread(in_hours)
-    return f"{spread(in_hours)} ({number(float(np.mean(times)), 1)} s)"
+    return f"{spread([float(np.mean(in_hours))])} ({spread(times, 1)} s)"
 
 
 def quality(comparison: Comparison) -> Table:

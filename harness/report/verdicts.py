@@ -28,8 +28,8 @@ class Quantity:
     ratio: bool = False
 
     def amounts(self, *ends: float, signed: bool = False) -> list[str]:
-        """Of differences, in words: in percent where ratios count, and with so many decimals that one which is
-        not 0 does not read as 0."""
+        """Of differences, in words: in percent where ratios count, with so many decimals that no end reads as
+        0 which is not."""
         shown = [100 * expm1(end) for end in ends] if self.ratio else ends
         decimals = 1 if self.ratio else self.decimals
         while decimals < 9 and any(end and not round(end, decimals) for end in shown):
