@@ -1,6 +1,6 @@
 """Do the report's verdicts hold? Simulated benches whose truth is known, through the report's own statistics.
 
-    python benchmarks/verdicts.py            1,000 benches a line, some ten minutes on one core
+    python benchmarks/verdicts.py            1,000 benches a line, some twenty minutes on one core
     python benchmarks/verdicts.py 200        fewer
 
 A word of a reference comes out right with a chance that depends on the technique, on the row (easy or hard
@@ -12,10 +12,9 @@ BLEU-4, in how many benches they were told apart,
 what the report said of its power to do so, and the smallest difference that it said it could see.
 
 Seen with 1,000 benches of 2, 6 and 12 techniques, drawn from another seed than the statistics were chosen
-by: 95 to 97.5 % hold where seeds vary alike or not at all, 92 to 95 % where they vary three times as much for
-half of the techniques, and 90 to 93 % where one varies six times as much as the others: three seeds are too
-few to tell. Of six techniques the stated power was within 5 points of what was found; of two whose seeds vary
-it was 48 % where 37 % were found.
+by: 94 to 97 % hold where seeds vary alike or not at all, 91 to 93 % where they vary three times as much for
+half of the techniques, and 90 to 92 % where one varies six times as much as the others: three seeds are too
+few to tell. Of six techniques the stated power was within 6 points of what was found.
 """
 
 import sys

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
 from harness.record import Data, Provenance, Sizes, Tokens
-from harness.report import brief_table, render
+from harness.report import brief_table, plots, render
 from harness.report.certificate import certificate
 from harness.report.comparison import comparisons
 from harness.report.differences import noise_floor
@@ -40,6 +40,14 @@ HOSTILE = [
     "",
     "x" * 1_000_000,
 ]
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Plots take most of a report's time: where a test reads words alone, none is drawn."""
+    if not request.node.get_closest_marker("drawn"):
+        for name in ("scores_by_cost", "cost_alone", "by_learning_rate", "loss_curves"):
+            monkeypatch.setattr(plots, name, lambda *arguments: {"png": b"", "svg": b""})
 
 
 class Tags(HTMLParser):
@@ -74,6 +82,7 @@ def usual(tmp_path_factory) -> Path:
     return fabricate.results(tmp_path_factory.mktemp("usual"))
 
 
+@pytest.mark.drawn
 def test_rendered_twice_is_the_same_bytes_but_for_the_time(usual, tmp_path):
     def files(folder: Path) -> dict[str, bytes]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -178,6 +187,7 @@ def test_one_seed_ranks_nothing(tmp_path):
     assert "highest" not in text.split("## Results")[0] and "least memory" not in text
 
 
+@pytest.mark.drawn
 def test_failed_runs_stay_with_their_status(tmp_path):
     results = fabricate.results(tmp_path / "r")
     lost = {"phases": {}, "training": [], "hashes": {}, **UNKNOWN}
@@ -207,6 +217,7 @@ def test_a_store_of_failures_alone_still_reports(tmp_path):
     assert "None of them has a result." in text
 
 
+@pytest.mark.drawn
 def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     results = tmp_path / "r"
     fabricate.keep(results, fabricate.record("base"))
@@ -223,6 +234,7 @@ def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     assert "nan" not in text.lower().replace("nanogpt", "")
 
 
+@pytest.mark.drawn
 def test_random_weights_have_costs_and_no_scores(tmp_path):
     for method, seed in (("base", 0), ("qlora", 0), ("qlora", 1)):
         fabricate.keep(tmp_path / "r", fabricate.record(method, seed, model="random:big/model"))
@@ -364,6 +376,7 @@ def spoiled(method: str, seed: int = 0, **changes) -> list[dict]:
     return [{**output, **changes} for output in test]
 
 
+@pytest.mark.drawn
 def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     results = fabricate.results(tmp_path / "r", methods=("qlora", "galore"), seeds=(0, 1, 2))
     fabricate.keep(results, fabricate.record("lora"), spoiled("lora"))
@@ -540,6 +553,7 @@ def test_columns_that_were_not_used_are_named(tmp_path):
     assert "Columns not used" in page
 
 
+@pytest.mark.drawn
 def test_objectives_share_no_loss_plot(tmp_path):
     fabricate.keep(tmp_path / "r", fabricate.record("qlora"))
     orpo = fabricate.record("orpo")

@@ -149,7 +149,10 @@ def by_part(comparison: Comparison) -> Table | None:
         cells.append([technique.label])
         for metric in compared():
             for part in parts:
-                scores = [float(metric.value(s[metric.name][of_part[part]].sum(0))) for s in technique.sums]
+                with np.errstate(over="ignore"):  # a perplexity that no float holds is shown as unknown
+                    scores = [
+                        float(metric.value(s[metric.name][of_part[part]].sum(0))) for s in technique.sums
+                    ]
                 cells[-1].append(spread(scores, metric.decimals))
     parts = [f"{part} ({sum(of_part[part])} rows)" for part in parts]
     return Table(["Technique", *(f"{m.label}, {p}" for m in compared() for p in parts)], cells)
