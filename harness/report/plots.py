@@ -183,8 +183,7 @@ def draw_level(ax, level: float | None, decimals: int) -> None:
     if level is None:
         return
     low, high = ax.dataLim.intervaly
-    beyond = max(level - high, low - level)
-    if beyond <= high - low:
+    if max(level - high, low - level) <= high - low or low == high:
         ax.axhline(level, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
         ax.annotate("before", (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
                     textcoords="offset points", ha="right", va="bottom", fontsize=7.5)  # fmt: skip
