@@ -161,6 +161,8 @@ def scatter(
     costs = [x for x, *_ in ax.to_label]
     if costs and max(costs) > WIDE * min(costs) > 0:
         logarithmic(ax, (1, 2, 5))
+    else:
+        ax.locator_params(axis="x", nbins=6)  # more would run into each other
     return means
 
 
