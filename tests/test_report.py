@@ -178,6 +178,7 @@ def test_few_rows_rank_nothing(tmp_path, rows):
     few = rows < 20
     assert ("12 test rows: no ranking by scores" in text) == few == ("no ranking: 12 test rows" in text)
     assert ("has the highest BLEU-4" in text or "In BLEU-4, " in text) != few
+    assert ("Against the untouched model, BLEU-4" in text.split("## Results")[0]) != few
     assert "took the least memory" in text
 
 

@@ -148,7 +148,7 @@ def gains(comparison: Comparison, standing: Standing) -> str:
         before = comparison.before(technique)
         if technique.ranked and before and technique.label in standing.entrants:
             verdict = standing.verdict(technique.label, before.label)
-            if verdict.word:
+            if verdict.word in ("higher", "lower", "tied"):
                 change = number(verdict.difference.value, standing.quantity.decimals, signed=True)
                 groups[verbs[verdict.sign]].append(f"{technique.label} ({change})")
     told = [f"{verb} {listed(names)}" for verb, names in groups.items() if names]

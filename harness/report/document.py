@@ -524,7 +524,8 @@ def reproduction(comparison: Comparison) -> list[b.Block]:
             rows.append([words(key.removeprefix("packages.")), "; ".join(values)])
     if rows:
         found += [b.Heading("Environment"), b.Table(["What", "Value"], rows, words=(0, 1))]
-    commands = dict.fromkeys(r.command for r in comparison.records if r.command)
+    trials = [record for found in comparison.searches for record in found.records]
+    commands = dict.fromkeys(r.command for r in [*comparison.records, *trials] if r.command)
     if commands:
         found += [b.Heading("Commands"), b.Code(list(commands))]
     spent = sum(p.seconds or 0 for r in comparison.records for p in r.phases.values())

@@ -99,9 +99,9 @@ class Family:
         twins = self.apart < 1  # hardly anything is left to divide by: they decide only among themselves
         counted = studentised if twins.all() else studentised[:, ~twins]
         self.critical = float(np.quantile(counted.max(1, initial=0.0), CONFIDENCE))
-        variance = self.variance(self.larger(self.spread))
-        least = np.where(twins, self.paired, 0.0)  # what is no chance of their own was seen in pairs
-        self.width = self.critical * np.sqrt(np.maximum(variance, least))
+        self.width = self.critical * np.sqrt(self.variance(self.larger(self.spread)))
+        seen = self.student(draws) * np.sqrt(self.paired)  # twins, seed by seed
+        self.width = np.where(twins, np.maximum(self.width, seen), self.width)
         self.draws = draws
 
     def rows_covariance(self) -> None:
@@ -156,8 +156,8 @@ class Family:
 
     @cached_property
     def paired(self) -> np.ndarray:
-        """(pairs,) the variance of the mean difference over the seeds of both. Infinite
-        where these are one, or not as many."""
+        """(pairs,) the variance of the mean difference, seed by seed; infinite where both have not as
+        many, or one."""
         values = [sample.values for sample in self.samples.values()]
         pairs = [(values[i], values[j]) for i, j in self.ends.T]
         both = (1 < len(one) == len(other) for one, other in pairs)
@@ -165,6 +165,11 @@ class Family:
             (one - other).var(ddof=1) / len(one) if known else np.inf
             for (one, other), known in zip(pairs, both, strict=True)
         ])  # fmt: skip
+
+    def student(self, draws: int) -> float:
+        """Student's critical value over as many seeds as most techniques have."""
+        freedom = max(int(np.median(self.seeds)) - 1, 1) if len(self.seeds) else 1
+        return float(np.quantile(np.abs(np.random.default_rng(0).standard_t(freedom, draws)), CONFIDENCE))
 
     def beyond(self, of_seed: np.ndarray) -> np.ndarray:
         """(..., techniques) of the mean over seeds, less what the rows' part holds already."""
