@@ -1,9 +1,9 @@
 """One contender of benchmarks/train.py in a process of its own: python benchmarks/peers.py JOB.json
 
 It trains as a user of its front door would, on the rows that the job lists, and leaves JSON: the loss, the
-gradient's norm and the seconds of each step, the tokens that it read, its peaks. Tuneoff goes its product's way
-(`execute`), HF Trainer and TRL's SFTTrainer theirs: nothing that stands between a step's begin and its end is
-taken off them, and neither waits for the device where it would not by itself.
+gradient's norm and the seconds of each step, the tokens that it read, its peaks. Tuneoff goes its product's
+way (`execute`), HF Trainer and TRL's SFTTrainer theirs, and none waits for the device where it would not by
+itself.
 """
 
 import json
@@ -23,8 +23,12 @@ from harness.child import chosen_method, diagnose
 from harness.record import RunRecord
 from harness.spec import RunSpec
 
-HELD_IN_FP32 = ("full", "galore")  # whose weights are trained: masters in fp32 under autocast, as Tuneoff's
-MICRO = 8  # rows at once of the fp32 reference, which holds all logits: 4 GiB at 512 tokens of 262,144 words
+MICRO = 8  # rows at once of the fp32 reference, which holds all logits: 4 GiB at 512 tokens, 262,144 words
+GALORE = {  # the defaults of methods/galore.py
+    "optim": "galore_adamw",
+    "optim_target_modules": [r".*\.(self_attn|mlp)\..*"],
+    "optim_args": "rank=128,update_proj_gap=200,scale=0.25",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def tuneoff(job: dict, settings: dict) -> dict:
         execute(spec, method, record, Path(folder))
         told = [json.loads(line) for line in (Path(folder) / "events.jsonl").read_text("utf-8").splitlines()]
     phase, compiling = record.phases["train"], record.phases.get("compile")
+    before = [warning for warning in record.warnings if "in use before the run" in warning]
     return {
         "losses": [step["loss"] for step in record.training],
         "norms": [step["grad_norm"] for step in record.training],
@@ -86,18 +91,14 @@ def tuneoff(job: dict, settings: dict) -> dict:
         "compile": compiling.seconds if compiling else 0.0,
         "tokens": record.tokens.trained,
         "padded": record.tokens.padded,
-        "allocated": phase.peak_allocated,
+        "allocated": phase.peak_allocated if phase.peak_reserved else None,  # on a CPU it is rehearsed
         "device": phase.peak_device,
         "resident": phase.peak_host,
         "parameters": record.sizes.parameters,
         "trainable": record.sizes.trainable,
-        "disturbed": [*(record.disturbed or []), *busy(record.warnings)],
+        "disturbed": [*(record.disturbed or []), *before],
         "kernels": getattr(record, "kernels", None),
     }
-
-
-def busy(warnings: list[str]) -> list[str]:
-    return [warning for warning in warnings if "of the card were in use" in warning]
 
 
 def started(model, path: str):
@@ -124,39 +125,43 @@ def started(model, path: str):
 
 
 def trainer(job: dict, settings: dict) -> dict:
-    import transformers
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job["spec"]["locations"]["model"])
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    if job["spec"]["method"] == "qlora" and not (settings or job["precision"] == "fp32"):
-        settings = {"gradient_checkpointing": True}  # the recipe of PEFT's documentation
-    return trained(job, transformers.Trainer, transformers.TrainingArguments, settings, data_collator=collator)
+    more = {"data_collator": DataCollatorForSeq2Seq(tokenizer(job), label_pad_token_id=-100)}
+    if job["spec"]["method"] == "qlora" and job["precision"] == "bf16" and not settings:
+        more |= {"prepare": True}  # the recipe of PEFT's documentation
+        settings = {"gradient_checkpointing": True}
+    return trained(job, Trainer, TrainingArguments, settings, **more)
 
 
 def trl(job: dict, settings: dict) -> dict:
-    import transformers
-    import trl
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job["spec"]["locations"]["model"])
-    settings = {**settings, "max_length": job["spec"]["hp"]["max_length"]}
-    return trained(job, trl.SFTTrainer, trl.SFTConfig, settings, rows=Dataset.from_list, processing_class=tokenizer)
+    settings = {"max_length": job["spec"]["hp"]["max_length"], **settings}
+    return trained(job, SFTTrainer, SFTConfig, settings, Dataset.from_list, processing_class=tokenizer(job))
 
 
-def trained(job: dict, base, arguments, settings: dict, rows=list, **more) -> dict:
+def tokenizer(job: dict):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(job["spec"]["locations"]["model"])
+
+
+def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool = False, **more) -> dict:
     import torch
     import transformers
+    from accelerate import PartialState
     from torch.utils.data import SequentialSampler
 
     from harness.measuring import Meter, StepClock
 
     cuda, spec, hp = torch.cuda.is_available(), job["spec"], job["spec"]["hp"]
-    device = torch.device("cuda" if cuda else "cpu")
+    device = PartialState(cpu=not cuda).device  # taken before the card's level is read, as Tuneoff does
     meter, clock = Meter(device), StepClock(device)
-    plan = [row for step in json.loads(Path(job["plan"]).read_text()) for row in step]
-    micro = min(MICRO, hp["batch_size"]) if job["precision"] == "fp32" and cuda else hp["batch_size"]
-    if hp["batch_size"] % micro:
-        micro = hp["batch_size"]
+    plan = [row for step in json.loads(Path(job["plan"]).read_text("utf-8")) for row in step]
+    size = hp["batch_size"]
+    parts = size // MICRO if job["precision"] == "fp32" and size % MICRO == 0 else 1
     losses, norms, ends, read = [], [], [], []
 
     class Timed(base):
@@ -179,36 +184,36 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, **more) -> di
 
     with meter.phase("load"), tempfile.TemporaryDirectory() as folder:
         transformers.set_seed(spec["seed"])
-        model = adapted(spec["method"], spec["locations"]["model"], job, device, settings)
+        model = adapted(job, device, prepare)
         options = arguments(
             output_dir=folder, seed=spec["seed"], max_steps=job["steps"], use_cpu=not cuda,
-            per_device_train_batch_size=micro, gradient_accumulation_steps=hp["batch_size"] // micro,
-            learning_rate=hp["learning_rate"], lr_scheduler_type="constant", max_grad_norm=hp["max_grad_norm"],
-            bf16=job["precision"] == "bf16", logging_strategy="no", save_strategy="no", report_to="none",
-            disable_tqdm=True, logging_nan_inf_filter=False,  # which would wait for the device at each step
-            **galore(spec["method"]), **settings,
+            per_device_train_batch_size=size // parts, gradient_accumulation_steps=parts,
+            learning_rate=hp["learning_rate"], lr_scheduler_type="constant",
+            max_grad_norm=hp["max_grad_norm"], bf16=job["precision"] == "bf16",
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+            logging_nan_inf_filter=False,  # it would wait for the device at each step, and hide what is NaN
+            **GALORE if spec["method"] == "galore" else {}, **settings,
         )  # fmt: skip
         trainer = Timed(model, options, train_dataset=rows(plan), callbacks=[Clock()], **more)
         trainer.data_collator = partial(counted, trainer.data_collator, read)
         trainer.accelerator.clip_grad_norm_ = partial(kept, trainer.accelerator.clip_grad_norm_, norms)
     with meter.phase("train"):
         trainer.train()
-    parts, seconds, phase = hp["batch_size"] // micro, clock.read(), meter.phases["train"]
-    trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    seconds, read = clock.read(), read[: len(losses)]  # the loader may be ahead
+    phase = meter.phases["train"]
     return {
-        "losses": [sum(part.item() for part in losses[i : i + parts]) for i in range(0, len(losses), parts)],
+        "losses": torch.stack(losses).view(-1, parts).sum(1).tolist(),
         "norms": [float(norm) for norm in norms],
         "seconds": seconds,
         "ends": ends,
         "compile": 0.0,
-        "tokens": sum(real for real, _ in read[: len(losses)]),
-        "padded": sum(held - real for real, held in read[: len(losses)]),
+        "tokens": sum(real for real, _ in read),
+        "padded": sum(held - real for real, held in read),
         "allocated": phase.peak_allocated,
         "device": phase.peak_device,
         "resident": phase.peak_host,
-        "trainable": sum(trainable.values()),
         "disturbed": meter.contention.reasons(seconds[len(seconds) // 3 :]) or [],
-        "kernels": None,
+        "kernels": "prepare_model_for_kbit_training, checkpointing" if prepare else None,
     }
 
 
@@ -225,45 +230,38 @@ def kept(clip, norms: list, *args, **kwargs):
     return norm
 
 
-def adapted(method: str, folder: str, job: dict, device, settings: dict):
+def adapted(job: dict, device, prepare: bool):
     """The model of a peer, with the adapters that methods/ have by default: rank 8, alpha 16, all linear."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if job["precision"] == "fp32" or method in HELD_IN_FP32 else torch.bfloat16
+    method, folder = job["spec"]["method"], job["spec"]["locations"]["model"]
+    whole = method in ("full", "galore")
+    # What is trained is held in fp32 under autocast, as Tuneoff's: of these, all.
+    dtype = torch.float32 if whole or job["precision"] == "fp32" else torch.bfloat16
     load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=dtype, device_map={"": device})
-    if method in HELD_IN_FP32:
+    if whole:
         return load()
     if method == "qlora":
         from methods.qlora import load_nf4
 
         model = load_nf4(load)  # from_pretrained with bitsandbytes' configuration
-        if settings.get("gradient_checkpointing") and "max_length" not in settings:  # not TRL, which does its own
-            model = peft.prepare_model_for_kbit_training(model)
     else:
         model = load()
+    if prepare:
+        model = peft.prepare_model_for_kbit_training(model)
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules="all-linear", use_dora=method == "dora", task_type="CAUSAL_LM"
     )
     return started(peft.get_peft_model(model, config), job["start"])
 
 
-def galore(method: str) -> dict:
-    if method != "galore":
-        return {}
-    return {
-        "optim": "galore_adamw",
-        "optim_target_modules": [r".*\.(self_attn|mlp)\..*"],
-        "optim_args": "rank=128,update_proj_gap=200,scale=0.25",  # the defaults of methods/galore.py
-    }
-
-
 # What all contenders of a call share
 
 
 def weights(job: dict, settings: dict) -> dict:
-    """Leaves a model of an architecture with random weights, drawn once, so that all types are cast from one."""
+    """Leaves a model of an architecture with random weights, drawn once: all types are cast from them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -276,11 +274,11 @@ def weights(job: dict, settings: dict) -> dict:
 
 
 def ceiling(job: dict, settings: dict) -> dict:
-    """FLOP/s of a large matrix product in the precision of the contenders, on this very device."""
+    """FLOP/s of a large matrix product in the contenders' precision, on this very device."""
     import torch
 
     cuda = torch.cuda.is_available()
-    n = 8192 if cuda else 1024  # the largest product of a 1B model's step has as many FLOP
+    n = 8192 if cuda else 1024  # side of the matrices
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if cuda else int
@@ -292,7 +290,7 @@ def ceiling(job: dict, settings: dict) -> dict:
             a @ b
         wait()
         seconds.append((time.perf_counter() - start) / 5)
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, threads: {torch.get_num_threads()}"
     return {"flops": 2 * n**3 / median(seconds[5:]), "device": name, "torch": torch.__version__}
 
 
