@@ -236,8 +236,8 @@ def planned_row(example, pad: int) -> dict[str, list[int]]:
 
 def fixed_rows(folder: Path, hp: Hyperparams, vocabulary: int, learned: str) -> Path:
     """-> a file of rows that are hp.max_length tokens each, all or half of them learned; beside it a
-    tokenizer to which a word is a token. Words are as unequally frequent as a language's (Zipf), so that there is
-    something to learn from the first step on."""
+    tokenizer to which a word is a token. Words are as unequally frequent as a language's (Zipf), so that
+    there is something to learn from the first step on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -255,8 +255,8 @@ def fixed_rows(folder: Path, hp: Hyperparams, vocabulary: int, learned: str) -> 
     def row(n: int) -> dict[str, str]:
         if learned == "all":
             return {"text": text(n - 1)}  # <bos> stands before it
-        # The form's own three words are in the first half; what is too long of an answer is cut.
-        return {"prompt": text(n // 2 - 3), "chosen": text(n), "rejected": text(n)}
+        # The form's own four words are in the first half; what is too long of an answer is cut.
+        return {"prompt": text(n // 2 - 4), "chosen": text(n), "rejected": text(n)}
 
     path = folder / f"rows-{hp.batch_size}-{hp.max_length}.jsonl"
     rows = (json.dumps(row(hp.max_length)) for _ in range(hp.batch_size * hp.max_steps + 2))  # two held out
@@ -292,8 +292,8 @@ def flops(folder: Path, group: dict) -> list[float] | None:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
     return [
-        4 * head * learned
-        + (4 * body + 6 * added + 2 * changed) * sum(lengths)
+        (4 * head + 2 * max(0, changed - body)) * learned
+        + (4 * body + 2 * min(changed, body) + 6 * added) * sum(lengths)
         + 12 * wide * sum(attended(n, window) for n in lengths for window in windows)
         for lengths, learned in zip(group["lengths"], group["targets"], strict=True)
     ]
@@ -358,8 +358,9 @@ HEADS = ("method", "rows x tokens", "contender", "tokens/s", "step ms", *MEMORY,
          "first s", "padding", "loss off by", "notes")  # fmt: skip
 UNDER = """
 Tuneoff is: its speed over the row's. MFU: of the model's FLOPs, none counted twice, against the large
-product. First s: what the first {warmup} steps took beyond as many usual ones. Loss off by: at most, in nats, over
-the first {checked} steps, from the eager fp32 reference ({by}). On a CPU, memory is what is resident."""
+product. First s: what the first {warmup} steps took beyond as many usual ones. Loss off by: at most, in
+nats, over the first {checked} steps, from the eager fp32 reference ({by}). On a CPU, memory is what is
+resident."""
 
 
 def table(found: dict) -> str:
