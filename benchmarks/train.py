@@ -131,7 +131,7 @@ class Call:
                "contender": asdict(contender), "spec": asdict(spec)}  # fmt: skip
         (here / "job.json").write_text(json.dumps(job))
         caches = self.folder / f"caches-{spec.digest}-{contender.caches or name or self.number}"
-        environment = os.environ | {
+        environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {  # HF Trainer would split over all
             "TUNEOFF_CACHE": f"{caches}", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
             "TRITON_CACHE_DIR": f"{caches}/triton", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
         }  # fmt: skip
