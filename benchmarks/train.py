@@ -10,10 +10,7 @@ constant rate, clipping at 1, rank 8 on all linear layers; trained weights held 
 each in a process of its own, one after the other, with caches of compiled code of its own. TRL trains the
 adapters of 4-bit models in bf16, its way.
 
-Correctness comes first. The first losses, and the first gradient's norm, are compared with an eager fp32
-reference: HF Trainer's where it has the method, else Tuneoff's plain loop. A row that is off by more than is
-allowed is WRONG and has no speed. Allowed is a share of how far the reference's losses are apart (TOLERANCE),
-or in bf16 twice what plain eager bf16 is off by, if that itself stays below MOST of it.
+Correctness comes first: what is wrong has no speed (train_table.py says what is).
 """
 
 import argparse
@@ -25,11 +22,10 @@ import sys
 import tempfile
 from dataclasses import asdict, fields, replace
 from itertools import accumulate
-from math import inf
 from pathlib import Path
-from statistics import median
 
 from peers import CONTENDERS, Contender
+from train_table import CHECKED, WARMUP, above, below, flops, lines
 
 from harness.data import Batches, collate
 from harness.errors import BadRequest, Problems, unknown
@@ -39,14 +35,7 @@ from harness.record import RunRecord
 from harness.spec import Hyperparams, RunSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
-WARMUP = 8  # steps before those that are timed: compiling, capturing, lazy initialisation
-CHECKED = 8  # steps whose losses are compared; what differs grows from step to step
 LIMIT_SECONDS = 300  # of a contender: none should take a fifth of it, and a hang must not keep the card
-TOLERANCE = {"fp32": 0.002, "bf16": 0.02}  # of the reference's range; sums are taken in another order
-MOST = 0.1  # likewise: plain bf16 that is off by more says nothing of what bf16 costs
-GRADIENT = {"fp32": 0.002, "bf16": 0.05}  # relative, of the first gradient's norm: AdamW hides its scale
-UNEVEN = 0.05  # of the steps' time: what passes between them beyond this is told
 ADAPTERS = ("lora", "qlora", "dora")  # methods that HF Trainer has with PEFT
 PEERS = (*ADAPTERS, "full", "galore")  # and those that it has itself, or with galore-torch
 WORDS = 2**15  # of the fixed rows, at most: the head's work is the model's vocabulary's all the same
@@ -82,22 +71,27 @@ def main() -> None:
     asked = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = measured_in(Path(folder), asked)
+            run(asked, Path(folder))
     except BadRequest as error:
         sys.exit(str(error))
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1), "utf-8")
-    print(table(found))
 
 
-def measured_in(folder: Path, asked) -> dict:
+def run(asked, folder: Path) -> None:
+    """Prints the table as it grows: what was measured stands there, whatever ends the call."""
     sources, problems = known_methods(), Problems()
     problems += [unknown("method", name, sources) for name in asked.methods if not find(name, sources)]
     problems.refuse()
     methods = {name: resolve(name, find(name, sources)) for name in asked.methods}
     call = Call(asked, folder)
-    groups = [group for shape in asked.shapes for group in call.groups(methods, shape)]
-    return {"ceiling": call.ceiling, "asked": vars(asked) | {"json": None}, "groups": groups}
+    found = {"ceiling": call.ceiling, "asked": vars(asked) | {"json": None}, "groups": []}
+    print(*above(found), sep="\n", flush=True)
+    for shape in asked.shapes:
+        for group in call.groups(methods, shape):
+            found["groups"].append(group)
+            print(*lines(group, found), sep="\n", flush=True)
+            if asked.json:
+                asked.json.write_text(json.dumps(found, indent=1), "utf-8")
+    print(*below(found), sep="\n", flush=True)
 
 
 class Call:
@@ -262,165 +256,6 @@ def fixed_rows(folder: Path, hp: Hyperparams, vocabulary: int, learned: str) -> 
     rows = (json.dumps(row(hp.max_length)) for _ in range(hp.batch_size * hp.max_steps + 2))  # two held out
     path.write_text("\n".join(rows), "utf-8")
     return path
-
-
-# What is computed from what was measured
-
-
-def flops(folder: Path, group: dict) -> list[float] | None:
-    """Of the model in each step, without what is computed again: 2 a weight and token forward and 2 for the
-    gradients of activations, 2 more for those of trained weights; the head where something is learned; the
-    scores of causal attention within its window. Null for an objective that reads more than the rows."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = next((row for row in group["rows"].values() if row.get("parameters")), None)
-    if group["objective"] != "sft" or not sizes:
-        return None
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    matrices = [m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
-    head, body = output.weight.numel(), sum(
-        m.weight.numel() for m in matrices if m is not output and not isinstance(m, torch.nn.Embedding)
-    )  # fmt: skip
-    added = min(sizes["trainable"], sizes["parameters"] - sum(p.numel() for p in model.parameters()))
-    changed = min(sizes["trainable"] - added, body + head)  # of the model's own
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    wide = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-    return [
-        (4 * head + 2 * max(0, changed - body)) * learned
-        + (4 * body + 2 * min(changed, body) + 6 * added) * sum(lengths)
-        + 12 * wide * sum(attended(n, window) for n in lengths for window in windows)
-        for lengths, learned in zip(group["lengths"], group["targets"], strict=True)
-    ]
-
-
-def attended(length: int, window: int | None) -> int:
-    """Pairs of a token and one that it sees, itself included."""
-    seen = min(length, window or length)
-    return seen * (seen + 1) // 2 + (length - seen) * seen
-
-
-def off(row: dict, reference: dict) -> float:
-    """The greatest difference of the losses that are compared, in nats; infinite where one is no number."""
-    pairs = list(zip(row["losses"], reference["losses"][:CHECKED], strict=False))
-    differences = [abs(a - b) if a is not None and a == a else inf for a, b in pairs]
-    return max(differences) if len(pairs) == CHECKED else inf
-
-
-def wrongs(group: dict, precision: str) -> dict[str, str]:
-    """Contender -> what is wrong with it, of those that ran."""
-    reference, rows = group["reference"], {k: r for k, r in group["rows"].items() if "error" not in r}
-    if not rows or not compared(group):
-        return {}
-    losses, planned = reference["losses"][:CHECKED], sum(map(sum, group["lengths"]))
-    moved = max(losses) - min(losses)
-    allowed = TOLERANCE[precision] * moved
-    plain = rows.get("trainer") or rows.get("eager")
-    if precision == "bf16" and plain and off(plain, reference) <= MOST * moved:
-        allowed = max(allowed, 2 * off(plain, reference))
-    found = {}
-    for key, row in rows.items():
-        norm, expected = ((side["norms"] or [None])[0] for side in (row, reference))
-        if (by := off(row, reference)) > allowed:
-            found[key] = f"its losses are off by up to {by:.2g} nats, {allowed:.2g} are allowed"
-        elif norm and expected and abs(norm / expected - 1) > GRADIENT[precision]:
-            found[key] = f"its first gradient's norm is {norm:.4g}, the reference's {expected:.4g}"
-        elif group["objective"] == "sft" and row["tokens"] != planned:
-            found[key] = f"it read {row['tokens']:,} tokens of {planned:,}"
-    return found
-
-
-def compared(group: dict) -> bool:
-    """Answers that a method draws itself are other ones in every precision."""
-    return group["objective"] != "reward"
-
-
-def speed(row: dict, group: dict) -> float:
-    """Real tokens a second of the timed steps: of the rows, and what a method reads beyond them."""
-    planned = [sum(step) for step in group["lengths"]]
-    return row["tokens"] / sum(planned) * sum(planned[WARMUP:]) / sum(row["seconds"][WARMUP:])
-
-
-def first(row: dict) -> float:
-    """Seconds that the steps before the timed ones took beyond as many usual ones: compiling, capturing,
-    initialising, a first decomposition. Compiling may be a phase of its own, or within a step."""
-    beyond = sum(row["seconds"][:WARMUP]) - WARMUP * median(row["seconds"][WARMUP:])
-    return max(0.0, beyond, row["compile"])
-
-
-MEMORY = {"allocated GiB": "allocated", "device GiB": "device"}
-HEADS = ("method", "rows x tokens", "contender", "tokens/s", "step ms", *MEMORY, "MFU", "Tuneoff is",
-         "first s", "padding", "loss off by", "notes")  # fmt: skip
-UNDER = """
-Tuneoff is: its speed over the row's. MFU: of the model's FLOPs, none counted twice, against the large
-product. First s: what the first {warmup} steps took beyond as many usual ones. Loss off by: at most, in
-nats, over the first {checked} steps, from the eager fp32 reference ({by}). On a CPU, memory is what is
-resident."""
-
-
-def table(found: dict) -> str:
-    ceiling, asked = found["ceiling"], found["asked"]
-    rows = f"real rows of {asked['real']}" if asked["real"] else f"fixed rows, learned: {asked['learned']}"
-    product = f"{ceiling['flops'] / 1e12:.3g} TFLOP/s in a large product" if "flops" in ceiling else "unknown"
-    lines = [
-        f"{asked['model']}, {asked['precision']}, {rows}; median of {asked['steps']} steps after {WARMUP}; "
-        f"{ceiling.get('device')}, torch {ceiling.get('torch')}, {product}",
-        "",
-        f"| {' | '.join(HEADS)} |",
-        "|" + " --- |" * 3 + " ---: |" * (len(HEADS) - 4) + " --- |",
-    ]
-    for group in found["groups"]:
-        lines += [f"| {' | '.join(cells)} |" for cells in lines_of(group, asked["precision"], ceiling)]
-    by = ", ".join(f"{group['method']}: {group['by']}'s" for group in found["groups"])
-    return "\n".join([*lines, UNDER.format(warmup=WARMUP, checked=CHECKED, by=by)])
-
-
-def lines_of(group: dict, precision: str, ceiling: dict):
-    about, nothing = [group["method"], group["shape"]], ["–"] * (len(HEADS) - 4)
-    if error := group["reference"].get("error"):
-        yield [*about, "reference", *nothing, error.replace("|", "/")]
-        return
-    bad, ours = wrongs(group, precision), group["rows"].get("tuneoff", {"error": "not asked for"})
-    base = speed(ours, group) if "error" not in ours and "tuneoff" not in bad else None
-    for key, row in group["rows"].items():
-        cells, note = nothing, row.get("error") or f"**WRONG**: {bad.get(key)}"
-        if key not in bad and "error" not in row:
-            cells, note = numbers(row, group, ceiling, base), "; ".join(notes(row, group))
-        yield [*about, CONTENDERS[key].label, *cells, note.replace("|", "/")]
-
-
-def numbers(row: dict, group: dict, ceiling: dict, base: float | None) -> list[str]:
-    timed, work = row["seconds"][WARMUP:], group["flops"]
-    known = work and "flops" in ceiling
-    held = [row[kind] for kind in MEMORY.values()]
-    if not any(held):
-        held = [row["resident"], None]
-    return [
-        f"{speed(row, group):,.0f}",
-        f"{1000 * median(timed):,.1f}",
-        *(f"{size / GIB:.1f}" if size is not None else "–" for size in held),
-        f"{sum(work[WARMUP:]) / sum(timed) / ceiling['flops']:.0%}" if known else "–",
-        f"{base / speed(row, group):.2f} x" if base else "–",
-        f"{first(row):.1f}",
-        f"{row['padded'] / (row['padded'] + row['tokens']):.1%}",
-        f"{off(row, group['reference']):.1g}" if compared(group) else "not compared",
-    ]
-
-
-def notes(row: dict, group: dict) -> list[str]:
-    found = [*row["disturbed"], *([f"{row['kernels']}"] if row["kernels"] else [])]
-    if not compared(group):
-        found.append("it trains on answers that it draws")
-    if len(row["ends"]) == len(row["seconds"]):
-        passed = row["ends"][-1] - row["ends"][WARMUP - 1]
-        between = passed / sum(row["seconds"][WARMUP:]) - 1
-        found += [f"{between:+.0%} of time between steps"] if between > UNEVEN else []
-    return found
 
 
 if __name__ == "__main__":
