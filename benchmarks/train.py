@@ -25,7 +25,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from peers import CONTENDERS, Contender
-from train_table import CHECKED, WARMUP, above, below, flops, lines
+from train_table import CHECKED, WARMUP, above, below, comparable, flops, lines
 
 from harness.data import Batches, collate
 from harness.errors import BadRequest, Problems, unknown
@@ -175,6 +175,8 @@ class Call:
             return {
                 "error": "it needs answers: --learned half" if cls.trains else "it trains nothing"
             }, "nobody"
+        if not comparable(cls.objective):
+            return {}, "nobody"
         fp32 = replace(spec, hp=replace(spec.hp, precision="fp32"))
         label = "eager fp32 reference"
         if spec.method in PEERS:
