@@ -189,7 +189,7 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool
             output_dir=folder, seed=spec["seed"], max_steps=job["steps"], use_cpu=not cuda,
             per_device_train_batch_size=size // parts, gradient_accumulation_steps=parts,
             learning_rate=hp["learning_rate"], lr_scheduler_type="constant",
-            max_grad_norm=hp["max_grad_norm"], bf16=job["precision"] == "bf16",
+            adam_epsilon=hp["epsilon"], max_grad_norm=hp["max_grad_norm"], bf16=job["precision"] == "bf16",
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             logging_nan_inf_filter=False,  # it would wait for the device at each step, and hide what is NaN
             **GALORE if spec["method"] == "galore" else {}, **settings,
