@@ -168,6 +168,12 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool
         def _get_train_sampler(self, *_):
             return SequentialSampler(self.train_dataset)
 
+        def create_optimizer(self, *args, **kwargs):
+            made = super().create_optimizer(*args, **kwargs)
+            for group in made.param_groups:  # Trainer leaves galore-torch its own, 1e-6
+                group["eps"] = hp["epsilon"]
+            return made
+
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
             losses.append(loss.detach())
