@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -97,7 +97,7 @@ def tuneoff(job: dict, settings: dict) -> dict:
         "parameters": record.sizes.parameters,
         "trainable": record.sizes.trainable,
         "disturbed": [*(record.disturbed or []), *before],
-        "kernels": getattr(record, "kernels", None),
+        "kernels": ", ".join(f"{name}: {value}" for name, value in asdict(record.kernels).items() if value),
     }
 
 
