@@ -105,7 +105,7 @@ def truncate(matrix, rank) -> tuple:
     if matrix.shape[0] < matrix.shape[1]:
         left, right = truncate(matrix.T, rank)
         return right.T.contiguous(), left.T.contiguous()
-    basis = top_singular_vectors(matrix, rank)  # (n, rank)
+    [basis] = top_singular_vectors([matrix], rank)  # (n, rank)
     strong = matrix @ basis  # left singular vectors times singular values
     roots = strong.norm(dim=0).clamp(min=1e-30).sqrt()
     return strong / roots, roots[:, None] * basis.T
