@@ -19,6 +19,7 @@ from harness.method import Method, Natural, Positive, adam
 PROJECTED = 2**24  # values of projected gradients at once, 64 MiB: what a step holds beside its state, twice
 GRAM = 2**27  # values of Gram matrices at once, 1 GiB in fp64: all of Gemma 3 1B's gradients in two parts
 SMALL = 128  # columns up to which LAPACK's routine is taken: it takes no longer than an iteration
+BATCHED = 32  # columns up to which torch's eigenvalue routine takes a GPU's matrices all at once
 SPARE = 16  # columns that an iteration has beyond the rank, at least; half of the rank if that is more
 OUTSIDE, INSIDE = 12, 16  # its steps in the whole space and in the columns' own: see tests/test_optimizers.py
 FLOOR = 1e-8  # of the sum of the eigenvalues: what is weaker is rounding in a gradient of bf16 products
@@ -189,7 +190,10 @@ def top_eigenvectors(grams: list, rank: int) -> list:
     if not grams:
         return []
     inner = torch.cat(cores)
-    turns = iterated(inner, torch.eye(width).to(inner).expand_as(inner), INSIDE)[..., :rank]
+    if width <= BATCHED:
+        turns = torch.linalg.eigh(inner).eigenvectors.flip(-1)[..., :rank]
+    else:
+        turns = iterated(inner, torch.eye(width).to(inner).expand_as(inner), INSIDE)[..., :rank]
     turned = zip(blocks, turns.split([len(gram) for gram in grams]), strict=True)
     return [orthonormal(orthonormal(block @ turn)) for block, turn in turned]
 

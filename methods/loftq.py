@@ -7,7 +7,7 @@ Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Mo
 
 Performance: starts nearer to the base model than QLoRA; the gain is small at 4 bits, and grows with the rank.
 Efficiency: trains as QLoRA does; only the start holds the base in 16 bits once more, and decomposes every
-matrix five times, by orthogonal iteration: at most 0.05 % above the SVD's error. What is saved holds its
+matrix five times, by orthogonal iteration: at most 0.1 % above the SVD's error. What is saved holds its
 4-bit base, as that is no longer the one of the base model alone.
 Generalisation: as QLoRA's; the adapters can not be taken off without loss, they hold part of the base.
 """

@@ -23,7 +23,7 @@ START = "start"  # name of the adapter as it was before training
 
 @dataclass
 class PiSSA(LoRA):
-    """The SVD by orthogonal iteration, whose error is at most 0.05 % above the exact one's; the authors
+    """The SVD by orthogonal iteration, whose error is at most 0.1 % above the exact one's; the authors
     recommend a randomised one. In bf16 what is left of W is rounded: the start is the base as far as bf16
     goes."""
 

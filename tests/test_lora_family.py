@@ -302,7 +302,7 @@ def test_the_truncation_of_large_matrices_is_nearly_the_svds(shape):
     u, _, vh = torch.linalg.svd(noise, full_matrices=False)
     weight = u / torch.arange(1, 201) ** 0.5 @ vh
     for matrix, factors, most in zip(
-        (noise, weight), loftq.truncate([noise, weight], 8), (5e-4, 1e-4), strict=True
+        (noise, weight), loftq.truncate([noise, weight], 8), (5e-4, 1e-6), strict=True
     ):
         least = torch.linalg.svdvals(matrix.double())[8:].norm()
         error = (matrix.double() - factors[0].double() @ factors[1].double()).norm()

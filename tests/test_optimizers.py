@@ -293,6 +293,48 @@ def test_a_basis_is_a_function_of_its_gradient_alone():
         torch.testing.assert_close(galore.top_singular_vectors([gradient], 8)[0], basis, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("method", [GaLore(rank=24, gap=2), APOLLO(rank=24, gap=2)], ids=["galore", "apollo"])
+def test_no_step_waits_for_the_device(method, monkeypatch):
+    """Tensors without values have none that could be asked for: neither in a step nor for new subspaces."""
+
+    def bases(alike, rank, seed):  # there is no generator for them
+        return alike[0].new_empty(len(alike), min(alike[0].shape), rank)
+
+    monkeypatch.setattr(apollo, "random_bases", bases)
+    model = on_meta(tiny.gemma(hidden_size=192, intermediate_size=160)).requires_grad_(True)
+    optimizer = method.optimizer(model, tiny.run())
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert all(state["step"] == 3 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("cls", [GaLore, APOLLO])
+def test_in_how_many_parts_a_step_is_taken_changes_nothing_but_rounding(cls, monkeypatch):
+    def trained():
+        model = tiny.model()
+        optimizer = cls(rank=4, gap=2).optimizer(model, tiny.run(hp=hyperparams(weight_decay=0.1)))
+        for step in range(3):
+            for i, p in enumerate(model.parameters()):
+                p.grad = gradients_of(p.shape if p.ndim == 2 else (*p.shape, 1), 1, seed=10 * step + i)[
+                    0
+                ].view_as(p)
+            optimizer.step()
+        return model.state_dict()
+
+    def bases(alike, rank, seed):  # a part draws its own: here all have the same
+        return torch.eye(min(alike[0].shape), rank).expand(len(alike), -1, -1)
+
+    monkeypatch.setattr(apollo, "random_bases", bases)
+    together = trained()
+    for module in (galore, apollo):
+        monkeypatch.setattr(module, "PROJECTED", 1)
+    monkeypatch.setattr(galore, "GRAM", 1)
+    for name, value in trained().items():
+        torch.testing.assert_close(value, together[name], atol=1e-6, rtol=0)
+
+
 # GaLore layerwise
 
 UNCLIPPED = hyperparams(max_steps=5, epochs=4.0, learning_rate=5e-3, weight_decay=0.1, max_grad_norm=0.0)
