@@ -77,8 +77,7 @@ def apollo_adamw():
             """A step of parameters of one shape that have taken as many."""
             grads, states = [p.grad for p in params], [self.state[p] for p in params]
             low = [project(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
-            changes = [torch.zeros_like(r) for r in low]
-            self.adamw(params, changes, low, {**group, "lr": 1.0, "weight_decay": 0.0})
+            changes = self.changes(params, low, group)
             beta1, beta2 = group["betas"]
             unbiased = (1 - beta2 ** (taken + 1)) ** 0.5 / (1 - beta1 ** (taken + 1))  # is in changes already
             # A channel is a row of a tall matrix, a column of a wide one: what the projection leaves whole.

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from harness.method import Method, Natural, Positive, adam
 
 PROJECTED = 2**24  # values of projected gradients at once, 64 MiB: what a step holds beside its state, twice
-GRAM = 2**27  # values of Gram matrices at once, 1 GiB in fp64: all of Gemma 3 1B's gradients in two parts
-SMALL = 128  # columns up to which LAPACK's routine is taken: it takes no longer than an iteration
+GRAM = 2**28  # values of Gram matrices at once, 2 GiB in fp64: Gemma 3 1B's are 1.2 together
+SMALL = 192  # columns up to which LAPACK's routine is taken: it takes no longer than an iteration
 BATCHED = 32  # columns up to which torch's eigenvalue routine takes a GPU's matrices all at once
 SPARE = 16  # columns that an iteration has beyond the rank, at least; half of the rank if that is more
 OUTSIDE, INSIDE = 12, 16  # its steps in the whole space and in the columns' own: see tests/test_optimizers.py
@@ -85,12 +85,17 @@ def projected_adamw():
         def take_projected(self, params, group) -> None:
             bases = [self.state[p]["basis"] for p in params]
             low = [project(p.grad, basis) for p, basis in zip(params, bases, strict=True)]
-            changes = [torch.zeros_like(r) for r in low]
-            self.adamw(params, changes, low, {**group, "lr": 1.0, "weight_decay": 0.0})
-            for p, change, basis in zip(params, changes, bases, strict=True):
+            for p, change, basis in zip(params, self.changes(params, low, group), bases, strict=True):
                 back = (change, basis.T) if p.shape[0] >= p.shape[1] else (basis, change)
                 decay = group["lr"] * group["weight_decay"]
                 p.addmm_(*back, beta=1 - decay, alpha=group["lr"] * group["scale"])
+
+        def changes(self, params, low, group) -> list:
+            """What AdamW at a rate of 1 makes of projected gradients."""
+            changes = [torch.empty_like(r) for r in low]
+            torch._foreach_zero_(changes)
+            self.adamw(params, changes, low, {**group, "lr": 1.0, "weight_decay": 0.0})
+            return changes
 
         def taken(self, p) -> int:
             """Steps so far. Counted on the host: to ask the device would be to wait for it."""
