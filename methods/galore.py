@@ -139,7 +139,7 @@ def project(grad, basis):
 
 def top_singular_vectors(matrices, rank) -> list:
     """(m, n) each -> (min(m, n), rank) each: the right singular vectors if m >= n, else the left ones;
-    strongest first, all of them if the rank is above their number.
+    strongest first, each of a sum of at least 0; all of them if the rank is above their number.
 
     From the smaller Gram matrices in fp64: squaring the singular values would lose the weak ones in fp32.
     """
@@ -150,17 +150,19 @@ def top_singular_vectors(matrices, rank) -> list:
         if (n := min(matrix.shape)) > max(SMALL, columns(rank)):
             alike.setdefault(n, []).append(number)
         else:
-            basis = torch.linalg.eigh(gram_of(matrix)).eigenvectors[:, -rank:].flip(1)
-            found[number] = basis.to(matrix.dtype)
+            found[number] = torch.linalg.eigh(gram_of(matrix)).eigenvectors[:, -rank:].flip(1)
     grams = []
     for n, members in alike.items():
         grams.append(matrices[0].new_empty(len(members), n, n, dtype=torch.float64))
         for gram, number in zip(grams[-1], members, strict=True):
             gram.copy_(gram_of(matrices[number]))
     for members, bases in zip(alike.values(), top_eigenvectors(grams, rank), strict=True):
-        for number, basis in zip(members, bases, strict=True):
-            found[number] = basis.to(matrices[number].dtype, copy=True)
-    return [found[number] for number in range(len(matrices))]
+        found |= dict(zip(members, bases, strict=True))
+    # Moments outlive a basis: signs that rounding decided would make trainings differ by far more than it.
+    return [
+        torch.where(found[number].sum(0) < 0, -found[number], found[number]).to(matrix.dtype)
+        for number, matrix in enumerate(matrices)
+    ]
 
 
 def gram_of(matrix):

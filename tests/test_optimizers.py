@@ -336,6 +336,19 @@ def test_in_how_many_parts_a_step_is_taken_changes_nothing_but_rounding(cls, mon
         torch.testing.assert_close(value, together[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("size", [60, 220], ids=["LAPACK", "iterated"])
+def test_no_rounding_decides_a_sign(size):
+    """Rows in another order: the same right singular vectors, by other roundings."""
+    values = (0.9 ** torch.arange(12.0)).tolist()
+    gradient = with_singular_values((300, size), values)
+    for seed in range(3):
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+        bases = galore.top_singular_vectors([gradient, gradient[order] * 3, -gradient], 8)
+        assert all(basis.sum(0).min() > 0 for basis in bases)
+        for other in bases[1:]:
+            torch.testing.assert_close(bases[0], other, atol=1e-4, rtol=0)
+
+
 # GaLore layerwise
 
 UNCLIPPED = hyperparams(max_steps=5, epochs=4.0, learning_rate=5e-3, weight_decay=0.1, max_grad_norm=0.0)
