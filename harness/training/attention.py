@@ -20,7 +20,9 @@ class Unfit(Exception):
     """Why the engine cannot decode a model."""
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **more):
+def attend(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, sliding_window=None, **more
+):
     """As transformers' attention functions. query: (S, heads, 1, D); key, value: (S, key heads, L, D).
     attention_mask: (S, 1, 1, L) booleans of the keys that each slot sees; or (S, 2), the first of them and
     the one behind the last, and no other is even read. -> (S, 1, heads, D), None"""

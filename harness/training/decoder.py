@@ -1,5 +1,6 @@
 """The one decoder."""
 
+import math
 import warnings
 from weakref import WeakKeyDictionary
 
@@ -73,11 +74,11 @@ class Decoder:
         while asked or held:
             if held and new_tokens > 1:
                 engine.run(look)
-            for slot, ids in engine.ended().items():
+            for slot, ids in (ended := engine.ended()).items():
                 i, copy = held.pop(slot)
                 found[i, copy], left[i] = ids, left[i] - 1
                 free.append(slot)
-            if free and found:
+            if ended:
                 report(answered=left.count(0), rows=len(examples))
             if asked and len(free) >= max(1, min(count // REFILL, len(asked))):
                 while asked and free:
@@ -88,11 +89,15 @@ class Decoder:
                         None if numbers is None else torch.stack([numbers[pair] for pair in some]),
                     )  # fmt: skip
                     held |= dict(zip(slots, some, strict=True))
-                if not found:
-                    self.kernels = engine.capture(steps=-(-len(left) * copies // count) * new_tokens)
-            elif held and engine.graph is None and 2 * len(held) <= len(held) + len(free):
+                if self.kernels is None:
+                    steps = math.ceil(len(examples) * copies / count) * (new_tokens - 1)
+                    self.kernels = engine.capture(steps)
+            elif held and engine.graph is None and REFILL * len(free) >= len(held) + len(free):
                 held = dict(enumerate(held[slot] for slot in engine.keep()))
                 free = []
+        if engine.graph:
+            del engine
+            torch.cuda.empty_cache()  # of the graph's own pool, which nothing else would be given
         return [[found[i, copy] for copy in range(copies)] for i in range(len(prompts))]
 
     def generated(self, model, examples, at_once, new_tokens, copies, temperature, report):

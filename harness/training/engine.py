@@ -1,10 +1,10 @@
 """The engine of the decoder: prompts are read into slots, then every slot writes one token a step."""
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from itertools import product
 from types import FunctionType
-from typing import Any
 
 import torch
 
@@ -31,6 +31,7 @@ class Engine:
         self.device, self.temperature, self.new_tokens = self.head.weight.device, temperature, new_tokens
         length = -(-(longest + new_tokens) // ROUND) * ROUND
         self.cache = Slots(self.config, count, length, self.device)
+        self.state = self.cache.state
         self.stops = torch.tensor(stops, dtype=torch.long, device=self.device)
         self.token = torch.zeros(
             count, dtype=torch.long, device=self.device
@@ -56,11 +57,11 @@ class Engine:
             hidden = self.decoder(
                 input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True
             ).last_hidden_state  # (B, T, H)
-        logits = self.head(hidden[of, lengths - 1])
+        logits = self.scored(hidden[of, lengths - 1])
         if numbers is not None:
             self.numbers[to, :-1] = numbers.to(self.device)
         chosen = self.choose(logits, self.numbers[to, :1])
-        self.cache.place[to], self.token[to], self.answer[to, 0], self.written[to] = (
+        self.state.place[to], self.token[to], self.answer[to, 0], self.written[to] = (
             lengths,
             chosen,
             chosen,
@@ -75,7 +76,7 @@ class Engine:
             if self.graph:
                 self.graph.replay()
             else:
-                self.cache.seen = min(self.cache.length, max(self.ends.values()) + 1)
+                self.state.seen = min(self.state.length, max(self.ends.values()) + 1)
                 self.step()
             self.ends = {slot: end + 1 for slot, end in self.ends.items()}
 
@@ -85,7 +86,7 @@ class Engine:
         self.answer.scatter_(1, self.written[:, None], chosen[:, None])
         self.written += ~self.done
         self.done |= self.stopping(chosen) | (self.written == self.new_tokens)
-        self.cache.place += ~self.done
+        self.state.place += ~self.done
         self.token.copy_(torch.where(self.done, self.token, chosen))
 
     def logits(self) -> torch.Tensor:
@@ -93,22 +94,24 @@ class Engine:
         with self.cache.decoding(self.config):
             hidden = self.decoder(
                 input_ids=self.token[:, None],
-                position_ids=self.cache.place[:, None],
+                position_ids=self.state.place[:, None],
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state  # (count, 1, H)
-        self.found = self.head(hidden[:, 0])
+        self.found = self.scored(hidden[:, 0])
         return self.found
+
+    def scored(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(S, H) -> (S, V)"""
+        logits = self.head(hidden)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def choose(self, logits, number) -> torch.Tensor:
         """(S, V), (S, 1) -> (S,): the likeliest token, or the one at which the sum of all probabilities up to
         it passes the slot's number."""
         if not self.temperature:
             return logits.argmax(-1)
-        logits = logits.float()
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return drawn((logits / self.temperature).softmax(-1), number)
+        return drawn((logits.float() / self.temperature).softmax(-1), number)
 
     def stopping(self, chosen) -> torch.Tensor:
         return (chosen[:, None] == self.stops).any(1)
@@ -139,7 +142,7 @@ class Engine:
         """Makes the fastest step that gives what a plain one does, `steps` being expected. -> its kernels"""
         if self.device.type != "cuda":
             return "eager"
-        self.cache.seen, done = self.cache.length, self.done.clone()
+        self.state.seen, done = self.state.length, self.done.clone()
         bounded = all(
             attention.fits(self.config.num_attention_heads, layer.keys, layer.values)
             for layer in self.cache.layers
@@ -191,7 +194,7 @@ def compiled(decoder, cache):
     layers = blocks(decoder)
     before = [vars(layer).get("forward") for layer in layers]
     for layer, own in zip(layers, cache.layers, strict=True):
-        layer.forward = partial(alone, compiled_forward(type(layer)), layer, cache, own)
+        layer.forward = partial(alone, compiled_forward(layer.__class__), layer, cache, own)
     try:
         with torch._dynamo.config.patch(recompile_limit=64):
             yield
@@ -203,7 +206,7 @@ def compiled(decoder, cache):
 
 
 @lru_cache
-def compiled_forward(kind: Any):
+def compiled_forward(kind) -> Callable:
     forward = kind.forward
     copy = FunctionType(
         forward.__code__.replace(co_name="decode"),
@@ -238,7 +241,7 @@ def forced(prompts, tokens: torch.Tensor, model) -> torch.Tensor:
     for column in tokens.flip(0).T[:-1]:
         engine.token.copy_(column)
         found.append(engine.logits().flip(0))  # slots are in reverse order
-        engine.cache.place += 1
+        engine.state.place += 1
     return torch.stack(found, 1)
 
 
