@@ -12,7 +12,9 @@ try:
 except ImportError:  # it comes with torch's builds for a GPU
     triton = None
 
-BLOCK = 64  # keys at a time: 64 KiB of keys and values at 256 values a head in 16 bits
+BLOCK = (
+    32  # keys at a time: with three blocks on their way, two programs of 256 values a head fit a processor
+)
 ROWS = 16  # query heads of a key head at most: the fewest rows that a matrix unit multiplies
 
 

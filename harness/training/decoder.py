@@ -27,6 +27,7 @@ class Decoder:
     def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator):
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
         self.kernels: str | None = None  # of the steps decoded last
+        self.refused: list[str] = []  # faster ones that were tried, and why they are not used
         self.reasons: WeakKeyDictionary = (
             WeakKeyDictionary()
         )  # model -> why the engine cannot decode it, or None
@@ -56,8 +57,9 @@ class Decoder:
             return []
         model.eval()
         with self.accelerator.autocast():
-            self.kernels = "generate" if self.unfit(model, examples) else None
-            decode = self.generated if self.kernels else self.decoded
+            reason = self.unfit(model, examples)
+            self.kernels, self.refused = "generate" if reason else None, [reason] if reason else []
+            decode = self.generated if reason else self.decoded
             return decode(model, examples, at_once, new_tokens, copies, temperature, report)
 
     def decoded(self, model, examples, at_once, new_tokens, copies, temperature, report):
@@ -91,7 +93,7 @@ class Decoder:
                     held |= dict(zip(slots, some, strict=True))
                 if self.kernels is None:
                     steps = math.ceil(len(examples) * copies / count) * (new_tokens - 1)
-                    self.kernels = engine.capture(steps)
+                    self.kernels, self.refused = engine.capture(steps), engine.refused
             elif held and engine.graph is None and REFILL * len(free) >= len(held) + len(free):
                 held = dict(enumerate(held[slot] for slot in engine.keep()))
                 free = []
