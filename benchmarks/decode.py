@@ -4,8 +4,8 @@
     python benchmarks/decode.py --model DIR --variants base lora --slots 64 256
 
 Prompts have 32 to 512 tokens on a GPU, and answers end unevenly: every so many token ids is a stop. Weights
-are drawn, with a head of their own, so that texts wander. generate has one batch of as many rows as the engine
-has slots, and no stops: it waits for no longest answer, and its figure is better than it would be in use.
+are drawn, with a head of their own, so that texts wander. generate has one batch of as many rows as the
+engine has slots, and no stops: it waits for no longest answer, and is faster here than it would be in use.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.data import Example
 from harness.spec import Hyperparams
-from harness.training import attention, decoder, engine
+from harness.training import decoder, engine, slot_attention
 from harness.training.head import causal_lm
 
 GPU = torch.cuda.is_available()
@@ -208,14 +208,14 @@ def attention_kernels() -> None:
     bounds = torch.stack([torch.zeros_like(ends), ends], 1).int()
     live = 2 * ends.sum().item() * 512
     for name, given in {"live keys alone": bounds, "all keys under a mask": mask}.items():
-        if name.startswith("live") and attention.triton is None:
+        if name.startswith("live") and slot_attention.triton is None:
             continue
         for _ in range(3):
-            attention.attend(None, query, key, value, given)
+            slot_attention.attend(None, query, key, value, given)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(50):
-            attention.attend(None, query, key, value, given)
+            slot_attention.attend(None, query, key, value, given)
         end.record()
         torch.cuda.synchronize()
         each = start.elapsed_time(end) / 50

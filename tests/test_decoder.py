@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from harness.training import attention, engine, slots
+from harness.training import engine, slot_attention, slots
 from harness.training.decoder import left_padded
 from harness.training.head import causal_lm
 
@@ -211,7 +211,7 @@ def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
     engine.compiled_forward.cache_clear()
 
 
-@pytest.mark.skipif(not (attention.triton and torch.cuda.is_available()), reason="a kernel of a GPU")
+@pytest.mark.skipif(not (slot_attention.triton and torch.cuda.is_available()), reason="a kernel of a GPU")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("groups, heads, width", [(1, 4, 256), (2, 1, 64), (8, 3, 128)])
 def test_attention_to_live_keys_is_that_under_a_mask(groups, heads, width, softcap):
@@ -223,6 +223,6 @@ def test_attention_to_live_keys_is_that_under_a_mask(groups, heads, width, softc
     places = torch.arange(150, device="cuda")
     mask = ((places >= bounds[:, :1]) & (places < bounds[:, 1:]))[:, None, None]
     found, expected = (
-        attention.attend(None, query, key, value, x, softcap=softcap)[0] for x in (bounds, mask)
+        slot_attention.attend(None, query, key, value, x, softcap=softcap)[0] for x in (bounds, mask)
     )
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)

@@ -8,7 +8,7 @@ from types import FunctionType
 
 import torch
 
-from harness.training import attention
+from harness.training import slot_attention
 from harness.training.head import causal_lm, text_config
 from harness.training.slots import Slots
 
@@ -144,7 +144,7 @@ class Engine:
             return "eager"
         self.state.seen, done = self.state.length, self.done.clone()
         bounded = all(
-            attention.fits(self.config.num_attention_heads, layer.keys, layer.values)
+            slot_attention.fits(self.config.num_attention_heads, layer.keys, layer.values)
             for layer in self.cache.layers
         )
         rungs = ["compiled + graph"] * (steps >= COMPILED_FROM) + ["eager + graph"]

@@ -7,7 +7,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from harness.training.attention import Unfit, attend
+from harness.training.slot_attention import Unfit, attend
 
 NAME = "tuneoff_slots"  # of the attention while tokens are decoded
 
