@@ -202,7 +202,7 @@ def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
             made.read(prompts, list(range(13)), list(range(13)))
         expected.run(3)
         found.state.seen = found.state.length
-        with engine.compiled(found.decoder, found.cache):
+        with engine.compiled(found.layers, found.cache):
             for _ in range(3):
                 found.step()
     assert torch.equal(found.answer[:, :4], expected.answer[:, :4])

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from harness.data import Example
+from harness.record import EAGER
 from harness.spec import Hyperparams
 from harness.training.engine import Engine, distance, forced, tolerance
 from harness.training.head import causal_lm
@@ -93,7 +94,8 @@ class Decoder:
                     held |= dict(zip(slots, some, strict=True))
                 if self.kernels is None:
                     steps = math.ceil(len(examples) * copies / count) * (new_tokens - 1)
-                    self.kernels, self.refused = engine.capture(steps), engine.refused
+                    self.kernels = EAGER if self.hp.kernels == EAGER else engine.capture(steps)
+                    self.refused = engine.refused
             elif held and engine.graph is None and REFILL * len(free) >= len(held) + len(free):
                 held = dict(enumerate(held[slot] for slot in engine.keep()))
                 free = []

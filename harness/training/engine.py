@@ -8,11 +8,14 @@ from types import FunctionType
 
 import torch
 
+from harness.record import EAGER
 from harness.training import slot_attention
-from harness.training.head import causal_lm, text_config
+from harness.training.head import causal_lm, softcap_of
+from harness.training.kernels import decoder_layers
 from harness.training.slots import Slots
 
 ROUND = 128  # a slot's places come in so many: one compiled shape serves texts of nearly the same length
+PROGRAMS = 64  # of one kind of layer: its modes, the shapes
 COMPILED_FROM = 1000  # steps: compiling layers takes 5 to 20 s, and saves some 5 ms a step
 
 
@@ -27,7 +30,8 @@ class Engine:
     def __init__(self, model, count: int, longest: int, new_tokens: int, stops: list[int], temperature=0.0):
         causal = causal_lm(model)
         self.decoder, self.head = causal.get_decoder(), causal.get_output_embeddings()
-        self.config, self.softcap = self.decoder.config, text_config(causal).get("final_logit_softcapping")
+        self.config, self.softcap = self.decoder.config, softcap_of(causal)
+        self.layers = decoder_layers(causal)
         self.device, self.temperature, self.new_tokens = self.head.weight.device, temperature, new_tokens
         length = -(-(longest + new_tokens) // ROUND) * ROUND
         self.cache = Slots(self.config, count, length, self.device)
@@ -141,7 +145,7 @@ class Engine:
     def capture(self, steps: int) -> str:
         """Makes the fastest step that gives what a plain one does, `steps` being expected. -> its kernels"""
         if self.device.type != "cuda":
-            return "eager"
+            return EAGER
         self.state.seen, done = self.state.length, self.done.clone()
         bounded = all(
             slot_attention.fits(self.config.num_attention_heads, layer.keys, layer.values)
@@ -152,7 +156,7 @@ class Engine:
         try:
             expected = self.logits().clone()
             for self.cache.bounded, kernels in product([True] * bounded + [False], rungs):
-                within = compiled(self.decoder, self.cache) if "compiled" in kernels else nullcontext()
+                within = compiled(self.layers, self.cache) if "compiled" in kernels else nullcontext()
                 try:
                     with within:
                         graph = self.captured()
@@ -165,7 +169,7 @@ class Engine:
                     self.graph = graph
                     return kernels
                 self.refused.append(f"{kernels}: logits differ by {far:.1%}")
-            return "eager"
+            return EAGER
         finally:
             self.done.copy_(done)
 
@@ -188,15 +192,14 @@ class Engine:
 
 
 @contextmanager
-def compiled(decoder, cache):
+def compiled(layers, cache):
     """Within, the decoder's layers run as one compiled function a class of layer; after it, as they did. What
     is compiled is a copy of their forward: a training's own compiled code is another."""
-    layers = blocks(decoder)
     before = [vars(layer).get("forward") for layer in layers]
     for layer, own in zip(layers, cache.layers, strict=True):
         layer.forward = partial(alone, compiled_forward(layer.__class__), layer, cache, own)
     try:
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
             yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -224,13 +227,6 @@ def alone(function, layer, cache, own, *args, **kwargs):
     constant of the compiled code, and one serves all."""
     given = [own if x is cache else x for x in args]
     return function(layer, *given, **{k: own if x is cache else x for k, x in kwargs.items()})
-
-
-def blocks(decoder) -> torch.nn.ModuleList:
-    """The decoder's layers, whatever the architecture calls their list."""
-    count = decoder.config.num_hidden_layers
-    [found] = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    return found
 
 
 def forced(prompts, tokens: torch.Tensor, model) -> torch.Tensor:
