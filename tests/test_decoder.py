@@ -70,22 +70,26 @@ def decoder(stops=()):
 
 
 @torch.inference_mode()
-def generated(model, row, count=TOKENS, stops=()) -> tuple[list[int], torch.Tensor]:
-    """What generate writes after this prompt alone, and its logits (T, V)."""
-    ids, mask = left_padded([row], tiny.PAD, "cpu")
+def generated(model, rows) -> tuple[list[list[int]], torch.Tensor]:
+    """What generate writes after these prompts, and its logits (rows, TOKENS, V)."""
+    ids, mask = left_padded(rows, tiny.PAD, "cpu")
     whole = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=count, pad_token_id=tiny.PAD,
-        eos_token_id=list(stops) or None, return_dict_in_generate=True, output_logits=True,
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=TOKENS, pad_token_id=tiny.PAD,
+        eos_token_id=None, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    return whole.sequences[0, ids.shape[1] :].tolist(), torch.cat(whole.logits).float()
+    return whole.sequences[:, ids.shape[1] :].tolist(), torch.stack(whole.logits, 1).float()
+
+
+def until(stops, ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids, 1) if token in stops), len(ids))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_is_that_of_generate_whatever_shares_the_batch(kind):
     of = model(kind)
-    free = [generated(of, row)[0] for row in ROWS]
+    free, _ = generated(of, ROWS)
     stops = sorted({ids[i % TOKENS] for i, ids in enumerate(free)})[::3]
-    expected = [generated(of, row, stops=stops)[0] for row in ROWS]
+    expected = [until(stops, ids) for ids in free]
     assert len(set(map(len, expected))) > 3  # answers end unevenly
     for count in (1, 3, 8):
         made = decoder(stops)
@@ -101,7 +105,7 @@ def test_what_the_engine_cannot_decode_is_generated_and_said(kind):
     with pytest.warns(UserWarning, match="is decoded by generate, slowly: ."):
         found = made.continuations(of, ROWS[:5], 3, TOKENS)
     assert made.kernels == "generate"
-    assert [ids for [ids] in found] == [generated(of, row)[0] for row in ROWS[:5]]
+    assert [ids for [ids] in found] == generated(of, ROWS[:5])[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.continuations(of, ROWS[:5], 3, TOKENS)  # tried once
@@ -123,8 +127,7 @@ def test_in_bf16_the_text_is_that_of_generate_up_to_ties():
     in bf16, 2^-8 of the largest logit, after as many layers can move each."""
     of = model("gemma 3").bfloat16()
     found = [ids for [ids] in decoder().continuations(of, ROWS, 4, TOKENS)]
-    for row, ids in zip(ROWS, found, strict=True):
-        expected, logits = generated(of, row)
+    for ids, expected, logits in zip(found, *generated(of, ROWS), strict=True):
         parting = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), None)
         if parting is not None:
             at = logits[parting]
