@@ -25,6 +25,7 @@ from harness.training.head import causal_lm
 
 ROWS = tiny.rows(13, prompt=(1, 40))
 TOKENS = 14
+STOPS = range(5, tiny.VOCABULARY, 6)
 SIZE = {
     "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -151,11 +152,39 @@ def test_what_is_drawn_of_a_prompt_is_its_own_matter():
     of, found = model("gemma 3"), []
     for at_once, rows in ((1, ROWS), (3, ROWS), (64, ROWS), (5, ROWS[:4])):
         torch.manual_seed(5)
-        found.append(decoder().continuations(of, rows, at_once, 6, copies=3, temperature=1.0))
+        found.append(decoder(STOPS).continuations(of, rows, at_once, 6, copies=3, temperature=1.0))
     assert found[0] == found[1] == found[2]
     assert found[3] == found[0][:4]
     assert len({tuple(ids) for group in found[0] for ids in group}) > 30
     assert decoder().continuations(of, ROWS, 8, 6, copies=3, temperature=1.0) != found[0]
+
+
+def test_each_token_is_drawn_by_a_number_of_its_own():
+    """Where all tokens are as likely, the number says which."""
+    of = model("llama")
+    torch.nn.init.zeros_(of.lm_head.weight)
+    torch.manual_seed(5)
+    found = decoder().continuations(of, ROWS, 4, 6, copies=3, temperature=1.0)
+    torch.manual_seed(5)
+    expected = torch.rand(len(ROWS), 3, 6) * tiny.VOCABULARY
+    assert ((torch.tensor(found) - expected.floor()).abs() <= 1).all()  # one, where a sum is rounded
+
+
+def test_steps_beyond_an_answers_end_change_nothing_of_it():
+    """A GPU is looked at every few steps."""
+    of, found = model("gemma 3"), []
+    numbers = torch.rand(len(ROWS), 8, generator=torch.Generator().manual_seed(0))
+    for look in (1, 30):
+        with torch.inference_mode():
+            made = engine.Engine(of, len(ROWS), 41, 8, STOPS, temperature=1.0)
+            made.read([row.prompt_ids for row in ROWS], list(range(13)), list(range(13)), numbers)
+            answers = made.ended()
+            while made.ends:
+                made.run(look)
+                answers |= made.ended()
+        found.append(answers)
+    assert found[0] == found[1]
+    assert len({len(ids) for ids in found[0].values()}) > 3
 
 
 def test_a_token_is_drawn_as_often_as_it_is_likely():
