@@ -251,7 +251,7 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """How far logits are from those expected, as a share of what those differ by among themselves."""
     expected = expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
-    return ((logits.float() - expected).norm() / spread).item()
+    return ((logits.float() - expected).norm() / spread.clamp(min=1e-6)).item()
 
 
 def tolerance(logits: torch.Tensor) -> float:
