@@ -65,7 +65,7 @@ class LoReFT(Method):
             raise ValueError(f"rank is {self.rank}, but this model's states have {width} values")
         groups = 1 if self.tied or not (self.first and self.last) else 2
         causal.reft = nn.ModuleDict()
-        causal.reft.places = []  # of the forward's edited tokens, for each group; kept for a recomputation
+        causal.reft.places = []  # of the forward, for each group: (B, k, 1) places, and which are edited
         decoder = causal.get_decoder()
         decoder.reads = ("prompt_lengths",)  # of a batch, where a prompt and its answer are read together
         decoder.register_forward_pre_hook(partial(locate, self, causal), with_kwargs=True)
@@ -125,19 +125,45 @@ def intervention():
     """The class of one edit; made here, as plans are read where torch is not installed."""
     import torch
     from torch import nn
-    from torch.nn.utils.parametrizations import orthogonal
+    from torch.nn.utils.parametrize import register_parametrization
+
+    class Reflections(nn.Module):
+        """R from r reflections, its coordinates as torch's own orthogonal(householder) holds them: their
+        vectors below a diagonal of signs. All at once: I - V T V^T with T^-1 + T^-T = V^T V (Joffrain et al.
+        2006, UT transform), of which r rows are wanted; one by one they are a launch or more each."""
+
+        def forward(self, coordinates):
+            """(r, d) -> (r, d), its rows orthonormal."""
+            rank = len(coordinates)
+            one = torch.eye(rank, device=coordinates.device, dtype=coordinates.dtype)
+            vectors = coordinates.triu(1)
+            vectors = torch.cat([vectors[:, :rank] + one, vectors[:, rank:]], 1)  # V^T
+            gram = vectors @ vectors.T
+            inverse = gram.triu(1) + one * gram / 2  # of T
+            turned = torch.linalg.solve_triangular(inverse, vectors[:, :rank], upper=True)  # T V_1^T
+            rows = torch.cat([one - turned.T @ vectors[:, :rank], -turned.T @ vectors[:, rank:]], 1)
+            signs = coordinates.diagonal().detach()[:, None]
+            return rows * signs
+
+        @torch.no_grad()
+        def right_inverse(self, weight):
+            held, scale = torch.geqrf(weight.T)
+            signs = held.diagonal().sign()
+            held.diagonal().copy_(torch.where(scale == 0, -signs, signs))  # LAPACK left that reflection out
+            return held.T.contiguous()
 
     class Intervention(nn.Module):
         def __init__(self, width, rank, dropout):
             super().__init__()
             rotation = nn.Linear(width, rank, bias=False)
             nn.init.orthogonal_(rotation.weight)
-            self.rotation = orthogonal(rotation, use_trivialization=False)
+            register_parametrization(rotation, "weight", Reflections())
+            self.rotation = rotation
             self.source = nn.Linear(width, rank)
             self.dropout = nn.Dropout(dropout)
 
         def forward(self, h):
-            """(N, d) -> (N, d), in fp32: in bf16 the rows of R would not be orthonormal."""
+            """(..., d) -> the same, in fp32: in bf16 the rows of R would not be orthonormal."""
             with torch.autocast(h.device.type, enabled=False):
                 x, rotation = h.float(), self.rotation.weight
                 return self.dropout(x + (self.source(x) - x @ rotation.T) @ rotation).to(h.dtype)
@@ -159,8 +185,9 @@ def locate(method, causal, decoder, args, kwargs):
     if inputs is None:
         inputs = given["inputs_embeds"]
     shape, mask, past = inputs.shape[:2], given.get("attention_mask"), given.get("past_key_values")
+    starts = torch.zeros(shape[0], dtype=torch.long, device=inputs.device)
     if lengths is not None:  # a prompt and its answer, padded on the right
-        prompt = torch.arange(shape[1], device=inputs.device) < lengths[:, None]
+        pass
     elif past is not None and past.get_seq_length() > 0:  # decoding: the prompt was edited when it was read
         if shape[1] > 1:
             raise ValueError(
@@ -174,32 +201,38 @@ def locate(method, causal, decoder, args, kwargs):
             "the decoder prompt_lengths"
         )
     elif mask is None:
-        prompt = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+        lengths = torch.full_like(starts, shape[1])
     elif isinstance(mask, torch.Tensor) and mask.shape == shape:
-        prompt = mask.bool()
+        starts, lengths = mask.int().argmax(1), mask.sum(1)
     else:
         raise ValueError("LoReFT needs an attention mask of the tokens' own shape to find a prompt's ends")
-    ends = first_and_last(prompt, method.first, method.last)
+    ends = first_and_last(starts, lengths, method.first, method.last)
     if len(next(iter(causal.reft.values()))) == 1:
-        ends = [ends[0] | ends[1]]
-    causal.reft.places = [end.nonzero(as_tuple=True) for end in ends]
+        ends = [[torch.cat(both, 1) for both in zip(*ends, strict=True)]]
+    causal.reft.places = [(place.clamp(0, shape[1] - 1)[..., None], real[..., None]) for place, real in ends]
     return args, kwargs
 
 
-def first_and_last(prompt, first, last):
-    """(B, T) booleans of the prompts' tokens -> the same of their first ones, and of their last ones. Each
-    end takes half of a short prompt at most, so that they never meet."""
-    place, length = prompt.cumsum(1) - 1, prompt.sum(1, keepdim=True)
-    half = length // 2
-    return [
-        prompt & (place < half.clamp(max=first)),
-        prompt & (place >= length - half.clamp(max=last)),
-    ]
+def first_and_last(starts, lengths, first, last):
+    """Where prompts begin and how long they are, each (B,) -> for either end: places (B, first or last), and
+    which of them are edited. Each end takes half of a short prompt at most, so that they never meet."""
+    import torch
+
+    starts, lengths = starts[:, None], lengths[:, None]
+    half, from_start, from_end = (
+        lengths // 2,
+        torch.arange(first, device=starts.device),
+        torch.arange(1, last + 1, device=starts.device),
+    )
+    return [(starts + from_start, from_start < half), (starts + lengths - from_end, from_end <= half)]
 
 
 def edit(reft, index, block, args, output):
-    """After a layer: its output with the chosen tokens edited, and all others as they were."""
+    """After a layer: its output with the chosen tokens edited, and all others as they were. As many places a
+    row for any prompt, so that a step is of fixed shapes: to those that a short one lacks, 0 is added."""
     h = output[0] if isinstance(output, tuple) else output  # (B, T, d)
-    for group, places in zip(reft[index], reft.places, strict=False):
-        h = h.index_put(places, group(h[places]))
+    for group, (places, real) in zip(reft[index], reft.places, strict=False):
+        places = places.expand(-1, -1, h.shape[-1])
+        chosen = h.gather(1, places)  # (B, first or last or both, d)
+        h = h.scatter_add(1, places, (group(chosen) - chosen).where(real, 0))
     return (h, *output[1:]) if isinstance(output, tuple) else h
