@@ -137,7 +137,8 @@ class Noise(Perturbation):
             return y
         with torch.no_grad():
             noise = normal(self.keys, self.b.shape[0], self.a.shape[1]).to(y.dtype)
-            return y + torch.nn.functional.linear(args[0].to(y.dtype), noise) * self.size.to(y.dtype)
+            shift = torch.nn.functional.linear(args[0].to(y.dtype), noise) * self.size.to(y.dtype)
+        return y + shift
 
 
 class Momentum(Perturbation):

@@ -45,7 +45,7 @@ EACH = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    tiny.model(tiny.gemma(num_hidden_layers=1, layer_types=["sliding_attention"])).save_pretrained(path)
+    tiny.model(tiny.gemma(num_hidden_layers=1, layer_types=["full_attention"])).save_pretrained(path)
     return path
 
 
@@ -59,6 +59,7 @@ def static_logps(run, model, batch):
     causal = head.causal_lm(model)
     decoder = causal.get_decoder()
     read = {name: batch[name] for name in getattr(decoder, "reads", ())}
+    read["attention_mask"] = {"full_attention": None}  # else transformers looks into the positions for one
     hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **read).last_hidden_state
     logps = causal.get_output_embeddings()(hidden[:, :-1]).float().log_softmax(-1)
     labels = batch["labels"][:, 1:]
@@ -77,7 +78,7 @@ class Steps:
         self.optimizer = self.method.optimizer(self.model, self.run)
         self.run.token_logps = MethodType(static_logps, self.run)
         made = [self.method.prepare(self.model, ROWS[:6], self.run) for _ in range(steps)]
-        self.batches = [{k: v for k, v in batch.items() if k != "examples"} for [batch] in made]
+        self.batches = [{k: v for k, v in step[0].items() if k != "examples"} for step in made]
         self.model.train()
 
     def backward(self, batch):
