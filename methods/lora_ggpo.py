@@ -220,15 +220,15 @@ def carried(group, of_a, of_b):
 
 
 def hashed(numbers, key, other):
-    """int32 -> int32: every bit of numbers and keys into every other one (lowbias32, C. Wellons 2018, with a
-    key before each of its rounds)."""
+    """int32 -> int32: every bit of numbers and keys into every other one (triple32, C. Wellons 2018, with a
+    key before each of its first two rounds)."""
 
     def folded(x, by):
         return x ^ (x >> by & 2 ** (32 - by) - 1)  # >> would fill up with the sign
 
-    x = folded(numbers ^ key, 16) * 0x7FEB352D
-    x = folded(x ^ other, 15) * (0x846CA68B - 2**32)
-    return folded(x, 16)
+    x = folded(numbers ^ key, 17) * (0xED5AD4BB - 2**32)
+    x = folded(x ^ other, 11) * (0xAC4C1B51 - 2**32)
+    return folded(folded(x, 15) * 0x31848BAB, 14)
 
 
 def normal(keys, rows, columns):

@@ -73,7 +73,9 @@ class LoReFT(Method):
             # Made on the CPU: the same start for a seed on every device.
             edits = nn.ModuleList([intervention()(width, self.rank, self.dropout) for _ in range(groups)])
             causal.reft[str(index)] = edits.to(next(block.parameters()).device)
-            block.register_forward_hook(partial(edit, causal.reft, str(index)))
+            edits.places = causal.reft.places
+            vars(block)["edits"] = edits  # not the block's own part; by it one hook, so one program, does all
+            block.register_forward_hook(edit)
         return causal
 
     def chosen(self, blocks) -> dict:
@@ -102,7 +104,9 @@ class LoReFT(Method):
 
         saved = type(self)(**json.loads((folder / OPTIONS).read_text("utf-8")))
         model = saved.intervene(saved.load(load_base))
-        model.reft.load_state_dict(load_file(folder / WEIGHTS))
+        own = "parametrizations.weight.original", "coordinates"  # the name that they were saved by up to 0.1
+        weights = load_file(folder / WEIGHTS).items()
+        model.reft.load_state_dict({name.replace(*own): value for name, value in weights})
         return model.eval()
 
     def merge(self, model):
@@ -125,40 +129,38 @@ def intervention():
     """The class of one edit; made here, as plans are read where torch is not installed."""
     import torch
     from torch import nn
-    from torch.nn.utils.parametrize import register_parametrization
 
-    class Reflections(nn.Module):
-        """R from r reflections, its coordinates as torch's own orthogonal(householder) holds them: their
-        vectors below a diagonal of signs. All at once: I - V T V^T with T^-1 + T^-T = V^T V (Joffrain et al.
+    class Rotation(nn.Module):
+        """R by the coordinates that torch's own orthogonal(householder) gives it: vectors of reflections
+        below a diagonal of signs. All reflect at once: I - V T V^T with T^-1 + T^-T = V^T V (Joffrain et al.
         2006, UT transform), of which r rows are wanted; one by one they are a launch or more each."""
 
-        def forward(self, coordinates):
-            """(r, d) -> (r, d), its rows orthonormal."""
-            rank = len(coordinates)
-            one = torch.eye(rank, device=coordinates.device, dtype=coordinates.dtype)
-            vectors = coordinates.triu(1)
+        def __init__(self, weight):
+            super().__init__()
+            held, scale = torch.geqrf(weight.detach().T)
+            signs = held.diagonal().sign()
+            held.diagonal().copy_(torch.where(scale == 0, -signs, signs))  # LAPACK left that reflection out
+            self.coordinates = nn.Parameter(held.T.contiguous())
+
+        @property
+        def weight(self):
+            """(r, d), its rows orthonormal."""
+            rank = len(self.coordinates)
+            one = torch.eye(rank, device=self.coordinates.device, dtype=self.coordinates.dtype)
+            vectors = self.coordinates.triu(1)
             vectors = torch.cat([vectors[:, :rank] + one, vectors[:, rank:]], 1)  # V^T
             gram = vectors @ vectors.T
             inverse = gram.triu(1) + one * gram / 2  # of T
-            turned = torch.linalg.solve_triangular(inverse, vectors[:, :rank], upper=True)  # T V_1^T
-            rows = torch.cat([one - turned.T @ vectors[:, :rank], -turned.T @ vectors[:, rank:]], 1)
-            signs = coordinates.diagonal().detach()[:, None]
-            return rows * signs
-
-        @torch.no_grad()
-        def right_inverse(self, weight):
-            held, scale = torch.geqrf(weight.T)
-            signs = held.diagonal().sign()
-            held.diagonal().copy_(torch.where(scale == 0, -signs, signs))  # LAPACK left that reflection out
-            return held.T.contiguous()
+            turned = torch.linalg.solve_triangular(inverse, vectors[:, :rank], upper=True).T  # (T V_1^T)^T
+            rows = torch.cat([one - turned @ vectors[:, :rank], -turned @ vectors[:, rank:]], 1)
+            return rows * self.coordinates.diagonal().detach()[:, None]
 
     class Intervention(nn.Module):
         def __init__(self, width, rank, dropout):
             super().__init__()
             rotation = nn.Linear(width, rank, bias=False)
             nn.init.orthogonal_(rotation.weight)
-            register_parametrization(rotation, "weight", Reflections())
-            self.rotation = rotation
+            self.rotation = Rotation(rotation.weight)
             self.source = nn.Linear(width, rank)
             self.dropout = nn.Dropout(dropout)
 
@@ -193,7 +195,7 @@ def locate(method, causal, decoder, args, kwargs):
             raise ValueError(
                 "LoReFT reads a prompt whole: pieces of it do not tell which tokens are its last"
             )
-        causal.reft.places = []
+        causal.reft.places.clear()
         return args, kwargs
     elif kwargs.get("use_cache") is False:
         raise ValueError(
@@ -209,7 +211,9 @@ def locate(method, causal, decoder, args, kwargs):
     ends = first_and_last(starts, lengths, method.first, method.last)
     if len(next(iter(causal.reft.values()))) == 1:
         ends = [[torch.cat(both, 1) for both in zip(*ends, strict=True)]]
-    causal.reft.places = [(place.clamp(0, shape[1] - 1)[..., None], real[..., None]) for place, real in ends]
+    causal.reft.places[:] = [
+        (place.clamp(0, shape[1] - 1)[..., None], real[..., None]) for place, real in ends
+    ]
     return args, kwargs
 
 
@@ -227,11 +231,11 @@ def first_and_last(starts, lengths, first, last):
     return [(starts + from_start, from_start < half), (starts + lengths - from_end, from_end <= half)]
 
 
-def edit(reft, index, block, args, output):
+def edit(block, args, output):
     """After a layer: its output with the chosen tokens edited, and all others as they were. As many places a
     row for any prompt, so that a step is of fixed shapes: to those that a short one lacks, 0 is added."""
     h = output[0] if isinstance(output, tuple) else output  # (B, T, d)
-    for group, (places, real) in zip(reft[index], reft.places, strict=False):
+    for group, (places, real) in zip(block.edits, block.edits.places, strict=False):
         places = places.expand(-1, -1, h.shape[-1])
         chosen = h.gather(1, places)  # (B, first or last or both, d)
         h = h.scatter_add(1, places, (group(chosen) - chosen).where(real, 0))

@@ -239,18 +239,18 @@ def sparse_linear():
         def __init__(self, plain: nn.Linear, places, side: int, blocks: int, columns: int):
             super().__init__()
             self.weight, self.bias, self.side = plain.weight, plain.bias, side
-            places = places.to(plain.weight.device)
             used, kept = places[:, 1].unique(return_inverse=True)
             self.whole = columns * side == plain.in_features
             if self.whole:
-                used, kept = torch.arange(columns, device=used.device), places[:, 1]
+                used, kept = torch.arange(columns), places[:, 1]
             for name, values, size in (
                 ("used", used, columns),  # columns of blocks whose inputs are kept
                 ("kept", kept, blocks),  # of each block, its column among those
                 ("rows", places[:, 0], blocks),  # and its row in the weight
             ):  # a block that is not there is as good as the first; its gradient is dropped
-                self.register_buffer(name, pad(values, (0, size - len(values))), persistent=False)
-            self.register_buffer("places", places, persistent=False)
+                values = pad(values, (0, size - len(values))).to(plain.weight.device)
+                self.register_buffer(name, values, persistent=False)
+            self.register_buffer("places", places.to(plain.weight.device), persistent=False)
             self.blocks = nn.Parameter(self.read())
             self.slots = self.blocks.new_zeros(()).expand(blocks, side, side).requires_grad_()
             self.slots.register_post_accumulate_grad_hook(self.hand_on)

@@ -6,6 +6,7 @@ from types import MethodType
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -14,6 +15,7 @@ from harness.spec import RunSpec
 from harness.training import head
 from harness.training.model import load_base
 from harness.training.run import Run
+from methods import smt
 
 ROWS = tiny.rows(12, seed=1)
 HP = tiny.hyperparams(learning_rate=5e-3, batch_size=6, micro_batch_size=6, max_steps=4, warmup_ratio=0.0)
@@ -101,7 +103,9 @@ class Steps:
 def close(found, expected, atol, rtol):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @EACH
@@ -189,5 +193,27 @@ def test_recorded_once_it_is_replayed_on_other_rows(name, options, folder):
 
 def others_of(batches):
     """The same rows the other way round, so that they differ in each row and not in shape."""
-    flip = lambda t: t.flip(0) if t.ndim else t
+
+    def flip(tensor):
+        return tensor.flip(0) if tensor.ndim else tensor
+
     return [batches[0], *(tree_map_only(torch.Tensor, flip, batch) for batch in batches[1:])]
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "reft", "smt", "lora_ggpo"])
+def test_layers_share_one_program(name, tmp_path):
+    """But the first, which need not give its input a gradient: for layers of its own each, a compiler would
+    take as long as there are layers, and give up at the eighth."""
+    config = tiny.gemma(num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    tiny.model(config).save_pretrained(tmp_path)
+    steps = Steps(name, {"smt": {"targets": "v_proj", "share": 0.04}}.get(name, {}), tmp_path, steps=2)
+    if name == "smt":
+        assert len({len(layer.blocks) for layer in smt.sparse_layers(steps.model).values()}) > 1
+    programs = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    for layer in head.causal_lm(steps.model).get_decoder().layers:
+        layer.compile(backend=programs, fullgraph=True, dynamic=False)
+    for batch in steps.batches:
+        steps.backward(batch)
+        steps.take()
+    assert programs.frame_count == (4 if name == "reft" else 2)  # its edit is one beside the layer's
