@@ -212,7 +212,14 @@ def put(model, places: dict, side: int) -> dict:
     for name, own in ordered.items():
         layers[name] = sparse_linear()(model.get_submodule(name), own, side, *room[last(name)])
         model.set_submodule(name, layers[name])
+    model.get_decoder().register_forward_pre_hook(open_all)
     return layers
+
+
+def open_all(decoder, args) -> None:
+    """Before a forward, and outside of what is compiled: layers differ in how many blocks they have."""
+    for layer in sparse_layers(decoder).values():
+        layer.open()
 
 
 def write(layers) -> None:
@@ -233,8 +240,8 @@ def sparse_linear():
 
     class SparseLinear(nn.Module):
         """A frozen linear layer with some trained blocks, which `write` puts into its weight. Its forward
-        computes with the weight alone; the gradients of the blocks come by way of `slots`, zeros of as
-        many blocks as the layer has room for, those of the blocks themselves first."""
+        computes with the weight alone; the gradients of the blocks come by way of `slots`, as many as the
+        layer has room for, which `open` makes before each forward of the decoder."""
 
         def __init__(self, plain: nn.Linear, places, side: int, blocks: int, columns: int):
             super().__init__()
@@ -252,19 +259,17 @@ def sparse_linear():
                 self.register_buffer(name, values, persistent=False)
             self.register_buffer("places", places.to(plain.weight.device), persistent=False)
             self.blocks = nn.Parameter(self.read())
-            self.slots = self.blocks.new_zeros(()).expand(blocks, side, side).requires_grad_()
-            self.slots.register_post_accumulate_grad_hook(self.hand_on)
+            self.slots = None
+
+        def open(self):
+            self.slots = Slots.apply(self.blocks, len(self.rows))
+
+        def __getstate__(self):
+            return {**vars(self), "slots": None}  # a copy is not part of the forward at hand
 
         def read(self):
             """(n, side, side): the blocks as they lie in the weight."""
             return tiles(self.weight.detach(), self.side)[self.places.unbind(1)]
-
-        def hand_on(self, slots):
-            gradient, slots.grad = slots.grad[: len(self.places)].to(self.blocks, copy=True), None
-            if self.blocks.grad is None:
-                self.blocks.grad = gradient
-            else:
-                self.blocks.grad += gradient
 
         def forward(self, x):
             if not torch.is_grad_enabled():
@@ -279,6 +284,18 @@ def sparse_linear():
                 x.to(dtype), self.slots, self.weight.to(dtype), bias, used, self.kept, self.rows
             )
 
+    class Slots(torch.autograd.Function):
+        """Zeros that take no memory, for the gradients that they are given: the first are the blocks'."""
+
+        @staticmethod
+        def forward(ctx, blocks, room):
+            ctx.count = len(blocks)
+            return blocks.new_zeros(()).expand(room, *blocks.shape[1:])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad[: ctx.count].clone(), None
+
     class BlockLinear(torch.autograd.Function):
         """y = W x + b, which keeps of x what meets a trained block, and gives the blocks their gradients."""
 
@@ -287,7 +304,7 @@ def sparse_linear():
             if used is not None:
                 inputs = x.unflatten(-1, (-1, slots.shape[-1]))[..., used, :].flatten(-2)
             ctx.save_for_backward(x if used is None else inputs, weight, kept, rows)
-            ctx.side = slots.shape[-1]
+            ctx.side, ctx.dtype = slots.shape[-1], slots.dtype
             return linear(x, weight, bias)
 
         @staticmethod
@@ -297,7 +314,7 @@ def sparse_linear():
             def of(values, blocks):  # (N, width) -> (n, N, side), those of each block
                 return values.reshape(-1, values.shape[-1] // ctx.side, ctx.side)[:, blocks].transpose(0, 1)
 
-            blocks = torch.bmm(of(grad, rows).mT, of(inputs, kept))
+            blocks = torch.bmm(of(grad, rows).mT, of(inputs, kept)).to(ctx.dtype)
             return grad @ weight if ctx.needs_input_grad[0] else None, blocks, *[None] * 5
 
     return SparseLinear

@@ -75,12 +75,14 @@ def layers(bias: bool = True, side: int = 4, dtype=torch.float64, blocks=5, more
     plain = nn.Linear(20, 12, bias=bias, dtype=dtype)
     twin = nn.Linear(20, 12, bias=bias, dtype=dtype).requires_grad_(False)
     twin.load_state_dict(plain.state_dict())
-    model = nn.ModuleDict({"q": nn.ModuleDict({"x": twin}), "k": nn.ModuleDict({"x": deepcopy(plain)})})
-    places = {
-        "q.x": torch.tensor([(2, 4), (0, 1), (1, 1), (2, 0), (0, 4)])[:blocks],
-        "k.x": torch.tensor(more),
-    }
-    return plain, smt.put(model, places, side)["q.x"]
+    model = Pair({"q": nn.ModuleDict({"x": twin}), "k": nn.ModuleDict({"x": deepcopy(plain)})})
+    own = [(2, 4), (0, 1), (1, 1), (2, 0), (0, 4)][:blocks]
+    return plain, smt.put(model, {"q.x": torch.tensor(own), "k.x": torch.tensor(more)}, side)["q.x"]
+
+
+class Pair(nn.ModuleDict):
+    def get_decoder(self):
+        return self["q"]["x"]
 
 
 MORE = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 2), (2, 3)]
