@@ -40,10 +40,11 @@ class Contender:
 
 
 CONTENDERS = {
-    "tuneoff": Contender("Tuneoff", "tuneoff"),
-    "again": Contender("Tuneoff, once more with its caches", "tuneoff", caches="tuneoff"),
+    "tuneoff": Contender("Tuneoff", "tuneoff", {"kernels": "compiled"}),
+    "again": Contender("Tuneoff, once more with its caches", "tuneoff", {"kernels": "compiled"}, "tuneoff"),
     "eager": Contender("Tuneoff, kernels=eager", "tuneoff", {"kernels": "eager"}),
-    "checkpointing": Contender("Tuneoff, checkpointing", "tuneoff", {"gradient_checkpointing": True}),
+    "checkpointing": Contender("Tuneoff, checkpointing", "tuneoff",
+                               {"kernels": "compiled", "gradient_checkpointing": True}),
     "trainer": Contender("HF Trainer + PEFT", "trainer"),
     "trainer-compile": Contender("HF Trainer + PEFT, torch_compile", "trainer", {"torch_compile": True}),
     "trl": Contender("TRL SFTTrainer, its defaults: checkpointing", "trl"),
