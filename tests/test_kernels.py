@@ -112,13 +112,13 @@ def close(found, expected, atol, rtol):
         )
 
 
+@torch._dynamo.config.patch(recompile_limit=1000)  # programs are kept from one method for the next
 @EACH
 def test_compiled_it_computes_what_it_does_in_eager_mode(name, options, folder):
     """Each decoder layer whole, traced and cut into forward and backward as for any compiler."""
     plain, compiled = (Steps(name, options, folder, steps=2) for _ in range(2))
     if reason := plain.method.cannot.get("compiling"):
         pytest.skip(reason)
-    torch._dynamo.reset()
     for layer in head.causal_lm(compiled.model).get_decoder().layers:
         layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     for mine, batch in zip(plain.batches, compiled.batches, strict=True):
