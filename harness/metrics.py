@@ -143,7 +143,8 @@ def bleu4(counts: np.ndarray) -> np.ndarray:
     return np.where(none, 0.0, 100 * bleu)
 
 
-REWARDS: dict[str, tuple[Callable[[str, str], float], str]] = {  # what an answer earns, by the dataset's spec -> how, and its signature
+# What an answer earns, by the dataset's spec: how, and its signature.
+REWARDS: dict[str, tuple[Callable[[str, str], float], str]] = {
     "rouge_l": (rouge_l, "ROUGE-L F1 with the reference"),
     "exact": (
         exact,
