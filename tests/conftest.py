@@ -35,8 +35,14 @@ SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs,
     "test_what_many_rows_share_does_not_make_them_near",
 }  # fmt: skip
 
+# Each file goes to a worker whole: those of half a minute and more first, so that none of them is the last.
+LONGEST = ("test_cli", "test_bench", "test_contract", "test_loop", "test_objectives", "test_lora_family",
+           "test_peft", "test_run", "test_check", "test_ggpo", "test_methods", "test_report")  # fmt: skip
+
 
 def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if {item.path.stem, item.originalname} & SLOW:
             item.add_marker(pytest.mark.slow)
