@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 import tempfile
@@ -46,3 +47,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if {item.path.stem, item.originalname} & SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What imports have made stays: no collection of garbage, of which each run's meter asks for several, need
+    go through it again."""
+    gc.collect()
+    gc.freeze()
