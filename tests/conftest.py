@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What imports have made stays: no collection of garbage, of which each run's meter asks for several, need
-    go through it again."""
+    """What imports have made stays: no collection of garbage, and each run's meter asks for several, goes
+    through it again."""
     gc.collect()
     gc.freeze()
