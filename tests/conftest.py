@@ -41,6 +41,16 @@ LONGEST = ("test_cli", "test_bench", "test_contract", "test_loop", "test_objecti
            "test_peft", "test_run", "test_check", "test_ggpo", "test_methods", "test_report")  # fmt: skip
 
 
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """Plots take most of a report's time: where a test reads words alone, none is drawn."""
+    from harness.report import plots
+
+    if not request.node.get_closest_marker("drawn"):
+        for name in ("scores_by_cost", "cost_alone", "by_learning_rate", "loss_curves"):
+            monkeypatch.setattr(plots, name, lambda *arguments: {"png": b"", "svg": b""})
+
+
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

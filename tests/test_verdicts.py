@@ -231,9 +231,8 @@ def agree_fronts(said: Read, groups: dict[str, list[str]]) -> int:
     return checked
 
 
-def test_no_verdict_disagrees_in_lead_tables_and_fronts(monkeypatch):
-    for name in ("scores_by_cost", "loss_curves"):
-        monkeypatch.setattr(plots, name, lambda *arguments: {"png": b"", "svg": b""})
+def test_no_verdict_disagrees_in_lead_tables_and_fronts(undrawn, monkeypatch):
+    monkeypatch.setattr(Standing.__init__, "__defaults__", (500,))  # draws: of other widths, read alike
     rng, blocks, groups = np.random.default_rng(0), [], []
     for _ in range(200):
         comparison, shelf = random_bench(rng)
