@@ -323,8 +323,11 @@ def test_a_prompt_is_edited_once_and_a_decoding_step_never():
     calls = []
     for edit in edits(model):
         edit.register_forward_hook(lambda *_: calls.append(1))
-    rows = answered(model, ROWS[:8], 8)
-    assert max(len(row.response_ids) for row in rows) > 1
+    made = tiny.decoder(hyperparams())
+    made.continuations(model, ROWS[:2], 8, new_tokens=2)  # the first time, the model is tried
+    calls.clear()
+    found = made.continuations(model, ROWS[:8], 8, new_tokens=10)
+    assert max(len(ids) for [ids] in found) > 1
     assert len(calls) == len(edits(model))
 
 
