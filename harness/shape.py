@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import chain
 from math import isfinite
 from types import NoneType, UnionType
 from typing import (
@@ -79,7 +80,7 @@ Share = Annotated[float, Range(0.0, 1.0)]
 def parse(text: str | bytes):
     """The value of a JSON text. Raises ValueError for what is none: NaN and 1e999 are not JSON's either."""
     try:
-        return json.loads(text, parse_constant=number, parse_float=number)
+        return JSON.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except RecursionError:
         raise ValueError("lists in lists without end") from None
 
@@ -88,6 +89,9 @@ def number(text: str) -> float:
     if not isfinite(value := float(text)):
         raise ValueError(f"{text} is not a number")
     return value
+
+
+JSON = json.JSONDecoder(parse_constant=number, parse_float=number)  # made once: json.loads makes one a text
 
 
 def check(value, kind, where: str = "it") -> None:
@@ -144,6 +148,42 @@ def misfits(value, kind, where: str = "it") -> Iterator[Problem]:
             yield from misfits(item, kinds.get(name, Any), f"{where}.{name}")
     elif not is_plain(value, rule, inner):
         yield misfit(value, kind, where)
+
+
+def all_fit(values: list, kind) -> bool:
+    """Whether none of the values has misfits: a column at a time, as of a million lines few are wrong."""
+    rule, inner = get_origin(kind) or kind, get_args(kind)
+    kinds = set(map(type, values))
+    if not values:
+        return True
+    if rule in (Required, NotRequired):
+        return all_fit(values, inner[0])
+    if rule is Annotated:
+        return all_fit(values, inner[0]) and all(map(Range(*inner[1]).holds, (min(values), max(values))))
+    if rule in (Union, UnionType) and NoneType in inner and len(inner) == 2:
+        other = inner[inner[0] is NoneType]
+        return all_fit([value for value in values if value is not None], other)
+    if rule is list and kinds <= {list, tuple}:
+        return all_fit([*chain.from_iterable(values)], inner[0] if inner else Any)
+    if rule is dict and kinds == {dict}:
+        of_key, of_item = inner or (str, Any)
+        items = [item for value in values for item in value.values()]
+        return all_fit([*chain.from_iterable(values)], of_key) and all_fit(items, of_item)
+    if has_members(rule) and kinds == {dict}:
+        own, required = members(rule)
+        columns = {name: [v[name] for v in values if name in v] for name in {*own, *chain(*values)}}
+        return all(len(columns[name]) == len(values) for name in required) and all(
+            all_fit(column, own.get(name, Any)) for name, column in columns.items()
+        )
+    if rule in (str, bool):
+        return kinds == {rule}
+    if rule in (int, float) and kinds <= {int, rule}:
+        whole = [value for value in values if type(value) is int]
+        low, high = min(whole, default=0), max(whole, default=0)
+        return low >= -WHOLE and high <= WHOLE and all(map(isfinite, values))
+    if rule is Any:
+        return all(map(is_json, values))
+    return not any(True for value in values for _ in misfits(value, kind))
 
 
 def is_plain(value, rule, choices=()) -> bool:

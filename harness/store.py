@@ -4,26 +4,47 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+
 from harness import metrics, migrate
 from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
-from harness.shape import check, parse
+from harness.shape import all_fit, check, parse
 from harness.spec import RunSpec, content_hash
 
 RECORD, OUTPUTS, EVENTS, MODEL = "record.json", "outputs.jsonl", "events.jsonl", "model"
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
+TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
 ATTEMPT, EARLIER, ASIDE = ".{}", ".{}.earlier", "{}.aside-{}"  # what may stand beside it
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """What a comparison needs of a run's outputs, without their texts."""
+
+    sums: dict[str, np.ndarray]  # by metric (rows, width); NaN: not known
+    parts: list[str]  # of each row
+    tokens: np.ndarray  # (rows,) of its reference, end mark included
+    rows: int  # hash of what is the same for all runs on these rows; another one in another process
+
+    @classmethod
+    def of(cls, outputs: list[dict], sums: dict[str, np.ndarray]) -> "Tested":
+        rows = hash(tuple(tuple(output[name] for name in TEST_ROW) for output in outputs))
+        return cls(sums, [o["part"] for o in outputs], np.array([o["tokens"] for o in outputs]), rows)
 
 
 class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        self.numbers: dict[str, Tested] = {}  # of each run with outputs that was read, by its folder
 
     def path(self, spec: RunSpec) -> Path:
         """Where its run is: in the folder of its own name, else in that of an earlier version's spec, which
@@ -89,26 +110,36 @@ class Store:
             raise ValueError(f"{RECORD} has no hash of {OUTPUTS}")
         if record.hashes["outputs"] not in (None, content_hash(self.folder / name / OUTPUTS)):
             raise ValueError(f"{OUTPUTS} was changed since the run")
+        fine = all_fit(outputs, Output)
         for number, output in enumerate(outputs, 1):
-            check(output, Output, f"{OUTPUTS}, line {number}")
+            if not fine:
+                check(output, Output, f"{OUTPUTS}, line {number}")
             if output["correct"] > output["tokens"]:
                 raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
         split = "validation" if record.spec.trial else "test"
         rows = record.data.rows.get(split, len(outputs))
         if rows != len(outputs) or rows != len({output["id"] for output in outputs}):
             raise ValueError(f"{OUTPUTS} has not one output for each of {rows} {split} rows")
-        score(record, outputs)
+        self.numbers[name] = Tested.of(outputs, score(record, outputs))
         return record
 
-    def outputs(self, record: RunRecord) -> list[dict]:
-        """The test outputs of a run with their per-example scores, in the order of the test rows."""
+    def outputs(self, record: RunRecord, chosen: Iterable[int] | None = None) -> list[dict]:
+        """The test outputs of a run with their per-example scores, in the order of the test rows; of some
+        rows alone if these are `chosen`."""
+        lines = [(i, line) for i, line in enumerate(self.text(record.folder, OUTPUTS).split("\n"), 1) if line]
         found = []
-        for number, line in enumerate(self.text(record.folder, OUTPUTS).split("\n"), 1):
+        for number, line in lines if chosen is None else [lines[row] for row in chosen]:
             try:
-                found += [migrate.output(parse(line))] if line else []
+                found.append(migrate.output(parse(line)))
             except ValueError as error:
                 raise ValueError(f"{OUTPUTS}, line {number}: {error}") from error
         return found
+
+    def tested(self, record: RunRecord) -> Tested:
+        """The numbers of a run's outputs, as they were when it was read."""
+        if record.folder not in self.numbers:
+            self.read(record.folder)
+        return self.numbers[record.folder]
 
     def text(self, name: str, file: str) -> str:
         """Of a run's file that lies in the store: no link leads out of it, and no pipe keeps us waiting."""
@@ -170,8 +201,9 @@ class Store:
         return next(path for path in paths if not os.path.lexists(path))
 
 
-def score(record: RunRecord, outputs: list[dict]) -> None:
-    """Derives the scores of a run from its test outputs; also of a metric that is newer than the run.
+def score(record: RunRecord, outputs: list[dict]) -> dict[str, np.ndarray]:
+    """Derives the scores of a run from its test outputs; also of a metric that is newer than the run. -> the
+    sums of each row, by metric (rows, width).
 
     Raises ValueError for outputs that give none, and for scores that cannot be.
     """
@@ -179,10 +211,11 @@ def score(record: RunRecord, outputs: list[dict]) -> None:
     sums = metrics.row_sums(outputs, dataset)
     metrics.check_range(sums, OUTPUTS)
     metrics.check_range(record.start, f"the start in {RECORD}")
-    record.scores = metrics.scores(metrics.total(outputs, dataset))
+    record.scores = metrics.scores({name: of_rows.sum(0).tolist() for name, of_rows in sums.items()})
     for name in metrics.METRICS.keys() - record.signatures:
         with suppress(ImportError):
             record.signatures[name] = metrics.METRICS[name].signature(dataset)
+    return sums
 
 
 def save(path: Path, content: str | bytes) -> None:

@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 import tempfile
@@ -35,8 +36,31 @@ SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs,
     "test_what_many_rows_share_does_not_make_them_near",
 }  # fmt: skip
 
+# Each file goes to a worker whole: those of half a minute and more first, so that none of them is the last.
+LONGEST = ("test_cli", "test_bench", "test_contract", "test_loop", "test_objectives", "test_lora_family",
+           "test_peft", "test_run", "test_check", "test_ggpo", "test_methods", "test_report")  # fmt: skip
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """Plots take most of a report's time: where a test reads words alone, none is drawn."""
+    from harness.report import plots
+
+    if not request.node.get_closest_marker("drawn"):
+        for name in ("scores_by_cost", "cost_alone", "by_learning_rate", "loss_curves"):
+            monkeypatch.setattr(plots, name, lambda *arguments: {"png": b"", "svg": b""})
+
 
 def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if {item.path.stem, item.originalname} & SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What imports have made stays: no collection of garbage, and each run's meter asks for several, goes
+    through it again."""
+    gc.collect()
+    gc.freeze()

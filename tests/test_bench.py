@@ -388,14 +388,14 @@ def ended(process: int) -> bool:
 
 
 def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
-    (tmp_path / "stubs/rouge_score/rouge_scorer.py").write_text("import nltk_that_is_absent")
+    (tmp_path / "stubs/sacrebleu/metrics.py").write_text("import numbers_that_are_absent")
     arguments = slow(tmp_path, "pass")
     text = (tmp_path / "slow.py").read_text()
     (tmp_path / "slow.py").write_text(text.replace("axis =", 'needs = ("no-such-package",)\n    axis ='))
     run = bench(*arguments, cwd=tmp_path, env=stubs)
     assert run.returncode == 2 and not records(tmp_path) and not (tmp_path / "pid").exists()
-    assert "every run: rouge_score.rouge_scorer" in run.stderr
-    assert "pip install nltk_that_is_absent" in run.stderr
+    assert "every run: sacrebleu.metrics" in run.stderr
+    assert "pip install numbers_that_are_absent" in run.stderr
     assert "slow: no-such-package" in run.stderr and "or leave it out" in run.stderr
     (tmp_path / "stubs/torch.py").write_text("import os; os.abort()")
     run = bench(*arguments, cwd=tmp_path, env=stubs)

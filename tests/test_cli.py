@@ -183,16 +183,24 @@ BAD_REQUESTS = {
     "results": (["--results", "file"], ["file is a file, not a folder"]),
     "seeds": (["--seeds", "1", "1"], ["--seeds: must be some different whole numbers"]),
     "plugin": (["--plugins", "none.py"], ["there is no file none.py"]),
-    "variant": (["--methods", "peft.vear"], ["unknown PEFT type 'vear': did you mean vera?"]),
-    "no variant": (["--methods", "peft"], ["name a type, as in peft.vera. Available: ada"]),
-    "variant that cannot be": (
-        ["--methods", "peft.prefixtuning"],
-        ["peft.prefixtuning prepends trained tokens"],
-    ),
-    "variant as PEFT spells it": (["--methods", "peft.PREFIX_TUNING"], ["prepends trained tokens"]),
-    "option of a variant": (
-        ["--methods", "peft.vera", "--set", "peft.vera.rr=1"],
-        ["unknown option of peft.vera 'rr': did you mean r?"],
+    "variants": (
+        [
+            "--methods",
+            "peft.vear",
+            "peft",
+            "peft.prefixtuning",
+            "peft.PREFIX_TUNING",
+            "peft.vera",
+            "--set",
+            "peft.vera.rr=1",
+        ],
+        [
+            "unknown PEFT type 'vear': did you mean vera?",
+            "name a type, as in peft.vera. Available: ada",
+            "method peft.prefixtuning: peft.prefixtuning prepends trained tokens",
+            "method peft.PREFIX_TUNING: peft.prefixtuning prepends trained tokens",
+            "unknown option of peft.vera 'rr': did you mean r?",
+        ],
     ),
     "variant of what has none": (["--methods", "lora.x"], ["lora has no variants: write lora alone"]),
     "limit": (

@@ -1,15 +1,14 @@
 """The demo's data and tokenizer come from its generator, and what is shipped is small."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "demo"))
 
 
 def test_the_generator_makes_the_shipped_data_again(tmp_path):
-    sys.path.insert(0, str(ROOT / "demo"))
     import build
 
     build.write_data(tmp_path)
@@ -46,6 +45,17 @@ def test_the_shipped_model_is_small_and_the_marks_of_a_turn_are_single_tokens():
     ] == [1, 2, 1]
 
 
-def test_build_runs_from_nothing(tmp_path):
-    subprocess.run([sys.executable, ROOT / "demo/build.py", "--steps", "1", "--out", tmp_path], check=True)
-    assert (tmp_path / "model/model.safetensors").exists()
+def test_build_runs_from_nothing(tmp_path, monkeypatch):
+    """From a hundredth of its documents to a model and a tokenizer that can be loaded."""
+    import build
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, value in {"DOCUMENTS": 1000, "HELD_OUT": 16, "BATCH": 8}.items():
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(sys, "argv", ["build.py", "--steps", "1", "--out", str(tmp_path)])
+    build.main()
+    shipped, made = (AutoModelForCausalLM.from_pretrained(at / "model") for at in (ROOT / "demo", tmp_path))
+    assert made.config.to_diff_dict().keys() == shipped.config.to_diff_dict().keys()
+    shapes = [{name: weight.shape[1:] for name, weight in m.state_dict().items()} for m in (made, shipped)]
+    assert shapes[0] == shapes[1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == build.CHAT_TEMPLATE

@@ -158,6 +158,17 @@ def test_what_rounding_leaves_of_a_difference_is_nothing():
         assert same.value == 0 and same.high - same.low < 1e-12
 
 
+def test_seeds_that_differ_by_one_amount_in_every_row_have_no_chance_of_their_own_there():
+    """But for rounding, of which no multiple says how far seeds vary: their values alone do."""
+    rng = np.random.default_rng(0)
+    rows, shifts = rng.normal(size=(2, 1000)), rng.normal(0, 0.01, (2, 3))
+    a, b = (row + shift[:, None] for row, shift in zip(rows, shifts, strict=True))
+    c = rows[0] + rng.normal(0, 0.1, (3, 1000))
+    family = Family({"a": scored(a), "b": scored(b), "c": scored(c)}, all_pairs("abc"))
+    assert family.own_rows[:2].tolist() == [0, 0] and family.own_rows[2] > 0
+    assert family.width.max() < 1 and family.detectable().max() < 1
+
+
 def test_the_same_samples_have_the_same_interval():
     a, b = np.random.default_rng(0).random((2, 3, 80))
     assert difference(a, b) == difference(a, b)

@@ -65,6 +65,7 @@ def bench(folder, *methods, trials=8, seeds=(0, 1, 2), most=10**6, **more) -> St
 
 
 BOTH = {"tracks": ["identical", "tuned"]}
+pytestmark = pytest.mark.usefixtures("undrawn")  # but for the report that most of them read
 
 
 @pytest.fixture(scope="module")

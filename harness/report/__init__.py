@@ -8,8 +8,8 @@ import base64
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -21,6 +21,9 @@ from harness.report.document import document
 from harness.report.tables import brief
 from harness.report.text import markdown
 from harness.store import Store, save
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["brief_table", "render"]
 FORMATS = ("md", "html")
@@ -59,9 +62,11 @@ def render(
     return written
 
 
-def brief_table(records: list[RunRecord]) -> pandas.DataFrame:
+def brief_table(records: list[RunRecord]) -> "pandas.DataFrame":
     """The brief's table as text, a row a technique; of several comparisons, the newest first. Its notes are
     `attrs["notes"]`."""
+    import pandas  # which no report needs, and takes half a second
+
     tables = [brief(c, [*c.bases, *chain(*c.objectives.values())]) for c in comparisons(records)]
     rows = [[plain(cell) for cell in row] for table in tables for row in table.rows]
     table = pandas.DataFrame(rows, columns=tables[0].columns if tables else None)

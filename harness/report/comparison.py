@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from harness.metrics import compared, row_sums, scores
+from harness.metrics import compared, scores
 from harness.record import TRAINING, RunRecord
 from harness.report.text import shorten
 from harness.spec import RunSpec, digest
@@ -18,7 +18,6 @@ UNTOUCHED = "base"  # the row of the untouched model: every technique's "before"
 GIB = 2**30
 IDENTICAL, TUNED = " with the shared hyperparameters", " with each at its own best"  # the tracks
 SEEDS_TO_RANK = 3  # seeds: fewer say nothing of how a method varies from run to run
-TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 STATUS = {
     "oom_gpu": "out of GPU memory",
     "oom_host": "out of host memory",
@@ -378,24 +377,19 @@ def watt_hours(record: RunRecord) -> float | None:
 
 def read_outputs(comparison: Comparison, store: Store) -> None:
     """Gives the techniques the numbers of their test rows; a warning for a run on other rows."""
-    tested = None
+    rows = None
     for technique in comparison.techniques:
         found = []
         for record in technique.done:
-            outputs = store.outputs(record)
-            these = [[o.get(name) for name in TEST_ROW] for o in outputs]
-            if not outputs:
-                comparison.warnings.append(f"{technique.label} (seed {record.spec.seed}): no test outputs")
-                continue
-            if tested is None:
-                tested, comparison.parts = these, [str(o.get("part") or "") for o in outputs]
-            if these != tested:
+            tested = store.tested(record)
+            if rows is None:
+                rows, comparison.parts, comparison.reference_tokens = tested.rows, tested.parts, tested.tokens
+            if tested.rows != rows:
                 comparison.warnings.append(
                     f"{technique.label} (seed {record.spec.seed}) was tested on other rows than the others"
                 )
                 continue
-            found.append(row_sums(outputs, record.spec.dataset))
-            comparison.reference_tokens = np.array([output["tokens"] for output in outputs])
+            found.append(tested.sums)
             technique.outputs_of = technique.outputs_of or record
         if len(found) == len(technique.done):
             technique.sums = found

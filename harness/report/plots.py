@@ -217,16 +217,14 @@ def place_labels(ax) -> None:
         probe.remove()
         width, height = box.width, box.height
         px, py = to_pixels((x, y))
-        places = []
-        for distance, angle in product((7, 12, 20, 30, 44, 60, 80), np.arange(24) * np.pi / 12):
-            dx, dy = np.cos(angle) * distance * scale, np.sin(angle) * distance * scale
-            left = px + dx - width * (1 - np.cos(angle)) / 2
-            low = py + dy - height * (1 - np.sin(angle)) / 2
-            spot = (left, low, left + width, low + height)
-            outside = sum(max(0, a) for a in (frame.x0 - left, left + width - frame.x1,
-                                              frame.y0 - low, low + height - frame.y1))  # fmt: skip
-            places.append((sum(overlap(spot, other) for other in taken) + 1e3 * outside, distance, spot))
-        _, distance, spot = min(places, key=lambda place: place[:2])
+        distance, angle = np.array([*product((7, 12, 20, 30, 44, 60, 80), np.arange(24) * np.pi / 12)]).T
+        left = px + np.cos(angle) * distance * scale - width * (1 - np.cos(angle)) / 2
+        low = py + np.sin(angle) * distance * scale - height * (1 - np.sin(angle)) / 2
+        spots = np.stack([left, low, left + width, low + height], 1)  # the nearest first
+        outside = np.stack([frame.x0 - left, spots[:, 2] - frame.x1, frame.y0 - low, spots[:, 3] - frame.y1])
+        crowded = overlap(spots[:, None], np.array(taken)).sum(1) + 1e3 * outside.clip(0).sum(0)
+        best = int(crowded.argmin())
+        distance, spot = distance[best], tuple(spots[best])
         taken.append(spot)
         corner = ((spot[0] - px) / scale, (spot[1] - py) / scale)
         hair = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
@@ -237,9 +235,10 @@ def place_labels(ax) -> None:
         text.set_in_layout(False)  # the axes stay where the places were chosen
 
 
-def overlap(a, b) -> float:
-    """The area that two boxes (left, low, right, high) share."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The areas that boxes (..., 4: left, low, right, high) share."""
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    return sides.clip(0).prod(-1)
 
 
 @drawn

@@ -114,7 +114,8 @@ class Family:
         self.covariance = means @ means.T / pairs
         own = [((s.pulls - mean) ** 2).sum() / max(len(s.values) - 1, 1)
                for s, mean in zip(samples, means, strict=True)]  # fmt: skip
-        self.own_rows = np.array(own) / pairs
+        own, whole = np.array(own) / pairs, self.covariance.diagonal()
+        self.own_rows = np.where(own > SAME * whole, own, 0.0)
 
     def shared(self, spread: np.ndarray) -> np.ndarray:
         """(..., techniques) variance over seeds as it was seen -> as it is if the seeds of all vary alike: by

@@ -167,10 +167,7 @@ def examples(comparison: Comparison, store: Store) -> list[Example]:
     rouge = {t.label: METRICS["rouge_l"].value(t.sums[0]["rouge_l"]) for t in techniques}
     quality = np.mean([rouge[t.label] for t in judged], axis=0)
     chosen = choose(comparison.parts, quality, EXAMPLES)
-    texts = {}
-    for technique in techniques:
-        outputs = store.outputs(technique.outputs_of)
-        texts[technique.label] = [outputs[i] for i in chosen]
+    texts = {technique.label: store.outputs(technique.outputs_of, chosen) for technique in techniques}
     found = []
     for k, i in enumerate(chosen):
         first = texts[techniques[0].label][k]

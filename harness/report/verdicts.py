@@ -5,7 +5,7 @@ Computed once. Lead, tables, ranks, fronts and plots only read it, so that no tw
 
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
-from math import expm1
+from math import expm1, inf
 
 import numpy as np
 
@@ -29,8 +29,8 @@ class Quantity:
 
     def amounts(self, *ends: float, signed: bool = False) -> list[str]:
         """Of differences, in words: in percent where ratios count, with so many decimals that no end reads as
-        0 which is not."""
-        shown = [100 * expm1(end) for end in ends] if self.ratio else ends
+        0 which is not; unknown where no number holds the percents."""
+        shown = [100 * expm1(end) if end < 700 else inf for end in ends] if self.ratio else ends
         decimals = 1 if self.ratio else self.decimals
         while decimals < 9 and any(end and not round(end, decimals) for end in shown):
             decimals += 1
@@ -84,6 +84,7 @@ class Standing:
         pairs += [(e.label, b) for e in known for b in dict.fromkeys(e.against) if b in self.entrants]
         self.family = Family({e.label: e.sample for e in known}, pairs, draws)
         self.pairs = set(pairs)
+        self.sets: dict[str, list[list[str]]] = {}  # group -> what `alike` has found
 
     def point(self, label: str) -> float:
         """The mean over seeds, in the quantity's own unit."""
@@ -125,6 +126,8 @@ class Standing:
 
     def alike(self, group: str) -> list[list[str]]:
         """The largest sets of which no two can be told apart, best first; one may be in several."""
+        if group in self.sets:
+            return self.sets[group]
         names = self.ranked(group)
         ties = {name: set(self.tied(name, group)) for name in names}
         found = []
@@ -137,7 +140,8 @@ class Standing:
                 open_, closed = open_ - {name}, closed | {name}
 
         grow(set(), set(names), set())
-        return sorted(found, key=lambda members: [names.index(name) for name in members])
+        self.sets[group] = sorted(found, key=lambda members: [names.index(name) for name in members])
+        return self.sets[group]
 
     def detectable(self) -> float:
         """The true difference of two ranked techniques that such a bench would have told apart in 8 of 10
