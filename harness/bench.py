@@ -120,19 +120,23 @@ def bench(
 def together(
     specs: list[RunSpec], places: list["Slot"], one: Callable
 ) -> Iterator[tuple[RunSpec, RunRecord]]:
-    """`one(spec, slot, signals)` of each, in their order, one a slot at a time. -> each with its record, in the
-    order of their ends. After a signal or a fault no other begins."""
+    """`one(spec, slot, signals)` of each, in their order, one a slot at a time. -> each with its record, in
+    the order of their ends. After a signal or a fault no other begins."""
     ended: SimpleQueue[Future] = SimpleQueue()
+    halted = threading.Event()
     free: SimpleQueue[Slot] = SimpleQueue()
     for slot in places:
         free.put(slot)
 
     def begun(spec: RunSpec) -> tuple[RunSpec, RunRecord]:
-        if signals:
-            raise KeyboardInterrupt(signals[0])
+        if signals or halted.is_set():
+            raise KeyboardInterrupt(*signals[:1])
         slot = free.get()
         try:
             return spec, one(spec, slot, signals)
+        except BaseException:
+            halted.set()
+            raise
         finally:
             free.put(slot)
 

@@ -36,7 +36,8 @@ RUN = "TUNEOFF_RUN"  # and, of a fresh one, its folder
 PYTHON = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the working directory
 ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "TOKENIZERS_PARALLELISM": "false",
-    "OPENBLAS_NUM_THREADS": "1",  # it starts its threads on import
+    "OPENBLAS_NUM_THREADS": "1",  # it starts them on import, as pyarrow does one:
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -215,7 +216,8 @@ class Nursery:
 
 def serve(needs: list[str]) -> None:
     bench = socket.socket(fileno=os.dup(0))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
     with card_is_asked_in_a_copy() as card:
         reasons = packages.unimportable(needs)
         with suppress(Exception):  # what is wrong here is found by the run, and stands in its record
