@@ -139,9 +139,10 @@ def nursery(tmp_path_factory):
     """One with nothing in it: what is heavy is a stub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(stub(tmp_path_factory.mktemp("nursery"))))
-        with Nursery({}) as nursery:
-            assert nursery.copies or sys.platform != "linux"
-            yield nursery
+        own = Nursery({})
+    with own:
+        assert own.copies or sys.platform != "linux"
+        yield own
 
 
 @pytest.fixture(params=["fresh", "copied"])
