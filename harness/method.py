@@ -67,6 +67,8 @@ LIMITS = {
         "train on rows with prompts",
     ),
     "4-bit base": Limit(),
+    "compiling": Limit(),
+    "graphs": Limit(),
     "merging": Limit(),
     "several cards": Limit(),
 }

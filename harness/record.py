@@ -16,7 +16,7 @@ from harness.spec import RunSpec, digest, folder_name
 
 SCHEMA = 2
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
-PHASES = ("load", "attach", "train", "rollout", "validate", "evaluate", "generate", "save")
+PHASES = ("load", "attach", "compile", "train", "rollout", "validate", "evaluate", "generate", "save")
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.\w{1,64})?", re.ASCII)  # of a method, or of a family's variant
 
@@ -102,6 +102,19 @@ class Provenance:
     def code(self) -> str | None:
         """The commit, with a + where it was changed since; where it is unknown, the version."""
         return self.commit + "+" * bool(self.dirty) if self.commit else self.version
+
+
+EAGER = "eager"
+
+
+@dataclass
+class Steps:
+    """How the steps of a training were computed."""
+
+    rung: str | None = None  # of the ladder in harness/training/kernels.py; null: before there was one
+    reason: str | None = None  # why no higher one
+    packed: bool | None = None  # rows lay one behind another, attention apart
+    shapes: Count | None = None  # graphs that were captured
 
 
 @dataclass
@@ -218,6 +231,7 @@ class RunRecord:
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
     memory: Memory | None = None  # null on a GPU, whose allocator knows the sum alone
     disturbed: list[str] | None = None  # by whom or what the training was; null where nothing is known of it
+    kernels: Steps = field(default_factory=Steps)
     step_seconds: list[Amount] = field(default_factory=list)
     warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time
     tokens: Tokens = field(default_factory=Tokens)
@@ -299,7 +313,8 @@ class RunRecord:
         except TypeError as error:
             raise ValueError(f"not a run record: {error}") from error
         value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
-        parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance, "memory": Memory}
+        parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance}
+        parts |= {"memory": Memory, "kernels": Steps}
         said = {name: value[name] for name in parts if value.get(name) is not None}
         value |= {name: made(parts[name], part) for name, part in said.items()}
         return made(cls, value)

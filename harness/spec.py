@@ -31,6 +31,7 @@ class Hyperparams:
     gradient_checkpointing: bool = False  # recompute activations: less memory, about 4/3 the time
     packing: bool = False  # several rows share a sequence of max_length: less padding, the same steps
     validations: Count = 4  # points of the validation curve after the first
+    kernels: Literal["auto", "eager"] = "auto"  # compiled and captured steps where they can be; eager: never
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -41,6 +42,11 @@ class Hyperparams:
     def untrained(self) -> "Hyperparams":
         """The same evaluation with no training at all: what a base row is asked."""
         return replace(Hyperparams(epochs=0.0), **{name: getattr(self, name) for name in EVALUATION})
+
+
+def hashed(hp: Hyperparams) -> dict:
+    """As a spec is hashed: without what came later and is as it was before."""
+    return {name: value for name, value in asdict(hp).items() if (name, value) != ("kernels", "auto")}
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
@@ -109,6 +115,7 @@ class RunSpec:
         """The spec as JSON values, without this machine's paths. What an arm may change is left out where it
         changes nothing, as before there were arms."""
         asked = asdict(self)
+        asked["hp"] = hashed(self.hp)
         del asked["locations"], asked["reason"]
         if not self.changes:
             del asked["changes"]
@@ -131,7 +138,7 @@ class RunSpec:
     @property
     def comparison(self) -> str:
         """Equal for runs that belong in one table: all but seed, method, and its options and changes."""
-        return digest([self.evaluation, asdict(self.hp)])
+        return digest([self.evaluation, hashed(self.hp)])
 
     @property
     def folder(self) -> str:

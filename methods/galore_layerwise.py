@@ -20,7 +20,10 @@ class GaLoreLayerwise(GaLore):
     overrides = {
         "max_grad_norm": (0.0, "a gradient is used and freed before the norm over all of them is known")
     }
-    cannot = {"accumulation": "each micro-batch's gradient is used at once"}
+    cannot = {
+        "accumulation": "each micro-batch's gradient is used at once",
+        "graphs": "the weights are updated within backward, by steps that are counted in Python",
+    }
 
     def optimizer(self, model, run):
         import weakref

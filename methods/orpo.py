@@ -59,6 +59,7 @@ class ORPO(LoRA):
         for batch in pairs:
             batch["last"] = last_answers(batch)
             if self.prompt_loss:
+                del batch["targets"]  # there are more
                 read = chosen(batch["attention_mask"]).bool()
                 chosen(batch["labels"])[read] = chosen(batch["input_ids"])[read]
         learned = sum((chosen(batch["labels"])[:, 1:] != -100).sum() for batch in pairs)

@@ -54,41 +54,70 @@ def order(lengths: list[int], hp: Hyperparams, seed: int):
         epoch += 1
 
 
-def collate(examples: list[Example], pad_id: int, device, history: bool = False, packed: int = 0) -> dict:
+def collate(
+    examples: list[Example], pad_id: int, device, history: bool = False, packed: int = 0, shaped=None
+) -> dict:
     """Right-padded input_ids, attention_mask and labels, each (B, T), labels only on the response, and
     with `history` on the earlier answers that an example says; prompt_lengths (B,); and the examples.
+    `targets` (N,): the places in the B * T tokens whose next token has a label, in order.
 
     `packed`: examples share sequences of up to so many tokens. Then position_ids (B, T) begin anew with each
     example, which keeps attention within it, and there are no prompt_lengths.
+
+    `shaped(examples, targets)` gives a Shape that is filled up to: targets by places of the last token. If it
+    has rows, all examples share one sequence. cu_seq_lens (rows + 1,) says between which of the B * T tokens
+    each row lies, `longest` how many it has at most.
     """
     import torch
 
     sequences = pack(examples, packed) if packed else [[example] for example in examples]
-    shape = len(sequences), height(sequences)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
-    mask, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    shape = None
+    if shaped:
+        shape = shaped(examples, sum(learned_tokens(example, history) for example in examples))
+        sequences = [examples] if shape.rows else sequences
+    together = packed or (shape and shape.rows)
+    size = len(sequences), shape.tokens if shape else height(sequences)
+    ids, labels = torch.full(size, pad_id), torch.full(size, -100)
+    mask, positions = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
+    borders = [0]
     for i, sequence in enumerate(sequences):
         start = 0
         for example in sequence:
-            p, stop = start + len(example.prompt_ids), start + example.length
+            stop = start + example.length
             ids[i, start:stop] = torch.tensor(list(example.prompt_ids) + list(example.response_ids))
-            learned = [(p, stop)]
-            if history:
-                spans = zip(example.learned[::2], example.learned[1::2], strict=True)
-                learned += [(start + a, start + b) for a, b in spans]
-            for a, b in learned:
-                labels[i, a:b] = ids[i, a:b]
+            for a, b in learned_spans(example, history):
+                labels[i, start + a : start + b] = ids[i, start + a : start + b]
             mask[i, start:stop] = 1
             positions[i, start:stop] = torch.arange(example.length)
-            start = stop
-        positions[i, start:] = torch.arange(shape[1] - start)  # padding is a row of its own
-    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if packed:
+            borders.append(start := stop)
+        positions[i, start:] = torch.arange(size[1] - start)  # padding is a row of its own
+    followed = labels[:, 1:] != -100
+    targets = torch.nn.functional.pad(followed, (0, 1)).flatten().nonzero()[:, 0]
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels, "targets": targets}
+    if shape:
+        filling = torch.full((shape.targets - len(targets),), ids.numel() - 1)
+        tensors["targets"] = torch.cat([targets, filling])
+        every = [*range(0, ids.numel() + 1, size[1])]
+        rows = shape.borders(borders) if shape.rows else every
+        tensors["cu_seq_lens"] = torch.tensor(rows, dtype=torch.int32)
+    if together:
         tensors["position_ids"] = positions
     else:
         tensors["prompt_lengths"] = torch.tensor([len(example.prompt_ids) for example in examples])
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return {"examples": examples, **moved}
+    return {"examples": examples, **moved, **({"longest": shape.longest} if shape else {})}
+
+
+def learned_spans(example: Example, history: bool) -> list[tuple[int, int]]:
+    """From and to which of its tokens an example is learned."""
+    spans = [(len(example.prompt_ids), example.length)]
+    if history:
+        spans += zip(example.learned[::2], example.learned[1::2], strict=True)
+    return spans
+
+
+def learned_tokens(example: Example, history: bool) -> int:
+    return sum(b - a for a, b in learned_spans(example, history))
 
 
 def pack(examples: list[Example], width: int) -> list[list[Example]]:

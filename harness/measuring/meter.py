@@ -33,6 +33,7 @@ class Meter:
         self.phases: dict[str, Phase] = {}
         self.on_enter = on_enter
         self.stack: list[str] = []
+        self.replayed = 0  # bytes that a step's graph holds while it is replayed, which no counter shows
         self.contention = Contention(cuda := device.type == "cuda")
         self.card = Card(self.contention.look) if cuda else None
 
@@ -74,13 +75,18 @@ class Meter:
         self.contention.close()
         phase.peak_host = highest(phase.peak_host, host_peak())
         if self.card:
-            phase.peak_allocated = highest(phase.peak_allocated, torch.cuda.max_memory_allocated())
+            phase.peak_allocated = highest(phase.peak_allocated, self.allocated(name))
             reserved = torch.cuda.max_memory_reserved()
             phase.peak_reserved = highest(phase.peak_reserved, reserved)
             phase.peak_device = highest(phase.peak_device, self.card.peak(reserved))
             after = machine.card_joules()
             if after is not None and self.joules is not None:
                 phase.joules = (phase.joules or 0.0) + after - self.joules
+
+    def allocated(self, name: str = "train") -> int:
+        """Bytes of live tensors at the highest moment of a phase, so far."""
+        inside = self.replayed if name == "train" else 0
+        return max(torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() + inside)
 
 
 class StepClock:

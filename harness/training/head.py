@@ -1,68 +1,193 @@
 """The one LM-head path: log-probabilities of target tokens, never holding the logits of a batch.
 
 With a vocabulary of 262,144 the logits of a batch are its largest tensor by far. Here only the hidden
-states of the target positions meet the head, some rows at a time, and backward computes them again.
+states of the target positions meet the head, some rows at a time. Where the head is frozen, the gradients of
+what it reads are made beside the log-probabilities, and backward only scales them; the logits of a trained
+head are made again in backward.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from harness.training.attention import flash
+
 CHUNK = 2**26  # logits at a time: 256 MiB in fp32, and still large matrix products
+ROWS = ("cu_seq_lens", "longest")  # of a batch: where rows lie, for attention that needs no mask
+COMPILED_ROWS = 1024  # at a time where the head is compiled, which holds them once, in 16 bits
 
 
-def token_logps(model, batch: dict) -> torch.Tensor:
+def token_logps(model, batch: dict, compiled: bool = False) -> torch.Tensor:
     """(B, T-1): log p of each next token that is a target, in fp32; 0 where there is no target.
 
     `batch` holds input_ids, attention_mask and labels, each (B, T); label t says what stands at t,
     -100 that nothing is learned there. Where it holds position_ids, rows are packed, and each of them
-    begins at position 0.
+    begins at position 0. Where it holds `targets`, these are the places in the B * T tokens that are followed
+    by a label, (N,), with any number of last tokens behind them, which nothing follows. Where it holds
+    `cu_seq_lens` and `longest`, rows lie between these of the B * T tokens and attention needs no mask.
     """
-    return token_scores(model, batch)[0]
+    causal = causal_lm(model)
+    hidden, labels, places = at_targets(causal, batch)
+    head, softcap = causal.get_output_embeddings(), softcap_of(causal)
+    if not plain(head):
+        logps, _ = in_chunks(head, softcap, hidden, labels)
+    else:
+        learning = torch.is_grad_enabled()
+        logps = LogProbabilities.apply(hidden, head.weight, labels, softcap, learning, compiled)
+    return on_grid(logps, places, batch)
 
 
 def token_scores(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """As token_logps, and beside it (B, T-1) booleans: the target was the most likely token."""
     causal = causal_lm(model)
+    hidden, labels, places = at_targets(causal, batch)
+    found = in_chunks(causal.get_output_embeddings(), softcap_of(causal), hidden, labels)
+    logps, hits = (on_grid(values, places, batch) for values in found)
+    return logps, hits
+
+
+def at_targets(causal, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> (N, H) hidden states, (N,) the labels that follow them, (N,) their places in the B * T tokens."""
+    labels = pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
+    places = batch.get("targets")
+    if places is None:
+        places = (labels != -100).nonzero()[:, 0]
     decoder = causal.get_decoder()
     packed = "position_ids" in batch  # without a mask, transformers keeps attention within each row
-    placed = {name: batch[name] for name in (["position_ids"] if packed else ["attention_mask"])}
-    placed |= {name: batch[name] for name in getattr(decoder, "reads", ())}  # what a method's hooks ask for
-    hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **placed).last_hidden_state
-    hidden = hidden[:, :-1]  # (B, T-1, H)
-    labels = batch["labels"][:, 1:]
-    targets = labels != -100
-    hidden, labels = hidden[targets], labels[targets]  # (N, H), (N,)
-    head, softcap = causal.get_output_embeddings(), text_config(causal).get("final_logit_softcapping")
+    given = {name: batch[name] for name in (["position_ids"] if packed else ["attention_mask"])}
+    given |= {name: batch[name] for name in getattr(decoder, "reads", ())}  # what a method's hooks ask for
+    if rows := batch.get("cu_seq_lens") is not None:
+        given.pop("attention_mask", None)
+        given |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), batch["cu_seq_lens"])
+        given |= dict.fromkeys(("max_length_q", "max_length_k"), batch["longest"])
+    with flash(causal) if rows else nullcontext():
+        output = decoder(input_ids=batch["input_ids"], use_cache=False, **given)
+    return output.last_hidden_state.flatten(0, 1)[places], labels[places], places  # of (B, T, H)
+
+
+def on_grid(values, places, batch: dict) -> torch.Tensor:
+    """(N,) -> (B, T-1), 0 where there is no target."""
+    shape = batch["labels"].shape
+    return values.new_zeros(shape.numel()).index_put((places,), values).view(shape)[:, :-1]
+
+
+def in_chunks(head, softcap, hidden, labels) -> list[torch.Tensor]:
+    """(N,) log-probabilities and (N,) hits, by the head as a module, whatever it is."""
     rows = max(1, CHUNK // head.weight.shape[0])
     chunks = [
         checkpoint(score, head, softcap, h, y, use_reentrant=False)
         for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ] or [(hidden.new_zeros(0, dtype=torch.float32), labels.bool())]
-    logps = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-    hits = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
-    logps[targets] = torch.cat([c[0] for c in chunks])
-    hits[targets] = torch.cat([c[1] for c in chunks])
-    return logps, hits
+    ]
+    return [torch.cat(values) for values in zip(*chunks, strict=True)]
 
 
 def score(head, softcap, hidden, labels):
-    """(N, H), (N,) -> (N,) log-probabilities and (N,) hits."""
-    logits = head(hidden).float()  # (N, V)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logps = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    return logps, logits.argmax(-1) == labels
+    """(N, H), (N,) -> (N,) log-probabilities and hits."""
+    logits = capped(head(hidden), softcap)  # (N, V)
+    return chosen(logits, labels), logits.argmax(-1) == labels
+
+
+class LogProbabilities(torch.autograd.Function):
+    """(N, H), (V, H), (N,) -> (N,) in fp32: log-probabilities of the labels, 0 at -100.
+
+    A log-probability depends on one hidden state, so that its gradient is one row, which waits for backward
+    whatever the loss will be. A trained head's gradient is a sum over rows that the loss weighs.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, softcap, learning, compiled):
+        device, rows = hidden.device.type, COMPILED_ROWS if compiled else max(1, CHUNK // weight.shape[0])
+        autocast = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        ctx.softcap, ctx.rows, ctx.compiled = softcap, rows, compiled
+        with torch.autocast(device, enabled=False):
+            states, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+            ahead = learning and not weight.requires_grad
+            step = made(with_gradients if ahead else alone, compiled)
+            parts = [
+                step(h, matrix, y, softcap)
+                for h, y in zip(states.split(rows), labels.split(rows), strict=True)
+            ]
+        ctx.ahead = ahead
+        if ahead:
+            ctx.save_for_backward(torch.cat([gradients for _, gradients in parts]))
+            return torch.cat([logps for logps, _ in parts])
+        if learning:
+            ctx.save_for_backward(states, weight, labels)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.ahead:
+            [gradients] = ctx.saved_tensors
+            return (gradients * grad[:, None]).to(gradients.dtype), None, None, None, None, None
+        states, weight, labels = ctx.saved_tensors
+        matrix, of_weight = weight.to(ctx.dtype), torch.zeros_like(weight)
+        step, of_states = made(backwards, ctx.compiled), []
+        for part in zip(*(x.split(ctx.rows) for x in (states, labels, grad)), strict=True):
+            of_state, of_matrix = step(matrix, *part, ctx.softcap)
+            of_states.append(of_state)
+            of_weight += of_matrix
+        return torch.cat(of_states), of_weight, None, None, None, None
+
+
+def capped(logits, softcap):
+    """In fp32, and where a model bounds its logits, bounded."""
+    logits = logits.float()
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def alone(hidden, matrix, labels, softcap):
+    return chosen(capped(hidden @ matrix.T, softcap), labels)
+
+
+def with_gradients(hidden, matrix, labels, softcap):
+    """(N,) log-probabilities, and (N, H) the gradient of each with respect to its hidden state."""
+    logits = capped(hidden @ matrix.T, softcap)
+    return chosen(logits, labels), slopes(logits, labels, softcap).to(matrix.dtype) @ matrix
+
+
+def backwards(matrix, hidden, labels, grad, softcap):
+    """The gradients of the hidden states (N, H) and of the head (V, H)."""
+    logits = capped(hidden @ matrix.T, softcap)
+    weighted = (slopes(logits, labels, softcap) * grad[:, None]).to(matrix.dtype)
+    return weighted @ matrix, weighted.T @ hidden
+
+
+def chosen(logits, labels):
+    """(N, V), (N,) -> (N,) log-probabilities, 0 at the label -100."""
+    return -cross_entropy(logits, labels, reduction="none")
+
+
+def slopes(logits, labels, softcap):
+    """(N, V): of each log-probability with respect to the head's products."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    slopes = ((columns == labels[:, None]).float() - logits.softmax(1)) * (labels >= 0)[:, None]
+    return slopes * (1 - (logits / softcap) ** 2) if softcap else slopes
+
+
+@cache
+def made(step, compiled: bool):
+    return torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
+
+
+def plain(head) -> bool:
+    """A matrix and nothing else, and nobody listens to it."""
+    return type(head) is torch.nn.Linear and head.bias is None and not (
+        head._forward_hooks or head._forward_pre_hooks
+    )  # fmt: skip
+
+
+def softcap_of(causal) -> float | None:
+    return getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def causal_lm(model):
     """The transformers model inside whatever wraps it; adapters live in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def text_config(causal) -> dict:
-    return causal.config.get_text_config().to_dict()
 
 
 @contextmanager
@@ -123,7 +248,10 @@ def unpackable(model, apart: dict, packed: dict) -> str | None:
         found = scores(packed)
     except TypeError as error:
         return f"{name} cannot read packed rows ({error}): {remedy}"
-    expected, mixed = scores(apart), scores({k: v for k, v in packed.items() if k != "position_ids"})
+    expected, mixed = (
+        scores(apart),
+        scores({k: v for k, v in packed.items() if k not in ("position_ids", *ROWS)}),
+    )
     # The mean: of rounding in bf16 it is small, and a leak reaches every token after it.
     difference, leak = ((x - expected).abs().mean().item() for x in (found, mixed))
     if not difference <= min(tolerance(model), leak / 4):

@@ -1,6 +1,7 @@
 """The one loop: every method's optimizer steps, under the same batches, schedule, clipping and clock."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from harness.measuring import LiveTensors, StepClock, rehearse
 from harness.record import Memory
 from harness.spec import Hyperparams
 from harness.training import evaluation, head
+from harness.training.kernels import Kernels
 from harness.training.reading import Reading
 from harness.training.weights import Diverged
 
@@ -30,10 +32,13 @@ def train(model, run: "Run") -> "Loop":
     points = validation_points(run.steps, run.hp.validations)
     with run.meter.phase("train"):
         loop, clock = Loop(model, run), StepClock(run.device)
+        compiling = []  # seconds of it in each step
         unsettled = None  # a step is settled one late, so that the device never waits for the host
         for examples in run.batches:
+            before = loop.kernels.seconds
             with clock.step():
                 entry = loop.step(examples)
+            compiling.append(loop.kernels.seconds - before)
             settle(unsettled, run)
             unsettled = entry
             if loop.done in points:
@@ -42,10 +47,10 @@ def train(model, run: "Run") -> "Loop":
                 record.validation.append({"step": loop.done, "loss": evaluation.validate(model, run)})
                 model.train()
         settle(unsettled, run)
-        record.step_seconds = clock.read()
+        record.step_seconds = [max(0.0, s - c) for s, c in zip(clock.read(), compiling, strict=True)]
         record.tokens = replace(record.tokens, **loop.reading.tokens())
         record.hashes |= loop.reading.hashes()
-        run.reading = None
+        run.reading, run.shapes = None, None
     return loop
 
 
@@ -60,13 +65,16 @@ class Loop:
         self.scheduler = get_scheduler(hp.schedule, self.optimizer, warmup, run.steps)
         self.reading = run.reading = Reading()
         prepare_model(model.train(), hp)
+        self.kernels = Kernels(model, run)
 
     def step(self, examples: list) -> dict:
         """One optimizer step. -> its loss and the like, as tensors that nobody has waited for."""
         run, rate = self.run, self.scheduler.get_last_lr()[0]
         batches = run.method.prepare(self.model, examples, run)
-        with nullcontext({}) if self.done else head.arithmetic(self.model) as types:
-            loss = accumulate(self.model, batches, run)
+        self.kernels.ready(batches)
+        known = self.done or "training" in run.record.arithmetic
+        with nullcontext({}) if known else head.arithmetic(self.model) as types:
+            loss = accumulate(batches, run, self.kernels.gradients)
         run.record.arithmetic |= {"training": types} if types else {}
         self.reading.end_step(batches)
         if run.hp.max_grad_norm:
@@ -75,7 +83,7 @@ class Loop:
             norm = gradient_norm(self.parameters)
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad()
+        self.kernels.zero_gradients()
         self.done += 1
         return {"step": self.done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
 
@@ -116,19 +124,14 @@ def prepare_model(model, hp: Hyperparams) -> None:
         head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def accumulate(model, batches: list[dict], run: "Run") -> torch.Tensor:
+def accumulate(batches: list[dict], run: "Run", gradients: Callable) -> torch.Tensor:
     """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
-    loss is a mean over rows), however it is cut into micro-batches. -> that mean, detached."""
+    loss is a mean over rows), however it is cut into micro-batches. -> that mean, detached.
+    `gradients(batch, share)` adds those of a micro-batch."""
     by_tokens = run.method.mean_over == "tokens"
     weights = [targets(batch) if by_tokens else len(batch["labels"]) for batch in batches]
     total = sum(weights)
-    mean = 0.0
-    for batch, weight in zip(batches, weights, strict=True):
-        with run.accelerator.autocast():
-            loss = run.method.loss(model, batch, run) * (weight / total)
-        run.accelerator.backward(loss)
-        mean = mean + loss.detach()
-    return mean
+    return sum(gradients(batch, weight / total) for batch, weight in zip(batches, weights, strict=True))
 
 
 def targets(batch: dict) -> torch.Tensor:

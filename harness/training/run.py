@@ -1,13 +1,15 @@
 """`Run`: what every hook of a method is handed, and asks for whatever it needs."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
 from harness import metrics
-from harness.data import Batches, Example, collate
+from harness.data import Batches, Example, Shapes, collate
 from harness.errors import brief
 from harness.plain import redacted, redacted_in
 from harness.record import RunRecord, finite
@@ -15,6 +17,7 @@ from harness.shape import check, parse
 from harness.spec import Dataset, Hyperparams
 from harness.training import head, loop
 from harness.training.decoder import Decoder
+from harness.training.kernels import plain_gradients
 
 
 class Run:
@@ -42,7 +45,9 @@ class Run:
         self.batches = Batches(splits["train"], hp, seed)
         self.steps = len(self.batches)
         self.rng = torch.Generator().manual_seed(seed)
-        self.reading: loop.Reading | None = None  # while the loop trains
+        self.reading: Callable[[dict], None] | None = None  # is told what is read, while the loop trains
+        self.shapes: Shapes | None = None  # of micro-batches, where steps need them fixed
+        self.compiled = False  # what computes at the moment is compiled
         self.loader = load_base
 
     @property
@@ -56,11 +61,15 @@ class Run:
             return self.loader(**more)
 
     def micro_batches(self, examples: list[Example]) -> list[list[Example]]:
+        if self.shapes:
+            return self.shapes.cut(examples)
         size = self.hp.micro_batch_size
         return [examples[i : i + size] for i in range(0, len(examples), size)]
 
     def collate(self, examples: list[Example], history: bool = True) -> dict:
         """-> a micro-batch, labels on every answer that is to be learned; without history, on the last."""
+        if self.shapes:
+            return collate(examples, self.pad, self.device, history, shaped=self.shapes.of)
         packed = self.hp.max_length if self.hp.packing else 0
         return collate(examples, self.pad, self.device, history, packed)
 
@@ -93,12 +102,12 @@ class Run:
         """(B, T-1): log p of each next token that is a target, see harness/training/head.py."""
         if self.reading and torch.is_grad_enabled():
             self.reading(batch)
-        return head.token_logps(model, batch)
+        return head.token_logps(model, batch, self.compiled)
 
     def accumulate(self, model, batches: list[dict]) -> torch.Tensor:
         """Adds the gradients of a step with these micro-batches, as the training has them. -> its loss."""
         loop.prepare_model(model.train(), self.hp)
-        return loop.accumulate(model, batches, self)
+        return loop.accumulate(batches, self, partial(plain_gradients, model, self))
 
     def note(self, what: str, value: float | str) -> None:
         """Keeps something that this run found out about its method; the report prints it."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 
 from harness import machine, metrics
 from harness.data import COUNTED, SPLITS, Example, Template, answered, examples_hash, study, token_rows
@@ -70,7 +71,9 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
     hp = method.own(spec.own_hp)
     precision = resolve_precision(hp.precision)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # what a graph replays is cast anew
     )
     meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
     if meter.card and meter.card.before and meter.card.before > machine.BUSY_BYTES:
@@ -173,7 +176,7 @@ def with_progress(run: Run):
     def told(**values):
         if "step" in values:
             cuda, rehearsed = torch.cuda.is_available(), run.record.memory
-            peak = torch.cuda.max_memory_allocated() if cuda else rehearsed.peak if rehearsed else host_peak()
+            peak = run.meter.allocated() if cuda else rehearsed.peak if rehearsed else host_peak()
             seconds = time.perf_counter() - started
             values |= {"tokens": tokens[values["step"] - 1], "seconds": seconds, "peak": peak}
         report(**values)

@@ -1,0 +1,192 @@
+"""What benchmarks/train.py measured becomes its table; what was wrong has no speed there.
+
+The first losses, and the first gradient's norm, are compared with an eager fp32 reference: HF Trainer's where
+it has the method, else Tuneoff's plain loop. A row that is off by more than is allowed is WRONG. Allowed is a
+share of how far the reference's losses are apart (TOLERANCE), or in bf16 twice what plain eager bf16 is off
+by (HF Trainer's, else Tuneoff's), if that itself stays below MOST of it.
+"""
+
+from math import inf
+from pathlib import Path
+from statistics import median
+
+from peers import CONTENDERS
+
+GIB = 2**30
+WARMUP = 8  # steps before those that are timed: compiling, capturing, lazy initialisation
+CHECKED = 8  # steps whose losses are compared; what differs grows from step to step
+TOLERANCE = {"fp32": 0.002, "bf16": 0.02}  # of the reference's range; sums are taken in another order
+MOST = 0.1  # likewise: plain bf16 that is off by more says nothing of what bf16 costs
+GRADIENT = {"fp32": 0.002, "bf16": 0.05}  # relative, of the first gradient's norm: AdamW hides its scale
+UNEVEN = 0.05  # of the steps' time: what passes between them beyond this is told
+
+
+def flops(folder: Path, group: dict) -> list[float] | None:
+    """Of the model in each step, without what is computed again: 2 a weight and token forward and 2 for the
+    gradients of activations, 2 more for those of trained weights; the head where something is learned; the
+    scores of causal attention within its window. Null for an objective that reads more than the rows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = next((row for row in group["rows"].values() if row.get("parameters")), None)
+    if group["objective"] != "sft" or not sizes:
+        return None
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    matrices = [m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    head, body = output.weight.numel(), sum(
+        m.weight.numel() for m in matrices if m is not output and not isinstance(m, torch.nn.Embedding)
+    )  # fmt: skip
+    added = min(sizes["trainable"], sizes["parameters"] - sum(p.numel() for p in model.parameters()))
+    changed = min(sizes["trainable"] - added, body + head)  # of the model's own
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    wide = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    return [
+        (4 * head + 2 * max(0, changed - body)) * learned
+        + (4 * body + 2 * min(changed, body) + 6 * added) * sum(lengths)
+        + 12 * wide * sum(attended(n, window) for n in lengths for window in windows)
+        for lengths, learned in zip(group["lengths"], group["targets"], strict=True)
+    ]
+
+
+def attended(length: int, window: int | None) -> int:
+    """Pairs of a token and one that it sees, itself included."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
+
+
+def off(row: dict, reference: dict) -> float:
+    """The greatest difference of the losses that are compared, in nats; infinite where one is no number."""
+    pairs = list(zip(row["losses"], reference["losses"][:CHECKED], strict=False))
+    differences = [abs(a - b) if a is not None and a == a else inf for a, b in pairs]
+    return max(differences) if len(pairs) == CHECKED else inf
+
+
+def allowed(group: dict, precision: str) -> float:
+    """How far losses may be off, in nats."""
+    losses = group["reference"]["losses"][:CHECKED]
+    share = TOLERANCE[precision] * (apart := max(losses) - min(losses))
+    plain = group["rows"].get("trainer") or group["rows"].get("eager") or {"error": "not asked for"}
+    by = inf if "error" in plain or precision == "fp32" else off(plain, group["reference"])
+    return max(share, 2 * by) if by <= MOST * apart else share
+
+
+def wrongs(group: dict, precision: str) -> dict[str, str]:
+    """Contender -> what is wrong with it, of those that ran."""
+    found, planned = {}, sum(map(sum, group["lengths"]))
+    for key, row in group["rows"].items() if compared(group) else ():
+        if "error" in row:
+            continue
+        norm, expected = ((side["norms"] or [None])[0] for side in (row, group["reference"]))
+        by, most = off(row, group["reference"]), allowed(group, precision)
+        if by > most:
+            found[key] = f"its losses are off by up to {by:.2g} nats, {most:.2g} are allowed"
+        elif norm and expected and abs(norm / expected - 1) > GRADIENT[precision]:
+            found[key] = f"its first gradient's norm is {norm:.4g}, the reference's {expected:.4g}"
+        elif group["objective"] == "sft" and row["tokens"] != planned:
+            found[key] = f"it read {row['tokens']:,} tokens of {planned:,}"
+    return found
+
+
+def compared(group: dict) -> bool:
+    """Answers that a method draws itself are other ones in every precision."""
+    return group["objective"] != "reward"
+
+
+def speed(row: dict, group: dict) -> float:
+    """Real tokens a second of the timed steps: of the rows, and what a method reads beyond them."""
+    planned = [sum(step) for step in group["lengths"]]
+    return row["tokens"] / sum(planned) * sum(planned[WARMUP:]) / sum(row["seconds"][WARMUP:])
+
+
+def first(row: dict) -> float:
+    """Seconds that the steps before the timed ones took beyond as many usual ones: compiling, capturing,
+    initialising, a first decomposition. Compiling may be a phase of its own, or within a step."""
+    beyond = sum(row["seconds"][:WARMUP]) - WARMUP * median(row["seconds"][WARMUP:])
+    return max(0.0, beyond, row["compile"])
+
+
+MEMORY = {"allocated GiB": "allocated", "device GiB": "device"}
+HEADS = ("method", "rows x tokens", "contender", "tokens/s", "step ms", *MEMORY, "MFU", "Tuneoff is",
+         "first s", "padding", "loss off by", "notes")  # fmt: skip
+
+
+def above(found: dict) -> list[str]:
+    """What stands above the rows of the table."""
+    ceiling, asked = found["ceiling"], found["asked"]
+    rows = f"real rows of {asked['real']}" if asked["real"] else f"fixed rows, learned: {asked['learned']}"
+    product = f"{ceiling['flops'] / 1e12:.3g}" if "flops" in ceiling else "unknown"
+    return [
+        f"{asked['model']}, {asked['precision']}, {rows}; median of {asked['steps']} steps after {WARMUP}; "
+        f"{ceiling.get('device')}, torch {ceiling.get('torch')}; TFLOP/s in a large product: {product}",
+        "",
+        f"| {' | '.join(HEADS)} |",
+        "|" + " --- |" * 3 + " ---: |" * (len(HEADS) - 4) + " --- |",
+    ]
+
+
+def below(found: dict) -> list[str]:
+    by = dict.fromkeys(f"{group['method']}: {group['by']}'s" for group in found["groups"])
+    share, most = TOLERANCE[found["asked"]["precision"]], f"{MOST:.0%}"
+    return [
+        "",
+        "Tuneoff is: its speed over the row's. MFU: of the model's FLOPs, none counted twice, against the "
+        f"large product. First s: what the first {WARMUP} steps took beyond as many usual ones. Loss off by: "
+        f"at most, in nats, over the first {CHECKED} steps, from the eager fp32 reference ({', '.join(by)}), "
+        f"of what is allowed: {share:.1%} of its range; in bf16, twice what plain eager bf16 is off by, "
+        f"where that is below {most} of it. On a CPU, memory is what is resident.",
+    ]
+
+
+def lines(group: dict, found: dict) -> list[str]:
+    cells = lines_of(group, found["asked"]["precision"], found["ceiling"])
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells]
+
+
+def lines_of(group: dict, precision: str, ceiling: dict):
+    about, nothing = [group["method"], group["shape"]], ["–"] * (len(HEADS) - 4)
+    if error := group["reference"].get("error"):
+        yield [*about, "reference", *nothing, error]
+        return
+    bad, ours = wrongs(group, precision), group["rows"].get("tuneoff", {"error": "not asked for"})
+    base = speed(ours, group) if "error" not in ours and "tuneoff" not in bad else None
+    for key, row in group["rows"].items():
+        cells, note = nothing, row.get("error") or f"**WRONG**: {bad.get(key)}"
+        if key not in bad and "error" not in row:
+            cells, note = numbers(row, group, ceiling, base), "; ".join(notes(row, group))
+            if compared(group):
+                cells[-1] = f"{off(row, group['reference']):.1g} of {allowed(group, precision):.1g}"
+        yield [*about, CONTENDERS[key].label, *cells, note]
+
+
+def numbers(row: dict, group: dict, ceiling: dict, base: float | None) -> list[str]:
+    timed, work = row["seconds"][WARMUP:], group["flops"]
+    known = work and "flops" in ceiling
+    held = [row[kind] for kind in MEMORY.values()]
+    if not any(held):
+        held = [row["resident"], None]
+    return [
+        f"{speed(row, group):,.0f}",
+        f"{1000 * median(timed):,.1f}",
+        *(f"{size / GIB:.1f}" if size is not None else "–" for size in held),
+        f"{sum(work[WARMUP:]) / sum(timed) / ceiling['flops']:.0%}" if known else "–",
+        f"{base / speed(row, group):.2f} x" if base else "–",
+        f"{first(row):.1f}",
+        f"{row['padded'] / (row['padded'] + row['tokens']):.1%}",
+        "not compared",
+    ]
+
+
+def notes(row: dict, group: dict) -> list[str]:
+    found = [*row["disturbed"], *([f"{row['kernels']}"] if row["kernels"] else [])]
+    if not compared(group):
+        found.append("it trains on answers that it draws")
+    if len(row["ends"]) == len(row["seconds"]):
+        passed = row["ends"][-1] - row["ends"][WARMUP - 1]
+        between = passed / sum(row["seconds"][WARMUP:]) - 1
+        found += [f"{between:+.0%} of time between steps"] if between > UNEVEN else []
+    return found

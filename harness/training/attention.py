@@ -1,0 +1,49 @@
+"""Attention over rows that lie one behind another, each by itself: no mask, no padding between."""
+
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface
+
+NAME = "tuneoff"
+
+
+def rows_apart(
+    module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, sliding_window=None,
+    cu_seq_lens_q=None, max_length_q=None, softcap=None, s_aux=None, **_,
+):  # fmt: skip
+    """(B, heads, T, d) and (B, key-value heads, T, d) -> (B, T, heads, d), by flash attention.
+
+    `cu_seq_lens_q` (rows + 1,) and `max_length_q` say where the rows of the B * T tokens lie, and how long
+    they are at most. Raises TypeError for what flash attention does not do.
+    """
+    if attention_mask is not None or dropout or softcap or s_aux is not None:
+        raise TypeError("flash attention knows no mask, dropout, softcap or sinks")
+    device, (batch, heads, length, size) = query.device.type, query.shape
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    before = sliding_window - 1 if sliding_window else -1
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, 0.0, True, False,
+        scale=scaling, window_size_left=before, window_size_right=0 if sliding_window else -1,
+    )  # fmt: skip
+    return output.view(batch, length, heads, size), None
+
+
+AttentionInterface.register(NAME, rows_apart)  # for which transformers builds no masks
+
+
+@contextmanager
+def flash(causal):
+    """Within, the model's attention is this one."""
+    configs = {
+        id(c): c for c in (causal.config, causal.config.get_text_config(), causal.get_decoder().config)
+    }
+    own = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = own[key]

@@ -1,0 +1,325 @@
+"""The gradients of a micro-batch, as fast as this machine and this method allow, and which way that was.
+
+A ladder: decoder layers compiled one by one, and forward and backward captured as a CUDA graph that is
+replayed; the same without the graph; the graph alone; plain. A run takes the highest rung that gives, on its
+first micro-batch, the loss and the gradients of the plain one.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from harness.data import Shapes
+from harness.plain import redacted
+from harness.record import EAGER
+from harness.training import head
+
+if TYPE_CHECKING:
+    from harness.training.run import Run
+
+RUNGS = {  # name -> what a method says that it cannot
+    "compiled + graph": ("compiling", "graphs"),
+    "compiled": ("compiling",),
+    "eager + graph": ("graphs",),
+}
+GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
+LOSS = 0.02  # nats a token, as much
+COMPARED = 2**26  # values of the gradients, at most: 256 MiB
+CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
+PROGRAMS = 64  # of one kind of layer: its windows, its modes and the shapes
+
+
+@dataclass
+class Captured:
+    """A graph, and the tensors that it reads and writes at each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    given: dict[str, torch.Tensor]
+    share: torch.Tensor
+    loss: torch.Tensor
+    added: dict[str, torch.Tensor]  # what the loss put into its batch
+    read: bool  # the loss read the batch it was given
+
+
+class Kernels:
+    """`ready(batches)` before a step, then `gradients(batch, share)` adds those of a micro-batch's loss times
+    its share of the step, and gives that product. `seconds`: of compiling and capturing."""
+
+    def __init__(self, model, run: "Run"):
+        self.model, self.run, self.causal = model, run, head.causal_lm(model)
+        self.found = run.record.kernels
+        self.rung, self.found.reason = EAGER, self.refusal()
+        self.graphs: dict[tuple, Captured] = {}
+        self.pool, self.seconds, self.seen = None, 0.0, Seen()
+        self.forwards: dict[torch.nn.Module, Callable] = {}
+        cannot = run.method.cannot
+        self.untried = [r for r, needs in RUNGS.items() if not self.found.reason and not {*needs} & {*cannot}]
+        if not self.untried:
+            said = [f"{limit}: {cannot[limit]}" for limit in ("compiling", "graphs") if limit in cannot]
+            self.found.reason = self.found.reason or "; ".join(said)
+            return
+        self.found.packed = "packing" not in cannot and self.packs()
+        run.shapes = Shapes(run.batches, run.hp, self.found.packed)
+
+    @property
+    def rung(self) -> str:
+        return self.found.rung or EAGER
+
+    @rung.setter
+    def rung(self, name: str) -> None:
+        self.found.rung = name
+
+    def refusal(self) -> str | None:
+        """Why there are only plain steps."""
+        if self.run.hp.kernels == EAGER:
+            return "as hp.kernels asks"
+        if self.run.device.type != "cuda":
+            return "there is no GPU"
+        if self.run.accelerator.mixed_precision != "bf16":
+            return "attention without a mask computes in bf16 alone"
+        if any(m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)):
+            return "compiled layers would draw another dropout"
+        if not decoder_layers(self.causal):
+            return "this architecture has no one list of decoder layers"
+        return None
+
+    def packs(self) -> bool:
+        """This model reads rows that share a sequence as it reads them apart."""
+        run, rows = self.run, self.run.batches.examples[:4]
+        packed = Shapes(run.batches, run.hp, packed=True)
+        with torch.no_grad(), run.accelerator.autocast():
+            apart = run.collate(rows)
+            run.shapes = packed
+            together = run.collate(rows)
+            run.shapes = None
+            self.model.eval()
+            reason = head.unpackable(self.model, apart, together)
+            self.model.train()
+        self.found.reason = reason
+        return reason is None
+
+    def ready(self, batches: list[dict]) -> None:
+        """Compiles and captures what these micro-batches need, and, before the first, chooses the rung."""
+        if self.rung == EAGER and not self.untried:
+            return
+        new = {key: batch for batch in batches if (key := self.key(batch)) not in self.graphs}
+        if not new or (not self.untried and "graph" not in self.rung):
+            return
+        if any(key[0] != self.trained() for key in self.graphs):
+            self.graphs.clear()  # other weights train now
+        meter, spent = self.run.meter, self.spent()
+        own, self.run.reading = self.run.reading, self.seen
+        with meter.phase("compile"):
+            while self.untried:
+                self.choose(min(new.values(), key=tokens))
+            for key, batch in sorted(new.items(), key=lambda item: -tokens(item[1])):
+                if "graph" in self.rung and key not in self.graphs and len(self.graphs) < CAPTURED:
+                    self.graphs[key] = self.capture(batch)
+            self.clear()
+        self.run.reading = own
+        self.seconds += self.spent() - spent
+        self.found.shapes = len(self.graphs) or None
+
+    def spent(self) -> float:
+        phase = self.run.meter.phases.get("compile")
+        return phase.seconds if phase else 0.0
+
+    def choose(self, batch: dict) -> None:
+        """Tries the next rung against plain steps."""
+        rung = self.untried.pop(0)
+        reason = None
+        try:
+            with head.arithmetic(self.model) as types:  # who listens would be compiled, too
+                step = partial(plain_gradients, self.model, self.run)
+                expected = self.outcome(partial(step, plainly(batch), 1.0))
+            self.run.record.arithmetic["training"] = types
+        except torch.cuda.OutOfMemoryError:
+            expected, reason = None, "not compared with a plain step, which does not fit this card"
+        self.clear()
+        self.rung = rung
+        try:
+            self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
+            if "graph" in rung:
+                captured = self.capture(batch)
+                found = self.outcome(partial(self.replay, captured, batch, 1.0))
+            else:
+                found = self.outcome(partial(self.quick, batch, 1.0))
+            wrong = expected and differ(expected, found)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever tracing or capturing says
+            wrong = redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        if not wrong:
+            self.untried = []
+            self.found.reason = "; ".join(filter(None, [self.found.reason, reason])) or None
+            if "graph" in rung:
+                self.graphs[self.key(batch)] = captured
+            return
+        self.found.reason = "; ".join(filter(None, [self.found.reason, f"{rung}: {wrong}"]))
+        self.rung, self.forwards = EAGER, {}
+        self.clear()
+        if not self.untried:
+            self.run.shapes, self.found.packed = None, None
+
+    def fast(self, layer) -> Callable:
+        forward = layer.forward
+        if "compiled" in self.rung:
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        if self.run.hp.gradient_checkpointing:  # without random states, which a graph cannot keep: no dropout
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        return forward
+
+    @contextmanager
+    def installed(self):
+        """Within, the decoder's layers are the fast ones; whoever else calls them finds them as they were."""
+        layers = list(self.forwards)
+        with ExitStack() as stack:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=PROGRAMS))
+            for layer in layers:
+                layer.forward = self.forwards[layer]
+                stack.callback(vars(layer).pop, "forward")
+                if self.run.hp.gradient_checkpointing:
+                    layer.gradient_checkpointing = False
+                    stack.callback(setattr, layer, "gradient_checkpointing", True)
+            self.run.compiled = "compiled" in self.rung
+            stack.callback(setattr, self.run, "compiled", False)
+            yield
+
+    # One micro-batch
+
+    def gradients(self, batch: dict, share) -> torch.Tensor:
+        if self.rung == EAGER:
+            for name in head.ROWS:  # the model's own attention has a mask
+                batch.pop(name, None)
+            return plain_gradients(self.model, self.run, batch, share)
+        if captured := self.graphs.get(self.key(batch)):
+            if captured.read and self.run.reading:
+                self.run.reading(batch)
+            return self.replay(captured, batch, share)
+        return self.quick(batch, share)
+
+    def quick(self, batch: dict, share) -> torch.Tensor:
+        with self.installed():
+            return plain_gradients(self.model, self.run, batch, share)
+
+    def replay(self, captured: Captured, batch: dict, share) -> torch.Tensor:
+        for name, tensor in captured.given.items():
+            tensor.copy_(batch[name], non_blocking=True)
+        captured.share.fill_(share) if isinstance(share, float) else captured.share.copy_(share)
+        captured.graph.replay()
+        batch.update({name: tensor.clone() for name, tensor in captured.added.items()})
+        return captured.loss.clone()
+
+    def capture(self, batch: dict) -> Captured:
+        given = {name: value.clone() for name, value in batch.items() if torch.is_tensor(value)}
+        share = torch.ones((), device=self.run.device)
+        rest = {name: value for name, value in batch.items() if name not in given}
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # a graph adds to what lies there
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, and makes what libraries make once
+            self.quick({**rest, **given}, share)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        inner = {**rest, **given}
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = self.quick(inner, share)
+        replayed = torch.cuda.max_memory_allocated() - before
+        self.run.meter.replayed = max(self.run.meter.replayed, replayed)
+        added = {name: value for name, value in inner.items() if name not in batch}
+        return Captured(graph, given, share, loss, added, self.seen.batches > 0)
+
+    def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor]]:
+        """Loss and, as far as they are compared, gradients."""
+        self.zero_gradients()
+        loss = way().item()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        most = COMPARED // max(1, len(trained))
+        found = [p.grad.flatten()[:most].clone() if p.grad is not None else None for p in trained]
+        self.zero_gradients()
+        return loss, found
+
+    def zero_gradients(self) -> None:
+        """In place where a graph adds to them."""
+        kept = []
+        for parameter in self.model.parameters():
+            if "graph" not in self.rung or not parameter.requires_grad:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                kept.append(parameter.grad)
+        if kept:
+            torch._foreach_zero_(kept)
+
+    def clear(self) -> None:
+        self.zero_gradients()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def trained(self) -> tuple[bool, ...]:
+        return tuple(parameter.requires_grad for parameter in self.model.parameters())
+
+    def key(self, batch: dict) -> tuple:
+        """Equal for what one graph can compute."""
+        shapes = [(name, value.shape if torch.is_tensor(value) else value) for name, value in batch.items()]
+        return self.trained(), *(shape for shape in shapes if shape[0] != "examples")
+
+
+def plain_gradients(model, run: "Run", batch: dict, share) -> torch.Tensor:
+    """Adds the gradients of a loss times its share of the step. -> that product."""
+    with run.accelerator.autocast():
+        loss = run.method.loss(model, batch, run) * share
+    run.accelerator.backward(loss)
+    return loss.detach()
+
+
+class Seen:
+    """Stands for the reading of batches while they are tried."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def __call__(self, batch: dict) -> None:
+        self.batches += 1
+
+
+def plainly(batch: dict) -> dict:
+    """The same micro-batch, for the model's own attention."""
+    return {name: value for name, value in batch.items() if name not in head.ROWS}
+
+
+def tokens(batch: dict) -> int:
+    return batch["input_ids"].numel()
+
+
+def decoder_layers(causal) -> list:
+    """The decoder's list of layers, whatever it is called; none where there is not one."""
+    decoder, count = causal.get_decoder(), causal.config.get_text_config().num_hidden_layers
+    lists = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+def differ(expected: Any, found: Any) -> str | None:
+    """What tells two outcomes of one micro-batch apart, beyond rounding."""
+    (loss, gradients), (other, others) = expected, found
+    if not abs(loss - other) <= LOSS:
+        return f"loss {other:.4f}, not {loss:.4f}"
+    apart = length = 0.0
+    for a, b in zip(gradients, others, strict=True):
+        if a is not None:
+            length += a.float().square().sum().item()
+            apart += ((b if b is not None else torch.zeros_like(a)) - a).float().square().sum().item()
+    if not apart <= GRADIENTS**2 * length:
+        return f"gradients {(apart / length) ** 0.5 if length else float('inf'):.1%} apart"
+    return None

@@ -1,0 +1,127 @@
+"""What benchmarks/train.py makes of what was measured: nothing that was wrong has a speed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from harness.spec import Hyperparams, RunSpec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import train
+import train_table as table
+
+STEPS = table.WARMUP + 2
+LOSSES = [8.0 - step / 8 for step in range(STEPS)]  # 0.875 nats apart in those that are compared
+
+
+def row(seconds=0.1, error=0.0, **changes) -> dict:
+    """Of a contender that reads 4 rows of 50 tokens a step, and is off by `error` at its third loss."""
+    losses = [loss + error * (step == 2) for step, loss in enumerate(LOSSES)]
+    first = [seconds + 3.0] + [seconds] * (STEPS - 1)
+    return {
+        "losses": losses, "norms": [1.0] * STEPS, "seconds": first, "ends": [], "compile": 0.0,
+        "tokens": 200 * STEPS, "padded": 50 * STEPS, "allocated": 2**30, "device": None, "resident": 2**31,
+        "disturbed": [], "kernels": None, **changes,
+    }  # fmt: skip
+
+
+def group(**rows) -> dict:
+    reference = row() | {"losses": LOSSES[: table.CHECKED]}
+    return {
+        "method": "lora", "shape": "4x64", "objective": "sft", "reference": reference, "by": "HF Trainer",
+        "rows": rows, "lengths": [[50] * 4] * STEPS, "targets": [196] * STEPS, "flops": [1e9] * STEPS,
+    }  # fmt: skip
+
+
+def lines(*groups, precision="bf16") -> dict[str, dict[str, str]]:
+    """Contender -> heading -> cell."""
+    asked = {"model": "tiny", "precision": precision, "real": None, "learned": "all", "steps": 2}
+    ceiling = {"flops": 1e11, "device": "a card", "torch": "2"}
+    found = {"ceiling": ceiling, "asked": asked, "groups": groups}
+    text = [
+        *table.above(found),
+        *(line for g in groups for line in table.lines(g, found)),
+        *table.below(found),
+    ]
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in text if line[:1] == "|"]
+    heads, _, *found = [[cell.strip("| ") for cell in line] for line in cells]
+    return {line[2]: dict(zip(heads, line, strict=True)) for line in found}
+
+
+def test_a_row_has_its_speed_of_real_tokens_its_share_of_the_ceiling_and_its_ratio():
+    found = lines(group(tuneoff=row(0.05), trainer=row(0.1)))
+    slow = found["HF Trainer + PEFT"]
+    assert (slow["tokens/s"], slow["step ms"], slow["Tuneoff is"]) == ("2,000", "100.0", "2.00 x")
+    assert (slow["MFU"], slow["padding"], slow["first s"]) == ("10%", "20.0%", "3.0")
+    assert (slow["allocated GiB"], slow["device GiB"], slow["loss off by"]) == ("1.0", "–", "0 of 0.02")
+    assert found["Tuneoff"]["Tuneoff is"] == "1.00 x"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"error": 0.05},  # above 2 % of 0.875 nats
+        {"error": float("nan")},
+        {"losses": LOSSES[:3]},
+        {"norms": [0.5] * STEPS},  # AdamW's losses would hide that
+        {"tokens": 100 * STEPS},
+    ],
+)
+def test_what_is_wrong_has_no_speed_nor_is_it_compared_with(changes):
+    found = lines(group(tuneoff=row(**changes), trainer=row()))
+    assert found["Tuneoff"]["notes"].startswith("**WRONG**")
+    assert found["Tuneoff"]["tokens/s"] == found["Tuneoff"]["step ms"] == "–"
+    assert found["HF Trainer + PEFT"]["Tuneoff is"] == "–"
+    assert found["HF Trainer + PEFT"]["tokens/s"] == "2,000"
+
+
+def test_in_bf16_twice_is_allowed_of_what_plain_bf16_shows_and_only_where_that_is_little():
+    assert "WRONG" not in lines(group(tuneoff=row(error=0.05), trainer=row(error=0.03)))["Tuneoff"]["notes"]
+    assert "WRONG" in lines(group(tuneoff=row(error=0.07), trainer=row(error=0.03)))["Tuneoff"]["notes"]
+    broken = lines(group(tuneoff=row(error=0.15), trainer=row(error=0.1)))
+    assert all("WRONG" in line["notes"] for line in broken.values())
+    fp32 = lines(group(tuneoff=row(error=0.005), trainer=row(error=0.003)), precision="fp32")
+    assert all("WRONG" in line["notes"] for line in fp32.values())
+
+
+def test_what_did_not_run_says_why_and_without_a_reference_nothing_has_a_speed():
+    found = lines(group(tuneoff=row(), trl={"error": "ImportError: no | trl"}))
+    assert found["TRL SFTTrainer, its defaults: checkpointing"]["notes"] == "ImportError: no / trl"
+    found = lines(group() | {"reference": {"error": "out of memory"}})
+    assert found["reference"]["notes"] == "out of memory" and found["reference"]["tokens/s"] == "–"
+
+
+def test_flops_are_six_a_weight_and_token_for_whole_models_and_four_for_frozen_ones(tmp_path):
+    config = tiny.gemma()  # a tied head, windows of 16
+    config.save_pretrained(tmp_path)
+    model = tiny.model(config)
+    within = [p for name, p in model.model.layers.named_parameters() if p.ndim == 2]
+    body, head, total = (
+        sum(p.numel() for p in some) for some in (within, [model.lm_head.weight], model.parameters())
+    )
+    lengths, learned = [40, 10], 30
+    pairs = sum(min(i + 1, window) for n in lengths for i in range(n) for window in (16, 1000))
+    scores = 12 * 4 * 16 * pairs  # heads, their width
+
+    def found(trainable, parameters):
+        sizes = {"trainable": trainable, "parameters": parameters}
+        return table.flops(tmp_path, group(tuneoff=sizes) | {"lengths": [lengths], "targets": [learned]})
+
+    assert found(total, total) == [6 * body * 50 + 6 * head * learned + scores]
+    assert found(1000, total + 1000) == [(4 * body + 6 * 1000) * 50 + 4 * head * learned + scores]
+
+
+@pytest.mark.parametrize("learned", ["all", "half"])
+def test_fixed_rows_are_as_long_as_they_should_be_and_as_much_is_learned(tmp_path, learned):
+    call = object.__new__(train.Call)
+    call.model = call.folder = tmp_path
+    call.asked = type("Asked", (), {"real": None, "learned": learned, "source": []})
+    call.config = {"vocab_size": 300}
+    hp = Hyperparams(batch_size=2, micro_batch_size=2, max_length=32, max_steps=3)
+    spec = RunSpec("base", 0, "bench", {}, hp, locations={"model": str(tmp_path)}, search={})
+    _, lengths, targets = call.planned(call.with_rows(spec))
+    assert lengths == [[32, 32]] * 3
+    assert targets == [2 * {"all": 31, "half": 16}[learned]] * 3
