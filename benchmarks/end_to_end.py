@@ -29,7 +29,7 @@ INSIDE = {  # what a user wants done -> the phases that do it; all else is outsi
     "validation": ["validate"],
     "evaluation": ["evaluate", "generate"],
 }
-EARLY, EARLY_TOLERANCE = 20, 0.02  # steps, each loss by so much at most: rounding and the order of sums alone
+EARLY, EARLY_TOLERANCE = 5, 0.005  # steps, each loss by so much at most: rounding and the order of sums alone
 LATE_TOLERANCE = (
     0.1  # the mean of the last quarter: by then a training has its own rounding, bases their signs
 )
@@ -51,6 +51,10 @@ def main() -> None:
             print(f"round {number + 1}: {ours[-1]['wall']:.1f} s, HF Trainer {theirs[-1]['wall']:.1f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
     show(ours, theirs)
+    from harness.nursery import Nursery
+
+    with Nursery({}) as nursery:
+        print(f"each run a fresh interpreter: {nursery.fresh}" if nursery.fresh else "each run a copy of one")
 
 
 # The two jobs
@@ -103,8 +107,8 @@ def described(command: list[str]) -> dict:
     template, splits = read_data(specs[0], specs[-1].own_hp, RunRecord(specs[0], "failed"))
     pad = template.tokenizer.pad_token_id
 
-    def told(example) -> dict:
-        batch = collate([example], pad, "cpu", history=True)
+    def told(example, split: str) -> dict:
+        batch = collate([example], pad, "cpu", history=split == "train")  # scores are of the last answer
         return {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
 
     runs = []
@@ -119,11 +123,12 @@ def described(command: list[str]) -> dict:
             raise SystemExit("the other job accumulates equal steps alone: choose data.train accordingly")
         runs.append({"method": spec.method, "seed": spec.seed, "hp": vars(hp), "options": spec.options,
                      "order": order})  # fmt: skip
-    stops = sorted({e.response_ids[-1] for e in splits["train"]} & {template.tokenizer.eos_token_id})
+    ends = {example.response_ids[-1] for example in splits["train"]} & {*template.tokenizer.all_special_ids}
     questions = [list(template.question(e, specs[-1].hp.max_new_tokens).prompt_ids) for e in splits["test"]]
     return {
-        "model": str(specs[0].locations["model"]), "runs": runs, "pad": pad, "stops": stops,
-        "rows": {split: [told(example) for example in examples] for split, examples in splits.items()},
+        "model": str(specs[0].locations["model"]), "runs": runs, "pad": pad,
+        "stops": sorted(ends | {template.tokenizer.eos_token_id}),
+        "rows": {split: [told(example, split) for example in rows] for split, rows in splits.items()},
         "questions": questions, "references": [example.reference for example in splits["test"]],
     }  # fmt: skip
 
@@ -282,7 +287,7 @@ def answered(model, asked: dict, hp: dict, tokenizer) -> list[str]:
         mask = torch.tensor([[0] * (width - len(questions[i])) + [1] * len(questions[i]) for i in some])
         whole = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-            max_new_tokens=hp["max_new_tokens"], eos_token_id=asked["stops"] or None,
+            max_new_tokens=hp["max_new_tokens"], eos_token_id=asked["stops"],
             pad_token_id=asked["pad"],
         )  # fmt: skip
         said = tokenizer.batch_decode(whole[:, width:], skip_special_tokens=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from harness import machine, method
 from harness.child import AGAIN, exhausted, out_of_memory
@@ -141,13 +141,23 @@ def together(
             free.put(slot)
 
     with held() as signals, ThreadPoolExecutor(max(1, len(places))) as pool:
+        for spec in specs:
+            pool.submit(begun, spec).add_done_callback(ended.put)
+        faults: list[BaseException] = []
+        waiting = len(specs)
         try:
-            for spec in specs:
-                pool.submit(begun, spec).add_done_callback(ended.put)
-            for _ in specs:
-                yield ended.get().result()
+            while waiting:
+                with suppress(Empty):
+                    future = ended.get(timeout=POLL_SECONDS)  # a signal that comes just before is seen after
+                    waiting -= 1
+                    if fault := future.exception():
+                        faults.append(fault)
+                    else:
+                        yield future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            halted.set()
+        if faults:
+            raise faults[0]
 
 
 # Where runs go

@@ -168,7 +168,8 @@ class Nursery:
                 raise Missing(f"the packages of a run: {how(code)} on import: {last[0]}")
         self.bench.settimeout(None)
         found = json.loads(told)
-        self.copies, self.card, self.threads = found["copies"], found["card"], found["threads"]
+        self.fresh: str | None = found["fresh"]  # why each run gets a fresh interpreter; null: it is a copy
+        self.card, self.threads = found["card"], found["threads"]
         if found["reasons"]:
             self.close()
             raise Missing(*(
@@ -191,7 +192,7 @@ class Nursery:
 
     def child(self, folder: Path) -> Fresh | Forked:
         """The process of a run, begun. Where the nursery was killed, a fresh one."""
-        if self.copies:
+        if not self.fresh:
             with suppress(OSError, ValueError):
                 return self.copy(folder)
         return Fresh(folder)
@@ -222,10 +223,10 @@ def serve(needs: list[str]) -> None:
         reasons = packages.unimportable(needs)
         with suppress(Exception):  # what is wrong here is found by the run, and stands in its record
             import harness.training  # noqa: F401
-    copies, threads = copyable(), None
-    if copies:
+    fresh, threads = uncopyable(), None
+    if not fresh:
         threads = json.loads(in_a_copy(number_of_threads, ASK_SECONDS) or "null")
-    told = {"reasons": reasons, "copies": copies, "card": bool(card), "threads": threads}
+    told = {"reasons": reasons, "fresh": fresh, "card": bool(card), "threads": threads}
     bench.send(json.dumps(told).encode()[:MESSAGE_BYTES])
     gc.collect()
     gc.freeze()  # what all runs share is never looked at again, nor copied for its marks
@@ -267,13 +268,18 @@ def number_of_threads() -> bytes:
     return str(torch.get_num_threads()).encode()
 
 
-def copyable() -> bool:
-    """Whether a copy of this process is as good as a fresh one: it has no threads, and could use a card."""
-    if sys.platform != "linux" or len(os.listdir("/proc/self/task")) > 1:
-        return False
+def uncopyable() -> str | None:
+    """Why a copy of this process would not be as good as a fresh one."""
+    if sys.platform != "linux":
+        return f"{sys.platform} copies no process that has loaded so much"
+    tasks = [Path(path, "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+    if len(tasks) > 1:
+        return f"an import has started threads: {', '.join(tasks)}"
     import torch
 
-    return in_a_copy(lambda: b"no" if torch.cuda._is_in_bad_fork() else b"yes", ASK_SECONDS) == b"yes"
+    if in_a_copy(lambda: b"no" if torch.cuda._is_in_bad_fork() else b"yes", ASK_SECONDS) != b"yes":
+        return "an import has asked for the card"
+    return None
 
 
 @contextmanager

@@ -126,13 +126,27 @@ def test_what_an_import_asks_of_the_card_is_asked_in_a_copy(monkeypatch):
 
 
 def test_who_has_threads_is_not_copied():
-    assert in_a_copy(lambda: str(nurseries.copyable()).encode(), 30) == b"True"
+    assert in_a_copy(lambda: str(nurseries.uncopyable()).encode(), 30) == b"None"
 
     def beside_a_thread() -> bytes:
         threading.Thread(target=time.sleep, args=[9], daemon=True).start()
-        return str(nurseries.copyable()).encode()
+        return str(nurseries.uncopyable()).encode()
 
-    assert in_a_copy(beside_a_thread, 30) == b"False"
+    assert in_a_copy(beside_a_thread, 30).startswith(b"an import has started threads")
+
+
+def test_who_has_asked_for_the_card_is_not_copied(monkeypatch):
+    """As torch finds it out: what has asked is marked in its copies."""
+    here = os.getpid()
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: os.getpid() != own)
+
+    def asked() -> bytes:
+        nonlocal own
+        own = os.getpid()
+        return str(nurseries.uncopyable()).encode()
+
+    own = here
+    assert in_a_copy(asked, 30) == b"an import has asked for the card"
 
 
 # Side by side
