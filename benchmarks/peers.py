@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -40,10 +40,11 @@ class Contender:
 
 
 CONTENDERS = {
-    "tuneoff": Contender("Tuneoff", "tuneoff"),
-    "again": Contender("Tuneoff, once more with its caches", "tuneoff", caches="tuneoff"),
+    "tuneoff": Contender("Tuneoff", "tuneoff", {"kernels": "compiled"}),
+    "again": Contender("Tuneoff, once more with its caches", "tuneoff", {"kernels": "compiled"}, "tuneoff"),
     "eager": Contender("Tuneoff, kernels=eager", "tuneoff", {"kernels": "eager"}),
-    "checkpointing": Contender("Tuneoff, checkpointing", "tuneoff", {"gradient_checkpointing": True}),
+    "checkpointing": Contender("Tuneoff, checkpointing", "tuneoff",
+                               {"kernels": "compiled", "gradient_checkpointing": True}),
     "trainer": Contender("HF Trainer + PEFT", "trainer"),
     "trainer-compile": Contender("HF Trainer + PEFT, torch_compile", "trainer", {"torch_compile": True}),
     "trl": Contender("TRL SFTTrainer, its defaults: checkpointing", "trl"),
@@ -97,7 +98,7 @@ def tuneoff(job: dict, settings: dict) -> dict:
         "parameters": record.sizes.parameters,
         "trainable": record.sizes.trainable,
         "disturbed": [*(record.disturbed or []), *before],
-        "kernels": getattr(record, "kernels", None),
+        "kernels": ", ".join(f"{name}: {value}" for name, value in asdict(record.kernels).items() if value),
     }
 
 
@@ -168,6 +169,12 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool
         def _get_train_sampler(self, *_):
             return SequentialSampler(self.train_dataset)
 
+        def create_optimizer(self, *args, **kwargs):
+            made = super().create_optimizer(*args, **kwargs)
+            for group in made.param_groups:  # Trainer leaves galore-torch its own, 1e-6
+                group["eps"] = hp["epsilon"]
+            return made
+
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
             losses.append(loss.detach())
@@ -189,7 +196,7 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool
             output_dir=folder, seed=spec["seed"], max_steps=job["steps"], use_cpu=not cuda,
             per_device_train_batch_size=size // parts, gradient_accumulation_steps=parts,
             learning_rate=hp["learning_rate"], lr_scheduler_type="constant",
-            max_grad_norm=hp["max_grad_norm"], bf16=job["precision"] == "bf16",
+            adam_epsilon=hp["epsilon"], max_grad_norm=hp["max_grad_norm"], bf16=job["precision"] == "bf16",
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             logging_nan_inf_filter=False,  # it would wait for the device at each step, and hide what is NaN
             **GALORE if spec["method"] == "galore" else {}, **settings,

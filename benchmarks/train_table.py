@@ -78,7 +78,7 @@ def allowed(group: dict, precision: str) -> float:
 def wrongs(group: dict, precision: str) -> dict[str, str]:
     """Contender -> what is wrong with it, of those that ran."""
     found, planned = {}, sum(map(sum, group["lengths"]))
-    for key, row in group["rows"].items() if compared(group) else ():
+    for key, row in group["rows"].items() if comparable(group["objective"]) else ():
         if "error" in row:
             continue
         norm, expected = ((side["norms"] or [None])[0] for side in (row, group["reference"]))
@@ -92,9 +92,9 @@ def wrongs(group: dict, precision: str) -> dict[str, str]:
     return found
 
 
-def compared(group: dict) -> bool:
+def comparable(objective: str) -> bool:
     """Answers that a method draws itself are other ones in every precision."""
-    return group["objective"] != "reward"
+    return objective != "reward"
 
 
 def speed(row: dict, group: dict) -> float:
@@ -158,7 +158,7 @@ def lines_of(group: dict, precision: str, ceiling: dict):
         cells, note = nothing, row.get("error") or f"**WRONG**: {bad.get(key)}"
         if key not in bad and "error" not in row:
             cells, note = numbers(row, group, ceiling, base), "; ".join(notes(row, group))
-            if compared(group):
+            if comparable(group["objective"]):
                 cells[-1] = f"{off(row, group['reference']):.1g} of {allowed(group, precision):.1g}"
         yield [*about, CONTENDERS[key].label, *cells, note]
 
@@ -183,7 +183,7 @@ def numbers(row: dict, group: dict, ceiling: dict, base: float | None) -> list[s
 
 def notes(row: dict, group: dict) -> list[str]:
     found = [*row["disturbed"], *([f"{row['kernels']}"] if row["kernels"] else [])]
-    if not compared(group):
+    if not comparable(group["objective"]):
         found.append("it trains on answers that it draws")
     if len(row["ends"]) == len(row["seconds"]):
         passed = row["ends"][-1] - row["ends"][WARMUP - 1]

@@ -31,7 +31,8 @@ class Hyperparams:
     gradient_checkpointing: bool = False  # recompute activations: less memory, about 4/3 the time
     packing: bool = False  # several rows share a sequence of max_length: less padding, the same steps
     validations: Count = 4  # points of the validation curve after the first
-    kernels: Literal["auto", "eager"] = "auto"  # compiled and captured steps where they can be; eager: never
+    # Of the steps on a GPU; auto: captured as graphs where they can be, and compiled where that pays.
+    kernels: Literal["auto", "compiled", "eager"] = "auto"
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -94,6 +94,11 @@ def test_what_did_not_run_says_why_and_without_a_reference_nothing_has_a_speed()
     assert found["reference"]["notes"] == "out of memory" and found["reference"]["tokens/s"] == "–"
 
 
+def test_what_draws_its_own_answers_has_a_speed_and_is_not_compared():
+    found = lines(group(tuneoff=row(error=1.0)) | {"objective": "reward", "reference": {}, "flops": None})
+    assert (found["Tuneoff"]["tokens/s"], found["Tuneoff"]["loss off by"]) == ("2,000", "not compared")
+
+
 def test_flops_are_six_a_weight_and_token_for_whole_models_and_four_for_frozen_ones(tmp_path):
     config = tiny.gemma()  # a tied head, windows of 16
     config.save_pretrained(tmp_path)

@@ -104,6 +104,8 @@ def collate(
         tensors["position_ids"] = positions
     else:
         tensors["prompt_lengths"] = torch.tensor([len(example.prompt_ids) for example in examples])
+    if torch.device(device).type == "cuda":  # else each copy would wait for all that was launched before
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
     return {"examples": examples, **moved, **({"longest": shape.longest} if shape else {})}
 

@@ -49,7 +49,7 @@ class Shapes:
         else:
             parts = [part for step in steps for part in self.cut(step)]
             needs = [height([[example] for example in part]) for part in parts]
-            self.sizes = sorted({*few([grains(need) for need in needs]), hp.max_length})
+            self.sizes = few([grains(need) for need in needs])
 
     def cut(self, examples: list[Example]) -> list[list[Example]]:
         if not self.packed:
@@ -71,7 +71,7 @@ class Shapes:
 
     def fitting(self, need: int) -> int:
         found = bisect_left(self.sizes, need)
-        return self.sizes[found] if found < len(self.sizes) else need
+        return self.sizes[found] if found < len(self.sizes) else max(need, self.hp.max_length)
 
 
 def rounded(targets: int, tokens: int) -> int:
@@ -96,7 +96,7 @@ def sizes_for(steps: list[list[int]], hp: Hyperparams) -> list[int]:
                  for i in range(SIZES) for move in (-8, -2, -1, 1, 2, 8)]  # fmt: skip
         better = min(moved, key=total)
         if total(better) >= total(best):
-            return sorted(set(best))
+            return sorted({size for step in steps for size, _ in fill(step, best)})
         best = better
 
 

@@ -34,6 +34,7 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     for phase, runs in (("training", trained), ("scoring", names)):
         types = {name: arithmetic(r.arithmetic.get(phase) or {}) for name, r in runs.items()}
         checks.append(same(f"Arithmetic of the {phase}, as measured", {"types": types}, shown=True))
+    checks.append(kernels(trained))
     made = {name: facts(r) for name, r in names.items()}
     for key in DECISIVE:
         values = {name: e.get(key) for name, e in made.items()}
@@ -144,6 +145,22 @@ def rejected(runs: dict[str, RunRecord]) -> dict[str, str | None]:
 
 def arithmetic(types: dict[str, str | None]) -> str:
     return ", ".join(f"{what} in {type_}" for what, type_ in types.items() if type_)
+
+
+def kernels(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
+    """Whether all steps were computed the same way: else some of a difference in time is not the method's."""
+    ways = {name: way(r) for name, r in runs.items()}
+    what, alike, details = same("Kernels of the steps", {"steps": ways}, shown=True)
+    if alike is False:
+        reasons = [f"{name}: {r.kernels.reason}" for name, r in runs.items() if r.kernels.reason]
+        details += ". To compute all rows plainly: --set hp.kernels=eager"
+        details += f" ({'; '.join(reasons)})" * bool(reasons)
+    return what, alike, details
+
+
+def way(record: RunRecord) -> str | None:
+    packed = {None: "", True: ", rows packed", False: ", a row a sequence"}[record.kernels.packed]
+    return record.kernels.rung and record.kernels.rung + packed
 
 
 def code(comparison: Comparison) -> tuple[str, bool | None, str]:

@@ -18,6 +18,7 @@ from harness.data import Shapes
 from harness.plain import redacted
 from harness.record import EAGER
 from harness.training import head
+from harness.training.attention import flash
 
 if TYPE_CHECKING:
     from harness.training.run import Run
@@ -27,6 +28,7 @@ RUNGS = {  # name -> what a method says that it cannot
     "compiled": ("compiling",),
     "eager + graph": ("graphs",),
 }
+WORTH = 1e15  # parameters times tokens that a training reads: below, compiling takes longer than it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 LOSS = 0.02  # nats a token, as much
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
@@ -52,19 +54,25 @@ class Kernels:
 
     def __init__(self, model, run: "Run"):
         self.model, self.run, self.causal = model, run, head.causal_lm(model)
+        self.parameters = list(
+            model.parameters()
+        )  # to walk through all modules takes longer than a small step
         self.found = run.record.kernels
         self.rung, self.found.reason = EAGER, self.refusal()
         self.graphs: dict[tuple, Captured] = {}
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
         self.forwards: dict[torch.nn.Module, Callable] = {}
-        cannot = run.method.cannot
-        self.untried = [r for r, needs in RUNGS.items() if not self.found.reason and not {*needs} & {*cannot}]
+        cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
+        if run.hp.kernels == "auto" and sum(run.batches.tokens) * sum(map(numel, self.parameters)) < WORTH:
+            cannot["compiling"] = "takes longer than it would save in so short a training"
+        self.untried = []
+        if not self.found.reason:
+            self.untried = [rung for rung, needs in RUNGS.items() if not {*needs} & {*cannot}]
+            self.found.reason = "; ".join(f"{limit}: {why}" for limit, why in cannot.items()) or None
         if not self.untried:
-            said = [f"{limit}: {cannot[limit]}" for limit in ("compiling", "graphs") if limit in cannot]
-            self.found.reason = self.found.reason or "; ".join(said)
             return
-        self.found.packed = "packing" not in cannot and self.packs()
-        run.shapes = Shapes(run.batches, run.hp, self.found.packed)
+        self.found.packed = "packing" not in run.method.cannot and self.packs()
+        self.shapes = run.shapes = Shapes(run.batches, run.hp, self.found.packed)
 
     @property
     def rung(self) -> str:
@@ -100,8 +108,11 @@ class Kernels:
             self.model.eval()
             reason = head.unpackable(self.model, apart, together)
             self.model.train()
-        self.found.reason = reason
+        self.also(reason)
         return reason is None
+
+    def also(self, reason: str | None) -> None:
+        self.found.reason = "; ".join(filter(None, [self.found.reason, reason])) or None
 
     def ready(self, batches: list[dict]) -> None:
         """Compiles and captures what these micro-batches need, and, before the first, chooses the rung."""
@@ -156,11 +167,11 @@ class Kernels:
             wrong = redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         if not wrong:
             self.untried = []
-            self.found.reason = "; ".join(filter(None, [self.found.reason, reason])) or None
+            self.also(reason)
             if "graph" in rung:
                 self.graphs[self.key(batch)] = captured
             return
-        self.found.reason = "; ".join(filter(None, [self.found.reason, f"{rung}: {wrong}"]))
+        self.also(f"{rung}: {wrong}")
         self.rung, self.forwards = EAGER, {}
         self.clear()
         if not self.untried:
@@ -169,7 +180,8 @@ class Kernels:
     def fast(self, layer) -> Callable:
         forward = layer.forward
         if "compiled" in self.rung:
-            forward = torch.compile(forward, fullgraph=True, dynamic=False)
+            several = len(self.shapes.sizes) > 1  # one program for all of them, or one that knows its own
+            forward = torch.compile(forward, fullgraph=True, dynamic=several)
         if self.run.hp.gradient_checkpointing:  # without random states, which a graph cannot keep: no dropout
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         return forward
@@ -204,7 +216,7 @@ class Kernels:
         return self.quick(batch, share)
 
     def quick(self, batch: dict, share) -> torch.Tensor:
-        with self.installed():
+        with self.installed(), flash(self.causal):  # in backward too, where layers are computed again
             return plain_gradients(self.model, self.run, batch, share)
 
     def replay(self, captured: Captured, batch: dict, share) -> torch.Tensor:
@@ -219,7 +231,7 @@ class Kernels:
         given = {name: value.clone() for name, value in batch.items() if torch.is_tensor(value)}
         share = torch.ones((), device=self.run.device)
         rest = {name: value for name, value in batch.items() if name not in given}
-        for parameter in self.model.parameters():
+        for parameter in self.parameters:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # a graph adds to what lies there
         side = torch.cuda.Stream()
@@ -234,8 +246,14 @@ class Kernels:
         inner = {**rest, **given}
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = self.quick(inner, share)
+        draws = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = draws.clone_state()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = self.quick(inner, share)
+        except Exception:
+            draws.graphsafe_set_state(state)  # else it would wait for the end of a capture that failed
+            raise
         replayed = torch.cuda.max_memory_allocated() - before
         self.run.meter.replayed = max(self.run.meter.replayed, replayed)
         added = {name: value for name, value in inner.items() if name not in batch}
@@ -245,7 +263,7 @@ class Kernels:
         """Loss and, as far as they are compared, gradients."""
         self.zero_gradients()
         loss = way().item()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters if p.requires_grad]
         most = COMPARED // max(1, len(trained))
         found = [p.grad.flatten()[:most].clone() if p.grad is not None else None for p in trained]
         self.zero_gradients()
@@ -254,7 +272,7 @@ class Kernels:
     def zero_gradients(self) -> None:
         """In place where a graph adds to them."""
         kept = []
-        for parameter in self.model.parameters():
+        for parameter in self.parameters:
             if "graph" not in self.rung or not parameter.requires_grad:
                 parameter.grad = None
             elif parameter.grad is not None:
@@ -268,7 +286,7 @@ class Kernels:
             torch.cuda.empty_cache()
 
     def trained(self) -> tuple[bool, ...]:
-        return tuple(parameter.requires_grad for parameter in self.model.parameters())
+        return tuple(parameter.requires_grad for parameter in self.parameters)
 
     def key(self, batch: dict) -> tuple:
         """Equal for what one graph can compute."""
@@ -297,6 +315,12 @@ class Seen:
 def plainly(batch: dict) -> dict:
     """The same micro-batch, for the model's own attention."""
     return {name: value for name, value in batch.items() if name not in head.ROWS}
+
+
+def numel(parameter) -> int:
+    """Values; those of a 4-bit weight, not the bytes that hold them."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state else parameter.numel()
 
 
 def tokens(batch: dict) -> int:

@@ -40,7 +40,7 @@ def train(model, run: "Run") -> "Loop":
                 entry = loop.step(examples)
             compiling.append(loop.kernels.seconds - before)
             settle(unsettled, run)
-            unsettled = entry
+            unsettled = Entry(entry)
             if loop.done in points:
                 settle(unsettled, run)
                 unsettled = None
@@ -105,17 +105,36 @@ def rehearsed(model, run: "Run") -> Memory | None:
     return rehearse(measure)
 
 
-def settle(entry: dict | None, run: "Run") -> None:
+class Entry:
+    """What a step gave, on its way from the device: nobody waits for later steps to know it."""
+
+    def __init__(self, values: dict):
+        self.values, self.arrived = values, None
+        if any(torch.is_tensor(v) and v.is_cuda for v in values.values()):
+            self.values = {
+                name: v.to("cpu", non_blocking=True) if torch.is_tensor(v) else v
+                for name, v in values.items()
+            }
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> dict:
+        if self.arrived:
+            self.arrived.synchronize()
+        return {name: v.item() if torch.is_tensor(v) else v for name, v in self.values.items()}
+
+
+def settle(entry: Entry | None, run: "Run") -> None:
     """Takes a step into the record. Raises Diverged where it is not finite."""
     if entry is None:
         return
-    entry = {name: value.item() if hasattr(value, "item") else value for name, value in entry.items()}
-    run.record.training.append(entry)
-    run.report(step=entry["step"], steps=run.steps, loss=entry["loss"])
+    values = entry.read()
+    run.record.training.append(values)
+    run.report(step=values["step"], steps=run.steps, loss=values["loss"])
     for name in ("loss", "grad_norm"):
-        if not math.isfinite(entry[name] or 0.0):
-            what = f"the {name.replace('grad', 'gradient').replace('_', ' ')} was {entry[name]}"
-            raise Diverged(f"{what} at step {entry['step']} of {run.steps}")
+        if not math.isfinite(values[name] or 0.0):
+            what = f"the {name.replace('grad', 'gradient').replace('_', ' ')} was {values[name]}"
+            raise Diverged(f"{what} at step {values['step']} of {run.steps}")
 
 
 def prepare_model(model, hp: Hyperparams) -> None:
