@@ -29,7 +29,7 @@ INSIDE = {  # what a user wants done -> the phases that do it; all else is outsi
     "validation": ["validate"],
     "evaluation": ["evaluate", "generate"],
 }
-EARLY, EARLY_TOLERANCE = 5, 0.005  # steps, each loss by so much at most: rounding and the order of sums alone
+EARLY, EARLY_TOLERANCE = 20, 0.01  # steps, each loss by so much at most: rounding and the order of sums alone
 LATE_TOLERANCE = (
     0.1  # the mean of the last quarter: by then a training has its own rounding, bases their signs
 )
@@ -205,6 +205,12 @@ def trained(model, run: dict, asked: dict, half: bool) -> list[float]:
         def get_train_dataloader(self):
             parts = [step[i : i + micro] for step in order for i in range(0, len(step), micro)]
             return torch.utils.data.DataLoader(rows["train"], batch_sampler=parts, collate_fn=collator)
+
+        def create_optimizer(self, *args, **kwargs):
+            made = super().create_optimizer(*args, **kwargs)
+            for group in made.param_groups:  # Trainer leaves galore-torch its own, 1e-6
+                group["eps"] = hp["epsilon"]
+            return made
 
     more = {}
     if run["method"] == "galore":
