@@ -30,9 +30,7 @@ INSIDE = {  # what a user wants done -> the phases that do it; all else is outsi
     "evaluation": ["evaluate", "generate"],
 }
 EARLY, EARLY_TOLERANCE = 20, 0.01  # steps, each loss by so much at most: rounding and the order of sums alone
-LATE_TOLERANCE = (
-    0.1  # the mean of the last quarter: by then a training has its own rounding, bases their signs
-)
+LATE_TOLERANCE = 0.1  # of the last quarter's mean and the test loss: roundings grow, bases are others
 LOGITS = 2**28  # at once in a likelihood of the other job: 1 GiB in fp32
 
 
