@@ -37,6 +37,9 @@ LOGITS = 2**28  # at once in a likelihood of the other job: 1 GiB in fp32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="of both; medians are compared")
+    parser.add_argument(
+        "--alone", action="store_true", help="and the same runs one after another, for their steps"
+    )
     parser.add_argument("command", nargs="*", default=COMMAND, help="arguments of run_bench.py")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +51,14 @@ def main() -> None:
             theirs.append(trainer(job, Path(folder) / f"theirs-{number}.json"))
             print(f"round {number + 1}: {ours[-1]['wall']:.1f} s, HF Trainer {theirs[-1]['wall']:.1f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
+        alone = [tuneoff(options.command, Path(folder) / "alone", ours[0])] if options.alone else []
     show(ours, theirs)
+    for job in alone:
+        ratio = statistics.median(steps(ours[-1], run) / steps(job, run) for run in theirs[0]["runs"]
+                                  if job["records"][run]["step_seconds"])  # fmt: skip
+        print(
+            f"one after another {job['wall']:.1f} s; beside another run a step takes {ratio:.2f} times as long"
+        )
     from harness.nursery import Nursery
 
     with Nursery({}) as nursery:
@@ -58,12 +68,16 @@ def main() -> None:
 # The two jobs
 
 
-def tuneoff(command: list[str], folder: Path) -> dict:
-    """Seconds of the command and its records, with an empty cache of tokens."""
+def tuneoff(command: list[str], folder: Path, together: dict | None = None) -> dict:
+    """Seconds of the command and its records, with an empty cache of tokens. After a job whose runs went
+    side by side: on the cores that each of them had."""
+    allowed = sorted(os.sched_getaffinity(0))
+    cores = allowed[: len(allowed) // at_once(together)] if together else allowed
     where = ["--results", str(folder / "results"), "--reports", str(folder / "reports")]
     started = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "run_bench.py"), *command, *where], check=True,
-                   stdout=subprocess.DEVNULL, env={**os.environ, "TUNEOFF_CACHE": str(folder)})  # fmt: skip
+                   stdout=subprocess.DEVNULL, env={**os.environ, "TUNEOFF_CACHE": str(folder)},
+                   preexec_fn=lambda: os.sched_setaffinity(0, cores))  # fmt: skip
     wall = time.perf_counter() - started
     found = {}
     for file in (folder / "results").glob("*/record.json"):
@@ -358,6 +372,11 @@ def shares(job: dict) -> dict[str, float]:
     }
     found = {what: taken / whole for what, taken in seconds.items()}
     return {**found, "outside": 1 - sum(found.values())}
+
+
+def steps(job: dict, run: str) -> float:
+    """Seconds of a step, the median."""
+    return statistics.median(job["records"][run]["step_seconds"])
 
 
 def at_once(job: dict) -> int:
