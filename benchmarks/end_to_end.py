@@ -56,9 +56,7 @@ def main() -> None:
     for job in alone:
         ratio = statistics.median(steps(ours[-1], run) / steps(job, run) for run in theirs[0]["runs"]
                                   if job["records"][run]["step_seconds"])  # fmt: skip
-        print(
-            f"one after another {job['wall']:.1f} s; beside another run a step takes {ratio:.2f} times as long"
-        )
+        print(f"one after another {job['wall']:.1f} s; side by side a step takes {ratio:.2f} times as long")
     from harness.nursery import Nursery
 
     with Nursery({}) as nursery:

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import traceback
-from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import method, packages
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
         status="failed",
         command=job["command"],
         provenance=Provenance(at_once=job["at_once"]),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=job["started"],
     )
     ended_by = None
     try:

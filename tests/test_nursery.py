@@ -246,6 +246,9 @@ def test_a_run_keeps_to_the_cores_of_its_slot_and_its_record_says_how_many_went_
     slot = bench.Slot(begin, (core,), 2)
     record = bench.run(spec, store, "", SimpleNamespace(event=lambda *_: None), None, slot)
     assert record.error.endswith(f"[{core}]")
+    assert len(record.started) == len("2026-01-31T12:00:00.000000+00:00"), (
+        "runs side by side keep their order"
+    )
     assert record.provenance.at_once == 2
     assert RunRecord.from_json(record.to_json()).provenance.at_once == 2
 
