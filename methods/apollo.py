@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.method import Natural, Positive, adam
-from methods.galore import GaLore, project, projected_adamw
+from methods.galore import PROJECTED, GaLore, bounded, project, projected_adamw
 
 GROWTH = 1.01  # of the update's norm from one step to the next, at most: Fira's limiter
 
@@ -47,47 +47,65 @@ class APOLLO(GaLore):
 def apollo_adamw():
     """The optimizer's class, made here as a method's file is read before torch is needed."""
     import torch
+    from torch.linalg import vector_norm
 
     class ApolloAdamW(projected_adamw()):
         def __init__(self, params, lr, betas, eps, seed):
             super().__init__(params, lr, betas, eps)
-            everything = (p for group in self.param_groups for p in group["params"])
-            self.numbers = {p: number for number, p in enumerate(everything)}  # each has its own subspaces
             self.seed = seed
+            self.parts, self.place = [], {}  # those that draw together, of one shape; where each one is
+            for group in self.param_groups:
+                shapes = dict.fromkeys(p.shape for p in group["params"]) if "rank" in group else ()
+                for shape in shapes:
+                    alike = [p for p in group["params"] if p.shape == shape]
+                    for part in bounded(alike, PROJECTED // group["rank"], lambda p: max(p.shape)):
+                        self.place |= {p: (len(self.parts), i) for i, p in enumerate(part)}
+                        self.parts.append(part)
 
-        def update(self, p, group):
+        def take(self, params, group) -> None:
             if "rank" not in group:
-                return super().update(p, group)
-            state, grad = self.state[p], p.grad
-            t = state["step"] = state.get("step", torch.tensor(0.0)) + 1
-            period = int((t.item() - 1) // group["gap"])
-            r = project(grad, random_basis(grad, group["rank"], hash((self.seed, self.numbers[p], period))))
-            if "exp_avg" not in state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(r), torch.zeros_like(r)
+                return super().take(params, group)
+            alike: dict = {}  # by part and steps: one draw serves them all
+            for p in params:
+                alike.setdefault((self.place[p][0], self.taken(p)), []).append(p)
+            for (number, taken), members in alike.items():
+                seed = hash((self.seed, number, taken // group["gap"]))
+                bases = random_bases(self.parts[number], group["rank"], seed)
+                self.scaled(members, [bases[self.place[p][1]] for p in members], taken, group)
+
+        def scaled(self, params, bases, taken: int, group) -> None:
+            """A step of parameters of one shape that have taken as many."""
+            grads, states = [p.grad for p in params], [self.state[p] for p in params]
+            low = [project(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+            changes = self.changes(params, low, group)
             beta1, beta2 = group["betas"]
-            m = state["exp_avg"].lerp_(r, 1 - beta1)
-            v = state["exp_avg_sq"].mul_(beta2).addcmul_(r, r, value=1 - beta2)
-            unbias = (1 - beta2 ** t.item()) ** 0.5
-            adam = m / v.sqrt().add_(group["eps"] * unbias)
+            unbiased = (1 - beta2 ** (taken + 1)) ** 0.5 / (1 - beta1 ** (taken + 1))  # is in changes already
             # A channel is a row of a tall matrix, a column of a wide one: what the projection leaves whole.
-            tall = grad.shape[0] >= grad.shape[1]
-            dims = (0, 1) if group["scaling"] == "tensor" else int(tall)
-            change = grad * (adam.norm(dim=dims, keepdim=True) / (r.norm(dim=dims, keepdim=True) + 1e-8))
-            norm = change.norm()
-            if "norm" in state:  # of the last update, which this one may exceed by little
-                limiter = (norm / (state["norm"] + 1e-8)).clamp(min=GROWTH) / GROWTH
-                change, norm = change / limiter, norm / limiter
-            state["norm"] = norm
-            rate = group["lr"] * group["scale"] ** 0.5 * unbias / (1 - beta1 ** t.item())
-            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=rate)
+            dim = -1 if params[0].shape[0] >= params[0].shape[1] else -2
+            lengths = [vector_norm(grad, dim=dim, keepdim=True) for grad in grads]
+            adam, r, lengths = torch.stack(changes), torch.stack(low), torch.stack(lengths)
+            dims = (-1, -2) if group["scaling"] == "tensor" else dim
+            adam, r = (vector_norm(x, dim=dims, keepdim=True) for x in (adam, r))
+            factors = adam / unbiased / (r + 1e-8)
+            norms = vector_norm(factors * lengths, dim=(-1, -2), keepdim=True)  # of the updates
+            if taken:  # which may exceed the last ones by little
+                last = torch.stack([state["norm"] for state in states]).view_as(norms)
+                limiter = (norms / (last + 1e-8)).clamp(min=GROWTH) / GROWTH
+                factors, norms = factors / limiter, norms / limiter
+            rate = group["lr"] * group["scale"] ** 0.5 * unbiased
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, grad, factor, norm, state in zip(params, grads, factors, norms, states, strict=True):
+                p.addcmul_(grad, factor, value=-rate)
+                state["norm"] = norm.squeeze()
 
     return ApolloAdamW
 
 
-def random_basis(grad, rank, seed):
-    """(min(m, n), rank) of variance 1 / rank: its projection keeps lengths in the mean."""
+def random_bases(alike, rank, seed):
+    """For n tensors of one shape (n, min(shape), rank) of variance 1 / rank: a projection keeps lengths in
+    the mean."""
     import torch
 
-    draw = torch.Generator(grad.device).manual_seed(seed)
-    shape = min(grad.shape), rank
-    return torch.randn(shape, generator=draw, device=grad.device, dtype=grad.dtype) / rank**0.5
+    first, draw = alike[0], torch.Generator(alike[0].device).manual_seed(seed)
+    shape = len(alike), min(first.shape), rank
+    return torch.randn(shape, generator=draw, device=first.device, dtype=first.dtype) / rank**0.5

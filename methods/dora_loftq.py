@@ -13,7 +13,7 @@ Generalisation: as LoftQ's; the adapters hold part of the base and can not be ta
 
 from dataclasses import dataclass
 
-from methods.dora import DoRA
+from methods.dora import DoRA, closed_form
 from methods.loftq import LoftQ
 from methods.lora import adapted_layers
 
@@ -23,13 +23,13 @@ class DoRALoftQ(LoftQ, DoRA):
     hybrid = ("dora", "loftq")
 
     def attach(self, model, run):
-        """PEFT took the lengths of the rows before LoftQ changed them: they are taken again."""
-        model = super().attach(model, run)
+        """The lengths of the rows were taken before LoftQ changed them: they are taken again."""
+        model = closed_form(super().attach(model, run))
         for layer in adapted_layers(model).values():
-            layer.lora_magnitude_vector["default"].update_layer(
-                base_layer=layer.base_layer,
-                lora_A=layer.lora_A["default"].weight,
-                lora_B=layer.lora_B["default"].weight,
-                scaling=layer.scaling["default"],
-            )
+            own = layer.lora_magnitude_vector["default"]
+            b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+            own.weight.data = own.lengths(layer.get_base_layer(), b, a, layer.scaling["default"])
         return model
+
+    def restore(self, load_base, folder):
+        return closed_form(super().restore(load_base, folder)).eval()

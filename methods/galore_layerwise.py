@@ -4,7 +4,7 @@
 
 Zhao et al. 2024, GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, arXiv:2403.03507.
 
-Performance: GaLore's to the bit, but for the gradient clipping that it has to go without.
+Performance: GaLore's, but for the gradient clipping that it has to go without.
 Efficiency: one gradient lives at a time in place of one per weight. That lowers the peak where gradients
 outweigh activations (small batches, gradient checkpointing), and nothing where activations make it.
 Generalisation: GaLore's; without clipping a bad batch moves the weights further.
@@ -37,7 +37,7 @@ class GaLoreLayerwise(GaLore):
             @torch.no_grad()
             def update(p):
                 if owner := alive():
-                    owner.update(p, owner.param_groups[group])
+                    owner.take([p], owner.param_groups[group])
                     p.grad = None
 
             return update

@@ -7,7 +7,8 @@ Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Mo
 
 Performance: starts nearer to the base model than QLoRA; the gain is small at 4 bits, and grows with the rank.
 Efficiency: trains as QLoRA does; only the start holds the base in 16 bits once more, and decomposes every
-matrix five times. What is saved holds its 4-bit base, as that is no longer the one of the base model alone.
+matrix five times, by orthogonal iteration: at most 0.1 % above the SVD's error. What is saved holds its
+4-bit base, as that is no longer the one of the base model alone.
 Generalisation: as QLoRA's; the adapters can not be taken off without loss, they hold part of the base.
 """
 
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.method import Natural
-from methods.galore import top_singular_vectors
+from methods.galore import bounded, top_singular_vectors
 from methods.lora import adapted_layers, check_rank
 from methods.qlora import QLoRA, load_nf4
 
 BASE = "base"  # folder of the 4-bit base, beside the adapter
+TOGETHER = 2**25  # weights that are decomposed at once, 128 MiB in fp32; a few such are held for it
 
 
 @dataclass
@@ -38,30 +40,41 @@ class LoftQ(QLoRA):
         originals = run.load_base()
         model = super().attach(model, run)
         check_rank(model, self.rank)
-        squares = 0
+        squares = torch.zeros(3, device=run.device)
         layers = {n: m for n, m in adapted_layers(model).items() if hasattr(m.weight, "quant_state")}
-        for name, layer in layers.items():
-            original = originals.get_submodule(name)
-            squares += torch.stack(self.start(layer, original.weight.detach().float())) ** 2
-            original.weight = None  # freed as soon as it is used
+        for part in bounded(
+            layers.items(), TOGETHER, lambda item: item[1].in_features * item[1].out_features
+        ):
+            weights = []
+            for name, _ in part:
+                original = originals.get_submodule(name)
+                weights.append(original.weight.detach().float())
+                original.weight = None  # freed as soon as it is used
+            squares += self.start([layer for _, layer in part], weights)
         before, after = (squares[:2] / squares[2]).sqrt().tolist()
         run.note("relative error of the 4-bit weights, ||W - Q|| / ||W|| with plain NF4", before)
         run.note("relative error of the start, ||W - Q - s B A|| / ||W||", after)
         return model
 
-    def start(self, layer, weight) -> tuple:
-        """Puts Q, A and B into a layer. -> norms: of the error before, of the error after, of the weight."""
-        base, scaling = layer.base_layer, layer.scaling["default"]
-        difference, errors = 0, []
+    def start(self, layers, weights):
+        """Puts Q, A and B into layers. -> (3,): squares of errors before, of those after, of the weights."""
+        import torch
+
+        differences, errors = [torch.zeros(()).to(weight) for weight in weights], []
         for _ in range(self.iterations):
-            base.weight = quantise(weight - difference, base.weight)
-            residual = weight - dequantise(base.weight)
-            left, right = truncate(residual, self.rank)
-            difference = left @ right
-            errors += [residual.norm(), (residual - difference).norm()]
-        layer.lora_A["default"].weight.data = right / scaling**0.5
-        layer.lora_B["default"].weight.data = left / scaling**0.5
-        return errors[0], errors[-1], weight.norm()
+            residuals = []
+            for layer, weight, difference in zip(layers, weights, differences, strict=True):
+                base = layer.base_layer
+                base.weight = quantise(weight - difference, base.weight)
+                residuals.append(weight - dequantise(base.weight))
+            factors = truncate(residuals, self.rank)
+            differences = [left @ right for left, right in factors]
+            left_over = torch._foreach_sub(residuals, differences)
+            errors += [torch.stack(torch._foreach_norm(tensors)) for tensors in (residuals, left_over)]
+        for layer, (left, right) in zip(layers, factors, strict=True):
+            put(layer, left, right)
+        sizes = torch.stack(torch._foreach_norm(weights))
+        return torch.stack([norms.square().sum() for norms in (errors[0], errors[-1], sizes)])
 
     def save(self, model, folder: Path) -> None:
         """The adapter and the base that it fits, as any user loads them: to find Q again would take the
@@ -99,13 +112,22 @@ def dequantise(weight):
     return dequantize_4bit(weight.data, weight.quant_state).float()
 
 
-def truncate(matrix, rank) -> tuple:
-    """-> (m, rank), (rank, n): their product is the best approximation of that rank, and each holds the
-    square roots of the singular values."""
-    if matrix.shape[0] < matrix.shape[1]:
-        left, right = truncate(matrix.T, rank)
-        return right.T.contiguous(), left.T.contiguous()
-    basis = top_singular_vectors(matrix, rank)  # (n, rank)
-    strong = matrix @ basis  # left singular vectors times singular values
-    roots = strong.norm(dim=0).clamp(min=1e-30).sqrt()
-    return strong / roots, roots[:, None] * basis.T
+def truncate(matrices, rank) -> list[tuple]:
+    """-> (m, rank), (rank, n) of each: their product is the best approximation of that rank, and each holds
+    the square roots of the singular values."""
+    factors = []
+    for matrix, basis in zip(matrices, top_singular_vectors(matrices, rank), strict=True):
+        tall = matrix.shape[0] >= matrix.shape[1]
+        strong = matrix @ basis if tall else matrix.T @ basis  # singular vectors times singular values
+        roots = strong.norm(dim=0).clamp(min=1e-30).sqrt()
+        pair = strong / roots, roots * basis
+        left, right = pair if tall else pair[::-1]
+        factors.append((left, right.T.contiguous()))
+    return factors
+
+
+def put(layer, left, right) -> None:
+    """Makes left @ right what the adapter of a layer adds to its weight."""
+    scaling = layer.scaling["default"]
+    layer.lora_A["default"].weight.data = right / scaling**0.5
+    layer.lora_B["default"].weight.data = left / scaling**0.5

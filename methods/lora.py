@@ -61,3 +61,45 @@ def check_rank(model, rank: int) -> None:
     for name, layer in adapted_layers(model).items():
         if rank > (most := min(layer.in_features, layer.out_features)):
             raise ValueError(f"rank: {name} has only {most} singular vectors, not {rank}")
+
+
+def dense(layer):
+    """The weight of a linear layer, dequantised where it is in 4 bits."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, state)
+
+
+def by_rows(layer):
+    """The same as (rows of outputs, inputs), which GPT-2's layers hold the other way round."""
+    return dense(layer).T if type(layer).__name__ == "Conv1D" else dense(layer)
+
+
+def row_squares(left, right):
+    """(..., m): squared lengths of the rows of left @ right, from factors as thin as an adapter."""
+    return (left @ (right @ right.mT) * left).sum(-1).clamp(min=0)
+
+
+def changed_squares(squares, product, b, a, scaling):
+    """(..., m): squared lengths of the rows of W + s B A, from those of W and its product W A^T, (..., m, r):
+    the square of a sum, without a matrix of the size of W."""
+    cross = (b * product).sum(-1)
+    return (squares + 2 * scaling * cross + scaling**2 * row_squares(b, a)).clamp(min=0)
+
+
+def own_squares(layer):
+    """(m,): squared lengths of the rows of a linear layer's weight, in fp32 or better."""
+    import torch
+
+    weight = by_rows(layer)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=exact).square()
+
+
+def product_with(layer, a):
+    """(m, r): W A^T, multiplied in the type of W, in the type of A."""
+    weight = by_rows(layer)
+    return (weight @ a.T.to(weight.dtype)).to(a.dtype)

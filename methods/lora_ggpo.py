@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.method import Fraction, NotNegative
-from methods.lora import LoRA
+from methods.lora import LoRA, adapted_layers, changed_squares, own_squares, product_with, row_squares
 
 
 @dataclass
@@ -39,23 +39,40 @@ class LoRAGGPO(LoRA):
     axis = "perturbation"
 
     def attach(self, model, run):
-        from peft.tuners.lora import LoraLayer
+        import torch
 
         model = super().attach(model, run)
-        kind = Noise if self.variant == "ggpo" else Momentum
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self.seed, self.forwards = run.seed, 0
-        self.perturbations = [kind(self, layer, index) for index, layer in enumerate(layers)]
+        layers = adapted_layers(model).values()
+        self.forwards, kind = 0, Noise if self.variant == "ggpo" else Momentum
+        self.seeds = torch.randint(-(2**31), 2**31, (2,), generator=run.rng, dtype=torch.int32).to(run.device)
+        self.keys = self.seeds.new_zeros(len(layers), 2)  # of each layer's noise, anew in each forward
+        self.perturbations = [kind(self, layer, keys) for layer, keys in zip(layers, self.keys, strict=True)]
         return model
 
+    def prepare(self, model, examples, run):
+        """Each micro-batch with its number, `draw` (), from which its noise follows: a captured step reads
+        tensors alone. A layer that is computed again in backward draws the same noise again."""
+        import torch
+
+        batches = super().prepare(model, examples, run)
+        first, self.forwards = self.forwards, self.forwards + len(batches)
+        numbers = torch.arange(first, self.forwards, dtype=torch.int32).to(run.device)
+        return [{**batch, "draw": number} for batch, number in zip(batches, numbers, strict=True)]
+
     def loss(self, model, batch, run):
-        self.forwards += 1  # a checkpointed layer that is computed again draws the same noise again
+        import torch
+
+        numbers = torch.arange(self.keys.numel(), dtype=torch.int32, device=self.keys.device)
+        keys = hashed(hashed(numbers, *self.seeds), batch["draw"], self.seeds[0])
+        self.keys.copy_(keys.view_as(self.keys))
         return super().loss(model, batch, run)
 
     def optimizer(self, model, run):
-        optimizer = super().optimizer(model, run)
-        for perturbation in self.perturbations:
-            perturbation.follow(optimizer)
+        optimizer, alike = super().optimizer(model, run), {}
+        for one in self.perturbations:
+            alike.setdefault((one.a.shape, one.b.shape, one.s), []).append(one)
+        for group in alike.values():  # measured together, in as many launches as one
+            type(group[0]).follow(group, optimizer)
         return optimizer
 
     def state(self):
@@ -64,26 +81,21 @@ class LoRAGGPO(LoRA):
     def restore_state(self, state, model, run):
         self.forwards = state["forwards"]
         for perturbation, kept in zip(self.perturbations, state["layers"], strict=True):
-            vars(perturbation).update(kept)
+            for name, value in kept.items():
+                getattr(perturbation, name).copy_(value)
 
 
 class Perturbation:
-    """Of one adapted layer, which it shifts while that is training."""
+    """Of one adapted layer, which it shifts while that is training. What it reads then are tensors that
+    change in place, zeros up to the first step."""
 
-    held = ()  # names of what goes from one step to the next
+    held: tuple[str, ...] = ()  # names of what goes from one step to the next
 
-    def __init__(self, method, layer, index):
-        self.method, self.index = method, index
+    def __init__(self, method, layer, keys):
+        self.method, self.keys, self.base = method, keys, layer.get_base_layer()
         self.a, self.b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (r, n), (m, r)
         self.s = layer.scaling["default"]
         layer.register_forward_hook(self.shift)
-
-    def carried(self, of_a, of_b):
-        """s (of_b A + B of_a), as two factors: (m, 2r) and (2r, n). Never formed, as it is low-rank."""
-        import torch
-
-        left, right = torch.cat([of_b, self.b], 1), torch.cat([self.a, of_a])
-        return self.s * left.detach(), right.detach()
 
     def state(self):
         return {name: getattr(self, name) for name in self.held}
@@ -94,38 +106,37 @@ class Noise(Perturbation):
 
     held = ("size",)
 
-    def __init__(self, method, layer, index):
-        import torch
+    def __init__(self, method, layer, keys):
+        super().__init__(method, layer, keys)
+        self.squares = own_squares(self.base)
+        self.size = self.squares.new_zeros(self.squares.shape)  # (m,)
 
-        super().__init__(method, layer, index)
-        self.base, self.size = layer.get_base_layer(), None
-        self.base_norms = torch.linalg.vector_norm(dense(self.base), dim=1, dtype=torch.float32)
-
-    def follow(self, optimizer):
+    @staticmethod
+    def follow(group, optimizer):
         """Before the step, after the clipping: where the PR measures."""
-        optimizer.register_step_pre_hook(lambda *_: self.measure())
+        optimizer.register_step_pre_hook(lambda *_: Noise.measure(group))
 
-    def measure(self):
+    @staticmethod
+    def measure(group):
+        """The sizes of layers of one shape."""
         import torch
 
+        method, s = group[0].method, group[0].s
         with torch.no_grad():
-            weight = dense(self.base)
-            cross = (self.b * (weight @ self.a.T.to(weight.dtype)).float()).sum(1)  # B_i . (W A^T)_i
-            squares = self.base_norms**2 + 2 * self.s * cross + row_squares(self.s * self.b, self.a)
-            gradient = row_squares(*self.carried(self.a.grad, self.b.grad))
-            size = self.method.sigma * squares.clamp(min=0).sqrt() + self.method.beta * gradient
-            self.size = size / len(size) ** 0.5
+            a, b = factors(group)
+            product = torch.stack([product_with(one.base, one.a) for one in group])  # W A^T
+            squares = changed_squares(stacked(group, "squares"), product, b, a, s)
+            gradient = row_squares(*carried(group, *factors(group, lambda p: p.grad)))
+            sizes = (method.sigma * squares.sqrt() + method.beta * gradient) / b.shape[-2] ** 0.5
+            torch._foreach_copy_([one.size for one in group], list(sizes))
 
     def shift(self, layer, args, y):
         import torch
 
-        if not layer.training or self.size is None:
+        if not layer.training:
             return y
         with torch.no_grad():
-            draw = torch.Generator(y.device)  # our own: dropout and the order of the data stay as they are
-            draw.manual_seed(hash((self.method.seed, self.method.forwards, self.index)))
-            shape = len(self.size), self.a.shape[1]
-            noise = torch.randn(shape, generator=draw, device=y.device, dtype=y.dtype)
+            noise = normal(self.keys, self.b.shape[0], self.a.shape[1]).to(y.dtype)
             shift = torch.nn.functional.linear(args[0].to(y.dtype), noise) * self.size.to(y.dtype)
         return y + shift
 
@@ -136,43 +147,95 @@ class Momentum(Perturbation):
     The authors add E to W and subtract it again. As a product of rank 2r it is applied as it stands: W is
     never touched, may be in 4 bits, and backward keeps no matrix of its size."""
 
-    factors = mean = None
-    held = ("factors", "mean")
+    held = ("left", "right", "mean")
 
-    def __init__(self, method, layer, index):
-        super().__init__(method, layer, index)
-        self.a.register_post_accumulate_grad_hook(lambda a: self.seen())  # B's is there before A's
+    def __init__(self, method, layer, keys):
+        super().__init__(method, layer, keys)
+        (r, n), m = self.a.shape, len(self.b)
+        self.left, self.right = self.b.new_zeros(m, 2 * r), self.a.new_zeros(2 * r, n)
+        self.norm, self.mean = self.a.new_zeros(()), self.a.new_full((), -1)  # below 0: of no step yet
+        self.half = False
+        for factor in (self.a, self.b):
+            factor.register_post_accumulate_grad_hook(self.seen)
 
-    def seen(self):
-        """Of the step's gradient as it grows, before the clipping: where the authors measure."""
-        self.norm = row_squares(*self.carried(self.a.grad, self.b.grad)).sum().sqrt()
+    def seen(self, _):
+        """Of the step's gradient as it grows, once both factors have it, before the clipping: where the
+        authors measure."""
+        self.half = not self.half
+        if not self.half:
+            left, right = carried([self], self.a.grad[None], self.b.grad[None])
+            self.norm.copy_(row_squares(left, right).sum().sqrt())
 
-    def follow(self, optimizer):
-        optimizer.register_step_post_hook(lambda *_: self.measure(optimizer.state))
+    @staticmethod
+    def follow(group, optimizer):
+        optimizer.register_step_post_hook(lambda *_: Momentum.measure(group, optimizer.state))
 
-    def measure(self, state):
-        self.mean = self.norm if self.mean is None else self.mean.lerp(self.norm, 1 - self.method.decay)
-        left, right = self.carried(state[self.a]["exp_avg"], state[self.b]["exp_avg"])
-        length = row_squares(left, right).sum().sqrt()
-        scale = -self.method.rho / (length + 1e-12) * (self.mean + 1e-12).reciprocal().clamp(max=10)
-        self.factors = scale * left, right
+    @staticmethod
+    def measure(group, state):
+        """The shifts of layers of one shape."""
+        import torch
+
+        method = group[0].method
+        norm, mean = stacked(group, "norm"), stacked(group, "mean")
+        mean = torch.where(mean < 0, norm, mean.lerp(norm, 1 - method.decay))
+        left, right = carried(group, *factors(group, lambda p: state[p]["exp_avg"]))
+        length = row_squares(left, right).sum(-1).sqrt()
+        scale = -method.rho / (length + 1e-12) * (mean + 1e-12).reciprocal().clamp(max=10)
+        found = [*(scale[:, None, None] * left), *right, *mean]
+        torch._foreach_copy_([getattr(one, name) for name in Momentum.held for one in group], found)
 
     def shift(self, layer, args, y):
         from torch.nn.functional import linear
 
-        if not layer.training or self.factors is None:
+        if not layer.training:
             return y
-        left, right = (factor.to(y.dtype) for factor in self.factors)
-        return y + linear(linear(args[0].to(y.dtype), right), left)
+        return y + linear(linear(args[0].to(y.dtype), self.right.to(y.dtype)), self.left.to(y.dtype))
 
 
-def row_squares(left, right):
-    """Squared lengths of the rows of left @ right, from factors as thin as the adapter."""
-    return (left @ (right @ right.T) * left).sum(1).clamp(min=0)
+def stacked(group, name):
+    import torch
+
+    return torch.stack([getattr(one, name) for one in group])
 
 
-def dense(layer):
-    """The weight of a linear layer, dequantised where it is in 4 bits."""
-    from peft.utils.integrations import dequantize_module_weight
+def factors(group, of=lambda parameter: parameter):
+    """(layers, r, n) and (layers, m, r): A and B of layers of one shape, or what belongs to them."""
+    import torch
 
-    return dequantize_module_weight(layer).detach()
+    return torch.stack([of(one.a) for one in group]).detach(), torch.stack(
+        [of(one.b) for one in group]
+    ).detach()
+
+
+def carried(group, of_a, of_b):
+    """s (of_b A + B of_a), as two factors: (layers, m, 2r) and (layers, 2r, n). Never formed, as it is
+    low-rank."""
+    import torch
+
+    a, b = factors(group)
+    return group[0].s * torch.cat([of_b, b], -1), torch.cat([a, of_a], -2)
+
+
+# Noise that is a function of tensors alone: no generator's state, which a captured step could not advance
+
+
+def hashed(numbers, key, other):
+    """int32 -> int32: every bit of numbers and keys into every other one (triple32, C. Wellons 2018, with a
+    key before each of its first two rounds)."""
+
+    def folded(x, by):
+        return x ^ (x >> by & 2 ** (32 - by) - 1)  # >> would fill up with the sign
+
+    x = folded(numbers ^ key, 17) * (0xED5AD4BB - 2**32)
+    x = folded(x ^ other, 11) * (0xAC4C1B51 - 2**32)
+    return folded(folded(x, 15) * 0x31848BAB, 14)
+
+
+def normal(keys, rows, columns):
+    """(rows, columns): standard normal numbers of their own for every two keys, by the inverse of the normal
+    distribution at 2^24 midpoints: exact in fp32, and up to 5.4."""
+    import torch
+
+    numbers = torch.arange(rows * columns, dtype=torch.int32, device=keys.device)
+    middle = ((hashed(numbers, *keys) >> 8) + 0.5) * 2**-23  # above -1 and below 1
+    return (torch.erfinv(middle) * 2**0.5).view(rows, columns)

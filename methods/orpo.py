@@ -60,8 +60,8 @@ class ORPO(LoRA):
             batch["last"] = last_answers(batch)
             if self.prompt_loss:
                 del batch["targets"]  # there are more
-                read = chosen(batch["attention_mask"]).bool()
-                chosen(batch["labels"])[read] = chosen(batch["input_ids"])[read]
+                ids, read = chosen(batch["input_ids"]), chosen(batch["attention_mask"]).bool()
+                chosen(batch["labels"]).copy_(ids.where(read, chosen(batch["labels"])))
         learned = sum((chosen(batch["labels"])[:, 1:] != -100).sum() for batch in pairs)
         return [{**batch, "learned": learned / len(examples)} for batch in pairs]
 

@@ -40,6 +40,7 @@ SPARED = (  # scales, biases, rotations and choices, though held as matrices: th
     "beft_bias", "boft_", "hra_u", "ia3_l", "oft_R", "psoft_R", "vblora_logits",
 )  # fmt: skip
 MIXED = {"4-bit base": "its product with dequantised weights mixes types (PEFT 0.21)"}
+WAITS = {"graphs": "its forward reads a number from the device (PEFT 0.21)"}
 SCALARS = {bool: bool | None, int: float | None, float: float | None, str: str | None}  # an int may be 0.5
 FACTS = {  # class attributes of some variants, found by running each (tests/test_peft.py)
     "adalora": {
@@ -54,10 +55,11 @@ FACTS = {  # class attributes of some variants, found by running each (tests/tes
     },  # a value moves little
     "ia3": {"cannot": MIXED, "learning_rates": (1e-3, 1e-2)},  # PEFT's comparison: 5e-3
     "lily": {"cannot": {"merging": "what it adds to a weight depends on the input"}},
-    "loha": {"cannot": MIXED},
+    "loha": {"cannot": MIXED | WAITS},
+    "lokr": {"cannot": WAITS},
     "randlora": {"cannot": MIXED},
     "unilora": {"starts_at_base": False},
-    "vblora": {"starts_at_base": False},
+    "vblora": {"starts_at_base": False, "cannot": WAITS},
     "vera": {"learning_rates": (1e-3, 1e-2)},  # ten to a hundred times LoRA's
 }
 

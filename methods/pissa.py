@@ -14,28 +14,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from methods.lora import LoRA, check_rank
+from methods.galore import bounded
+from methods.loftq import TOGETHER, put, truncate
+from methods.lora import LoRA, adapted_layers, check_rank
 
 START = "start"  # name of the adapter as it was before training
 
 
 @dataclass
 class PiSSA(LoRA):
-    """By PEFT, with the exact SVD where the authors recommend a randomised one. In bf16 what is left of W
-    is rounded, so that the start equals the base as far as bf16 does."""
+    """The SVD by orthogonal iteration, whose error is at most 0.1 % above the exact one's; the authors
+    recommend a randomised one. In bf16 what is left of W is rounded: the start is the base as far as bf16
+    goes."""
 
     learning_rates = (2e-5, 2e-4)  # from the authors' 2e-5 on: its factors begin large
     cannot = {"4-bit base": "what is left of a weight would be rounded again: loftq starts a 4-bit base so"}
 
-    def config(self, **more):
-        return super().config(init_lora_weights="pissa", **more)
-
     def attach(self, model, run):
         model = super().attach(model, run)
         check_rank(model, self.rank)
+        layers = adapted_layers(model).values()
+        for part in bounded(layers, TOGETHER, lambda layer: layer.in_features * layer.out_features):
+            self.start(part)
         self.folder = TemporaryDirectory()  # removed with the method
         model.save_pretrained(Path(self.folder.name) / START)
         return model
+
+    def start(self, layers) -> None:
+        from peft.utils.other import transpose
+
+        bases = [layer.get_base_layer().weight for layer in layers]
+        weights = [
+            transpose(base.detach().float(), layer.fan_in_fan_out)
+            for base, layer in zip(bases, layers, strict=True)
+        ]
+        for layer, base, weight, factors in zip(
+            layers, bases, weights, truncate(weights, self.rank), strict=True
+        ):
+            put(layer, *factors)
+            base.data = transpose((weight - factors[0] @ factors[1]).to(base.dtype), layer.fan_in_fan_out)
 
     def keep(self, model, run):
         """Converted before it is scored: W and what is left of it are rounded otherwise."""

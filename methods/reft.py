@@ -65,7 +65,7 @@ class LoReFT(Method):
             raise ValueError(f"rank is {self.rank}, but this model's states have {width} values")
         groups = 1 if self.tied or not (self.first and self.last) else 2
         causal.reft = nn.ModuleDict()
-        causal.reft.places = []  # of the forward's edited tokens, for each group; kept for a recomputation
+        causal.reft.places = []  # of the forward, for each group: (B, k, 1) places, and which are edited
         decoder = causal.get_decoder()
         decoder.reads = ("prompt_lengths",)  # of a batch, where a prompt and its answer are read together
         decoder.register_forward_pre_hook(partial(locate, self, causal), with_kwargs=True)
@@ -73,7 +73,9 @@ class LoReFT(Method):
             # Made on the CPU: the same start for a seed on every device.
             edits = nn.ModuleList([intervention()(width, self.rank, self.dropout) for _ in range(groups)])
             causal.reft[str(index)] = edits.to(next(block.parameters()).device)
-            block.register_forward_hook(partial(edit, causal.reft, str(index)))
+            edits.places = causal.reft.places
+            vars(block)["edits"] = edits  # not the block's own part; by it one hook, so one program, does all
+            block.register_forward_hook(edit)
         return causal
 
     def chosen(self, blocks) -> dict:
@@ -102,7 +104,9 @@ class LoReFT(Method):
 
         saved = type(self)(**json.loads((folder / OPTIONS).read_text("utf-8")))
         model = saved.intervene(saved.load(load_base))
-        model.reft.load_state_dict(load_file(folder / WEIGHTS))
+        own = "parametrizations.weight.original", "coordinates"  # the name that they were saved by up to 0.1
+        weights = load_file(folder / WEIGHTS).items()
+        model.reft.load_state_dict({name.replace(*own): value for name, value in weights})
         return model.eval()
 
     def merge(self, model):
@@ -125,19 +129,43 @@ def intervention():
     """The class of one edit; made here, as plans are read where torch is not installed."""
     import torch
     from torch import nn
-    from torch.nn.utils.parametrizations import orthogonal
+
+    class Rotation(nn.Module):
+        """R by the coordinates that torch's own orthogonal(householder) gives it: vectors of reflections
+        below a diagonal of signs. All reflect at once: I - V T V^T with T^-1 + T^-T = V^T V (Joffrain et al.
+        2006, UT transform), of which r rows are wanted; one by one they are a launch or more each."""
+
+        def __init__(self, weight):
+            super().__init__()
+            held, scale = torch.geqrf(weight.detach().T)
+            signs = held.diagonal().sign()
+            held.diagonal().copy_(torch.where(scale == 0, -signs, signs))  # LAPACK left that reflection out
+            self.coordinates = nn.Parameter(held.T.contiguous())
+
+        @property
+        def weight(self):
+            """(r, d), its rows orthonormal."""
+            rank = len(self.coordinates)
+            one = torch.eye(rank, device=self.coordinates.device, dtype=self.coordinates.dtype)
+            vectors = self.coordinates.triu(1)
+            vectors = torch.cat([vectors[:, :rank] + one, vectors[:, rank:]], 1)  # V^T
+            gram = vectors @ vectors.T
+            inverse = gram.triu(1) + one * gram / 2  # of T
+            turned = torch.linalg.solve_triangular(inverse, vectors[:, :rank], upper=True).T  # (T V_1^T)^T
+            rows = torch.cat([one - turned @ vectors[:, :rank], -turned @ vectors[:, rank:]], 1)
+            return rows * self.coordinates.diagonal().detach()[:, None]
 
     class Intervention(nn.Module):
         def __init__(self, width, rank, dropout):
             super().__init__()
             rotation = nn.Linear(width, rank, bias=False)
             nn.init.orthogonal_(rotation.weight)
-            self.rotation = orthogonal(rotation, use_trivialization=False)
+            self.rotation = Rotation(rotation.weight)
             self.source = nn.Linear(width, rank)
             self.dropout = nn.Dropout(dropout)
 
         def forward(self, h):
-            """(N, d) -> (N, d), in fp32: in bf16 the rows of R would not be orthonormal."""
+            """(..., d) -> the same, in fp32: in bf16 the rows of R would not be orthonormal."""
             with torch.autocast(h.device.type, enabled=False):
                 x, rotation = h.float(), self.rotation.weight
                 return self.dropout(x + (self.source(x) - x @ rotation.T) @ rotation).to(h.dtype)
@@ -159,14 +187,15 @@ def locate(method, causal, decoder, args, kwargs):
     if inputs is None:
         inputs = given["inputs_embeds"]
     shape, mask, past = inputs.shape[:2], given.get("attention_mask"), given.get("past_key_values")
+    starts = torch.zeros(shape[0], dtype=torch.long, device=inputs.device)
     if lengths is not None:  # a prompt and its answer, padded on the right
-        prompt = torch.arange(shape[1], device=inputs.device) < lengths[:, None]
+        pass
     elif past is not None and past.get_seq_length() > 0:  # decoding: the prompt was edited when it was read
         if shape[1] > 1:
             raise ValueError(
                 "LoReFT reads a prompt whole: pieces of it do not tell which tokens are its last"
             )
-        causal.reft.places = []
+        causal.reft.places.clear()
         return args, kwargs
     elif kwargs.get("use_cache") is False:
         raise ValueError(
@@ -174,32 +203,40 @@ def locate(method, causal, decoder, args, kwargs):
             "the decoder prompt_lengths"
         )
     elif mask is None:
-        prompt = torch.ones(shape, dtype=torch.bool, device=inputs.device)
+        lengths = torch.full_like(starts, shape[1])
     elif isinstance(mask, torch.Tensor) and mask.shape == shape:
-        prompt = mask.bool()
+        starts, lengths = mask.int().argmax(1), mask.sum(1)
     else:
         raise ValueError("LoReFT needs an attention mask of the tokens' own shape to find a prompt's ends")
-    ends = first_and_last(prompt, method.first, method.last)
+    ends = first_and_last(starts, lengths, method.first, method.last)
     if len(next(iter(causal.reft.values()))) == 1:
-        ends = [ends[0] | ends[1]]
-    causal.reft.places = [end.nonzero(as_tuple=True) for end in ends]
+        ends = [[torch.cat(both, 1) for both in zip(*ends, strict=True)]]
+    causal.reft.places[:] = [
+        (place.clamp(0, shape[1] - 1)[..., None], real[..., None]) for place, real in ends
+    ]
     return args, kwargs
 
 
-def first_and_last(prompt, first, last):
-    """(B, T) booleans of the prompts' tokens -> the same of their first ones, and of their last ones. Each
-    end takes half of a short prompt at most, so that they never meet."""
-    place, length = prompt.cumsum(1) - 1, prompt.sum(1, keepdim=True)
-    half = length // 2
-    return [
-        prompt & (place < half.clamp(max=first)),
-        prompt & (place >= length - half.clamp(max=last)),
-    ]
+def first_and_last(starts, lengths, first, last):
+    """Where prompts begin and how long they are, each (B,) -> for either end: places (B, first or last), and
+    which of them are edited. Each end takes half of a short prompt at most, so that they never meet."""
+    import torch
+
+    starts, lengths = starts[:, None], lengths[:, None]
+    half, from_start, from_end = (
+        lengths // 2,
+        torch.arange(first, device=starts.device),
+        torch.arange(1, last + 1, device=starts.device),
+    )
+    return [(starts + from_start, from_start < half), (starts + lengths - from_end, from_end <= half)]
 
 
-def edit(reft, index, block, args, output):
-    """After a layer: its output with the chosen tokens edited, and all others as they were."""
+def edit(block, args, output):
+    """After a layer: its output with the chosen tokens edited, and all others as they were. As many places a
+    row for any prompt, so that a step is of fixed shapes: to those that a short one lacks, 0 is added."""
     h = output[0] if isinstance(output, tuple) else output  # (B, T, d)
-    for group, places in zip(reft[index], reft.places, strict=False):
-        h = h.index_put(places, group(h[places]))
+    for group, (places, real) in zip(block.edits, block.edits.places, strict=False):
+        places = places.expand(-1, -1, h.shape[-1])
+        chosen = h.gather(1, places)  # (B, first or last or both, d)
+        h = h.scatter_add(1, places, (group(chosen) - chosen).where(real, 0))
     return (h, *output[1:]) if isinstance(output, tuple) else h

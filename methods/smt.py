@@ -8,7 +8,8 @@ He et al. 2024, Sparse Matrix in Large Language Model Fine-tuning, arXiv:2405.15
 Performance: trains where the task's gradients are large, which its authors found in the value projections;
 they report it above LoRA, and without its plateau as more is trained.
 Efficiency: gradients and moments of the blocks alone, and only the inputs that meet them are kept. The
-warm-up costs up to 100 steps that update nothing, and host memory for the sums of the gradients.
+warm-up costs up to 100 steps that update nothing, and memory for the sums of the gradients: on the device, or
+where they are more than the model itself, on the host.
 Generalisation: all other weights stay as they were, bit for bit; a small set of places can still move far.
 """
 
@@ -41,14 +42,15 @@ class SMT(Method):
     cannot = {"4-bit base": "trained blocks are written into the weights, which 4-bit codes cannot hold"}
 
     def attach(self, model, run):
+        import torch
+
         linear = decoder_linears(model)
         targets = self.targeted(linear)
         side = self.side(targets)
         count = max(1, int(self.share * sum(m.weight.numel() for m in linear.values()) / side**2))
         sums = self.gradient_sums(model, targets, run)
-        chosen = top_blocks({name: self.scores(total, side) for name, total in sums.items()}, count)
-        for name, places in chosen.items():
-            model.set_submodule(name, sparse_linear()(targets[name], places, side))
+        chosen = top_blocks({name: self.scores(total, side).cpu() for name, total in sums.items()}, count)
+        put(model, {name: torch.tensor(places) for name, places in chosen.items()}, side)
         self.describe(targets, chosen, side, run)
         return model
 
@@ -77,9 +79,10 @@ class SMT(Method):
         return self.block
 
     def gradient_sums(self, model, targets: dict, run) -> dict:
-        """Name -> the sum of a target's gradients over the warm-up, at the weights of the base.
+        """Name -> the sum of a target's gradients over the warm-up, at the weights of the base, in fp32.
 
-        Summed in host memory, in fp32, as the authors do; on the device a gradient is freed once summed.
+        On the device, where they take no more than the model itself, so that no step waits for a copy: the
+        activations and moments of a training take more. Else in host memory, as the authors have them.
         """
         import torch
 
@@ -87,10 +90,13 @@ class SMT(Method):
             total += weight.grad.to(total)
             weight.grad = None
 
+        needed = 4 * sum(module.weight.numel() for module in targets.values())
+        fits = needed <= sum(p.numel() * p.element_size() for p in model.parameters())
         model.requires_grad_(False)
         sums, hooks = {}, []
         for name, module in targets.items():
-            sums[name] = torch.zeros(module.weight.shape)
+            where = module.weight.device if fits else "cpu"
+            sums[name] = torch.zeros(module.weight.shape, device=where)
             weight = module.weight.requires_grad_(True)
             hooks.append(weight.register_post_accumulate_grad_hook(partial(take, sums[name])))
         for examples in islice(run.batches, self.warmup):
@@ -118,7 +124,7 @@ class SMT(Method):
         """AdamW over the blocks. The weights take them over after each step, not at every forward."""
         optimizer = super().optimizer(model, run)
         layers = sparse_layers(model).values()
-        optimizer.register_step_post_hook(lambda *_: [layer.write() for layer in layers])
+        optimizer.register_step_post_hook(lambda *_: write(layers))
         return optimizer
 
     def save(self, model, folder):
@@ -135,15 +141,13 @@ class SMT(Method):
         from safetensors.torch import load_file
 
         model, tensors = self.load(load_base).requires_grad_(False), load_file(folder / FILE)
-        for name in sorted({key.rpartition(".")[0] for key in tensors}):
-            blocks = tensors[f"{name}.blocks"]
-            layer = sparse_linear()(
-                model.get_submodule(name), tensors[f"{name}.places"].tolist(), blocks.shape[-1]
-            )
-            with torch.no_grad():
-                layer.blocks.copy_(blocks)
-            layer.write()
-            model.set_submodule(name, layer)
+        names = sorted({key.rpartition(".")[0] for key in tensors})
+        side = tensors[f"{names[0]}.blocks"].shape[-1]
+        layers = put(model, {name: tensors[f"{name}.places"] for name in names}, side)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.blocks.copy_(tensors[f"{name}.blocks"])
+        write(layers.values())
         return model.eval()
 
     def merge(self, model):
@@ -194,34 +198,78 @@ def sparse_layers(model) -> dict:
     return {name: m for name, m in model.named_modules() if isinstance(m, sparse_linear())}
 
 
+def put(model, places: dict, side: int) -> dict:
+    """Trained blocks into the layers of these names; places: (n, 2), row and column of each. -> the layers.
+
+    Layers of the same last name get room for as many blocks and columns as the one with most: one program
+    computes all of them."""
+    ordered, room = {}, {}
+    for name, own in places.items():
+        ordered[name] = own[(own[:, 1] * (own[:, 0].max() + 1) + own[:, 0]).argsort()]  # by column, then row
+        found = len(own), len(own[:, 1].unique())
+        room[last(name)] = tuple(map(max, found, room.get(last(name), found)))
+    layers = {}
+    for name, own in ordered.items():
+        layers[name] = sparse_linear()(model.get_submodule(name), own, side, *room[last(name)])
+        model.set_submodule(name, layers[name])
+    model.get_decoder().register_forward_pre_hook(open_all)
+    return layers
+
+
+def open_all(decoder, args) -> None:
+    """Before a forward, and outside of what is compiled: layers differ in how many blocks they have."""
+    for layer in sparse_layers(decoder).values():
+        layer.open()
+
+
+def write(layers) -> None:
+    """The blocks into the weights that the layers compute with."""
+    import torch
+
+    with torch.no_grad():
+        for layer in layers:
+            tiles(layer.weight, layer.side)[layer.places.unbind(1)] = layer.blocks.to(layer.weight.dtype)
+
+
 @cache
 def sparse_linear():
     """The layer's class. Made here because a method's file is read before torch is needed."""
     import torch
     from torch import nn
-    from torch.nn.functional import linear
+    from torch.nn.functional import linear, pad
 
     class SparseLinear(nn.Module):
-        """A frozen linear layer with some trained blocks: `write` puts them into its weight."""
+        """A frozen linear layer with some trained blocks, which `write` puts into its weight. Its forward
+        computes with the weight alone; the gradients of the blocks come by way of `slots`, as many as the
+        layer has room for, which `open` makes before each forward of the decoder."""
 
-        def __init__(self, plain: nn.Linear, places: list[tuple[int, int]], side: int):
+        def __init__(self, plain: nn.Linear, places, side: int, blocks: int, columns: int):
             super().__init__()
             self.weight, self.bias, self.side = plain.weight, plain.bias, side
-            by_column = torch.tensor(sorted(places, key=lambda place: place[::-1]))
-            used, counts = by_column[:, 1].unique(return_counts=True)
-            self.counts = counts.tolist()  # of blocks in each used column
-            self.whole = len(used) * side == plain.in_features
-            self.register_buffer("places", by_column.to(plain.weight.device), persistent=False)
-            self.register_buffer("used", used.to(plain.weight.device), persistent=False)
+            used, kept = places[:, 1].unique(return_inverse=True)
+            self.whole = columns * side == plain.in_features
+            if self.whole:
+                used, kept = torch.arange(columns), places[:, 1]
+            for name, values, size in (
+                ("used", used, columns),  # columns of blocks whose inputs are kept
+                ("kept", kept, blocks),  # of each block, its column among those
+                ("rows", places[:, 0], blocks),  # and its row in the weight
+            ):  # a block that is not there is as good as the first; its gradient is dropped
+                values = pad(values, (0, size - len(values))).to(plain.weight.device)
+                self.register_buffer(name, values, persistent=False)
+            self.register_buffer("places", places.to(plain.weight.device), persistent=False)
             self.blocks = nn.Parameter(self.read())
+            self.slots = None
+
+        def open(self):
+            self.slots = Slots.apply(self.blocks, len(self.rows))
+
+        def __getstate__(self):
+            return {**vars(self), "slots": None}  # a copy is not part of the forward at hand
 
         def read(self):
             """(n, side, side): the blocks as they lie in the weight."""
             return tiles(self.weight.detach(), self.side)[self.places.unbind(1)]
-
-        @torch.no_grad()
-        def write(self):
-            tiles(self.weight, self.side)[self.places.unbind(1)] = self.blocks.to(self.weight.dtype)
 
         def forward(self, x):
             if not torch.is_grad_enabled():
@@ -231,28 +279,42 @@ def sparse_linear():
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
             bias = None if self.bias is None else self.bias.to(dtype)
-            return BlockLinear.apply(x.to(dtype), self.blocks, self.weight.to(dtype), bias, self)
+            used = None if self.whole else self.used
+            return BlockLinear.apply(
+                x.to(dtype), self.slots, self.weight.to(dtype), bias, used, self.kept, self.rows
+            )
+
+    class Slots(torch.autograd.Function):
+        """Zeros that take no memory, for the gradients that they are given: the first are the blocks'."""
+
+        @staticmethod
+        def forward(ctx, blocks, room):
+            ctx.count = len(blocks)
+            return blocks.new_zeros(()).expand(room, *blocks.shape[1:])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad[: ctx.count].clone(), None
 
     class BlockLinear(torch.autograd.Function):
         """y = W x + b, which keeps of x what meets a trained block, and gives the blocks their gradients."""
 
         @staticmethod
-        def forward(ctx, x, blocks, weight, bias, layer):
-            inputs = x.reshape(-1, x.shape[-1] // layer.side, layer.side)
-            ctx.save_for_backward(inputs if layer.whole else inputs[:, layer.used], weight)
-            ctx.layer = layer
+        def forward(ctx, x, slots, weight, bias, used, kept, rows):
+            if used is not None:
+                inputs = x.unflatten(-1, (-1, slots.shape[-1]))[..., used, :].flatten(-2)
+            ctx.save_for_backward(x if used is None else inputs, weight, kept, rows)
+            ctx.side, ctx.dtype = slots.shape[-1], slots.dtype
             return linear(x, weight, bias)
 
         @staticmethod
         def backward(ctx, grad):
-            (inputs, weight), layer = ctx.saved_tensors, ctx.layer
-            rows = layer.places[:, 0].split(layer.counts)
-            by_row = grad.reshape(-1, grad.shape[-1] // layer.side, layer.side)
-            products = [  # a column of blocks at a time: (m * side, N) by (N, side)
-                by_row[:, own].flatten(1).T @ column
-                for own, column in zip(rows, inputs.unbind(1), strict=True)
-            ]
-            blocks = torch.cat(products).view(-1, layer.side, layer.side)
-            return grad @ weight if ctx.needs_input_grad[0] else None, blocks, None, None, None
+            inputs, weight, kept, rows = ctx.saved_tensors
+
+            def of(values, blocks):  # (N, width) -> (n, N, side), those of each block
+                return values.reshape(-1, values.shape[-1] // ctx.side, ctx.side)[:, blocks].transpose(0, 1)
+
+            blocks = torch.bmm(of(grad, rows).mT, of(inputs, kept)).to(ctx.dtype)
+            return grad @ weight if ctx.needs_input_grad[0] else None, blocks, *[None] * 5
 
     return SparseLinear

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 import tiny
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -14,6 +15,7 @@ from harness import ROOT
 from harness.errors import BadRequest
 from harness.method import build, known_methods, resolve
 from harness.training import head
+from methods import lora_ggpo
 from methods.lora import LoRA
 from methods.lora_ggpo import LoRAGGPO, Noise
 from methods.qlora import load_nf4
@@ -30,8 +32,9 @@ NONE = {
 }
 
 
-def batch():
-    return tiny.batch(ROWS[:8])
+def batch(number: int = 0):
+    """As the method prepares it: with the number of its draw."""
+    return {**tiny.batch(ROWS[:8]), "draw": torch.tensor(number, dtype=torch.int32)}
 
 
 def adapted(model) -> list:
@@ -135,9 +138,9 @@ def by_hand(method, steps: int, size: float = 1.0, clip: float = 0.05, base=None
         a, b, s = factors(layer)
         return (s * (b.grad @ a + b @ a.grad)).detach()
 
-    for _ in range(steps):
+    for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = size * method.loss(model, batch(), run)
+            loss = size * method.loss(model, batch(step), run)
         loss.backward()
         whole = {layer: carried(layer) for layer in seen}
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -164,8 +167,8 @@ def drawn_over_formula(method, layer, seen, autocast=False):
     weight, _, gradient = seen[layer][-1]
     formula = method.sigma * weight.norm(dim=1) + method.beta * gradient.norm(dim=1) ** 2
     draws = []
-    for _ in range(300):
-        method.forwards += 1
+    for number in range(300):
+        method.keys.copy_(torch.full_like(method.keys, number))  # one is enough that they differ
         draws.append(shift_of(layer, autocast))
     draws = torch.stack(draws, 2).flatten(1)
     assert draws.mean(1).abs().max() < 0.05 * formula.max()
@@ -187,13 +190,14 @@ def test_at_the_defaults_gradients_guide_as_little_as_the_card_says(monkeypatch)
     """Their share of the noise, mean over rows, layers and steps, on the demo's model."""
     shares, measure = [], Noise.measure
 
-    def watched(self):
-        measure(self)
-        of_weights = self.size * len(self.size) ** 0.5
-        gradient = self.s * (self.b.grad @ self.a + self.b @ self.a.grad)
-        shares.append((self.method.beta * gradient.norm(dim=1) ** 2 / of_weights).mean().item())
+    def watched(group):
+        measure(group)
+        for one in group:
+            of_weights = one.size * len(one.size) ** 0.5
+            gradient = one.s * (one.b.grad @ one.a + one.b @ one.a.grad)
+            shares.append((one.method.beta * gradient.norm(dim=1) ** 2 / of_weights).mean().item())
 
-    monkeypatch.setattr(Noise, "measure", watched)
+    monkeypatch.setattr(Noise, "measure", staticmethod(watched))
     draw = torch.Generator().manual_seed(0)
     for clip, expected in ((1.0, 0.0005), (0.0, 0.01)):
         shares.clear()
@@ -306,10 +310,8 @@ def test_recomputed_layers_are_shifted_alike(variant):
     """And the statistics of the step are the same, whose order backward decides."""
     method = LoRAGGPO(variant=variant, sigma=0.3, beta=0.1, rho=0.5)
     model, _, _ = by_hand(method, 2)
-    counted = method.forwards
     plain = gradients(method, model)
-    norms = [p.norm for p in method.perturbations] if variant == "mgpo" else []
-    method.forwards = counted
+    norms = [p.norm.clone() for p in method.perturbations] if variant == "mgpo" else []
     again = gradients(method, model, checkpointing=True)
     for n, gradient in plain.items():
         torch.testing.assert_close(again[n], gradient, atol=1e-6, rtol=1e-5)
@@ -323,12 +325,41 @@ def test_micro_batches_share_mgpos_shift_and_draw_ggpos_anew(variant):
     model, _, seen = by_hand(method, 2)
     layer, other = list(seen)[:2]
     before, beside = shift_of(layer), shift_of(other)
-    method.loss(model.train(), batch(), tiny.run())
+    method.loss(model.train(), batch(2), tiny.run())
     assert torch.equal(shift_of(layer), before) == (variant == "mgpo")
     assert not torch.equal(before, beside)  # q_proj and k_proj draw apart
     if variant == "ggpo":
         k, q = sorted((before, beside), key=len)
         assert (k * q[: len(k)]).sum().abs() / (k.norm() * q[: len(k)].norm()) < 0.1
+
+
+def test_the_noise_is_standard_normal_and_independent():
+    """Of neighbours in rows and columns, of every layer and forward, and of keys that differ in one bit."""
+    method = LoRAGGPO()
+    model, run = tiny.attached(method, seed=3)
+    drawn = []
+    for number in (0, 1, 2, 2**20):
+        method.loss(model, batch(number), run)
+        drawn += [lora_ggpo.normal(keys, 64, 128) for keys in method.keys[:3]]
+    key = torch.tensor([5, 7], dtype=torch.int32)
+    drawn += [lora_ggpo.normal(key ^ torch.tensor(bits, dtype=torch.int32), 64, 128)
+              for bits in ((0, 0), (1, 0), (0, 1), (-(2**31), 0), (0, -(2**31)))]  # fmt: skip
+    n = 64 * 128
+    for noise in drawn:
+        assert scipy.stats.kstest(noise.flatten(), "norm").pvalue > 1e-4
+        assert abs(noise.mean()) < 4 / n**0.5 and abs(noise.var() - 1) < 4 * (2 / n) ** 0.5
+        for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+            for power in (1, 2):
+                assert abs(scipy.stats.pearsonr((a**power).flatten(), (b**power).flatten())[0]) < 5 / n**0.5
+    whole = torch.stack(drawn).flatten(1)
+    for table in (whole, whole**2):
+        assert (table.corrcoef() - torch.eye(len(drawn))).abs().max() < 5 / n**0.5
+    values = [set(noise.tolist()) for noise in whole]  # nor the same numbers in another order
+    assert len(values[0] & values[1]) < 30
+    many = lora_ggpo.normal(key, 1024, 1024)
+    assert many.abs().max() > 4.5 and many.isfinite().all()
+    tail = (many.abs() > 3).float().mean().item()
+    assert tail == pytest.approx(2 * scipy.stats.norm.sf(3), rel=0.1)
 
 
 def test_another_seed_draws_other_noise():

@@ -462,7 +462,7 @@ def test_galore_equals_the_authors_package_across_new_subspaces(shape, monkeypat
     """Given the same bases: after the first, a sign of a singular vector would count, as moments stay."""
 
     def basis(self, weights, rank, type):
-        found = galore.top_singular_vectors(weights, rank)
+        [found] = galore.top_singular_vectors([weights], rank)
         return found.T if type == "right" else found
 
     monkeypatch.setattr(GaLoreProjector, "get_orthogonal_matrix", basis)
@@ -477,7 +477,7 @@ def test_galore_equals_the_authors_package_across_new_subspaces(shape, monkeypat
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [TALL, WIDE])
 def test_with_the_identity_for_a_basis_galore_is_adamw(shape, weight_decay, monkeypatch):
-    monkeypatch.setattr(galore, "top_singular_vectors", lambda grad, rank: torch.eye(min(grad.shape)))
+    monkeypatch.setattr(galore, "top_singular_vectors", lambda grads, rank: [torch.eye(min(shape))])
     hp = hyperparams(learning_rate=1e-2, epsilon=1e-3)
     p, q = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
     gradients = gradients_of(shape, 6)
@@ -501,7 +501,7 @@ def test_what_is_not_projected_is_adamw():
 def test_galore_of_full_rank_is_adamw_in_turned_coordinates(shape):
     hp = hyperparams(learning_rate=1e-2, epsilon=1e-3)
     gradients = gradients_of(shape, 5)
-    turn = galore.top_singular_vectors(gradients[0], min(shape))
+    [turn] = galore.top_singular_vectors(gradients[:1], min(shape))
     p, q = nn.Parameter(torch.ones(shape)), nn.Parameter(galore.project(torch.ones(shape), turn))
     found = stepped(ours(p, min(shape), 100, 1.0, hp=hp), p, gradients)
     adamw = torch.optim.AdamW([q], weight_decay=0.0, **adam(hp))
@@ -531,7 +531,7 @@ def test_the_basis_spans_the_subspace_of_the_svd(values, transposed):
     gradient = with_singular_values((96, 40), values)
     gradient = gradient.T.contiguous() if transposed else gradient
     rank = 4
-    found = galore.top_singular_vectors(gradient, rank)
+    [found] = galore.top_singular_vectors([gradient], rank)
     left, _, right = torch.linalg.svd(gradient.double(), full_matrices=False)
     expected = left[:, :rank] if transposed else right[:rank].T
     assert found.dtype == gradient.dtype

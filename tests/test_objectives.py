@@ -19,6 +19,7 @@ from harness.data import Template
 from harness.data.batches import Batches
 from harness.data.formats import Conversation
 from harness.method import build
+from harness.training import engine
 from harness.training.decoder import left_padded
 from harness.training.head import token_logps
 from methods.grpo import GRPO, advantages
@@ -562,13 +563,13 @@ def chi_squared(observed, expected) -> float:
 
 def test_what_is_trained_on_is_drawn_by_the_models_own_probabilities(monkeypatch):
     """At temperature 1, through the method: the ratios of its loss are of those probabilities."""
-    seen, draw = [], torch.multinomial
+    seen, draw = [], engine.drawn
 
-    def multinomial(probabilities, *arguments, **more):
+    def drawn(probabilities, numbers):
         seen.append(probabilities)
-        return draw(probabilities, *arguments, **more)
+        return draw(probabilities, numbers)
 
-    monkeypatch.setattr(torch, "multinomial", multinomial)
+    monkeypatch.setattr(engine, "drawn", drawn)
     first_draw(*tiny.attached(Judged(group=4, answer_tokens=1), untied(), ROWS[:1], HP))
     with torch.no_grad():
         logits = untied()(input_ids=torch.tensor([list(ROWS[0].prompt_ids)])).logits[0, -1]

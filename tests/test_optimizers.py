@@ -2,25 +2,27 @@
 
 import gc
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import apollo_torch.random_projector
 import pytest
 import tiny
 import torch
 from apollo_torch import APOLLOAdamW
-from test_methods import GEMMA_3_1B, gradients_of, on_meta, shapes, stepped
+from test_methods import GEMMA_3_1B, gradients_of, on_meta, shapes, stepped, with_singular_values
 from tiny import fit, hyperparams, losses, trained_weights
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from harness import ROOT
 from harness.errors import BadRequest
 from harness.method import adam, build
 from harness.training.model import optimizer_bytes
-from methods import apollo
-from methods.apollo import APOLLO, apollo_adamw, random_basis
+from methods import apollo, galore
+from methods.apollo import APOLLO, apollo_adamw, random_bases
 from methods.full import Full
 from methods.full_8bit import Full8bit
-from methods.galore import GaLore
+from methods.galore import GaLore, project
 from methods.galore_layerwise import GaLoreLayerwise
 
 ROWS = tiny.rows(22, seed=1)
@@ -59,12 +61,12 @@ def same_bases(monkeypatch):
     monkeypatch.setattr(apollo_torch.random_projector.GradientProjector, "get_orthogonal_matrix", of_theirs)
     seeds = []
 
-    def of_ours(grad, rank, seed):
+    def of_ours(alike, rank, seed):
         if seed not in seeds:
             seeds.append(seed)
-        return basis((min(grad.shape), rank), len(seeds) - 1)
+        return basis((min(alike[0].shape), rank), len(seeds) - 1).expand(len(alike), -1, -1)
 
-    monkeypatch.setattr(apollo, "random_basis", of_ours)
+    monkeypatch.setattr(apollo, "random_bases", of_ours)
     return seeds, asked
 
 
@@ -102,34 +104,42 @@ def test_the_limiter_acts_in_that_test():
 @pytest.mark.parametrize("shape", [TALL, WIDE])
 def test_a_basis_is_random_and_its_projection_keeps_lengths_in_the_mean(shape):
     gradient = gradients_of(shape, 1)[0]
-    first, again, other = (random_basis(gradient, 8, seed) for seed in (1, 1, 2))
+    first, again, other = (random_bases([gradient] * 100, 8, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.shape == (min(shape), 8)
-    ratios = torch.tensor(
-        [
-            (apollo.project(gradient, random_basis(gradient, 8, s)).norm() / gradient.norm()) ** 2
-            for s in range(200)
-        ]
-    )
-    assert ratios.mean().item() == pytest.approx(1, abs=0.1)
+    assert first.shape == (100, min(shape), 8)
+    bases = [*first, *other]
+    assert not any(torch.equal(a, b) for a, b in pairwise(bases))
+    ratios = [(apollo.project(gradient, basis).norm() / gradient.norm()) ** 2 for basis in bases]
+    assert torch.stack(ratios).mean().item() == pytest.approx(1, abs=0.1)
 
 
 def test_each_weight_and_each_gap_has_a_subspace_of_its_own_and_no_global_random_state(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(
-        apollo, "random_basis", lambda g, r, seed: seeds.append(seed) or random_basis(g, r, seed)
-    )
-    weights = [nn.Parameter(torch.ones(TALL)) for _ in range(2)]
-    group = {"rank": 4, "gap": 2, "scale": 1.0, "scaling": "channel", "weight_decay": 0.0}
-    optimizer = apollo_adamw()([{"params": weights, **group}], seed=0, **adam(HP))
+    """Also where a weight has no gradient for a step: the others' subspaces are what they would be."""
+    used = []
+    monkeypatch.setattr(apollo, "project", lambda g, basis: used.append(basis) or project(g, basis))
+
+    def bases(steps_of_the_second):
+        weights = [nn.Parameter(torch.ones(TALL)) for _ in range(2)]
+        group = {"rank": 4, "gap": 2, "scale": 1.0, "scaling": "channel", "weight_decay": 0.0}
+        optimizer = apollo_adamw()([{"params": weights, **group}], seed=0, **adam(HP))
+        used.clear()
+        for step, gradient in enumerate(gradients_of(TALL, 4)):
+            weights[0].grad = gradient.clone()
+            weights[1].grad = gradient.clone() if step in steps_of_the_second else None
+            optimizer.step()
+        return [basis.clone() for basis in used]
+
     before = torch.get_rng_state()
-    for gradient in gradients_of(TALL, 4):
-        for p in weights:
-            p.grad = gradient.clone()
-        optimizer.step()
+    found = bases({0, 1, 2, 3})
     assert torch.equal(torch.get_rng_state(), before)
-    assert len(seeds) == 8 and len(set(seeds)) == 4
-    assert seeds[0:2] == seeds[2:4] and seeds[4:6] == seeds[6:8]
+    periods = [found[0:4], found[4:8]]
+    for first, second, again, second_again in periods:
+        assert torch.equal(first, again) and torch.equal(second, second_again)
+    distinct = [period[i] for period in periods for i in (0, 1)]
+    assert not any(torch.equal(a, b) for a, b in combinations(distinct, 2))
+    late = bases({1, 3})  # step, weight: 00 10 11 20 30 31
+    for place, other in ((0, 0), (1, 0), (2, 1), (3, 4), (4, 4), (5, 1)):
+        assert torch.equal(late[place], found[other])
 
 
 def test_another_seed_has_other_subspaces_and_the_same_seed_the_same():
@@ -147,7 +157,7 @@ def test_another_seed_has_other_subspaces_and_the_same_seed_the_same():
 
 def test_apollos_epsilon_and_decay_act_as_torchs(monkeypatch):
     """Channels of one weight, an identity for a basis, no limiter: each update is AdamW's of its weight."""
-    monkeypatch.setattr(apollo, "random_basis", lambda grad, rank, seed: torch.ones(1, 1))
+    monkeypatch.setattr(apollo, "random_bases", lambda alike, rank, seed: torch.ones(1, 1, 1))
     monkeypatch.setattr(apollo, "GROWTH", 1e9)
     hp = hyperparams(learning_rate=1e-2, epsilon=1e-3)
     p, q = nn.Parameter(torch.ones(16, 1)), nn.Parameter(torch.ones(16, 1))
@@ -211,6 +221,132 @@ def test_impossible_options_of_apollo_are_refused():
     for wrong in ({"scaling": "row"}, {"rank": 0}, {"gap": 0}, {"scale": 0.0}):
         with pytest.raises(BadRequest):
             build(APOLLO, wrong)
+
+
+# GaLore's subspaces: what their iteration promises, against the SVD
+
+ORDER = torch.arange(1.0, 289.0)
+SPECTRA = {
+    "slow": ORDER**-0.5, "harmonic": 1 / ORDER, "fast": ORDER**-2.0, "exponential": torch.exp(-ORDER / 10),
+    "on noise": torch.where(ORDER < 60, 1 / ORDER, (1 - ORDER / 600) / 60),
+    "one spike": torch.where(ORDER < 2, 1.0, 1e-3 * ORDER**-0.5), "few": (ORDER <= 50) / ORDER,
+}  # fmt: skip
+
+
+def held(gradient, basis, rank: int) -> tuple[float, float]:
+    """-> the share of the best basis's squares that this one holds, and the largest angle, in degrees, to a
+    direction 1.25 times as strong as the first that is left out."""
+    basis, (u, s, vh) = basis.double(), torch.linalg.svd(gradient.double(), full_matrices=False)
+    best = vh.T if gradient.shape[0] >= gradient.shape[1] else u
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank).double(), atol=1e-6, rtol=0)
+    squares = project(gradient.double(), basis).square().sum() / (s[:rank] ** 2).sum()
+    strong = best[:, :rank][:, s[:rank] > 1.25 * s[rank] + 1e-6 * s[0]]
+    return squares.item(), torch.linalg.vector_norm(
+        strong - basis @ (basis.T @ strong), dim=0
+    ).max().asin().rad2deg().item()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["tall", "wide"])
+def test_a_subspace_is_as_near_to_the_svds_as_the_card_says(transposed):
+    """All of them at once, as a step finds them; a zero among them."""
+    gradients = [with_singular_values((400, 288), values.tolist()) for values in SPECTRA.values()]
+    gradients.insert(3, torch.zeros(400, 288))
+    if transposed:
+        gradients = [gradient.T.contiguous() for gradient in gradients]
+    bases = galore.top_singular_vectors([*gradients, gradients[0][:200, :200]], 64)
+    assert bases[-1].shape == (200, 64)
+    torch.testing.assert_close(bases[3].T @ bases[3], torch.eye(64), atol=1e-6, rtol=0)
+    for name, gradient, basis in zip(
+        SPECTRA, gradients[:3] + gradients[4:], bases[:3] + bases[4:-1], strict=True
+    ):
+        squares, angle = held(gradient, basis, 64)
+        assert squares > 0.999, name
+        assert angle < 1, name
+        low = project(
+            gradient, basis
+        )  # nearly singular vectors, in their order: columns that do not correlate
+        low = low.T if transposed else low
+        low = low[:, low.norm(dim=0) > 1e-6 * low.norm()]
+        correlation = (low / low.norm(dim=0)).T @ (low / low.norm(dim=0)) - torch.eye(low.shape[1])
+        assert correlation.abs().max() < 0.1, name
+        assert correlation.square().mean().sqrt() < 0.01, name
+
+
+@pytest.mark.parametrize("rank", [16, 48])
+def test_so_it_is_of_a_trained_models_gradients(rank, monkeypatch):
+    monkeypatch.setattr(galore, "SMALL", 0)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "demo" / "model", dtype=torch.float32)
+    ids = torch.randint(5, 1000, (4, 48), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [layer.mlp.down_proj.weight.grad for layer in model.model.layers]
+    gradients.append(model.model.layers[1].self_attn.q_proj.weight.grad)
+    for gradient, basis in zip(gradients, galore.top_singular_vectors(gradients, rank), strict=True):
+        squares, angle = held(gradient, basis, rank)
+        assert squares > 0.999
+        assert angle < 1
+
+
+def test_a_basis_is_a_function_of_its_gradient_alone():
+    gradients = [with_singular_values((250, 200), SPECTRA["slow"][:200].tolist(), seed) for seed in (0, 1)]
+    together = galore.top_singular_vectors(gradients, 8)
+    torch.manual_seed(1)
+    for gradient, basis in zip(gradients, together, strict=True):
+        torch.testing.assert_close(galore.top_singular_vectors([gradient], 8)[0], basis, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", [GaLore(rank=24, gap=2), APOLLO(rank=24, gap=2)], ids=["galore", "apollo"])
+def test_no_step_waits_for_the_device(method, monkeypatch):
+    """Tensors without values have none that could be asked for: neither in a step nor for new subspaces."""
+
+    def bases(alike, rank, seed):  # there is no generator for them
+        return alike[0].new_empty(len(alike), min(alike[0].shape), rank)
+
+    monkeypatch.setattr(apollo, "random_bases", bases)
+    model = on_meta(tiny.gemma(hidden_size=256, intermediate_size=208)).requires_grad_(True)
+    optimizer = method.optimizer(model, tiny.run())
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    assert all(state["step"] == 3 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("cls", [GaLore, APOLLO])
+def test_in_how_many_parts_a_step_is_taken_changes_nothing_but_rounding(cls, monkeypatch):
+    def trained():
+        model = tiny.model()
+        optimizer = cls(rank=4, gap=2).optimizer(model, tiny.run(hp=hyperparams(weight_decay=0.1)))
+        for step in range(3):
+            for i, p in enumerate(model.parameters()):
+                p.grad = gradients_of(p.shape if p.ndim == 2 else (*p.shape, 1), 1, seed=10 * step + i)[
+                    0
+                ].view_as(p)
+            optimizer.step()
+        return model.state_dict()
+
+    def bases(alike, rank, seed):  # a part draws its own: here all have the same
+        return torch.eye(min(alike[0].shape), rank).expand(len(alike), -1, -1)
+
+    monkeypatch.setattr(apollo, "random_bases", bases)
+    together = trained()
+    for module in (galore, apollo):
+        monkeypatch.setattr(module, "PROJECTED", 1)
+    monkeypatch.setattr(galore, "GRAM", 1)
+    for name, value in trained().items():
+        torch.testing.assert_close(value, together[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [60, 220], ids=["LAPACK", "iterated"])
+def test_no_rounding_decides_a_sign(size):
+    """Rows in another order: the same right singular vectors, by other roundings."""
+    values = (0.9 ** torch.arange(12.0)).tolist()
+    gradient = with_singular_values((300, size), values)
+    for seed in range(3):
+        order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+        bases = galore.top_singular_vectors([gradient, gradient[order] * 3, -gradient], 8)
+        assert all(basis.sum(0).min() > 0 for basis in bases)
+        for other in bases[1:]:
+            torch.testing.assert_close(bases[0], other, atol=1e-4, rtol=0)
 
 
 # GaLore layerwise

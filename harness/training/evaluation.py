@@ -59,6 +59,8 @@ def test(model, run: "Run") -> list[dict]:
     questions = [run.template.question(example, run.hp.max_new_tokens) for example in examples]
     with run.meter.phase("generate"):
         answers = run.decoder.answers(model, questions, run.report)
+    run.record.kernels.decoding = run.decoder.kernels
+    run.record.warnings += [f"decoding: {reason}" for reason in run.decoder.refused]
     outputs = [
         {"id": example.id, "part": example.part, "prompt": example.prompt, "reference": example.reference}
         | answer | score

@@ -1,0 +1,260 @@
+"""The engine against transformers' own generate: the same text, whatever shares the batch."""
+
+import gc
+import warnings
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from harness.training import engine, slot_attention, slots
+from harness.training.decoder import left_padded
+from harness.training.head import causal_lm
+
+ROWS = tiny.rows(13, prompt=(1, 40))
+TOKENS = 14
+STOPS = range(5, tiny.VOCABULARY, 6)
+SIZE = {
+    "vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "initializer_range": 0.3, "tie_word_embeddings": False,  # tied, it would only say its last token again
+    "pad_token_id": tiny.PAD, "eos_token_id": tiny.EOS, "bos_token_id": tiny.BOS,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+SPECIAL = {k: v for k, v in SIZE.items() if k.endswith("_id") or k == "vocab_size"}
+KINDS = {
+    "gemma 3": tiny.gemma(sliding_window=8, tie_word_embeddings=False),
+    "gemma 2": Gemma2Config(
+        **SIZE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
+        attn_logit_softcapping=0.5, final_logit_softcapping=1.0, attn_implementation="eager",
+    ),
+    "llama": LlamaConfig(**SIZE),
+    "mistral": MistralConfig(**SIZE, sliding_window=8),
+    "qwen 2": Qwen2Config(**SIZE),
+    "qwen 3": Qwen3Config(**SIZE, head_dim=8),
+    "gpt 2": GPT2Config(**SPECIAL, **GPT2),
+}  # fmt: skip
+STRANGE = {
+    "no attention": MambaConfig(**SPECIAL, hidden_size=32, num_hidden_layers=2, initializer_range=0.3),
+    "a bias by distance": BloomConfig(**SPECIAL, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+    "sinks": GptOssConfig(
+        **SIZE, head_dim=8, sliding_window=8, num_local_experts=2, num_experts_per_tok=1,
+        attn_implementation="eager",
+    ),
+}  # fmt: skip
+
+
+def model(kind: str):
+    made = tiny.model(KINDS.get(kind) or STRANGE[kind])
+    if kind == "sinks":
+        for layer in made.model.layers:
+            torch.nn.init.normal_(layer.self_attn.sinks)
+    return made
+
+
+def decoder(stops=()):
+    made = tiny.decoder(tiny.hyperparams())
+    made.stops = list(stops)
+    return made
+
+
+@torch.inference_mode()
+def generated(model, rows) -> tuple[list[list[int]], torch.Tensor]:
+    """What generate writes after these prompts, and its logits (rows, TOKENS, V)."""
+    ids, mask = left_padded(rows, tiny.PAD, "cpu")
+    whole = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=TOKENS, pad_token_id=tiny.PAD,
+        eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return whole.sequences[:, ids.shape[1] :].tolist(), torch.stack(whole.logits, 1).float()
+
+
+def until(stops, ids: list[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids, 1) if token in stops), len(ids))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_is_that_of_generate_whatever_shares_the_batch(kind):
+    of = model(kind)
+    free, _ = generated(of, ROWS)
+    stops = sorted({ids[i % TOKENS] for i, ids in enumerate(free)})[::3]
+    expected = [until(stops, ids) for ids in free]
+    assert len(set(map(len, expected))) > 3  # answers end unevenly
+    for count in (1, 3, 8):
+        made = decoder(stops)
+        found = [ids for [ids] in made.continuations(of, ROWS, count, TOKENS)]
+        assert found == expected
+        assert made.kernels == "eager"
+    assert of.config._attn_implementation != slots.NAME
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_the_engine_cannot_decode_is_generated_and_said(kind):
+    of, made = model(kind), decoder()
+    with pytest.warns(UserWarning, match="is decoded by generate, slowly: ."):
+        found = made.continuations(of, ROWS[:5], 3, TOKENS)
+    assert made.kernels == "generate"
+    assert [ids for [ids] in found] == generated(of, ROWS[:5])[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.continuations(of, ROWS[:5], 3, TOKENS)  # tried once
+
+
+def test_an_engine_whose_logits_differ_is_not_used(monkeypatch):
+    def everything(self, mask_function, kv_length, **_):
+        return torch.ones(2, 1, 1, kv_length, dtype=torch.bool)
+
+    monkeypatch.setattr(slots.Slots, "mask", everything)
+    of, made = model("llama"), decoder()
+    with pytest.warns(UserWarning, match="its logits would differ by"):
+        made.continuations(of, ROWS[:5], 3, TOKENS)
+    assert made.kernels == "generate"
+
+
+def test_in_bf16_the_text_is_that_of_generate_up_to_ties():
+    """Where they part, what generate held likeliest and what was written are no further apart than rounding
+    in bf16, 2^-8 of the largest logit, after as many layers can move each."""
+    of = model("gemma 3").bfloat16()
+    found = [ids for [ids] in decoder().continuations(of, ROWS, 4, TOKENS)]
+    for ids, expected, logits in zip(found, *generated(of, ROWS), strict=True):
+        parting = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=True)) if a != b), None)
+        if parting is not None:
+            at = logits[parting]
+            assert at.max() - at[ids[parting]] <= 4 * 2**-8 * at.abs().max()
+
+
+def test_each_prompt_is_read_once_and_answers_make_room_for_the_next():
+    of, made, read = model("llama"), decoder(), []
+    made.continuations(of, ROWS, 4, 2)
+    hook = of.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    made.continuations(of, ROWS, 4, 3, copies=2, temperature=1.0)
+    hook.remove()
+    prompts = [shape[0] for shape in read if shape[1] > 1]
+    assert sum(prompts) == len(ROWS)
+    assert max(prompts) == 2  # four slots, two copies
+    steps = [shape[0] for shape in read if shape[1] == 1]
+    assert max(steps) == 4
+
+
+def test_what_is_drawn_of_a_prompt_is_its_own_matter():
+    of, found = model("gemma 3"), []
+    for at_once, rows in ((1, ROWS), (3, ROWS), (64, ROWS), (5, ROWS[:4])):
+        torch.manual_seed(5)
+        found.append(decoder(STOPS).continuations(of, rows, at_once, 6, copies=3, temperature=1.0))
+    assert found[0] == found[1] == found[2]
+    assert found[3] == found[0][:4]
+    assert len({tuple(ids) for group in found[0] for ids in group}) > 30
+    assert decoder().continuations(of, ROWS, 8, 6, copies=3, temperature=1.0) != found[0]
+
+
+def test_each_token_is_drawn_by_a_number_of_its_own():
+    """Where all tokens are as likely, the number says which."""
+    of = model("llama")
+    torch.nn.init.zeros_(of.lm_head.weight)
+    torch.manual_seed(5)
+    found = decoder().continuations(of, ROWS, 4, 6, copies=3, temperature=1.0)
+    torch.manual_seed(5)
+    expected = torch.rand(len(ROWS), 3, 6) * tiny.VOCABULARY
+    assert ((torch.tensor(found) - expected.floor()).abs() <= 1).all()  # one, where a sum is rounded
+
+
+def test_steps_beyond_an_answers_end_change_nothing_of_it():
+    """A GPU is looked at every few steps."""
+    of, found = model("gemma 3"), []
+    numbers = torch.rand(len(ROWS), 8, generator=torch.Generator().manual_seed(0))
+    for look in (1, 30):
+        with torch.inference_mode():
+            made = engine.Engine(of, len(ROWS), 41, 8, STOPS, temperature=1.0)
+            made.read([row.prompt_ids for row in ROWS], list(range(13)), list(range(13)), numbers)
+            answers = made.ended()
+            while made.ends:
+                made.run(look)
+                answers |= made.ended()
+        found.append(answers)
+    assert found[0] == found[1]
+    assert len({len(ids) for ids in found[0].values()}) > 3
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely():
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.125, 0.125, 0.0])
+    numbers = torch.arange(64)[:, None] / 64
+    drawn = engine.drawn(probabilities.expand(64, -1), numbers)
+    assert torch.bincount(drawn, minlength=7).tolist() == [0, 16, 0, 32, 8, 8, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_and_soft_cap_are_those_of_the_model(temperature):
+    of, count = model("gemma 2"), 4000
+    torch.manual_seed(0)
+    [answers] = decoder().continuations(of, ROWS[:1], count, 1, copies=count, temperature=temperature)
+    with torch.no_grad():
+        logits = of(input_ids=torch.tensor([list(ROWS[0].prompt_ids)])).logits[0, -1]
+    often = torch.bincount(torch.tensor(answers)[:, 0], minlength=tiny.VOCABULARY) / count
+    expected = (logits / temperature).softmax(-1)
+    assert (often - expected).abs().max() < 4 * (expected.max() / count).sqrt()
+
+
+def test_nothing_of_the_engine_is_left_when_the_answers_are_there():
+    of, made = model("llama"), decoder()
+    made.continuations(of, ROWS, 4, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        made.continuations(of, ROWS, 4, 3)
+        left = [x for x in gc.get_objects() if isinstance(x, slots.Slots | slots.Layer | engine.Engine)]
+    finally:
+        gc.enable()
+    assert not left
+    assert slots.NAME not in slots.AttentionMaskInterface._global_mapping
+
+
+def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
+    """Compiled by dynamo alone: what a graph is made of, not how fast it is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    engine.compiled_forward.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    kinds = ["sliding_attention", "full_attention"] * 2
+    of = tiny.model(tiny.gemma(num_hidden_layers=4, layer_types=kinds, sliding_window=8))
+    prompts = [row.prompt_ids for row in ROWS]
+    with torch.inference_mode():
+        expected, found = (engine.Engine(of, len(ROWS), 40, 8, []) for _ in range(2))
+        for made in (expected, found):
+            made.read(prompts, list(range(13)), list(range(13)))
+        expected.run(3)
+        found.state.seen = found.state.length
+        with engine.compiled(found.layers, found.cache):
+            for _ in range(3):
+                found.step()
+    assert torch.equal(found.answer[:, :4], expected.answer[:, :4])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not any("forward" in vars(layer) for layer in causal_lm(of).model.layers)
+    engine.compiled_forward.cache_clear()
+
+
+@pytest.mark.skipif(not (slot_attention.triton and torch.cuda.is_available()), reason="a kernel of a GPU")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("groups, heads, width", [(1, 4, 256), (2, 1, 64), (8, 3, 128)])
+def test_attention_to_live_keys_is_that_under_a_mask(groups, heads, width, softcap):
+    query, key, value = (
+        torch.randn(3, *shape, width, device="cuda", dtype=torch.bfloat16)
+        for shape in ((groups * heads, 1), (groups, 150), (groups, 150))
+    )
+    bounds = torch.tensor([[0, 1], [10, 150], [70, 133]], dtype=torch.int32, device="cuda")
+    places = torch.arange(150, device="cuda")
+    mask = ((places >= bounds[:, :1]) & (places < bounds[:, 1:]))[:, None, None]
+    found, expected = (
+        slot_attention.attend(None, query, key, value, x, softcap=softcap)[0] for x in (bounds, mask)
+    )
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)

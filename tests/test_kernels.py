@@ -1,0 +1,256 @@
+"""A training step as a function of fixed shapes: compiled it computes what it computes in eager mode, and
+recorded once it can be replayed on other rows, as a CUDA graph is. For every method there is."""
+
+from types import MethodType
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from harness.method import build, find, known_methods, resolve
+from harness.spec import RunSpec
+from harness.training import head
+from harness.training.model import load_base
+from harness.training.run import Run
+from methods import smt
+
+ROWS = tiny.rows(12, seed=1)
+HP = tiny.hyperparams(learning_rate=5e-3, batch_size=6, micro_batch_size=6, max_steps=4, warmup_ratio=0.0)
+OPTIONS = {  # as in test_contract.py: what is meant for larger models is made smaller
+    "galore": {"rank": 4, "gap": 2},
+    "galore_layerwise": {"rank": 4, "gap": 2},
+    "qlora_galore": {"subspace": 4, "gap": 2},
+    "apollo": {"rank": 4, "gap": 2},
+    "grpo": {"group": 2, "answer_tokens": 6},
+    "orpo": {"answer_tokens": 6},
+    "qlora_orpo": {"answer_tokens": 6},
+    "smt": {"share": 0.2, "block": 8, "warmup": 1},
+    "lisa": {"layers": 1, "period": 2},
+    "lora_ggpo": {"sigma": 0.3, "beta": 0.1},
+    "peft.vera": {"r": 8},
+    "peft.adalora": {"init_r": 6, "target_r": 2, "deltaT": 1},
+}
+UNTOUCHED = ("base", "base_nf4", "peft")
+NAMES = sorted({*known_methods(), "peft.vera", "peft.ia3", "peft.adalora"} - {*UNTOUCHED})
+CASES = [(name, {}) for name in NAMES] + [
+    ("lora_ggpo", {"variant": "mgpo", "rho": 0.5}),
+    ("reft", {"tied": False}),
+]
+IDS = [f"{name}-{'-'.join(map(str, options.values()))}".strip("-") for name, options in CASES]
+EACH = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.model(tiny.gemma(num_hidden_layers=1, layer_types=["full_attention"])).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def reward(monkeypatch):
+    monkeypatch.setattr(Run, "reward", lambda self, row, ids: len(set(ids)) / len(ids) + ids[0] / 1000)
+
+
+def static_logps(run, model, batch):
+    """As Run.token_logps, in fixed shapes and without a mask: no real token sees the padding behind it."""
+    causal = head.causal_lm(model)
+    decoder = causal.get_decoder()
+    read = {name: batch[name] for name in getattr(decoder, "reads", ())}
+    read["attention_mask"] = {"full_attention": None}  # else transformers looks into the positions for one
+    hidden = decoder(input_ids=batch["input_ids"], use_cache=False, **read).last_hidden_state
+    logps = causal.get_output_embeddings()(hidden[:, :-1]).float().log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    return logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+
+
+class Steps:
+    """A method attached, its optimizer, and the micro-batches of some steps."""
+
+    def __init__(self, name, options, folder, steps=3):
+        cls = resolve(name, find(name, known_methods()))
+        self.method = build(cls, {**OPTIONS.get(name, {}), **options})
+        spec = RunSpec("any", 0, folder.name, {}, HP, locations={"model": str(folder)})
+        base = self.method.load(lambda **more: load_base(spec, torch.float32, torch.device("cpu"), **more))
+        self.model, self.run = tiny.attached(self.method, base, ROWS, self.method.own(HP))
+        self.optimizer = self.method.optimizer(self.model, self.run)
+        self.run.token_logps = MethodType(static_logps, self.run)
+        made = [self.method.prepare(self.model, ROWS[:6], self.run) for _ in range(steps)]
+        self.batches = [{k: v for k, v in step[0].items() if k != "examples"} for step in made]
+        self.model.train()
+
+    def backward(self, batch):
+        """-> the loss of one micro-batch and the gradients by name, of what is trained."""
+        loss = self.method.loss(self.model, batch, self.run)
+        loss.backward()
+        return loss.detach(), self.gradients()
+
+    def gradients(self):
+        return {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad and p.grad is not None}
+
+    def put(self, gradients):
+        """As a replay leaves them, where the step was recorded."""
+        for name, gradient in gradients.items():
+            self.model.get_parameter(name).grad = gradient
+
+    def take(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weights(self):
+        return tiny.trained_weights(self.model)
+
+
+def close(found, expected, atol, rtol):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@torch._dynamo.config.patch(recompile_limit=1000)  # programs are kept from one method for the next
+@EACH
+def test_compiled_it_computes_what_it_does_in_eager_mode(name, options, folder):
+    """Each decoder layer whole, traced and cut into forward and backward as for any compiler."""
+    plain, compiled = (Steps(name, options, folder, steps=2) for _ in range(2))
+    if reason := plain.method.cannot.get("compiling"):
+        pytest.skip(reason)
+    for layer in head.causal_lm(compiled.model).get_decoder().layers:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    for mine, batch in zip(plain.batches, compiled.batches, strict=True):
+        (loss, gradients), (found, own) = plain.backward(mine), compiled.backward(batch)
+        torch.testing.assert_close(found, loss, atol=1e-6, rtol=1e-5)
+        close(own, gradients, atol=1e-5, rtol=1e-3)
+        plain.take(), compiled.take()
+    # A fifth of a step: Adam's are as long where a gradient is rounding alone.
+    close(compiled.weights(), plain.weights(), atol=HP.learning_rate / 5, rtol=0)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is of a step: its operations on the memory that they had, without any Python. They
+    are computed again where they were; what waits for a value is refused."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operation.overloadpacket.__name__
+        masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        assert name not in self.WAITS and not masked, f"{name} waits for the device"
+        made = operation(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+        new = [t.untyped_storage().data_ptr() not in given for t in tensors(made)]
+        if operation._schema.is_mutable or any(new):
+            self.kept.append((operation, args, kwargs, made, new))
+        return made
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, made, new in self.kept:
+            again = operation(*args, **kwargs)
+            for place, value, own in zip(tensors(made), tensors(again), new, strict=True):
+                if own:
+                    place.copy_(value)
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@EACH
+def test_recorded_once_it_is_replayed_on_other_rows(name, options, folder):
+    """After steps of the optimizer: what a step reads are tensors, which change in place."""
+    plain, taped = (Steps(name, options, folder) for _ in range(2))
+    if reason := plain.method.cannot.get("graphs"):
+        pytest.skip(reason)
+    for steps in (plain, taped):
+        steps.backward(steps.batches[0])
+        steps.take()
+    first, *others = others_of(taped.batches[1:])
+    static = tree_map_only(torch.Tensor, torch.clone, first)
+    tape = Tape()
+    with tape:
+        loss, gradients = taped.backward(dict(static))
+    expected = plain.backward(dict(first))
+    torch.testing.assert_close(loss, expected[0], atol=0, rtol=0)
+    for other in others:
+        plain.take(), taped.take()
+        for key, value in other.items():
+            static[key].copy_(value)
+        tape.replay()
+        taped.put(gradients)
+        expected = plain.backward(dict(other))
+        torch.testing.assert_close(loss, expected[0], atol=1e-6, rtol=1e-5)
+        close(gradients, expected[1], atol=1e-6, rtol=1e-4)
+
+
+def others_of(batches):
+    """The first, and after it others of its shapes, the rows the other way round: they differ in each row."""
+
+    def shapes(batch):
+        return {key: value.shape for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    def flip(tensor):
+        return tensor.flip(0) if tensor.ndim else tensor
+
+    first, *others = batches
+    others = [batch if shapes(batch) == shapes(first) else first for batch in others]
+    return [first, *(tree_map_only(torch.Tensor, flip, batch) for batch in others)]
+
+
+def test_a_second_update_on_a_draw_is_replayed_too(folder):
+    """What GRPO's loss adds to its batch, the log-probabilities before the draw's first update and of the
+    base, is handed from the first step's recording to the second's: nothing more goes between them."""
+    plain, taped = (Steps("grpo", {"updates": 2}, folder, steps=1) for _ in range(2))
+    tapes = []
+    for draw in others_of(taped.batches * 2):
+        theirs, mine = dict(draw), dict(draw)
+        for update in range(2):
+            expected = plain.backward(theirs)
+            if len(tapes) <= update:
+                static = tree_map_only(torch.Tensor, torch.clone, mine)
+                given, tape = dict(static), Tape()
+                with tape:
+                    made = taped.backward(given)
+                tapes.append((tape, static, given, made))
+            else:
+                tape, static, given, made = tapes[update]
+                for key, value in static.items():
+                    value.copy_(mine[key])
+                tape.replay()
+            mine |= {key: given[key].clone() for key in given.keys() - mine.keys()}
+            loss, gradients = made
+            torch.testing.assert_close(loss, expected[0], atol=1e-6, rtol=1e-5)
+            close(gradients, expected[1], atol=1e-6, rtol=1e-4)
+            taped.put(gradients)
+            plain.take(), taped.take()
+    assert mine.keys() - draw.keys() == {"old", "base"}
+
+
+@pytest.mark.parametrize("name", ["dora", "reft", "smt", "lora_ggpo"])
+def test_layers_share_one_program(name, tmp_path):
+    """But the first, which need not give its input a gradient: for layers of its own each, a compiler would
+    take as long as there are layers, and give up at the eighth."""
+    config = tiny.gemma(num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    tiny.model(config).save_pretrained(tmp_path)
+    steps = Steps(name, {"smt": {"targets": "v_proj", "share": 0.04}}.get(name, {}), tmp_path, steps=2)
+    if name == "smt":
+        assert len({len(layer.blocks) for layer in smt.sparse_layers(steps.model).values()}) > 1
+    programs = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    for layer in head.causal_lm(steps.model).get_decoder().layers:
+        layer.compile(backend=programs, fullgraph=True, dynamic=False)
+    for batch in steps.batches:
+        steps.backward(batch)
+        steps.take()
+    assert programs.frame_count == (4 if name == "reft" else 2)  # its edit is one beside the layer's

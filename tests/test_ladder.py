@@ -1,0 +1,107 @@
+"""Which way a step is computed: the highest that agrees with the plain one, and what is said where none does.
+
+The CPU stands in for a GPU: layers are traced and partitioned as they are for one, without making code, and
+attention goes row by row. What only a GPU can do, graphs, is held by benchmarks/train.py there.
+"""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_shapes import flash_on_a_cpu, one_by_one  # noqa: F401
+from transformers import AttentionInterface
+
+from harness.training import attention, kernels
+from methods.full import Full
+from methods.lora import LoRA
+from methods.orpo import ORPO
+
+HP = tiny.hyperparams(max_steps=5, kernels="compiled", batch_size=6, micro_batch_size=6)
+ROWS = tiny.rows(32)
+
+
+@pytest.fixture
+def traced(monkeypatch, flash_on_a_cpu):  # noqa: F811
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiling(f, **{**how, "backend": "aot_eager"}))
+    monkeypatch.setattr(kernels, "RUNGS", {"compiled": ("compiling",)})
+    refusal = kernels.Kernels.refusal
+    monkeypatch.setattr(
+        kernels.Kernels, "refusal", lambda self: refusal(self) if self.run.hp.kernels == "eager" else None
+    )
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def trained(method, hp=HP, rows=ROWS):
+    model, _, record = tiny.fit(method, hp, rows)
+    return tiny.losses(record), tiny.trained_weights(model), record
+
+
+@pytest.mark.parametrize("method", [LoRA, Full, ORPO], ids=lambda cls: cls.__name__)
+def test_compiled_steps_learn_what_plain_ones_do(method, traced):
+    plain, weights, record = trained(method(), replace(HP, kernels="eager"))
+    assert (record.kernels.rung, record.kernels.reason) == ("eager", "as hp.kernels asks")
+    losses, found, record = trained(method())
+    assert record.kernels.rung == "compiled", record.kernels.reason
+    assert record.kernels.packed == ("packing" not in method.cannot)
+    torch.testing.assert_close(losses, plain, atol=1e-4, rtol=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            found[name], weight, atol=2e-3, rtol=1e-3
+        )  # Adam: tiny gradients, whole steps
+    assert record.hashes["learned"] == trained(method(), replace(HP, kernels="eager"))[2].hashes["learned"]
+
+
+def test_what_computes_something_else_falls_back_and_is_told(traced, monkeypatch):
+    class Wrong(LoRA):
+        def loss(self, model, batch, run):
+            return super().loss(model, batch, run) * (1.5 if run.compiled else 1.0)
+
+    losses, _, record = trained(Wrong())
+    assert record.kernels.rung == "eager" and record.kernels.packed is None
+    assert record.kernels.reason.startswith("compiled: loss ")
+    assert losses == trained(LoRA(), replace(HP, kernels="eager"))[0]
+
+
+def test_what_cannot_be_traced_falls_back_and_is_told(traced):
+    class Printing(LoRA):
+        def attach(self, model, run):
+            model = super().attach(model, run)
+            layer = model.get_base_model().model.layers[0].mlp
+            layer.register_forward_hook(lambda module, args, output: output * bool(output.sum().item()))
+            return model
+
+    _, _, record = trained(Printing())
+    assert record.kernels.rung == "eager" and record.kernels.reason.startswith("compiled: Unsupported")
+
+
+def test_attention_that_mixes_rows_is_not_used_for_packed_ones(traced):
+    def mixing(*args, cu_seq_lens_q=None, **more):
+        return one_by_one(*args, cu_seq_lens_q=cu_seq_lens_q[[0, -1]], **more)
+
+    AttentionInterface.register(attention.NAME, mixing)
+    _, _, record = trained(LoRA())
+    assert record.kernels.packed is not True and "mixes packed rows" in record.kernels.reason
+
+
+def test_a_short_training_is_not_compiled(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels.Kernels, "refusal", lambda self: None)
+    monkeypatch.setattr(kernels.Kernels, "packs", lambda self: False)
+    monkeypatch.setattr(kernels.Kernels, "choose", lambda self, batch: seen.append(self.untried.pop(0)))
+    tiny.fit(LoRA(), replace(HP, kernels="auto"), ROWS)
+    assert seen == ["eager + graph"]
+
+
+def test_gradients_apart_by_more_than_rounding_differ():
+    one, other = torch.ones(100), torch.ones(100)
+    assert kernels.differ((2.0, [one]), (2.01, [other])) is None
+    assert "loss" in kernels.differ((2.0, [one]), (2.1, [other]))
+    other[:2] = 0.0  # 14 % of their length
+    assert "gradients 14.1% apart" in kernels.differ((2.0, [one]), (2.0, [other]))
+    assert kernels.differ((2.0, [torch.zeros(3)]), (2.0, [None])) is None
+    assert "apart" in kernels.differ((2.0, [torch.zeros(3)]), (2.0, [torch.ones(3)]))
+    assert "loss" in kernels.differ((2.0, [one]), (float("nan"), [one]))
