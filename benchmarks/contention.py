@@ -17,7 +17,9 @@ from pathlib import Path
 
 from threads import CORES, ROOT, busy
 
-NEIGHBOURS = max(1, CORES // 4)  # for half of a training: a twentieth of the cores' time is noticed
+# For half of a training: a twentieth of the cores' time is noticed. A run that keeps to one of two cores
+# leaves the other to a single neighbour.
+NEIGHBOURS = max(2, CORES // 4)
 POLL_SECONDS = 0.1
 
 

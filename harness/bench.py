@@ -1,27 +1,30 @@
 """The runs of a plan become records: cached ones are read, others run in a child each.
 
-A fresh process for every run: allocator state, crashes and running out of memory stay in it, and
-what ended it is a status in its record, never the end of the bench.
+A process of its own for every run: allocator state, crashes and running out of memory stay in it, and
+what ended it is a status in its record, never the end of the bench. Nothing else knows how many slots there
+are, of which each holds one run at a time.
 """
 
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
-from harness import ROOT, machine, method
+from harness import machine, method
 from harness.child import AGAIN, exhausted, out_of_memory
 from harness.errors import BadRequest
+from harness.nursery import Forked, Fresh, Nursery, how
 from harness.plain import redacted
 from harness.plan import Plan
 from harness.record import RunRecord
@@ -34,10 +37,17 @@ LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 
 PIECE_BYTES = 2**16  # read at once: as much as a pipe holds
 POLL_SECONDS = 0.2  # often enough for a progress bar, seldom enough not to disturb the run
 GRACE_SECONDS = 10  # to write a record when asked to end, before the child is killed
-IMPORT_SECONDS = 600  # for torch and its like from a cold network disk
 # Ctrl-C, a scheduler's end, a closed terminal, which not every system has.
 STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-MARK = "TUNEOFF_BENCH"  # in the environment of a child and of all that it starts: this bench's process
+AT_ONCE = (
+    2  # runs on a CPU, at most: they share its memory, and what more of them do to a step is not measured
+)
+RUN_BYTES = (
+    3 * 2**30
+)  # of a run on a CPU, beside what grows with the weights: libraries, activations, its data
+WEIGHTS = (
+    10  # times the model's files, at most: these in 16 bits; in 32 the weights, gradients and two moments
+)
 
 
 @dataclass
@@ -62,10 +72,6 @@ class Busy(BadRequest):
     """Another bench writes into the same results."""
 
 
-class Missing(BadRequest):
-    """What the runs need cannot be imported."""
-
-
 def bench(
     plan: Plan,
     store: Store,
@@ -76,30 +82,126 @@ def bench(
 ) -> Iterator[Done]:
     """Runs what is not cached. Only a run that ended ok counts as cached: others are tried again.
 
-    `progress` is told `start(spec, number, total)`, `event(values)` and `end(record, cached)`. A run
-    that takes longer than `limit` seconds is ended. A signal that asks the bench to end reaches the
-    child, is recorded, and is raised again. Raises Missing before the first run.
+    `progress` is told `start(spec, number, total)`, `event(spec, values)` and `end(record, cached)`. A run
+    that takes longer than `limit` seconds is ended. A signal that asks the bench to end reaches the runs
+    under way, is recorded, and is raised again. Raises Missing before the first run.
     """
     store.recover()
-    tried = False
     done: dict[str, RunRecord] = {}
-    while stage := plan.upcoming(done):
-        total = plan.total(done, stage)
-        for spec in stage:
-            earlier = None if force else cached(spec, plan, store)
-            if earlier:
-                record = replace(earlier, spec=spec)
-            else:
-                if not tried:
-                    try_imports(plan.methods())
-                    tried = True
-                if before := base_of(spec, plan):
-                    spec = replace(spec, locations={**spec.locations, "before": str(store.path(before))})
-                progress.start(spec, len(done) + 1, total)
-                record = run(spec, store, command, progress, limit)
-            done[spec.digest] = record
-            progress.end(record, bool(earlier))
-            yield Done(record, bool(earlier))
+    with ExitStack() as ends:
+        places: list[Slot] = []
+        while stage := plan.upcoming(done):
+            total, pending = plan.total(done, stage), []
+            for spec in stage:
+                if earlier := None if force else cached(spec, plan, store):
+                    record = done[spec.digest] = replace(earlier, spec=spec)
+                    progress.end(record, True)
+                    yield Done(record, True)
+                elif before := base_of(spec, plan):
+                    pending.append(
+                        replace(spec, locations={**spec.locations, "before": str(store.path(before))})
+                    )
+                else:
+                    pending.append(spec)
+            if pending and not places:
+                places = slots(ends.enter_context(Nursery(needs(plan))), plan)
+            numbers = {spec.digest: number for number, spec in enumerate(pending, len(done) + 1)}
+
+            def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):
+                progress.start(spec, numbers[spec.digest], total)
+                return run(spec, store, command, progress, limit, slot, signals)
+
+            for spec, record in together(pending, places, one):
+                done[spec.digest] = record
+                progress.end(record, False)
+                yield Done(record, False)
+
+
+def together(
+    specs: list[RunSpec], places: list["Slot"], one: Callable
+) -> Iterator[tuple[RunSpec, RunRecord]]:
+    """`one(spec, slot, signals)` of each, in their order, one a slot at a time. -> each with its record, in
+    the order of their ends. After a signal or a fault no other begins."""
+    ended: SimpleQueue[Future] = SimpleQueue()
+    halted = threading.Event()
+    free: SimpleQueue[Slot] = SimpleQueue()
+    for slot in places:
+        free.put(slot)
+
+    def begun(spec: RunSpec) -> tuple[RunSpec, RunRecord]:
+        if signals or halted.is_set():
+            raise KeyboardInterrupt(*signals[:1])
+        slot = free.get()
+        try:
+            return spec, one(spec, slot, signals)
+        except BaseException:
+            halted.set()
+            raise
+        finally:
+            free.put(slot)
+
+    with held() as signals, ThreadPoolExecutor(max(1, len(places))) as pool:
+        for spec in specs:
+            pool.submit(begun, spec).add_done_callback(ended.put)
+        faults: list[BaseException] = []
+        waiting = len(specs)
+        try:
+            while waiting:
+                with suppress(Empty):
+                    future = ended.get(timeout=POLL_SECONDS)  # a signal that comes just before is seen after
+                    waiting -= 1
+                    if fault := future.exception():
+                        faults.append(fault)
+                    else:
+                        yield future.result()
+        finally:
+            halted.set()
+        if faults:
+            raise faults[0]
+
+
+# Where runs go
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that holds one run at a time. `begin(folder)` starts its process; `cores`: those that it keeps
+    to, none where it may use all; `of`: so many slots there are."""
+
+    begin: Callable[[Path], Fresh | Forked] = Fresh
+    cores: tuple[int, ...] = ()
+    of: int = 1
+
+
+def slots(nursery: Nursery, plan: Plan) -> list[Slot]:
+    """One; on a CPU as many as have memory, and cores for all threads of a run, of their own."""
+    folder = plan[0].locations.get("model")
+    groups: list[tuple[int, ...]] = []
+    if folder and nursery.threads and not nursery.card:
+        files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        room = (machine.free_bytes() or 0) // (RUN_BYTES + WEIGHTS * files)
+        most = min(AT_ONCE, room, machine.quota() // nursery.threads)
+        cores: list[int] = []
+        for siblings in machine.physical_cores():
+            cores += siblings
+            if len(cores) >= nursery.threads and len(groups) < most:
+                groups.append(tuple(cores))
+                cores = []
+    if len(groups) < 2:
+        return [Slot(nursery.child)]
+    return [Slot(nursery.child, cores, len(groups)) for cores in groups]
+
+
+def needs(plan: Plan) -> dict[str, list[str]]:
+    """Package beyond those of every run -> the methods that need it."""
+    found: dict[str, list[str]] = {}
+    for name, cls in {spec.method: method_of(spec) for spec in plan.methods()}.items():
+        for need in cls.needs:
+            found.setdefault(need, []).append(name)
+    return found
+
+
+# Which runs there are already
 
 
 def cached(spec: RunSpec, plan: Plan, store: Store) -> RunRecord | None:
@@ -124,47 +226,52 @@ def base_of(spec: RunSpec, plan: Plan) -> RunSpec | None:
     return next((base for base in bases if base.evaluation == spec.evaluation), None)
 
 
-def run(spec: RunSpec, store: Store, command: str, progress, limit: float | None = None) -> RunRecord:
-    with held() as signals:
-        folder = store.attempt(spec)
-        started, kills = datetime.now(UTC).isoformat(timespec="seconds"), oom_kills()
-        own = {"reason": spec.reason, "locations": spec.locations}
-        job = {"spec": spec.asked() | own, "command": command}
-        save(folder / SPEC, json.dumps(job, indent=1))
-        end = time.monotonic() + (limit or float("inf"))
+# One run
 
-        def asked() -> str | None:
-            return "interrupted" if signals else "timeout" if time.monotonic() > end else None
 
-        log = (folder / LOG).open("wb", buffering=0)
-        child = subprocess.Popen(
-            [*PYTHON, "harness.child", str(folder.resolve())],
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        reader = threading.Thread(target=keep_log, args=(child.stdout, log), daemon=True)
-        reader.start()
-        try:
-            reason = follow(child, folder / EVENTS, progress, asked)
-            if reason:
-                stop(child, signals)
-        finally:
-            clear(child)
-            reader.join(GRACE_SECONDS)
-        try:
-            record = RunRecord.from_json(store.text(folder.name, RESULT))
-            (folder / RESULT).unlink()
-        except (OSError, ValueError) as fault:
-            status, error = epitaph(child.returncode, folder / LOG, reason, oom_kills() > kills)
-            if child.returncode == 0:
-                error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
-            record = RunRecord(spec, status, error, command=command, started=started)
-        told(record, child.returncode, limit if reason == "timeout" else None)
-        (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
-        store.keep(spec, record)
+def run(
+    spec: RunSpec,
+    store: Store,
+    command: str,
+    progress,
+    limit: float | None = None,
+    slot: Slot = Slot(),
+    signals: Sequence[int] = (),
+) -> RunRecord:
+    """`signals`: those that ask the bench to end; it grows meanwhile."""
+    # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
+    started = datetime.now(UTC).isoformat(timespec="microseconds")
+    folder, kills = store.attempt(spec), oom_kills()
+    own = {"reason": spec.reason, "locations": spec.locations}
+    job = {"spec": spec.asked() | own, "command": command, "started": started}
+    save(folder / SPEC, json.dumps(job | {"cores": slot.cores, "at_once": slot.of}, indent=1))
+    end = time.monotonic() + (limit or float("inf"))
+
+    def asked() -> str | None:
+        return "interrupted" if signals else "timeout" if time.monotonic() > end else None
+
+    log = (folder / LOG).open("wb", buffering=0)
+    child = slot.begin(folder)
+    reader = threading.Thread(target=keep_log, args=(child.stdout, log), daemon=True)
+    reader.start()
+    try:
+        reason = follow(child, folder / EVENTS, partial(progress.event, spec), asked)
+        if reason:
+            stop(child, signals)
+    finally:
+        code = child.clear()
+        reader.join(GRACE_SECONDS)
+    try:
+        record = RunRecord.from_json(store.text(folder.name, RESULT))
+        (folder / RESULT).unlink()
+    except (OSError, ValueError) as fault:
+        status, error = epitaph(code, folder / LOG, reason, oom_kills() > kills)
+        if code == 0:
+            error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
+        record = RunRecord(spec, status, error, command=command, started=started)
+    told(record, code, limit if reason == "timeout" else None)
+    (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
+    store.keep(spec, record)
     return record
 
 
@@ -197,65 +304,12 @@ def held():
             raise KeyboardInterrupt(came[0])
 
 
-# The child, and what it finds
-
-PYTHON = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the working directory
-ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "PYTHONUNBUFFERED": "1",
-}
-CORES = len(machine.cores())
-# A thread that waits spins, beside a busy neighbour for a core that is not there: one is left to it.
-THREADS = {"OMP_NUM_THREADS": str(max(1, CORES - 1))}
-
-
-def environment() -> dict[str, str]:
-    """For a child: the user's first."""
-    return THREADS | os.environ | ENVIRONMENT | {"PYTHONPATH": python_path(), MARK: str(os.getpid())}
-
-
-def python_path() -> str:
-    """What the user has added, but for the working directory, which an empty entry means as well."""
-    added = [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return os.pathsep.join(map(str, [ROOT, *(path for path in added if path != Path.cwd())]))
-
-
-def try_imports(specs: list[RunSpec]) -> None:
-    """Imports, in a process of its own, what these runs will: it costs seconds, a run that breaks hours."""
-    needs: dict[str, list[str]] = {}
-    for name, cls in {spec.method: method_of(spec) for spec in specs}.items():
-        for need in cls.needs:
-            needs.setdefault(need, []).append(name)
-    try:
-        child = subprocess.run(
-            [*PYTHON, "harness.packages", *needs],
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=IMPORT_SECONDS,
-        )
-        reasons = json.loads([line for line in child.stdout.splitlines() if line.startswith("{")][-1])
-    except subprocess.TimeoutExpired:
-        raise Missing(f"the packages of a run were not imported within {IMPORT_SECONDS} s") from None
-    except (IndexError, ValueError):  # it died of an import
-        last = child.stderr.strip().splitlines()[-1:] or ["no output"]
-        raise Missing(f"the packages of a run: {how(child.returncode)} on import: {last[0]}") from None
-    if reasons:
-        raise Missing(*(
-            f"{', '.join(needs[name])}: {reason}, or leave {'it' if len(needs[name]) == 1 else 'them'} out"
-            if name in needs else f"every run: {reason}"
-            for name, reason in reasons.items()
-        ))  # fmt: skip
-
-
 # The life of a child
 
 
-def follow(child: subprocess.Popen, events: Path, progress, asked: Callable[[], str | None]) -> str | None:
+def follow(
+    child, events: Path, tell: Callable[[dict], object], asked: Callable[[], str | None]
+) -> str | None:
     """Passes the child's events on until it ends, or until `asked` gives a reason to end it: that reason."""
     position = 0
     while True:
@@ -270,33 +324,21 @@ def follow(child: subprocess.Popen, events: Path, progress, asked: Callable[[], 
                 position += len(whole)
         for line in whole.splitlines():
             with suppress(Exception):  # half a line, a closed terminal: what is shown never ends a run
-                progress.event(parse(line))
+                tell(parse(line))
         if ended:
             return None
         if reason := asked():
             return reason
-        time.sleep(POLL_SECONDS)
+        child.rest(POLL_SECONDS)
 
 
-def stop(child: subprocess.Popen, signals: list[int]) -> None:
+def stop(child: Fresh | Forked, signals: Sequence[int]) -> None:
     """Asks a child for its record, and waits for it; not after another Ctrl-C."""
     presses, end = signals.count(signal.SIGINT), time.monotonic() + GRACE_SECONDS
     child.terminate()
     child.send_signal(signal.SIGCONT)  # one that is stopped hears nothing
     while child.poll() is None and signals.count(signal.SIGINT) == presses and time.monotonic() < end:
-        time.sleep(POLL_SECONDS)
-
-
-def clear(child: subprocess.Popen) -> None:
-    """Ends a child with all that it started, also what has left its group: the mark is inherited."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    mark = f"{MARK}={os.getpid()}".encode()
-    for environ in Path("/proc").glob("[0-9]*/environ"):  # Linux; elsewhere the group is all that is known
-        with suppress(OSError):  # it has ended, or is another user's
-            if mark in environ.read_bytes().split(b"\0"):
-                os.kill(int(environ.parent.name), signal.SIGKILL)
-    child.wait()
+        child.rest(POLL_SECONDS)
 
 
 OPEN_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(?!.*-----END)", re.DOTALL)
@@ -346,12 +388,6 @@ def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[st
     text = f"ended with {how(code)}: {lines[-1][:300] if lines else 'no output'}"
     status = "oom_host" if code == -signal.SIGKILL else exhausted("\n".join(lines[-20:]))
     return out_of_memory(status, text) if status else ("failed", text)
-
-
-def how(code: int) -> str:
-    """How a process ended. Real-time signals have no name."""
-    names = {number.value: number.name for number in signal.Signals}
-    return f"signal {names.get(-code, -code)}" if code < 0 else f"exit status {code}"
 
 
 COUNTERS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")

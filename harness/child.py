@@ -1,35 +1,37 @@
-"""The process of one run: `python -m harness.child FOLDER`. However it ends, it leaves a record.
+"""The process of one run: a copy of the nursery's, or `python -m harness.child FOLDER`. However it ends, it
+leaves a record.
 
 FOLDER holds spec.json; this process leaves events.jsonl, outputs.jsonl, model/ and, last, result.json.
 """
 
-import ctypes
 import json
 import os
 import signal
 import sys
 import traceback
-from datetime import UTC, datetime
 from pathlib import Path
 
 from harness import method, packages
+from harness.forks import die_with
 from harness.plain import redacted
-from harness.record import RunRecord
+from harness.record import Provenance, RunRecord
 from harness.spec import RunSpec
 from harness.store import SPEC, leave
 
 
 def main(folder: Path) -> None:
-    die_with_parent()
     for number in ENDING:
         signal.signal(number, interrupt)
     job = json.loads((folder / SPEC).read_text("utf-8"))
+    if job["cores"]:
+        os.sched_setaffinity(0, job["cores"])
     spec = RunSpec.from_json(job["spec"])
     record = RunRecord(
         spec=spec,
         status="failed",
         command=job["command"],
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        provenance=Provenance(at_once=job["at_once"]),
+        started=job["started"],
     )
     ended_by = None
     try:
@@ -68,14 +70,6 @@ def interrupt(*_) -> None:
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def die_with_parent() -> None:
-    """A child whose bench was killed must not keep the card."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ.get("TUNEOFF_BENCH", os.getppid())):
-        sys.exit("the bench is gone")
 
 
 AGAIN = "the same command runs it again"
@@ -121,5 +115,6 @@ def diagnose(error: BaseException) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
+    die_with(int(os.environ.get("TUNEOFF_BENCH", os.getppid())))
     main(Path(sys.argv[1]))
     os._exit(0)  # the record is whole: no thread that a method has left holds up the bench

@@ -63,6 +63,32 @@ def cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
+def physical_cores() -> list[list[int]]:
+    """The numbers of those that this process may use; threads of one core, which share its arithmetic,
+    together."""
+    found: dict[str, list[int]] = {}
+    for core in sorted(cores()):
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(core)
+        found.setdefault(siblings, []).append(core)
+    return list(found.values())
+
+
+def free_bytes() -> int | None:
+    """Of main memory, as far as others leave it and a container is allowed it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    with suppress(OSError, ValueError):  # "max" is no number
+        most, held = (int((GROUPS / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, most - held)
+    return free
+
+
 def quota() -> float:
     """Cores' worth of time that a container may use; infinite where none is set."""
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):

@@ -91,6 +91,7 @@ class Provenance:
     cuda: str | None = None
     cpu: str | None = None
     threads: Count | None = None
+    at_once: Count | None = None  # runs of its bench that were under way, each on cores of its own
     waiting: str | None = None  # how OpenMP's idle threads wait
     allocator: str | None = None  # settings of torch's allocator
     platform: str | None = None

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from math import log10
 from pathlib import Path
@@ -253,7 +254,8 @@ def stubbed(monkeypatch):
         return fabricate.keep(store.folder, record)
 
     monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "try_imports", lambda _: None)
+    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
     return runs
 
 

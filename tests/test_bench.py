@@ -21,6 +21,7 @@ from harness import bench as running
 from harness import packages
 from harness.cli import progress
 from harness.method import Method
+from harness.nursery import Fresh, Nursery, environment
 from harness.plain import redacted
 from harness.plan import Request, plan
 from harness.record import RunRecord, Sizes
@@ -69,21 +70,21 @@ def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty)
 class Shown:
     """A progress that is as broken as a terminal that is gone."""
 
-    def event(self, values):
+    def event(self, spec, values):
         raise OSError(5, "Input/output error")
 
 
 SPEC = RunSpec("plugin", 0, "none", {}, Hyperparams())
 
 
-def child(folder: Path, code: str, limit: float | None = None):
+def child(folder: Path, code: str, limit: float | None = None, begin=Fresh):
     """A run whose method does this when its child imports it. -> record, its folder."""
     lines = ["import os, signal, subprocess, sys, time", "if 'TUNEOFF_BENCH' in os.environ:"]
     lines += [f"    {line}" for line in [*code.splitlines(), "raise KeyError('the end')"]]
     (folder / "plugin.py").write_text("\n".join([BITFIT, *lines, ""]))
     spec = replace(SPEC, locations={"plugins": [str(folder / "plugin.py")]})
     store = Store(folder / "results")
-    record = running.run(spec, store, "", Shown(), limit)
+    record = running.run(spec, store, "", Shown(), limit, running.Slot(begin))
     assert RunRecord.from_json((store.path(spec) / "record.json").read_text()) == record
     left = {file.name for file in store.path(spec).iterdir()}
     assert "spec.json" not in left and ("result.json" not in left or not record.ok)
@@ -133,10 +134,27 @@ EPITAPHS = {  # how a child ends -> its status, and what its error says
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    """One with nothing in it: what is heavy is a stub."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(stub(tmp_path_factory.mktemp("nursery"))))
+        own = Nursery({})
+    with own:
+        assert not own.fresh or sys.platform != "linux"
+        yield own
+
+
+@pytest.fixture(params=["fresh", "copied"])
+def begin(request):
+    """Both ways to begin a run's process."""
+    return Fresh if request.param == "fresh" else request.getfixturevalue("nursery").child
+
+
 @pytest.mark.parametrize("case", EPITAPHS)
-def test_every_end_of_a_child_has_its_status(case, tmp_path):
+def test_every_end_of_a_child_has_its_status(case, begin, tmp_path):
     code, status, error = EPITAPHS[case]
-    record, _ = child(tmp_path, code, limit=60)
+    record, _ = child(tmp_path, code, 60, begin)
     assert record.status == status and error in record.error, (record.status, record.error)
 
 
@@ -150,14 +168,14 @@ def test_the_kernel_says_whether_memory_ran_out(tmp_path, monkeypatch):
     assert child(tmp_path, grows + killed)[0].status == "oom_host"
 
 
-def test_what_a_run_has_started_ends_with_it(tmp_path):
+def test_what_a_run_has_started_ends_with_it(begin, tmp_path):
     own = [f"{seconds}.{os.getpid()}" for seconds in (7771, 7772)]
     left = "\n".join(
         f"subprocess.Popen(['sleep', '{seconds}'], start_new_session={apart})"
         for seconds, apart in zip(own, (False, True), strict=True)
     )
     started = time.monotonic()
-    child(tmp_path, left)
+    child(tmp_path, left, None, begin)
     assert time.monotonic() - started < 30, "their hold on the log does not hold up the bench"
     until(lambda: not running_commands() & {f"sleep {seconds}" for seconds in own}, 5)
 
@@ -176,10 +194,10 @@ STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
 
 
 @pytest.mark.parametrize("code", ["time.sleep(99)", STUBBORN, "os.kill(os.getpid(), signal.SIGSTOP)"])
-def test_a_run_beyond_its_time_limit_is_ended(code, tmp_path, monkeypatch):
+def test_a_run_beyond_its_time_limit_is_ended(code, begin, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "GRACE_SECONDS", 30 if code != STUBBORN else 1)
     started = time.monotonic()
-    record, folder = child(tmp_path, code, limit=4)
+    record, folder = child(tmp_path, code, 4, begin)
     assert record.status == "timeout" and "--time-limit" in record.error and "raise it" in record.error
     assert time.monotonic() - started < 20
     if code != STUBBORN:
@@ -258,12 +276,12 @@ def test_what_is_no_secret_stays(text):
 
 def test_a_child_is_told_what_the_user_has_set_and_nothing_of_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert 1 <= int(running.environment()["OMP_NUM_THREADS"]) <= max(1, os.cpu_count() - 1)
+    assert 1 <= int(environment()["OMP_NUM_THREADS"]) <= max(1, os.cpu_count() - 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert running.environment()["OMP_NUM_THREADS"] == "7"
+    assert environment()["OMP_NUM_THREADS"] == "7"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "/elsewhere", str(tmp_path), "src"]))
-    assert running.environment()["PYTHONPATH"].split(os.pathsep) == [
+    assert environment()["PYTHONPATH"].split(os.pathsep) == [
         str(ROOT), "/elsewhere", str(tmp_path / "src")
     ]  # fmt: skip
 
@@ -303,13 +321,23 @@ def test_a_signal_is_not_lost_where_the_record_cannot_be_kept():
 
 @pytest.fixture
 def stubs(tmp_path):
-    """Modules that are nothing, in place of the heavy ones. -> the environment that finds them."""
+    """The environment that finds modules that are nothing in place of the heavy ones."""
+    return {**os.environ, "PYTHONPATH": str(stub(tmp_path))}
+
+
+def stub(folder: Path) -> Path:
+    """Modules that are nothing but what a nursery asks of torch. -> where they lie."""
     for name in packages.IMPORTED:
-        path = tmp_path / "stubs" / (name.replace(".", "/") + ".py")
+        path = folder / "stubs" / (name.replace(".", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "__init__.py").touch()
         path.touch()
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "stubs")}
+    (folder / "stubs/torch.py").write_text(
+        "import sys; cuda = sys.modules['torch.cuda'] = sys.modules[__name__]; __path__ = []\n"
+        "is_available = _is_in_bad_fork = lambda: False\n"
+        "device_count = get_device_capability = None\nget_num_threads = lambda: 1\n"
+    )
+    return folder / "stubs"
 
 
 def slow(folder: Path, code: str = "time.sleep(99)") -> list[str]:
@@ -436,10 +464,10 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
     assert run.record.sizes == Sizes(saved_bytes=None if warnings else 4)
 
 
-def test_a_child_that_dies_while_saving_keeps_what_it_measured(tmp_path):
+def test_a_child_that_dies_while_saving_keeps_what_it_measured(begin, tmp_path):
     measured = RunRecord(SPEC, "ok", signatures={"bleu4": "x"}, warnings=["was not saved"])
     code = f"open(sys.argv[1] + '/result.json', 'w').write({measured.to_json()!r})\n"
-    record, _ = child(tmp_path, code + "os.kill(os.getpid(), signal.SIGKILL)")
+    record, _ = child(tmp_path, code + "os.kill(os.getpid(), signal.SIGKILL)", None, begin)
     assert record.ok and record.signatures == measured.signatures
     assert record.warnings == ["was not saved: signal SIGKILL"]
 

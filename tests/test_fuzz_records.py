@@ -12,9 +12,11 @@ import re
 import signal
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
+import fabricate
 import pytest
 
 pytest.importorskip("jinja2")
@@ -239,11 +241,12 @@ def test_damaged_events_end_no_bench(tmp_path):
         {"step": 4, "steps": 10, "loss": None}, {"answered": 5, "rows": 40},
     ]  # fmt: skip
     draw, progress = random.Random(0), Lines(StringIO())
-    progress.name, progress.shown = "x", 0
+    spec = fabricate.record("lora").spec
+    progress.start(spec, 1, 1)
     events = tmp_path / "events.jsonl"
     for _ in range(EXAMPLES):
         value, _ = damage(real, draw)
         lines = "".join(json.dumps(event) + "\n" for event in value).encode()
         events.write_bytes(draw.choice((lines, torn(lines, draw), lines + b"{}\n[]\n5\n")))
         with limited():
-            follow(Ended(), events, progress, lambda: None)
+            follow(Ended(), events, partial(progress.event, spec), lambda: None)

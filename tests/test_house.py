@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["errors", "plain", "search"],
+    ["errors", "forks", "plain", "search"],
     ["shape"],
     ["spec", "metrics", "migrate", "packages"],
     ["record"],
@@ -20,6 +20,7 @@ FLOORS = [
     ["method", "doctor", "measuring"],
     ["trial", "training"],
     ["plan", "child"],
+    ["nursery"],
     ["bench", "report", "contract"],
     ["cli"],
 ]

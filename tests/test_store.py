@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -275,6 +276,8 @@ def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_t
         return base if spec.method == "base" else fabricate.record("lora", spec.seed)
 
     monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
     list(bench.bench(specs, store, "", Silent()))
     assert asked == [("base", 0)], "the untouched model has failed again"
     fabricate.keep(tmp_path, replace(base, status="ok", error=None))

@@ -10,7 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from tiny import copy_of, hyperparams
 from transformers import AutoModelForCausalLM
 
-from harness.measuring.tensors import LiveTensors, in_a_copy
+from harness.forks import in_a_copy
+from harness.measuring.tensors import LiveTensors
 from harness.record import RunRecord
 from harness.training.loop import Loop, rehearsed
 from methods.dora import DoRA

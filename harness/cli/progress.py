@@ -1,10 +1,13 @@
 """What a bench shows while it runs: a live line with rich on a terminal, plain lines elsewhere."""
 
-import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from harness.metrics import compared
 from harness.plain import plain
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 GIB = 2**30
 
@@ -67,20 +70,21 @@ class Lines:
 
     def __init__(self, stream):
         self.stream = stream
-        self.started = time.perf_counter()
+        self.names: dict[str, str] = {}  # of the runs under way
+        self.shown: dict[str, int] = {}
 
     def say(self, text: str) -> None:
-        print(plain(text), file=self.stream, flush=True)
+        self.stream.write(plain(text) + "\n")  # at once: runs side by side never mix within a line
+        self.stream.flush()
 
     def start(self, spec, number: int, total: int) -> None:
-        self.name = f"[{number}/{total}] {describe(spec)}"
-        self.shown = 0
-        self.say(f"{self.name}: started")
+        self.names[spec.digest], self.shown[spec.digest] = f"[{number}/{total}] {describe(spec)}", 0
+        self.say(f"{self.names[spec.digest]}: started")
 
-    def event(self, values: dict) -> None:
-        if "step" in values and values["step"] * 10 // values["steps"] > self.shown:
-            self.shown = values["step"] * 10 // values["steps"]
-            self.say(f"{self.name}: {step_text(values)}")
+    def event(self, spec, values: dict) -> None:
+        if "step" in values and (tenth := values["step"] * 10 // values["steps"]) > self.shown[spec.digest]:
+            self.shown[spec.digest] = tenth
+            self.say(f"{self.names[spec.digest]}: {step_text(values)}")
 
     def end(self, record, cached: bool) -> None:
         self.say(f"{describe(record.spec)}: {outcome(record, cached)}")
@@ -90,7 +94,7 @@ class Lines:
 
 
 class Live:
-    """A bar for the run under way, and a line for each that ended."""
+    """A bar for each run under way, and a line for each that ended."""
 
     def __init__(self, stream):
         from rich.console import Console
@@ -106,29 +110,30 @@ class Live:
             transient=True,
         )
         self.progress.start()
-        self.task = None
+        self.names: dict[str, str] = {}  # of the runs under way
+        self.tasks: dict[str, TaskID] = {}
 
     def start(self, spec, number: int, total: int) -> None:
-        self.name = rf"\[{number}/{total}] {describe(spec)}"
-        self.task = self.progress.add_task(self.name, total=None, text="starting")
+        name = self.names[spec.digest] = rf"\[{number}/{total}] {describe(spec)}"
+        self.tasks[spec.digest] = self.progress.add_task(name, total=None, text="starting")
 
-    def event(self, values: dict) -> None:
+    def event(self, spec, values: dict) -> None:
+        task = self.tasks[spec.digest]
         if "phase" in values:
-            self.progress.update(self.task, description=f"{self.name}: {values['phase']}")
+            self.progress.update(task, description=f"{self.names[spec.digest]}: {values['phase']}")
         elif "step" in values:
             self.progress.update(
-                self.task, total=values["steps"], completed=values["step"], text=step_text(values)
+                task, total=values["steps"], completed=values["step"], text=step_text(values)
             )
         elif "answered" in values:
             text = f"{values['answered']} of {values['rows']} answers"
-            self.progress.update(self.task, total=values["rows"], completed=values["answered"], text=text)
+            self.progress.update(task, total=values["rows"], completed=values["answered"], text=text)
 
     def end(self, record, cached: bool) -> None:
         from rich.markup import escape
 
-        if self.task is not None:
-            self.progress.remove_task(self.task)
-            self.task = None
+        if (task := self.tasks.pop(record.spec.digest, None)) is not None:
+            self.progress.remove_task(task)
         mark = "[green]ok[/]" if record.ok else "[red]--[/]"
         self.progress.console.print(
             f"{mark} {describe(record.spec)}: {escape(plain(outcome(record, cached)))}", highlight=False

@@ -6,12 +6,7 @@ each storage is followed from its making to its end; of the run itself nothing i
 """
 
 import json
-import os
-import select
-import signal
 import sys
-import threading
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.forks import in_a_copy
 from harness.record import Memory
 
 LIMIT_SECONDS = 600  # a copy that hangs is given up: steps that a CPU can be asked for in numbers end sooner
@@ -134,33 +130,3 @@ def rehearse(measure: Callable[[], Memory]) -> Memory | None:
         return None
     told = in_a_copy(lambda: json.dumps(asdict(measure())).encode(), LIMIT_SECONDS)
     return Memory(**json.loads(told)) if told else None
-
-
-def in_a_copy(answer: Callable[[], bytes], seconds: float) -> bytes:
-    """What `answer` gives (at most 64 KiB) in a forked process; b"" if it raises or takes longer."""
-    found = []
-
-    def fork() -> None:
-        ours, theirs = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                os.write(theirs, answer())
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)  # nothing of the run's own ending, and no output that it has not written yet
-        os.close(theirs)
-        try:
-            if select.select([ours], [], [], seconds)[0]:
-                found.append(os.read(ours, 2**16))
-        finally:
-            os.close(ours)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-    # In a thread of its own: the OpenMP of one that has computed would wait for threads that are not copied.
-    thread = threading.Thread(target=fork, daemon=True)
-    thread.start()
-    thread.join()
-    return found[0] if found else b""

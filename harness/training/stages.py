@@ -5,6 +5,7 @@ import shutil
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -80,7 +81,8 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
             f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
             "device memory are not its own"
         )
-    record.phases, record.provenance = meter.phases, machine.provenance(precision)
+    record.phases = meter.phases
+    record.provenance = replace(machine.provenance(precision), at_once=record.provenance.at_once)
     seed_everything(spec.seed)
     # cuDNN's attention builds a plan for each new length, a tenth of a second: more than a small step.
     torch.backends.cuda.enable_cudnn_sdp(False)
