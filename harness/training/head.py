@@ -260,4 +260,6 @@ def unpackable(model, apart: dict, packed: dict) -> str | None:
 
 
 def tolerance(model) -> float:
-    return 0.05 if model.dtype == torch.bfloat16 else 1e-3
+    device = model.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return 0.05 if torch.bfloat16 in (model.dtype, autocast) else 1e-3

@@ -94,6 +94,8 @@ class Kernels:
             return "compiled layers would draw another dropout"
         if not decoder_layers(self.causal):
             return "this architecture has no one list of decoder layers"
+        if "accumulation" in self.run.method.cannot:  # nor can a step be tried: it would train
+            return "gradients are used within backward"
         return None
 
     def packs(self) -> bool:
@@ -164,7 +166,7 @@ class Kernels:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # whatever tracing or capturing says
-            wrong = redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            wrong = first_of(error)
         if not wrong:
             self.untried = []
             self.also(reason)
@@ -280,6 +282,17 @@ class Kernels:
         if kept:
             torch._foreach_zero_(kept)
 
+    def close(self) -> None:
+        """Frees what graphs hold."""
+        for captured in self.graphs.values():
+            captured.graph.reset()
+        self.graphs.clear()
+        self.forwards.clear()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def clear(self) -> None:
         self.zero_gradients()
         if torch.cuda.is_available():
@@ -310,6 +323,13 @@ class Seen:
 
     def __call__(self, batch: dict) -> None:
         self.batches += 1
+
+
+def first_of(error: BaseException) -> str:
+    """What a failed capture was broken by, not what that broke."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def plainly(batch: dict) -> dict:

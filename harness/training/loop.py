@@ -51,6 +51,7 @@ def train(model, run: "Run") -> "Loop":
         record.tokens = replace(record.tokens, **loop.reading.tokens())
         record.hashes |= loop.reading.hashes()
         run.reading, run.shapes = None, None
+    loop.kernels.close()
     return loop
 
 
