@@ -277,8 +277,13 @@ def uncopyable() -> str | None:
         return f"an import has started threads: {', '.join(tasks)}"
     import torch
 
-    if in_a_copy(lambda: b"no" if torch.cuda._is_in_bad_fork() else b"yes", ASK_SECONDS) != b"yes":
-        return "an import has asked for the card"
+    def computes() -> bytes:
+        if torch.cuda.is_available() or torch.cuda._is_in_bad_fork():
+            torch.ones(1, device="cuda").add(1).item()
+        return b"yes"
+
+    if in_a_copy(computes, ASK_SECONDS) != b"yes":
+        return "a copy of it cannot use the card: an import has asked for that"
     return None
 
 

@@ -112,7 +112,8 @@ def close(found, expected, atol, rtol):
         )
 
 
-@torch._dynamo.config.patch(recompile_limit=1000)  # programs are kept from one method for the next
+# Programs are kept from one method for the next, but for what hooks change.
+@torch._dynamo.config.patch(recompile_limit=1000, skip_nnmodule_hook_guards=False)
 @EACH
 def test_compiled_it_computes_what_it_does_in_eager_mode(name, options, folder):
     """Each decoder layer whole, traced and cut into forward and backward as for any compiler."""

@@ -146,7 +146,7 @@ def test_who_has_asked_for_the_card_is_not_copied(monkeypatch):
         return str(nurseries.uncopyable()).encode()
 
     own = here
-    assert in_a_copy(asked, 30) == b"an import has asked for the card"
+    assert in_a_copy(asked, 30).startswith(b"a copy of it cannot use the card")
 
 
 # Side by side

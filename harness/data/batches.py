@@ -147,6 +147,11 @@ def height(sequences: list[list[Example]]) -> int:
 
 
 def batches_of(examples: list[Example], size: int) -> list[list[Example]]:
-    """Longest first, so that a batch has little padding and the largest comes at the start."""
-    by_length = sorted(examples, key=lambda example: example.length, reverse=True)
-    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    """At most so many rows, none shorter than three quarters of the longest: little padding. The largest
+    comes first."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: example.length, reverse=True):
+        if not batches or len(batches[-1]) == size or 4 * example.length < 3 * batches[-1][0].length:
+            batches.append([])
+        batches[-1].append(example)
+    return batches

@@ -193,7 +193,8 @@ class Kernels:
         """Within, the decoder's layers are the fast ones; whoever else calls them finds them as they were."""
         layers = list(self.forwards)
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=PROGRAMS))
+            settings = {"recompile_limit": PROGRAMS, "skip_nnmodule_hook_guards": False}
+            stack.enter_context(torch._dynamo.config.patch(settings))
             for layer in layers:
                 layer.forward = self.forwards[layer]
                 stack.callback(vars(layer).pop, "forward")
