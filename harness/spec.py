@@ -42,7 +42,8 @@ class Hyperparams:
 
     def untrained(self) -> "Hyperparams":
         """The same evaluation with no training at all: what a base row is asked."""
-        return replace(Hyperparams(epochs=0.0), **{name: getattr(self, name) for name in EVALUATION})
+        kept = {name: getattr(self, name) for name in (*EVALUATION, "kernels")}
+        return replace(Hyperparams(epochs=0.0), **kept)
 
 
 def hashed(hp: Hyperparams) -> dict:

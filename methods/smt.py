@@ -262,6 +262,9 @@ def sparse_linear():
             self.slots = None
 
         def open(self):
+            self.slots = (
+                None  # with which the gradients' way of the last forward, and its stream, would live on
+            )
             self.slots = Slots.apply(self.blocks, len(self.rows))
 
         def __getstate__(self):

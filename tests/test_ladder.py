@@ -94,8 +94,10 @@ def test_attention_that_mixes_rows_is_not_used_for_packed_ones(traced):
 def test_a_short_training_is_not_compiled(monkeypatch):
     seen = []
     monkeypatch.setattr(kernels.Kernels, "refusal", lambda self: None)
-    monkeypatch.setattr(kernels.Kernels, "packs", lambda self: False)
-    monkeypatch.setattr(kernels.Kernels, "choose", lambda self, batch: seen.append(self.untried.pop(0)))
+    monkeypatch.setattr(kernels.Kernels, "packed", lambda self: None)
+    monkeypatch.setattr(
+        kernels.Kernels, "choose", lambda self, batch: seen.append(self.untried.pop(0)) or True
+    )
     tiny.fit(LoRA(), replace(HP, kernels="auto"), ROWS)
     assert seen == ["eager + graph"]
 
@@ -109,3 +111,19 @@ def test_gradients_apart_by_more_than_rounding_differ():
     assert kernels.differ((2.0, [torch.zeros(3)]), (2.0, [None])) is None
     assert "apart" in kernels.differ((2.0, [torch.zeros(3)]), (2.0, [torch.ones(3)]))
     assert "loss" in kernels.differ((2.0, [one]), (float("nan"), [one]))
+
+
+def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):
+    """As GRPO's are where all answers earn the same."""
+
+    class Late(LoRA):
+        def loss(self, model, batch, run):
+            return super().loss(model, batch, run) * (0.0 if not self.steps else 1.0)
+
+        def prepare(self, model, examples, run):
+            self.steps = run.record.training and len(run.record.training)
+            return super().prepare(model, examples, run)
+
+    _, _, record = trained(Late(), replace(HP, max_steps=4))
+    assert record.kernels.rung == "compiled", record.kernels.reason
+    assert [step["grad_norm"] for step in record.training][0] == 0

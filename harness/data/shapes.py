@@ -14,6 +14,7 @@ SIZES = 4  # that a run has: each costs seconds to compile
 GRAIN = 64  # tokens: sizes are multiples of it, as matrix products like them
 LAUNCH = 48  # tokens that a further micro-batch costs: it reads all weights of a layer once more
 SAMPLE = 32  # steps that sizes are tried on
+MANY = 4  # sequences of a step: beyond, how the last of them is filled matters little
 TARGETS = 1024  # a head's rows come in multiples of it
 
 
@@ -108,6 +109,9 @@ def fill(lengths: list[int], sizes: list[int]) -> list[tuple[int, list[int]]]:
     """Rows, the longest first, into sequences of these sizes: -> (size, indices of its rows) of the cheapest
     choice of few sequences that holds them all, as far as placing each where it fits tightest can tell."""
     total, count = sum(lengths), ceil(sum(lengths) / sizes[-1])
+    if MANY < count < len(lengths):  # there are thousands of choices: the largest size, but for the last
+        first = placed(lengths, [sizes[-1]] * len(lengths)) or []
+        return [(min(s for s in sizes if s >= sum(lengths[i] for i in rows)), rows) for _, rows in first]
     while count < len(lengths):
         choices = [c for more in range(3) for c in combinations_with_replacement(sizes, count + more)
                    if sum(c) >= total and c[-1] >= lengths[0]]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from harness.record import RunRecord
+from harness.record import EAGER, RunRecord
 from harness.report.comparison import Comparison
 from harness.report.text import listed
 from harness.spec import digest
@@ -158,9 +158,9 @@ def kernels(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
     return what, alike, details
 
 
-def way(record: RunRecord) -> str | None:
+def way(record: RunRecord) -> str:
     packed = {None: "", True: ", rows packed", False: ", a row a sequence"}[record.kernels.packed]
-    return record.kernels.rung and record.kernels.rung + packed
+    return (record.kernels.rung or EAGER) + packed  # before there was a ladder, all were
 
 
 def code(comparison: Comparison) -> tuple[str, bool | None, str]:

@@ -10,6 +10,7 @@ import torch
 
 from harness.record import EAGER
 from harness.training import slot_attention
+from harness.training.graphs import capturing
 from harness.training.head import causal_lm, softcap_of
 from harness.training.kernels import decoder_layers
 from harness.training.slots import Slots
@@ -186,7 +187,7 @@ class Engine:
                     self.step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with capturing(graph, torch.cuda.graph_pool_handle()):
                 self.step()
         return graph
 

@@ -19,6 +19,7 @@ from harness.plain import redacted
 from harness.record import EAGER
 from harness.training import head
 from harness.training.attention import flash
+from harness.training.graphs import capturing
 
 if TYPE_CHECKING:
     from harness.training.run import Run
@@ -46,6 +47,7 @@ class Captured:
     loss: torch.Tensor
     added: dict[str, torch.Tensor]  # what the loss put into its batch
     read: bool  # the loss read the batch it was given
+    gradients: list[tuple[torch.nn.Parameter, torch.Tensor]]  # to which it adds
 
 
 class Kernels:
@@ -59,7 +61,7 @@ class Kernels:
         )  # to walk through all modules takes longer than a small step
         self.found = run.record.kernels
         self.rung, self.found.reason = EAGER, self.refusal()
-        self.graphs: dict[tuple, Captured] = {}
+        self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
         self.forwards: dict[torch.nn.Module, Callable] = {}
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
@@ -71,8 +73,9 @@ class Kernels:
             self.found.reason = "; ".join(f"{limit}: {why}" for limit, why in cannot.items()) or None
         if not self.untried:
             return
-        self.found.packed = "packing" not in run.method.cannot and self.packs()
-        self.shapes = run.shapes = Shapes(run.batches, run.hp, self.found.packed)
+        with run.meter.phase("compile"):
+            self.shapes = self.packed() or Shapes(run.batches, run.hp, packed=False)
+        run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
     @property
     def rung(self) -> str:
@@ -98,20 +101,28 @@ class Kernels:
             return "gradients are used within backward"
         return None
 
-    def packs(self) -> bool:
-        """This model reads rows that share a sequence as it reads them apart."""
+    def packed(self) -> Shapes | None:
+        """Of rows that share a sequence, where this model reads them as it reads them apart."""
         run, rows = self.run, self.run.batches.examples[:4]
-        packed = Shapes(run.batches, run.hp, packed=True)
-        with torch.no_grad(), run.accelerator.autocast():
-            apart = run.collate(rows)
-            run.shapes = packed
-            together = run.collate(rows)
+        if "packing" in run.method.cannot:
+            return None
+        shapes = Shapes(run.batches, run.hp, packed=True)
+        try:
+            with torch.no_grad(), run.accelerator.autocast():
+                apart = run.collate(rows)
+                run.shapes = shapes
+                together = run.collate(rows)
+                self.model.eval()
+                reason = head.unpackable(self.model, apart, together)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever an architecture says to rows without a mask
+            reason = first_of(error)
+        finally:
             run.shapes = None
-            self.model.eval()
-            reason = head.unpackable(self.model, apart, together)
             self.model.train()
         self.also(reason)
-        return reason is None
+        return None if reason else shapes
 
     def also(self, reason: str | None) -> None:
         self.found.reason = "; ".join(filter(None, [self.found.reason, reason])) or None
@@ -124,15 +135,19 @@ class Kernels:
         if not new or (not self.untried and "graph" not in self.rung):
             return
         if any(key[0] != self.trained() for key in self.graphs):
-            self.graphs.clear()  # other weights train now
+            self.drop()  # other weights train now
         meter, spent = self.run.meter, self.spent()
         own, self.run.reading = self.run.reading, self.seen
         with meter.phase("compile"):
-            while self.untried:
-                self.choose(min(new.values(), key=tokens))
+            while self.untried and self.choose(min(new.values(), key=tokens)):
+                pass
             for key, batch in sorted(new.items(), key=lambda item: -tokens(item[1])):
                 if "graph" in self.rung and key not in self.graphs and len(self.graphs) < CAPTURED:
-                    self.graphs[key] = self.capture(batch)
+                    try:
+                        self.graphs[key] = self.capture(batch)
+                    except torch.cuda.OutOfMemoryError:  # beside another graph; alone it may fit
+                        self.also(f"no graph of {tokens(batch)} tokens: out of memory")
+                        self.graphs[key] = None
             self.clear()
         self.run.reading = own
         self.seconds += self.spent() - spent
@@ -142,9 +157,8 @@ class Kernels:
         phase = self.run.meter.phases.get("compile")
         return phase.seconds if phase else 0.0
 
-    def choose(self, batch: dict) -> None:
-        """Tries the next rung against plain steps."""
-        rung = self.untried.pop(0)
+    def choose(self, batch: dict) -> bool:
+        """Tries the next rung against a plain step. -> whether this micro-batch could tell."""
         reason = None
         try:
             with head.arithmetic(self.model) as types:  # who listens would be compiled, too
@@ -153,8 +167,10 @@ class Kernels:
             self.run.record.arithmetic["training"] = types
         except torch.cuda.OutOfMemoryError:
             expected, reason = None, "not compared with a plain step, which does not fit this card"
+        if expected and not any(g is not None and g.any() for g in expected[1]):
+            return False  # no gradients to compare
         self.clear()
-        self.rung = rung
+        self.rung = rung = self.untried.pop(0)
         try:
             self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
             if "graph" in rung:
@@ -164,7 +180,9 @@ class Kernels:
                 found = self.outcome(partial(self.quick, batch, 1.0))
             wrong = expected and differ(expected, found)
         except torch.cuda.OutOfMemoryError:
-            raise
+            if not expected:  # nor did the plain step fit
+                raise
+            wrong = "out of memory"
         except Exception as error:  # whatever tracing or capturing says
             wrong = first_of(error)
         if not wrong:
@@ -172,12 +190,14 @@ class Kernels:
             self.also(reason)
             if "graph" in rung:
                 self.graphs[self.key(batch)] = captured
-            return
+            return True
         self.also(f"{rung}: {wrong}")
-        self.rung, self.forwards = EAGER, {}
+        self.drop()
         self.clear()
+        self.rung, self.forwards, self.run.meter.replayed = EAGER, {}, 0
         if not self.untried:
             self.run.shapes, self.found.packed = None, None
+        return True
 
     def fast(self, layer) -> Callable:
         forward = layer.forward
@@ -226,6 +246,9 @@ class Kernels:
         for name, tensor in captured.given.items():
             tensor.copy_(batch[name], non_blocking=True)
         captured.share.fill_(share) if isinstance(share, float) else captured.share.copy_(share)
+        for parameter, gradient in captured.gradients:
+            if parameter.grad is not gradient:  # as who has set it to none
+                parameter.grad = gradient.zero_()
         captured.graph.replay()
         batch.update({name: tensor.clone() for name, tensor in captured.added.items()})
         return captured.loss.clone()
@@ -249,18 +272,13 @@ class Kernels:
         inner = {**rest, **given}
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        draws = torch.cuda.default_generators[torch.cuda.current_device()]
-        state = draws.clone_state()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                loss = self.quick(inner, share)
-        except Exception:
-            draws.graphsafe_set_state(state)  # else it would wait for the end of a capture that failed
-            raise
+        with capturing(graph, self.pool):
+            loss = self.quick(inner, share)
         replayed = torch.cuda.max_memory_allocated() - before
         self.run.meter.replayed = max(self.run.meter.replayed, replayed)
         added = {name: value for name, value in inner.items() if name not in batch}
-        return Captured(graph, given, share, loss, added, self.seen.batches > 0)
+        gradients = [(p, p.grad) for p in self.parameters if p.requires_grad]
+        return Captured(graph, given, share, loss, added, self.seen.batches > 0, gradients)
 
     def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor]]:
         """Loss and, as far as they are compared, gradients."""
@@ -283,11 +301,15 @@ class Kernels:
         if kept:
             torch._foreach_zero_(kept)
 
-    def close(self) -> None:
-        """Frees what graphs hold."""
-        for captured in self.graphs.values():
+    def drop(self) -> None:
+        """Frees what graphs hold; their pool is not used again."""
+        for captured in filter(None, self.graphs.values()):
             captured.graph.reset()
         self.graphs.clear()
+        self.pool = None
+
+    def close(self) -> None:
+        self.drop()
         self.forwards.clear()
         for parameter in self.parameters:
             parameter.grad = None
