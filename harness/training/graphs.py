@@ -7,7 +7,7 @@ import torch
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool):
-    """What is launched within is captured, its memory from a pool (of torch.cuda.graph_pool_handle). A capture
+    """What is launched within is captured, its memory from a pool (torch.cuda.graph_pool_handle). A capture
     that fails would leave torch on its stream, allocating into the pool and drawing for it: all is put
     back."""
     device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
