@@ -8,7 +8,7 @@ Zhao et al. 2024, GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Pro
 Performance: every weight is trained, and the subspace changes, so the sum of the updates is not low-rank.
 Efficiency: the moments of a matrix shrink to its rank; weights and gradients stay whole, embeddings keep
 full moments. A new subspace is found by orthogonal iteration (the authors: an SVD): directions 1.25 times as
-strong as what is left out, to 1 degree; 99.9 % of the squares that the SVD's would hold.
+strong as what is left out, to 1 degree; 99 % of the squares that the SVD's would hold, even of noise.
 Generalisation: between full fine-tuning and LoRA; the weak directions of a gradient are left out.
 """
 

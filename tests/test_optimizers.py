@@ -452,3 +452,11 @@ def test_eight_bit_adamw_starts_from_full_gradients_and_moves_every_weight():
     before = trained_weights(tiny.model())
     trained, _, _ = fit(Full8bit(), hyperparams(max_steps=3), ROWS)
     assert [n for n, value in trained_weights(trained).items() if torch.equal(value, before[n])] == []
+
+
+def test_of_noise_too_a_subspace_holds_what_the_card_says():
+    """Where no direction stands out, they hold about as much as any."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(400, 288), with_singular_values((400, 288), (ORDER**-0.1).tolist())]
+    for gradient, basis in zip(gradients, galore.top_singular_vectors(gradients, 64), strict=True):
+        assert 0.99 < held(gradient, basis, 64)[0] <= 1 + 1e-6
