@@ -95,9 +95,7 @@ class Fresh(subprocess.Popen):
         ended, as subprocess has it."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        for environ in Path("/proc").glob(
-            "[0-9]*/environ"
-        ):  # Linux; elsewhere the group is all that is known
+        for environ in Path("/proc").glob("[0-9]*/environ"):  # Linux alone: elsewhere it is the group
             with suppress(OSError):  # it has ended, or is another user's
                 if self.mark in environ.read_bytes().split(b"\0"):
                     os.kill(int(environ.parent.name), signal.SIGKILL)

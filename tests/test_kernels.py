@@ -4,6 +4,7 @@ recorded once it can be replayed on other rows, as a CUDA graph is. For every me
 from types import MethodType
 
 import pytest
+import test_contract
 import tiny
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,19 +20,10 @@ from methods import smt
 
 ROWS = tiny.rows(12, seed=1)
 HP = tiny.hyperparams(learning_rate=5e-3, batch_size=6, micro_batch_size=6, max_steps=4, warmup_ratio=0.0)
-OPTIONS = {  # as in test_contract.py: what is meant for larger models is made smaller
-    "galore": {"rank": 4, "gap": 2},
-    "galore_layerwise": {"rank": 4, "gap": 2},
-    "qlora_galore": {"subspace": 4, "gap": 2},
-    "apollo": {"rank": 4, "gap": 2},
-    "grpo": {"group": 2, "answer_tokens": 6},
-    "orpo": {"answer_tokens": 6},
-    "qlora_orpo": {"answer_tokens": 6},
+OPTIONS = test_contract.OPTIONS | {
     "smt": {"share": 0.2, "block": 8, "warmup": 1},
-    "lisa": {"layers": 1, "period": 2},
     "lora_ggpo": {"sigma": 0.3, "beta": 0.1},
-    "peft.vera": {"r": 8},
-    "peft.adalora": {"init_r": 6, "target_r": 2, "deltaT": 1},
+    "peft.adalora": test_contract.PERIODS["peft.adalora"],
 }
 UNTOUCHED = ("base", "base_nf4", "peft")
 NAMES = sorted({*known_methods(), "peft.vera", "peft.ia3", "peft.adalora"} - {*UNTOUCHED})

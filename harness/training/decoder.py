@@ -16,9 +16,7 @@ from harness.training.head import causal_lm
 READ = 2**14  # prompt tokens read at once: a device is busy with them, and they take a few GiB at most
 LOOK = 8  # steps on a GPU between two looks at which answers have ended: a look waits for it
 TRIED = 4  # tokens of the trial of a model: the first is of its prompt, the others of steps
-REFILL = (
-    8  # a share of the slots, 1 / 8, is free before prompts are read into them: reading one stops all others
-)
+REFILL = 8  # 1 / 8 of the slots is free before prompts are read into them: reading stops all others
 
 
 class Decoder:
@@ -29,9 +27,7 @@ class Decoder:
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
         self.kernels: str | None = None  # of the steps decoded last
         self.refused: list[str] = []  # faster ones that were tried, and why they are not used
-        self.reasons: WeakKeyDictionary = (
-            WeakKeyDictionary()
-        )  # model -> why the engine cannot decode it, or None
+        self.reasons: WeakKeyDictionary = WeakKeyDictionary()  # model -> why it is generated, or None
 
     def answers(self, model, examples: list[Example], report=lambda **_: None) -> list[dict]:
         """Greedy answers in the order of examples: output, new_tokens, stopped. `report(**values)` is

@@ -56,9 +56,7 @@ class Kernels:
 
     def __init__(self, model, run: "Run"):
         self.model, self.run, self.causal = model, run, head.causal_lm(model)
-        self.parameters = list(
-            model.parameters()
-        )  # to walk through all modules takes longer than a small step
+        self.parameters = list(model.parameters())  # a walk through all modules outlasts a small step
         self.found = run.record.kernels
         self.rung, self.found.reason = EAGER, self.refusal()
         self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
@@ -121,7 +119,7 @@ class Kernels:
         finally:
             run.shapes = None
             self.model.train()
-        self.also(reason)
+        self.also(reason and reason.partition(": use ")[0])  # nobody has asked for packing
         return None if reason else shapes
 
     def also(self, reason: str | None) -> None:
