@@ -1,19 +1,21 @@
 """A training step as a function of fixed shapes: compiled it computes what it computes in eager mode, and
 recorded once it can be replayed on other rows, as a CUDA graph is. For every method there is."""
 
+from dataclasses import replace
 from types import MethodType
 
 import pytest
 import test_contract
 import tiny
 import torch
+from test_shapes import flash_on_a_cpu  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from harness.method import build, find, known_methods, resolve
 from harness.spec import RunSpec
-from harness.training import head
+from harness.training import head, kernels
 from harness.training.model import load_base
 from harness.training.run import Run
 from methods import smt
@@ -155,6 +157,9 @@ class Tape(TorchDispatchMode):
                 if own:
                     place.copy_(value)
 
+    def reset(self):
+        self.kept.clear()
+
 
 def tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
@@ -228,6 +233,46 @@ def test_a_second_update_on_a_draw_is_replayed_too(folder):
             taped.put(gradients)
             plain.take(), taped.take()
     assert mine.keys() - draw.keys() == {"old", "base"}
+
+
+@pytest.fixture
+def taped(monkeypatch, flash_on_a_cpu):  # noqa: F811
+    """A tape stands for each graph."""
+
+    def recorded(step, pool, measured):
+        step()
+        tape = Tape()
+        with tape:
+            return tape, step(), 0
+
+    monkeypatch.setattr(kernels, "recorded", recorded)
+    monkeypatch.setattr(kernels, "RUNGS", {"eager + graph": ("graphs",)})
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    refusal = kernels.Kernels.refusal
+    monkeypatch.setattr(
+        kernels.Kernels, "refusal", lambda self: refusal(self) if self.run.hp.kernels == "eager" else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("lora", {}), ("orpo", {}), ("grpo", {}), ("grpo", {"updates": 2}), ("smt", {}), ("lora_ggpo", {})],
+)
+def test_a_training_by_graphs_learns_what_one_without_does(name, options, folder, taped):
+    """From the choice of the rung to the last step, with rows of unequal lengths."""
+    found = []
+    for way in ("eager", "auto"):
+        cls = resolve(name, find(name, known_methods()))
+        method = build(cls, {**OPTIONS.get(name, {}), **options})
+        spec = RunSpec("any", 0, folder.name, {}, HP, locations={"model": str(folder)})
+        base = method.load(lambda **more: load_base(spec, torch.float32, torch.device("cpu"), **more))  # noqa: B023
+        hp = replace(method.own(HP), kernels=way)
+        model, _, record = tiny.fit(method, hp, ROWS, base=base)
+        found.append((tiny.trained_weights(model), tiny.losses(record), record))
+    (weights, losses, _), (own, mine, record) = found
+    assert record.kernels.rung == "eager + graph", record.kernels.reason
+    torch.testing.assert_close(mine, losses, atol=1e-4, rtol=1e-4)
+    close(own, weights, atol=HP.learning_rate / 5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["dora", "reft", "smt", "lora_ggpo"])

@@ -1,6 +1,7 @@
 """The one decoder."""
 
 import math
+import sys
 import warnings
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from harness.record import EAGER
 from harness.spec import Hyperparams
 from harness.training.engine import Engine, distance, forced, tolerance
 from harness.training.head import causal_lm
+from harness.training.slots import slot_bytes
 
 READ = 2**14  # prompt tokens read at once: a device is busy with them, and they take a few GiB at most
 LOOK = 8  # steps on a GPU between two looks at which answers have ended: a look waits for it
@@ -27,6 +29,7 @@ class Decoder:
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
         self.kernels: str | None = None  # of the steps decoded last
         self.refused: list[str] = []  # faster ones that were tried, and why they are not used
+        self.steps = 0  # so far: who rolls out at every step of a training decodes little each time
         self.reasons: WeakKeyDictionary = WeakKeyDictionary()  # model -> why it is generated, or None
 
     def answers(self, model, examples: list[Example], report=lambda **_: None) -> list[dict]:
@@ -64,8 +67,9 @@ class Decoder:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         asked = [(i, copy) for i in order for copy in range(copies)]
         numbers = torch.rand(len(prompts), copies, new_tokens) if temperature else None
-        count = min(max(1, at_once // copies) * copies, len(asked))
-        engine = Engine(model, count, len(prompts[order[0]]), new_tokens, self.stops, temperature)
+        longest = len(prompts[order[0]])
+        count = min(max(1, at_once // copies) * copies, len(asked), room(model, longest + new_tokens))
+        engine = Engine(model, count, longest, new_tokens, self.stops, temperature)
         look = LOOK if engine.device.type == "cuda" else 1
         free, held = list(range(count)), dict[int, tuple[int, int]]()  # slot -> what was asked
         found: dict[tuple, list[int]] = {}
@@ -89,8 +93,8 @@ class Decoder:
                     )  # fmt: skip
                     held |= dict(zip(slots, some, strict=True))
                 if self.kernels is None:
-                    steps = math.ceil(len(examples) * copies / count) * (new_tokens - 1)
-                    self.kernels = EAGER if self.hp.kernels == EAGER else engine.capture(steps)
+                    self.steps += math.ceil(len(examples) * copies / count) * (new_tokens - 1)
+                    self.kernels = EAGER if self.hp.kernels == EAGER else engine.capture(self.steps)
                     self.refused = engine.refused
             elif held and engine.graph is None and REFILL * len(free) >= len(held) + len(free):
                 held = dict(enumerate(held[slot] for slot in engine.keep()))
@@ -168,6 +172,15 @@ class Decoder:
             return f"{type(error).__name__}: {error}"
         far = distance(found, torch.stack(own.logits, 1))
         return None if far <= tolerance(found) else f"its logits would differ by {far:.1%}"
+
+
+def room(model, length: int) -> int:
+    """How many texts of so many tokens half of the free memory has keys and values for: reading prompts
+    takes some, too."""
+    if model.device.type != "cuda":
+        return sys.maxsize
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, free // 2 // slot_bytes(causal_lm(model).config.get_text_config(), length))
 
 
 def fitting(prompts, asked, most: int) -> int:

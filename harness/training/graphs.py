@@ -1,15 +1,36 @@
 """CUDA graphs, for training steps and for decoding."""
 
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 
+def recorded(step: Callable[[], Any], pool, measured: bool = False) -> tuple[torch.cuda.CUDAGraph, Any, int]:
+    """A step as a graph, its memory from a pool (torch.cuda.graph_pool_handle). It is run once before, on a
+    stream of its own: that compiles, and makes what libraries make once. -> the graph; what the step gave,
+    whose tensors each replay writes anew; where it is `measured`, which forgets the peak so far, the bytes
+    that a replay holds beside what is there already."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    if measured:
+        torch.cuda.reset_peak_memory_stats()
+    before, graph = torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
+    with capturing(graph, pool):
+        found = step()
+    return graph, found, torch.cuda.max_memory_allocated() - before if measured else 0
+
+
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool):
-    """What is launched within is captured, its memory from a pool (torch.cuda.graph_pool_handle). A capture
-    that fails would leave torch on its stream, allocating into the pool and drawing for it: all is put
-    back."""
+    """What is launched within is captured. A capture that fails would leave torch on its stream, allocating
+    into the pool and drawing for it: all is put back."""
     device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
     draws = torch.cuda.default_generators[device]
     state = draws.clone_state()

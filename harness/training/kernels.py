@@ -19,7 +19,7 @@ from harness.plain import redacted
 from harness.record import EAGER
 from harness.training import head
 from harness.training.attention import flash
-from harness.training.graphs import capturing
+from harness.training.graphs import recorded
 
 if TYPE_CHECKING:
     from harness.training.run import Run
@@ -157,7 +157,8 @@ class Kernels:
 
     def choose(self, batch: dict) -> bool:
         """Tries the next rung against a plain step. -> whether this micro-batch could tell."""
-        reason = None
+        key, reason = self.key(batch), None
+        batch = dict(batch)  # what a loss adds to it is the trial's
         try:
             with head.arithmetic(self.model) as types:  # who listens would be compiled, too
                 step = partial(plain_gradients, self.model, self.run)
@@ -187,7 +188,7 @@ class Kernels:
             self.untried = []
             self.also(reason)
             if "graph" in rung:
-                self.graphs[self.key(batch)] = captured
+                self.graphs[key] = captured
             return True
         self.also(f"{rung}: {wrong}")
         self.drop()
@@ -258,22 +259,14 @@ class Kernels:
         for parameter in self.parameters:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # a graph adds to what lies there
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, and makes what libraries make once
-            self.quick({**rest, **given}, share)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        inner = {**rest, **given}
-        graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with capturing(graph, self.pool):
-            loss = self.quick(inner, share)
-        replayed = torch.cuda.max_memory_allocated() - before
-        self.run.meter.replayed = max(self.run.meter.replayed, replayed)
+
+        def step() -> tuple[torch.Tensor, dict]:
+            inner = {**rest, **given}
+            return self.quick(inner, share), inner
+
+        graph, (loss, inner), held = recorded(step, self.pool, measured=True)
+        self.run.meter.replayed = max(self.run.meter.replayed, held)
         added = {name: value for name, value in inner.items() if name not in batch}
         gradients = [(p, p.grad) for p in self.parameters if p.requires_grad]
         return Captured(graph, given, share, loss, added, self.seen.batches > 0, gradients)

@@ -19,6 +19,8 @@ from harness.training import head, loop
 from harness.training.decoder import Decoder
 from harness.training.kernels import plain_gradients
 
+AT_ONCE = 128  # sampled answers: a step of 16 rows asks for 8 of each
+
 
 class Run:
     """One method, one seed, on one device.
@@ -77,13 +79,11 @@ class Run:
         self, model, examples: list[Example], new_tokens: int, copies: int = 1, temperature: float = 0.0
     ) -> list[list[list[int]]]:
         """-> for each example `copies` answers to its prompt, each at most so many new token ids, as long as
-        hp.max_length leaves room for; greedy at temperature 0. As many at once as a step has rows: how an
-        evaluation is batched must not change what is trained on. A phase of its own."""
+        hp.max_length leaves room for; greedy at temperature 0. Always as many at once: how an evaluation is
+        batched must not change what is trained on. A phase of its own."""
         training = model.training
         with self.meter.phase("rollout"):
-            drawn = self.decoder.continuations(
-                model, examples, self.hp.batch_size, new_tokens, copies, temperature
-            )
+            drawn = self.decoder.continuations(model, examples, AT_ONCE, new_tokens, copies, temperature)
         model.train(training)
         answers = [
             [ids[: self.hp.max_length - len(example.prompt_ids)] for ids in group]

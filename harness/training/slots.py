@@ -120,3 +120,10 @@ class Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.state.length
+
+
+def slot_bytes(config, length: int) -> int:
+    """Keys and values of one text of so many tokens, in 16 bits."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * heads * size * length
