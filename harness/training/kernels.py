@@ -18,6 +18,7 @@ from harness.data import Shapes
 from harness.plain import redacted
 from harness.record import EAGER
 from harness.training import head
+from harness.training.adapters import Adapters
 from harness.training.attention import flash
 from harness.training.graphs import recorded
 
@@ -62,6 +63,7 @@ class Kernels:
         self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
         self.forwards: dict[torch.nn.Module, Callable] = {}
+        self.adapters: Adapters | None = None
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
         if run.hp.kernels == "auto" and sum(run.batches.tokens) * sum(map(numel, self.parameters)) < WORTH:
             cannot["compiling"] = "takes longer than it would save in so short a training"
@@ -172,6 +174,7 @@ class Kernels:
         self.rung = rung = self.untried.pop(0)
         try:
             self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
+            self.adapters = self.adapters or Adapters(self.model)
             if "graph" in rung:
                 captured = self.capture(batch)
                 found = self.outcome(partial(self.replay, captured, batch, 1.0))
@@ -196,6 +199,7 @@ class Kernels:
         self.rung, self.forwards, self.run.meter.replayed = EAGER, {}, 0
         if not self.untried:
             self.run.shapes, self.found.packed = None, None
+            self.close()
         return True
 
     def fast(self, layer) -> Callable:
@@ -214,6 +218,7 @@ class Kernels:
         with ExitStack() as stack:
             settings = {"recompile_limit": PROGRAMS, "skip_nnmodule_hook_guards": False}
             stack.enter_context(torch._dynamo.config.patch(settings))
+            stack.enter_context(self.adapters.installed())
             for layer in layers:
                 layer.forward = self.forwards[layer]
                 stack.callback(vars(layer).pop, "forward")
@@ -239,6 +244,7 @@ class Kernels:
 
     def quick(self, batch: dict, share) -> torch.Tensor:
         with self.installed(), flash(self.causal):  # in backward too, where layers are computed again
+            self.adapters.write()
             return plain_gradients(self.model, self.run, batch, share)
 
     def replay(self, captured: Captured, batch: dict, share) -> torch.Tensor:
@@ -302,6 +308,9 @@ class Kernels:
     def close(self) -> None:
         self.drop()
         self.forwards.clear()
+        if self.adapters:
+            self.adapters.close()
+            self.adapters = None
         for parameter in self.parameters:
             parameter.grad = None
         if torch.cuda.is_available():
