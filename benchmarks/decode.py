@@ -70,7 +70,6 @@ def main() -> None:
     print(f"\n{asked.model}, prompts of {asked.prompts} tokens, at most {asked.new_tokens} new ones\n")
     line(*HEADER)
     line(*["---"] * len(HEADER))
-    said = []
     for variant in asked.variants:
         try:
             model = VARIANTS[variant](base(asked.model))
@@ -79,12 +78,11 @@ def main() -> None:
             continue
         for slots in asked.slots if variant == "base" else asked.slots[-1:]:
             compare(variant, model, slots, asked)
-        said.append(f"{variant}: {ties(model, asked)}")
+        line(variant, ties(model, asked))
         del model
     if asked.rows:
         model, slots = base(asked.model), asked.slots[-1]
         show("base", slots, timed(model, slots, asked.rows, asked), None)
-    print("\n" + "\n".join(said))
 
 
 # Models

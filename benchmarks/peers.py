@@ -1,8 +1,9 @@
 """One contender of benchmarks/train.py in a process of its own: python benchmarks/peers.py JOB.json
 
 It trains as a user of its front door would, on the rows that the job lists, and leaves JSON: the loss, the
-gradient's norm and the seconds of each step, the tokens that it read, its peaks. Tuneoff goes its product's
-way (`execute`), HF Trainer and TRL's SFTTrainer theirs, and none waits for the device where it would not by
+gradient's norm and the seconds of each step, the tokens that it read, its peaks, and what it `spent`: the
+seconds from its start to the end of its imports, the model, the first step, the last. Tuneoff goes its
+product's way, HF Trainer and TRL's SFTTrainer theirs, and none waits for the device where it would not by
 itself.
 """
 
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.child import chosen_method, diagnose
+from harness.forks import die_with
 from harness.record import RunRecord
 from harness.spec import RunSpec
 
@@ -56,22 +59,42 @@ CONTENDERS = {
 
 
 def main(path: Path) -> None:
-    job = json.loads(path.read_text("utf-8"))
+    job = json.loads(path.read_text("utf-8")) | {"spent": {}}
     contender = Contender(**job["contender"])
+    die_with(job["parent"])
     try:
+        mark_first_step(job)
         found = DOORS[contender.door](job, contender.settings)
     except BaseException as error:  # whatever ends it stands in its row
         traceback.print_exc()
         found = {"error": diagnose(error)[1]}
-    Path(job["result"]).write_text(json.dumps(found), "utf-8")
+    Path(job["result"]).write_text(json.dumps(found | {"spent": job["spent"]}), "utf-8")
+
+
+def mark(job: dict, name: str) -> None:
+    """Keeps how many seconds after the process was asked for this first came."""
+    job["spent"].setdefault(name, time.time() - job["began"])
+
+
+def mark_first_step(job: dict) -> None:
+    from harness.measuring import StepClock
+
+    step = StepClock.step
+
+    def marked(clock):
+        mark(job, "setup")
+        return step(clock)
+
+    StepClock.step = marked
 
 
 # Tuneoff
 
 
 def tuneoff(job: dict, settings: dict) -> dict:
-    from harness.training import execute
+    from harness.training import stages
 
+    mark(job, "imports")
     asked = job["spec"]
     spec = RunSpec.from_json({**asked, "hp": {**asked["hp"], **settings}})
     record = RunRecord(spec, "failed")
@@ -80,7 +103,12 @@ def tuneoff(job: dict, settings: dict) -> dict:
         attach = method.attach
         vars(method)["attach"] = lambda model, run: started(attach(model, run), job["start"])
     with tempfile.TemporaryDirectory() as folder:
-        execute(spec, method, record, Path(folder))
+        model, run = stages.opened(spec, method, record, Path(folder))
+        mark(job, "model")
+        run.report = until(job["steps"], run.report)
+        with suppress(Enough):
+            stages.trained(model, run)  # without what `execute` does then: scores, an answer, a saved model
+        mark(job, "steps")
         told = [json.loads(line) for line in (Path(folder) / "events.jsonl").read_text("utf-8").splitlines()]
     phase, compiling = record.phases["train"], record.phases.get("compile")
     before = [warning for warning in record.warnings if "in use before the run" in warning]
@@ -100,6 +128,21 @@ def tuneoff(job: dict, settings: dict) -> dict:
         "disturbed": [*(record.disturbed or []), *before],
         "kernels": ", ".join(f"{name}: {value}" for name, value in asdict(record.kernels).items() if value),
     }
+
+
+class Enough(Exception):
+    """A reference has made the steps that are compared."""
+
+
+def until(steps: int, report):
+    """The report of a training that ends after so many of its steps."""
+
+    def told(**values):
+        report(**values)
+        if values.get("step") == steps < values.get("steps", 0):
+            raise Enough
+
+    return told
 
 
 def started(model, path: str):
@@ -128,6 +171,7 @@ def started(model, path: str):
 def trainer(job: dict, settings: dict) -> dict:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+    mark(job, "imports")
     more = {"data_collator": DataCollatorForSeq2Seq(tokenizer(job), label_pad_token_id=-100)}
     if job["spec"]["method"] == "qlora" and job["precision"] == "bf16" and not settings:
         more |= {"prepare": True}  # the recipe of PEFT's documentation
@@ -139,6 +183,7 @@ def trl(job: dict, settings: dict) -> dict:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    mark(job, "imports")
     settings = {"max_length": job["spec"]["hp"]["max_length"], **settings}
     return trained(job, SFTTrainer, SFTConfig, settings, Dataset.from_list, processing_class=tokenizer(job))
 
@@ -204,8 +249,10 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool
         trainer = Timed(model, options, train_dataset=rows(plan), callbacks=[Clock()], **more)
         trainer.data_collator = partial(counted, trainer.data_collator, read)
         trainer.accelerator.clip_grad_norm_ = partial(kept, trainer.accelerator.clip_grad_norm_, norms)
+    mark(job, "model")
     with meter.phase("train"):
         trainer.train()
+    mark(job, "steps")
     seconds, read = clock.read(), read[: len(losses)]  # the loader may be ahead
     phase = meter.phases["train"]
     return {
@@ -267,26 +314,32 @@ def adapted(job: dict, device, prepare: bool):
 # What all contenders of a call share
 
 
-def weights(job: dict, settings: dict) -> dict:
-    """Leaves a model of an architecture with random weights, drawn once: all types are cast from them."""
+def ground(job: dict, settings: dict) -> dict:
+    """-> the ceiling of the device. Leaves the weights, where they are to be drawn."""
+    if settings["draws"]:
+        draw(job["spec"]["locations"]["model"])
+        mark(job, "model")
+    return ceiling(job["precision"])
+
+
+def draw(folder: str) -> None:
+    """A model of the folder's architecture with random weights, drawn once: all types are cast from them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = job["spec"]["locations"]["model"]
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    return {}
 
 
-def ceiling(job: dict, settings: dict) -> dict:
+def ceiling(precision: str) -> dict:
     """FLOP/s of a large matrix product in the contenders' precision, on this very device."""
     import torch
 
     cuda = torch.cuda.is_available()
     n = 8192 if cuda else 1024  # side of the matrices
-    dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(n, n, device="cuda" if cuda else "cpu").to(dtype) for _ in range(2))
     wait = torch.cuda.synchronize if cuda else int
     seconds = []
@@ -301,7 +354,7 @@ def ceiling(job: dict, settings: dict) -> dict:
     return {"flops": 2 * n**3 / median(seconds[5:]), "device": name, "torch": torch.__version__}
 
 
-DOORS = {"tuneoff": tuneoff, "trainer": trainer, "trl": trl, "weights": weights, "ceiling": ceiling}
+DOORS = {"tuneoff": tuneoff, "trainer": trainer, "trl": trl, "ground": ground}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -4,38 +4,44 @@
     python benchmarks/train.py --methods lora qlora dora full galore --shapes 8x512 32x512
     python benchmarks/train.py --methods reft smt --contenders tuneoff eager         with and without kernels
     python benchmarks/train.py --real rows.jsonl --tokenizer FOLDER      rows of unequal length: padding shows
+    python benchmarks/train.py --contenders trl --json b.json    a part; train_table.py puts parts together
 
 All contenders train the same weights on the same rows in the same order under the same recipe (AdamW, a
 constant rate, clipping at 1, rank 8 on all linear layers; trained weights held in fp32, bf16 by autocast),
 each in a process of its own, one after the other, with caches of compiled code of its own. TRL trains the
 adapters of 4-bit models in bf16, its way.
 
-Correctness comes first: what is wrong has no speed (train_table.py says what is).
+Correctness comes first: what is wrong has no speed (train_table.py says what is). That is judged once a
+method's contenders are done; until then each stands on the screen, and in the JSON, as it was measured.
 """
 
 import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from pathlib import Path
 
 from peers import CONTENDERS, Contender
-from train_table import CHECKED, WARMUP, above, below, comparable, flops, lines
+from train_table import CHECKED, WARMUP, about, below, comparable, ended, flops, measured, rows_of
 
+from harness.child import ENDING, interrupt
 from harness.data import Batches, collate
 from harness.errors import BadRequest, Problems, unknown
 from harness.method import find, known_methods, resolve
 from harness.plan import find_dataset, find_sources
 from harness.record import RunRecord
 from harness.spec import Hyperparams, RunSpec
+from harness.store import save
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 300  # of a contender: none should take a fifth of it, and a hang must not keep the card
+LIMIT_SECONDS = 300  # of a contender: on an H200 each took some 75, and a hang must not keep the card
 ADAPTERS = ("lora", "qlora", "dora")  # methods that HF Trainer has with PEFT
 PEERS = (*ADAPTERS, "full", "galore")  # and those that it has itself, or with galore-torch
 EPSILON = {"galore": 1e-12}  # galore-torch adds it before AdamW's correction, torch after: next to none
@@ -68,35 +74,41 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(ROOT / "demo" / "model"), help="of real rows, a folder")
     parser.add_argument("--steps", type=int, default=20, help=f"that are timed, after {WARMUP} that are not")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if cuda else "fp32")
-    parser.add_argument("--json", type=Path, help="keeps all that was measured")
+    parser.add_argument("--json", type=Path, help="a new file, which keeps all that was measured")
     asked = parser.parse_args()
+    for number in ENDING:
+        signal.signal(number, interrupt)
     try:
         with tempfile.TemporaryDirectory() as folder:
             run(asked, Path(folder))
     except BadRequest as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what was measured stands above")
 
 
 def run(asked, folder: Path) -> None:
-    """Prints the table as it grows: what was measured stands there, whatever ends the call."""
+    """What was measured stands on the screen and in the JSON, whatever ends the call."""
     sources, problems = known_methods(), Problems()
     problems += [unknown("method", name, sources) for name in asked.methods if not find(name, sources)]
     problems.refuse()
     methods = {name: resolve(name, find(name, sources)) for name in asked.methods}
+    if asked.json and asked.json.exists():
+        raise BadRequest(f"--json: {asked.json} is there already. Name a new file")
+    if asked.json:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
     call = Call(asked, folder)
-    found = {"ceiling": call.ceiling, "asked": vars(asked) | {"json": None}, "groups": []}
-    print(*above(found), sep="\n", flush=True)
-    for shape in asked.shapes:
-        for group in call.groups(methods, shape):
-            found["groups"].append(group)
-            print(*lines(group, found), sep="\n", flush=True)
-            if asked.json:
-                asked.json.write_text(json.dumps(found, indent=1), "utf-8")
-    print(*below(found), sep="\n", flush=True)
+    try:
+        for shape in asked.shapes:
+            call.measure(methods, shape)
+    finally:
+        if call.found["groups"]:
+            print(*below(call.found), sep="\n", flush=True)
 
 
 class Call:
-    """What all contenders of a call share: a folder, the model in it, and the ceiling of the device."""
+    """What all contenders of a call share: a folder, the model in it, the ceiling of the device; and what was
+    `found`, as the JSON has it."""
 
     def __init__(self, asked, folder: Path):
         self.asked, self.folder, self.number = asked, folder, 0
@@ -106,8 +118,6 @@ class Call:
         self.blank = RunSpec("base", 0, "bench", {}, Hyperparams(), locations=places, search={})
         if asked.model in BUILT_IN:
             (self.model / "config.json").write_text(json.dumps(BUILT_IN[asked.model]))
-            if error := self.run(Contender("weights", "weights"), self.blank).get("error"):
-                raise BadRequest(f"the weights could not be drawn: {error}")
         elif not (own / "config.json").is_file():
             raise BadRequest(f"--model {own} is no model's folder: name one, or {' or '.join(BUILT_IN)}")
         else:
@@ -115,15 +125,27 @@ class Call:
                 if not file.name.startswith(("tokenizer", "chat_template")):  # the rows bring theirs
                     (self.model / file.name).symlink_to(file.resolve())
         self.config = json.loads((self.model / "config.json").read_text("utf-8"))
-        self.ceiling = self.run(Contender("ceiling", "ceiling"), self.blank)
+        ground = Contender("weights, ceiling", "ground", {"draws": asked.model in BUILT_IN})
+        ceiling = self.run(ground, self.blank)
+        if "error" in ceiling:
+            raise BadRequest(f"nothing can be trained here: {ceiling['error']}")
+        self.found = {"ceiling": ceiling, "asked": vars(asked) | {"json": None}, "groups": []}
+        self.keep()
+        print(*about(self.found), f"weights, ceiling: {ended(ceiling)}", sep="\n", flush=True)
+
+    def keep(self) -> None:
+        """Whole, at any moment."""
+        if self.asked.json:
+            save(self.asked.json, json.dumps(self.found, indent=1))
 
     def run(self, contender: Contender, spec: RunSpec, name: str = "", steps: int = 0, **more) -> dict:
-        """What it left, or its error. `name`: of its caches."""
+        """What it left, or its error; with either, the seconds that it `spent`. `name`: of its caches."""
         self.number += 1
         here = self.folder / str(self.number)
         here.mkdir()
         job = {"precision": self.asked.precision, **more, "steps": steps, "result": str(here / "result.json"),
-               "contender": asdict(contender), "spec": asdict(spec)}  # fmt: skip
+               "contender": asdict(contender), "spec": asdict(spec), "parent": os.getpid(),
+               "began": (began := time.time())}  # fmt: skip
         (here / "job.json").write_text(json.dumps(job))
         caches = self.folder / f"caches-{spec.digest}-{contender.caches or name or self.number}"
         environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {  # HF Trainer would split over all
@@ -140,11 +162,10 @@ class Call:
             except (OSError, ValueError):
                 last = (here / "log").read_text("utf-8", "replace").strip().splitlines()[-1:]
                 found = {"error": f"it died: {' '.join(last)}"}
-        print(f"{spec.method}, {contender.label}: {found.get('error', 'done')}", file=sys.stderr, flush=True)
-        return found
+        return found | {"spent": found.get("spent", {}) | {"process": time.time() - began}}
 
-    def groups(self, methods: dict, shape: str):
-        """The contenders of each method on the same rows, not yet judged."""
+    def measure(self, methods: dict, shape: str) -> None:
+        """The contenders of each method on the same rows."""
         rows, tokens = map(int, shape.split("x"))
         hp = Hyperparams(
             batch_size=rows, micro_batch_size=rows, max_length=tokens, max_steps=WARMUP + self.asked.steps,
@@ -159,16 +180,34 @@ class Call:
             start = str(self.folder / f"start-{name}-{shape}") if name in ADAPTERS else ""
             more = {"plan": plan, "start": start}
             reference, by = self.reference(own, cls, more)
-            rows = {}
-            for key in self.asked.contenders if "error" not in reference else ():
-                contender = CONTENDERS[key]
-                if contender.door == "tuneoff" or name in PEERS:
-                    lacks = "kernels" in contender.settings and not with_kernels()
-                    none = {"error": "this version has no hp.kernels"}
-                    rows[key] = none if lacks else self.run(contender, own, key, hp.max_steps, **more)
+            if reference:
+                print(f"{name} {shape}, eager fp32 reference: {ended(reference)}", flush=True)
             group = {"method": name, "shape": shape, "objective": cls.objective, "reference": reference,
-                     "by": by, "rows": rows, "lengths": lengths, "targets": targets}  # fmt: skip
-            yield group | {"flops": flops(self.model, group)}
+                     "by": by, "rows": {}, "lengths": lengths, "targets": targets, "flops": None}  # fmt: skip
+            self.found["groups"].append(group)
+            try:
+                if "error" not in reference:
+                    self.compete(group, own, more)
+            finally:
+                self.keep()
+                print("", *rows_of([group], self.found), "", sep="\n", flush=True)
+
+    def compete(self, group: dict, spec: RunSpec, more: dict) -> None:
+        """Fills the group's rows; each is kept and shown as it comes, not yet judged."""
+        for key in self.asked.contenders:
+            contender = CONTENDERS[key]
+            if contender.door != "tuneoff" and spec.method not in PEERS:
+                continue
+            if "kernels" in contender.settings and not with_kernels():
+                row = {"error": "this version has no hp.kernels"}
+            elif contender.caches and contender.caches not in group["rows"]:
+                row = {"error": f"it finds no caches: ask for {contender.caches} before it"}
+            else:
+                row = self.run(contender, spec, key, spec.hp.max_steps, **more)
+            group["rows"][key] = row
+            group["flops"] = group["flops"] or flops(self.model, group)
+            self.keep()
+            print(measured(key, group, self.found), flush=True)
 
     def reference(self, spec: RunSpec, cls, more: dict) -> tuple[dict, str]:
         """-> what the eager fp32 training left, or why there is none; whose it is."""
@@ -186,7 +225,7 @@ class Call:
             if "error" not in found:
                 return found, "HF Trainer"
         eager = Contender(label, "tuneoff", {"kernels": "eager"} if with_kernels() else {})
-        return self.run(eager, fp32, precision="fp32", **more), "Tuneoff"
+        return self.run(eager, fp32, "", CHECKED, precision="fp32", **more), "Tuneoff"
 
     def with_rows(self, spec: RunSpec) -> RunSpec:
         """With the dataset that is asked for; its tokenizer lies with the model."""

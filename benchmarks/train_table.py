@@ -1,16 +1,23 @@
 """What benchmarks/train.py measured becomes its table; what was wrong has no speed there.
 
+    python benchmarks/train_table.py a.json b.json      contenders of several calls, in one table
+
 The first losses, and the first gradient's norm, are compared with an eager fp32 reference: HF Trainer's where
 it has the method, else Tuneoff's plain loop. A row that is off by more than is allowed is WRONG. Allowed is a
 share of how far the reference's losses are apart (TOLERANCE), or in bf16 twice what plain eager bf16 is off
 by (HF Trainer's, else Tuneoff's), if that itself stays below MOST of it.
 """
 
+import argparse
+import json
+import sys
 from math import inf
 from pathlib import Path
 from statistics import median
 
 from peers import CONTENDERS
+
+from harness.errors import BadRequest
 
 GIB = 2**30
 WARMUP = 8  # steps before those that are timed: compiling, capturing, lazy initialisation
@@ -19,6 +26,47 @@ TOLERANCE = {"fp32": 0.002, "bf16": 0.02}  # of the reference's range; sums are 
 MOST = 0.1  # likewise: plain bf16 that is off by more says nothing of what bf16 costs
 GRADIENT = {"fp32": 0.002, "bf16": 0.05}  # relative, of the first gradient's norm: AdamW hides its scale
 UNEVEN = 0.05  # of the steps' time: what passes between them beyond this is told
+ALIKE = ("model", "precision", "real", "learned", "steps")  # asked of calls that stand in one table
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("json", nargs="+", help="what train.py --json kept")
+    try:
+        paths = parser.parse_args(given).json
+        found = together({path: json.loads(Path(path).read_text("utf-8")) for path in paths})
+    except (BadRequest, OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(*about(found), *rows_of(found["groups"], found), "", *below(found), sep="\n")
+
+
+def together(calls: dict[str, dict]) -> dict:
+    """What calls found, by their files' names, as one call would have. Of a contender that several measured
+    the last counts; an error gives way. Raises BadRequest where they are not alike."""
+    (first, whole), *others = calls.items()
+    groups = {(group["method"], group["shape"]): group for group in whole["groups"]}
+    for path, call in others:
+        for what in ("device", "torch", *ALIKE):
+            a, b = ((c["asked"] | c["ceiling"]).get(what) for c in (whole, call))
+            if a != b:
+                raise BadRequest(f"{first} and {path} are not alike: {what}, {a} and {b}")
+        for group in call["groups"]:
+            key = group["method"], group["shape"]
+            groups[key] = joined(groups[key], group, path) if key in groups else group
+    ceiling = max((call["ceiling"] for call in calls.values()), key=lambda ceiling: ceiling.get("flops", 0))
+    return whole | {"ceiling": ceiling, "groups": list(groups.values())}
+
+
+def joined(a: dict, b: dict, path: str) -> dict:
+    """One group of two that read the same rows from the same start."""
+    bad, good = sorted([a, b], key=lambda group: "error" not in group["reference"])
+    both = "error" not in bad["reference"] and comparable(a["objective"])
+    if [a["lengths"], a["targets"]] != [b["lengths"], b["targets"]]:
+        raise BadRequest(f"{path}: its rows of {b['method']} {b['shape']} are others")
+    if both and off(b["reference"], a["reference"]) > allowed(a, "fp32"):
+        raise BadRequest(f"{path}: its reference of {b['method']} {b['shape']} has other losses")
+    ran = {key: row for key, row in b["rows"].items() if "error" not in row or key not in a["rows"]}
+    return good | {"rows": a["rows"] | ran, "flops": a["flops"] or b["flops"]}
 
 
 def flops(folder: Path, group: dict) -> list[float] | None:
@@ -115,8 +163,8 @@ HEADS = ("method", "rows x tokens", "contender", "tokens/s", "step ms", *MEMORY,
          "first s", "padding", "loss off by", "notes")  # fmt: skip
 
 
-def above(found: dict) -> list[str]:
-    """What stands above the rows of the table."""
+def about(found: dict) -> list[str]:
+    """What was asked, of which machine."""
     ceiling, asked = found["ceiling"], found["asked"]
     rows = f"real rows of {asked['real']}" if asked["real"] else f"fixed rows, learned: {asked['learned']}"
     product = f"{ceiling['flops'] / 1e12:.3g}" if "flops" in ceiling else "unknown"
@@ -124,16 +172,29 @@ def above(found: dict) -> list[str]:
         f"{asked['model']}, {asked['precision']}, {rows}; median of {asked['steps']} steps after {WARMUP}; "
         f"{ceiling.get('device')}, torch {ceiling.get('torch')}; TFLOP/s in a large product: {product}",
         "",
-        f"| {' | '.join(HEADS)} |",
-        "|" + " --- |" * 3 + " ---: |" * (len(HEADS) - 4) + " --- |",
     ]
 
 
+def measured(key: str, group: dict, found: dict) -> str:
+    """A contender that was just measured: its numbers, not yet judged, or its error."""
+    row, cells = group["rows"][key], []
+    if "error" not in row:
+        cells = numbers(row, group, found["asked"]["precision"], found["ceiling"], None)
+        cells = [f"{head} {cell}" for head, cell in zip(HEADS[3:-1], cells, strict=True) if cell != "–"]
+    return f"{group['method']} {group['shape']}, {CONTENDERS[key].label}: {'; '.join([*cells, ended(row)])}"
+
+
+def ended(row: dict) -> str:
+    """Its error, if any, and where the seconds of its process went."""
+    ends = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.get("spent", {}).items())
+    return "; ".join(filter(None, [row.get("error"), ends and f"seconds to the end of {ends}"]))
+
+
 def below(found: dict) -> list[str]:
+    """What its columns mean."""
     by = dict.fromkeys(f"{group['method']}: {group['by']}'s" for group in found["groups"])
     share, most = TOLERANCE[found["asked"]["precision"]], f"{MOST:.0%}"
     return [
-        "",
         "Tuneoff is: its speed over the row's. MFU: of the model's FLOPs, none counted twice, against the "
         f"large product. First s: what the first {WARMUP} steps took beyond as many usual ones. Loss off by: "
         f"at most, in nats, over the first {CHECKED} steps, from the eager fp32 reference ({', '.join(by)}), "
@@ -142,9 +203,14 @@ def below(found: dict) -> list[str]:
     ]
 
 
-def lines(group: dict, found: dict) -> list[str]:
-    cells = lines_of(group, found["asked"]["precision"], found["ceiling"])
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells]
+def rows_of(groups: list[dict], found: dict) -> list[str]:
+    """The table, of these groups."""
+    lines = [line for g in groups for line in lines_of(g, found["asked"]["precision"], found["ceiling"])]
+    return [
+        f"| {' | '.join(HEADS)} |",
+        "|" + " --- |" * 3 + " ---: |" * (len(HEADS) - 4) + " --- |",
+        *(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines),
+    ]
 
 
 def lines_of(group: dict, precision: str, ceiling: dict):
@@ -157,18 +223,19 @@ def lines_of(group: dict, precision: str, ceiling: dict):
     for key, row in group["rows"].items():
         cells, note = nothing, row.get("error") or f"**WRONG**: {bad.get(key)}"
         if key not in bad and "error" not in row:
-            cells, note = numbers(row, group, ceiling, base), "; ".join(notes(row, group))
-            if comparable(group["objective"]):
-                cells[-1] = f"{off(row, group['reference']):.1g} of {allowed(group, precision):.1g}"
+            cells, note = numbers(row, group, precision, ceiling, base), "; ".join(notes(row, group))
         yield [*about, CONTENDERS[key].label, *cells, note]
 
 
-def numbers(row: dict, group: dict, ceiling: dict, base: float | None) -> list[str]:
+def numbers(row: dict, group: dict, precision: str, ceiling: dict, base: float | None) -> list[str]:
     timed, work = row["seconds"][WARMUP:], group["flops"]
     known = work and "flops" in ceiling
     held = [row[kind] for kind in MEMORY.values()]
     if not any(held):
         held = [row["resident"], None]
+    apart = "not compared"
+    if comparable(group["objective"]):
+        apart = f"{off(row, group['reference']):.1g} of {allowed(group, precision):.1g}"
     return [
         f"{speed(row, group):,.0f}",
         f"{1000 * median(timed):,.1f}",
@@ -177,7 +244,7 @@ def numbers(row: dict, group: dict, ceiling: dict, base: float | None) -> list[s
         f"{base / speed(row, group):.2f} x" if base else "–",
         f"{first(row):.1f}",
         f"{row['padded'] / (row['padded'] + row['tokens']):.1%}",
-        "not compared",
+        apart,
     ]
 
 
@@ -190,3 +257,7 @@ def notes(row: dict, group: dict) -> list[str]:
         between = passed / sum(row["seconds"][WARMUP:]) - 1
         found += [f"{between:+.0%} of time between steps"] if between > UNEVEN else []
     return found
+
+
+if __name__ == "__main__":
+    main()

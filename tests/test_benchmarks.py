@@ -1,11 +1,15 @@
 """What benchmarks/train.py makes of what was measured: nothing that was wrong has a speed."""
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
+from harness.errors import BadRequest
+from harness.method import find, known_methods, resolve
 from harness.spec import Hyperparams, RunSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -36,18 +40,22 @@ def group(**rows) -> dict:
     }  # fmt: skip
 
 
+def call_of(*groups, **asked) -> dict:
+    """What a call found."""
+    asked = {"model": "tiny", "precision": "bf16", "real": None, "learned": "all", "steps": 2} | asked
+    ceiling = {"flops": 1e11, "device": "a card", "torch": "2"}
+    return {"ceiling": ceiling, "asked": asked, "groups": list(groups)}
+
+
 def lines(*groups, precision="bf16") -> dict[str, dict[str, str]]:
     """Contender -> heading -> cell."""
-    asked = {"model": "tiny", "precision": precision, "real": None, "learned": "all", "steps": 2}
-    ceiling = {"flops": 1e11, "device": "a card", "torch": "2"}
-    found = {"ceiling": ceiling, "asked": asked, "groups": groups}
-    text = [
-        *table.above(found),
-        *(line for g in groups for line in table.lines(g, found)),
-        *table.below(found),
-    ]
-    cells = [[cell.strip() for cell in line.split(" | ")] for line in text if line[:1] == "|"]
-    heads, _, *found = [[cell.strip("| ") for cell in line] for line in cells]
+    found = call_of(*groups, precision=precision)
+    return cells([*table.about(found), *table.rows_of(groups, found), *table.below(found)])
+
+
+def cells(text: list[str]) -> dict[str, dict[str, str]]:
+    parts = [[cell.strip() for cell in line.split(" | ")] for line in text if line[:1] == "|"]
+    heads, _, *found = [[cell.strip("| ") for cell in line] for line in parts]
     return {line[2]: dict(zip(heads, line, strict=True)) for line in found}
 
 
@@ -117,6 +125,81 @@ def test_flops_are_six_a_weight_and_token_for_whole_models_and_four_for_frozen_o
 
     assert found(total, total) == [6 * body * 50 + 6 * head * learned + scores]
     assert found(1000, total + 1000) == [(4 * body + 6 * 1000) * 50 + 4 * head * learned + scores]
+
+
+class Cut(train.Call):
+    """A call that is ended while its third contender runs."""
+
+    def __init__(self, path: Path):
+        self.asked = SimpleNamespace(
+            json=path, steps=2, precision="bf16", contenders=["tuneoff", "trainer", "trl"],
+            learned="all", real=None,
+        )  # fmt: skip
+        self.folder = self.model = path.parent
+        self.blank = RunSpec("base", 0, "bench", {}, Hyperparams(), search={})
+        self.found, self.seen = call_of(), []
+
+    def with_rows(self, spec):
+        return spec
+
+    def planned(self, spec):
+        return "", group()["lengths"], group()["targets"]
+
+    def run(self, contender, *_, **__):
+        if self.asked.json.exists():
+            groups = json.loads(self.asked.json.read_text("utf-8"))["groups"]
+            self.seen.append(list(groups[0]["rows"]))
+        if contender.door == "trl":
+            raise KeyboardInterrupt
+        if contender.door == "tuneoff":
+            return {"error": "out of memory"}
+        return row(spent={"imports": 5.0, "setup": 20.0})
+
+
+def test_what_was_measured_stands_in_the_json_and_on_the_screen_whatever_ends_the_call(tmp_path, capsys):
+    cut, source = Cut(tmp_path / "a.json"), find("lora", known_methods())
+    with pytest.raises(KeyboardInterrupt):
+        cut.measure({"lora": resolve("lora", source)}, "4x64")
+    assert cut.seen == [["tuneoff"], ["tuneoff", "trainer"]]  # as the second began, and the third
+    said = capsys.readouterr().out
+    assert "Tuneoff: out of memory" in said and "HF Trainer + PEFT: tokens/s 2,000; step ms 100.0" in said
+    assert "imports 5.0, setup 20.0" in said
+    table.main([str(tmp_path / "a.json")])
+    later = cells(capsys.readouterr().out.splitlines())
+    assert later == cells(said.splitlines())
+    assert later["Tuneoff"]["notes"] == "out of memory"
+    assert later["HF Trainer + PEFT"]["tokens/s"] == "2,000"
+
+
+def test_contenders_of_two_calls_stand_in_one_table():
+    a = call_of(group(tuneoff=row(0.05), trl={"error": "out of memory"}))
+    b = call_of(group(trainer=row(0.1), trl=row(0.2), tuneoff={"error": "cut"}) | {"flops": None})
+    for calls in ({"a": a, "b": b}, {"b": b, "a": a}):
+        [one] = table.together(calls)["groups"]
+        found = lines(one)
+        ratios = {name: line["Tuneoff is"] for name, line in found.items()}
+        assert ratios == {
+            "Tuneoff": "1.00 x", "HF Trainer + PEFT": "2.00 x",
+            "TRL SFTTrainer, its defaults: checkpointing": "4.00 x",
+        }  # fmt: skip
+        assert found["Tuneoff"]["MFU"] == "20%"
+    other = call_of(group(tuneoff=row()) | {"shape": "8x64"})
+    assert len(table.together({"a": a, "b": other})["groups"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "b"),
+    [
+        ("steps", call_of(group(), steps=5)),
+        ("device", call_of(group()) | {"ceiling": {"device": "another card", "torch": "2"}}),
+        ("torch", call_of(group()) | {"ceiling": {"device": "a card", "torch": "3"}}),
+        ("its rows", call_of(group() | {"lengths": [[49] * 4] * STEPS})),
+        ("its reference", call_of(group() | {"reference": row(error=0.01)})),
+    ],
+)
+def test_calls_that_are_not_alike_stand_in_no_table(what, b):
+    with pytest.raises(BadRequest, match=what):
+        table.together({"a.json": call_of(group()), "b.json": b})
 
 
 @pytest.mark.parametrize("learned", ["all", "half"])
