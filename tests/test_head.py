@@ -3,10 +3,11 @@
 import pytest
 import tiny
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
-from harness.training import head
+from harness.training import head, head_kernel
 from methods.lora import LoRA
 
 SMALL = {
@@ -188,3 +189,29 @@ def test_the_check_leaves_no_gradient_and_no_change():
     head.check(model, tokens())
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.skipif(not (head_kernel.triton and torch.cuda.is_available()), reason="a kernel of a GPU")
+@pytest.mark.parametrize("columns", [300, 8192, 20001])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_gives_torchs_log_probabilities_and_slopes(columns, softcap, dtype):
+    draw = torch.Generator("cuda").manual_seed(0)
+    logits = (3 * torch.randn(6, columns, generator=draw, device="cuda")).to(dtype)
+    labels, weights = (
+        torch.randint(columns, (6,), generator=draw, device="cuda"),
+        torch.randn(6, device="cuda"),
+    )
+    labels[2] = -100
+    products = logits.double().requires_grad_()
+    capped = softcap * torch.tanh(products / softcap) if softcap else products
+    expected = -cross_entropy(capped, labels, reduction="none")
+    for given in (None, weights):
+        weighted = torch.ones(6, device="cuda").double() if given is None else given.double()
+        [slopes] = torch.autograd.grad(expected, products, weighted, retain_graph=True)
+        replaced, kept = logits.clone(), logits.clone()
+        found = head_kernel.log_probabilities(replaced, labels, softcap, given)
+        torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(replaced.double(), slopes, atol=1e-5, rtol=1e-2)
+        again = head_kernel.log_probabilities(kept, labels, softcap, given, replace=False)
+        assert torch.equal(again, found) and torch.equal(kept, logits)

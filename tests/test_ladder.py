@@ -61,7 +61,7 @@ def test_compiled_steps_learn_what_plain_ones_do(method, traced):
 def test_what_computes_something_else_falls_back_and_is_told(traced, monkeypatch):
     class Wrong(LoRA):
         def loss(self, model, batch, run):
-            return super().loss(model, batch, run) * (1.5 if run.compiled else 1.0)
+            return super().loss(model, batch, run) * (1.5 if run.fused else 1.0)
 
     losses, _, record = trained(Wrong())
     assert record.kernels.rung == "eager" and record.kernels.packed is None

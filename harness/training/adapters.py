@@ -53,7 +53,7 @@ class Group:
     """Layers (m_i, n) that read the same, with adapters of rank r_i; M and R: the sums, R rounded up.
 
     `a` (R, n): s A of all. `both` (M, n + R): the weights and beside them `b`, each B in columns of its own;
-    or, of a lone layer that narrows, (M + R, n): the weight and under it `a`.
+    or, of a lone layer that hardly widens, (M + R, n): the weight and under it `a`.
     """
 
     def __init__(self, layers: list):
@@ -65,7 +65,7 @@ class Group:
         self.sizes = [(len(b), len(a)) for a, b in pairs]
         rows, n = sum(m for m, _ in self.sizes), weights[0].shape[1]
         rank = -(-sum(r for _, r in self.sizes) // ALIGNED) * ALIGNED
-        self.narrows = len(layers) == 1 and rows < n
+        self.narrows = len(layers) == 1 and rows < 2 * n
         zeros = weights[0].new_zeros
         self.both = zeros(rows + rank, n) if self.narrows else zeros(rows, n + rank)
         self.a = self.both[rows:] if self.narrows else zeros(rank, n)

@@ -7,21 +7,23 @@ head are made again in backward.
 """
 
 from contextlib import contextmanager, nullcontext
-from functools import cache
 
 import torch
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from harness.training import head_kernel
 from harness.training.attention import flash
 
 CHUNK = 2**26  # logits at a time: 256 MiB in fp32, and still large matrix products
 ROWS = ("cu_seq_lens", "longest")  # of a batch: where rows lie, for attention that needs no mask
-COMPILED_ROWS = 1024  # at a time where the head is compiled, which holds them once, in 16 bits
+FUSED_ROWS = 512  # at a time of a frozen head where slopes replace logits: 256 MiB in 16 bits
+TRAINED_ROWS = 2048  # of a trained one: each time, a gradient as large as the head is added up
 
 
-def token_logps(model, batch: dict, compiled: bool = False) -> torch.Tensor:
-    """(B, T-1): log p of each next token that is a target, in fp32; 0 where there is no target.
+def token_logps(model, batch: dict, fused: bool = False) -> torch.Tensor:
+    """(B, T-1): log p of each next token that is a target, in fp32; 0 where there is no target. `fused`: by a
+    kernel, where there is one.
 
     `batch` holds input_ids, attention_mask and labels, each (B, T); label t says what stands at t,
     -100 that nothing is learned there. Where it holds position_ids, rows are packed, and each of them
@@ -36,7 +38,7 @@ def token_logps(model, batch: dict, compiled: bool = False) -> torch.Tensor:
         logps, _ = in_chunks(head, softcap, hidden, labels)
     else:
         learning = torch.is_grad_enabled()
-        logps = LogProbabilities.apply(hidden, head.weight, labels, softcap, learning, compiled)
+        logps = LogProbabilities.apply(hidden, head.weight, labels, softcap, learning, fused)
     return on_grid(logps, places, batch)
 
 
@@ -98,21 +100,22 @@ class LogProbabilities(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, softcap, learning, compiled):
-        device, rows = hidden.device.type, COMPILED_ROWS if compiled else max(1, CHUNK // weight.shape[0])
+    def forward(ctx, hidden, weight, labels, softcap, learning, fused):
+        device, trained = hidden.device.type, weight.requires_grad
+        ctx.fused = fused and device == "cuda" and head_kernel.triton is not None
+        most = TRAINED_ROWS if trained else FUSED_ROWS
+        ctx.rows, ctx.softcap = most if ctx.fused else max(1, CHUNK // weight.shape[0]), softcap
         autocast = torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        ctx.softcap, ctx.rows, ctx.compiled = softcap, rows, compiled
+        ctx.ahead = learning and not trained
         with torch.autocast(device, enabled=False):
             states, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-            ahead = learning and not weight.requires_grad
-            step = made(with_gradients if ahead else alone, compiled)
+            step = with_gradients if ctx.ahead else alone
             parts = [
-                step(h, matrix, y, softcap)
-                for h, y in zip(states.split(rows), labels.split(rows), strict=True)
+                step(h, matrix, y, softcap, ctx.fused)
+                for h, y in zip(states.split(ctx.rows), labels.split(ctx.rows), strict=True)
             ]
-        ctx.ahead = ahead
-        if ahead:
+        if ctx.ahead:
             ctx.save_for_backward(torch.cat([gradients for _, gradients in parts]))
             return torch.cat([logps for logps, _ in parts])
         if learning:
@@ -125,36 +128,42 @@ class LogProbabilities(torch.autograd.Function):
             [gradients] = ctx.saved_tensors
             return (gradients * grad[:, None]).to(gradients.dtype), None, None, None, None, None
         states, weight, labels = ctx.saved_tensors
-        matrix, of_weight = weight.to(ctx.dtype), torch.zeros_like(weight)
-        step, of_states = made(backwards, ctx.compiled), []
-        for part in zip(*(x.split(ctx.rows) for x in (states, labels, grad)), strict=True):
-            of_state, of_matrix = step(matrix, *part, ctx.softcap)
-            of_states.append(of_state)
-            of_weight += of_matrix
+        matrix, of_weight, of_states = weight.to(ctx.dtype), torch.zeros_like(weight), []
+        for h, y, g in zip(*(x.split(ctx.rows) for x in (states, labels, grad)), strict=True):
+            _, slopes = both(h, matrix, y, ctx.softcap, ctx.fused, g)
+            of_states.append(slopes @ matrix)
+            of_weight += slopes.T @ h
         return torch.cat(of_states), of_weight, None, None, None, None
+
+
+def alone(hidden, matrix, labels, softcap, fused):
+    """(N,) log-probabilities."""
+    logits = hidden @ matrix.T
+    if fused:
+        return head_kernel.log_probabilities(logits, labels, softcap, replace=False)
+    return chosen(capped(logits, softcap), labels)
+
+
+def with_gradients(hidden, matrix, labels, softcap, fused):
+    """(N,) log-probabilities, and (N, H) the gradient of each with respect to its hidden state."""
+    logps, slopes = both(hidden, matrix, labels, softcap, fused)
+    return logps, slopes @ matrix
+
+
+def both(hidden, matrix, labels, softcap, fused, weights=None):
+    """(N,) log-probabilities, and (N, V) their slopes by the head's products, times weights (N,)."""
+    logits = hidden @ matrix.T
+    if fused:
+        return head_kernel.log_probabilities(logits, labels, softcap, weights), logits
+    logits = capped(logits, softcap)
+    found = slopes(logits, labels, softcap)
+    return chosen(logits, labels), (found if weights is None else found * weights[:, None]).to(matrix.dtype)
 
 
 def capped(logits, softcap):
     """In fp32, and where a model bounds its logits, bounded."""
     logits = logits.float()
     return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
-def alone(hidden, matrix, labels, softcap):
-    return chosen(capped(hidden @ matrix.T, softcap), labels)
-
-
-def with_gradients(hidden, matrix, labels, softcap):
-    """(N,) log-probabilities, and (N, H) the gradient of each with respect to its hidden state."""
-    logits = capped(hidden @ matrix.T, softcap)
-    return chosen(logits, labels), slopes(logits, labels, softcap).to(matrix.dtype) @ matrix
-
-
-def backwards(matrix, hidden, labels, grad, softcap):
-    """The gradients of the hidden states (N, H) and of the head (V, H)."""
-    logits = capped(hidden @ matrix.T, softcap)
-    weighted = (slopes(logits, labels, softcap) * grad[:, None]).to(matrix.dtype)
-    return weighted @ matrix, weighted.T @ hidden
 
 
 def chosen(logits, labels):
@@ -167,11 +176,6 @@ def slopes(logits, labels, softcap):
     columns = torch.arange(logits.shape[1], device=logits.device)
     slopes = ((columns == labels[:, None]).float() - logits.softmax(1)) * (labels >= 0)[:, None]
     return slopes * (1 - (logits / softcap) ** 2) if softcap else slopes
-
-
-@cache
-def made(step, compiled: bool):
-    return torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
 
 
 def plain(head) -> bool:

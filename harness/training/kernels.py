@@ -35,6 +35,7 @@ GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone giv
 LOSS = 0.02  # nats a token, as much
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
+KEPT = {"autograd_cache_allow_custom_autograd_functions": True}  # the adapters' own are in the cache's key
 PROGRAMS = 64  # of one kind of layer: its windows, its modes and the shapes
 
 
@@ -218,6 +219,7 @@ class Kernels:
         with ExitStack() as stack:
             settings = {"recompile_limit": PROGRAMS, "skip_nnmodule_hook_guards": False}
             stack.enter_context(torch._dynamo.config.patch(settings))
+            stack.enter_context(torch._functorch.config.patch(KEPT))
             stack.enter_context(self.adapters.installed())
             for layer in layers:
                 layer.forward = self.forwards[layer]
@@ -225,8 +227,8 @@ class Kernels:
                 if self.run.hp.gradient_checkpointing:
                     layer.gradient_checkpointing = False
                     stack.callback(setattr, layer, "gradient_checkpointing", True)
-            self.run.compiled = "compiled" in self.rung
-            stack.callback(setattr, self.run, "compiled", False)
+            self.run.fused = True
+            stack.callback(setattr, self.run, "fused", False)
             yield
 
     # One micro-batch

@@ -49,7 +49,7 @@ class Run:
         self.rng = torch.Generator().manual_seed(seed)
         self.reading: Callable[[dict], None] | None = None  # is told what is read, while the loop trains
         self.shapes: Shapes | None = None  # of micro-batches, where steps need them fixed
-        self.compiled = False  # what computes at the moment is compiled
+        self.fused = False  # what computes at the moment may use kernels of its own
         self.loader = load_base
 
     @property
@@ -102,7 +102,7 @@ class Run:
         """(B, T-1): log p of each next token that is a target, see harness/training/head.py."""
         if self.reading and torch.is_grad_enabled():
             self.reading(batch)
-        return head.token_logps(model, batch, self.compiled)
+        return head.token_logps(model, batch, self.fused)
 
     def accumulate(self, model, batches: list[dict]) -> torch.Tensor:
         """Adds the gradients of a step with these micro-batches, as the training has them. -> its loss."""
