@@ -221,6 +221,9 @@ def serve(needs: list[str]) -> None:
         reasons = packages.unimportable(needs)
         with suppress(Exception):  # what is wrong here is found by the run, and stands in its record
             import harness.training  # noqa: F401
+
+            if card:
+                import torch._inductor.compile_fx  # noqa: F401
     fresh, threads = uncopyable(), None
     if not fresh:
         threads = json.loads(in_a_copy(number_of_threads, ASK_SECONDS) or "null")
