@@ -83,8 +83,10 @@ class Shapes:
         if not self.packed:
             size = self.hp.micro_batch_size
             return [examples[i : i + size] for i in range(0, len(examples), size)]
-        rows = [needed(example) for example in examples]
-        return [[examples[i] for i in part] for _, part in fill(rows, orders(rows), self.choices)]
+        planned = [example for example in examples if max(self.sizes).holds(needed(example))]
+        rows = [needed(example) for example in planned]
+        parts = [[planned[i] for i in part] for _, part in fill(rows, orders(rows), self.choices)]
+        return parts + [[example] for example in examples if not max(self.sizes).holds(needed(example))]
 
     def need(self, examples: list[Example]) -> Need:
         """Of a micro-batch: the tokens of its one sequence, or of its longest row."""
@@ -104,7 +106,7 @@ class Shapes:
 
     def roomy(self, need: Need, sequences: int) -> Size:
         """For what was not planned, as a model's own answers: a width that others have, half or all of it
-        targets. What is remembered instead would be forgotten by a training that is continued."""
+        targets. It remembers nothing, so that a training that is continued has the same."""
         wide = [size.tokens for size in self.sizes if size.tokens >= need.tokens]
         tokens = min(wide, default=max(need.tokens, self.hp.max_length))
         half, whole = ceil(sequences * tokens / 2), sequences * tokens
@@ -136,7 +138,8 @@ def sizes_for(steps: list[list[Need]], hp: Hyperparams) -> list[Size]:
         possible = choices(sizes)
         return sum(size.cost for rows, tried in some for size, _ in fill(rows, tried, possible))
 
-    best = [size(most / 2**i, most / 2**i) for i in range(SIZES)]
+    halved = [[size(most / 2 ** (k + i), most / 2 ** (k + i)) for i in range(SIZES)] for k in range(SIZES)]
+    best = min([*halved, *([size(most, most), *half[1:]] for half in halved)], key=total)
     least, draw = total(best), random.Random(0)
     for n in range(TRIES):
         moved, spread = list(best), 0.5 ** (1 + 6 * n / TRIES)
@@ -155,7 +158,7 @@ def grains(tokens: float) -> int:
 def choices(sizes: list[Size]) -> list[Choice]:
     """Of up to MANY sequences, the cheapest first."""
     made: list[tuple[float, Need, tuple[Size, ...]]] = [(0.0, Need(0, 0), ())]
-    for size in sizes:  # each so often
+    for size in sizes:  # to what is made so far, n of it
         cost, tokens, targets = size.cost, size.tokens, size.targets
         made += [
             (
@@ -174,7 +177,7 @@ def together(rows: Sequence[Need]) -> Need:
 
 
 def orders(rows: list[Need]) -> list[list[int]]:
-    """Indices of rows, the longest first, and then more and less so."""
+    """Indices of rows, the longest first; then such that up to 0.4 of a length is left to chance."""
     found = []
     for n in range(ORDERS):
         draw = random.Random(n)
