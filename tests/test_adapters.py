@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from harness.method import build, find, known_methods, resolve
 from harness.training import head
-from harness.training.adapters import Adapters
+from harness.training.adapters import Adapters, triton
 
 QWEN = Qwen2Config(  # queries, keys and values have biases
     vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -120,3 +120,21 @@ def test_layers_share_one_program():
             adapters.write()
             torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-4)
     assert programs.frame_count == 2
+
+
+@pytest.mark.skipif(not (triton and torch.cuda.is_available()), reason="a kernel of a GPU")
+def test_one_launch_writes_what_a_copy_a_matrix_does():
+    model = adapted(rank=3, alpha=7.0)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(
+            "cuda", torch.float32 if parameter.requires_grad else torch.bfloat16
+        )
+    adapters = Adapters(model)
+    assert adapters.table is not None
+    adapters.write()
+    found = [group.both.clone() for group in adapters.groups]
+    for place in adapters.places:
+        place.zero_()
+    adapters.table = None
+    adapters.write()
+    torch.testing.assert_close(found, [group.both for group in adapters.groups], atol=0, rtol=0)

@@ -13,23 +13,43 @@ from functools import cache
 
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with torch's builds for a GPU
+    triton = None
+
 ALIKE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # names of layers that read the same
 ALIGNED = 8  # columns: 16 bytes, as fast products of 16 bits want their rows
+BLOCK = 1024  # values that a program writes
 
 
 class Adapters:
     """Those of a model that a faster forward computes, while it is `installed`. `write` brings their matrices
-    up to date, from the parameters that an optimizer holds."""
+    up to date, from the parameters that an optimizer holds, in place."""
 
     def __init__(self, model):
         self.groups = [Group(layers) for layers in alike(model)]
         self.places = [place for group in self.groups for place in group.places]
-        self.factors = [factor for group in self.groups for factor in group.factors]
+        self.factors = [factor.detach() for group in self.groups for factor in group.factors]
         self.scales = [scale for group in self.groups for scale in group.scales]
+        self.table = None
+        if (
+            triton is not None
+            and self.factors
+            and all(f.is_cuda and f.dtype == torch.float32 for f in self.factors)
+        ):
+            pairs = zip(self.factors, self.places, strict=True)
+            table = [(f.data_ptr(), p.data_ptr(), *f.shape, p.stride(0)) for f, p in pairs]
+            self.table = torch.tensor(table, device=self.factors[0].device)
+            self.by = torch.tensor(self.scales, device=self.factors[0].device)
 
-    @torch.no_grad()
     def write(self) -> None:
-        if self.places:
+        if self.table is not None:  # a launch, where there would be one a matrix
+            most = max(factor.numel() for factor in self.factors)
+            grid = len(self.table), triton.cdiv(most, BLOCK)
+            _write[grid](self.table, self.by, self.places[0], BLOCK=BLOCK)
+        elif self.places:
             torch._foreach_copy_(self.places, torch._foreach_mul(self.factors, self.scales))
 
     @contextmanager
@@ -104,11 +124,12 @@ class Wide(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         joined, a, both, *factors = ctx.saved_tensors
-        n, grad = a.shape[1], torch.cat(grads, 1)  # (T, M)
-        to_joined = grad @ both  # (T, n + R)
+        n, to_joined, to_b = a.shape[1], 0, []
+        for grad, (m, r) in zip(grads, blocks(ctx.sizes), strict=True):  # joined, they would be copied
+            to_joined = torch.addmm(to_joined, grad, both[m]) if to_b else grad @ both[m]  # (T, n + R)
+            to_b.append(grad.T @ joined[:, n:][:, r])
         to_x, to_h = to_joined[:, :n], to_joined[:, n:]
-        to_a, to_b = to_h.T @ joined[:, :n], grad.T @ joined[:, n:]
-        given = shared(to_a, to_b, ctx.sizes, ctx.scales, factors)
+        given = shared(to_h.T @ joined[:, :n], to_b, ctx.sizes, ctx.scales, factors)
         return torch.addmm(to_x, to_h, a), None, None, None, None, *given
 
 
@@ -127,13 +148,14 @@ class Narrow(torch.autograd.Function):
     def backward(ctx, grad):
         x, h, both, b, *factors = ctx.saved_tensors
         to_h = grad @ b  # (T, R)
-        given = shared(to_h.T @ x, grad.T @ h, ctx.sizes, ctx.scales, factors)
+        to_b = [grad.T @ h[:, : ctx.sizes[0][1]]]
+        given = shared(to_h.T @ x, to_b, ctx.sizes, ctx.scales, factors)
         return torch.cat([grad, to_h], 1) @ both, None, None, None, None, None, *given
 
 
 def shared(to_a, to_b, sizes, scales, factors):
-    """The gradients of `a` (R, n) and `b` (M, R) as those of each layer's A and B, in their types."""
-    found = [part for m, r in blocks(sizes) for part in (to_a[r], to_b[m, r])]
+    """The gradients of `a` (R, n) and of each B as those of each layer's A and B, in their types."""
+    found = [part for own, (_, r) in zip(to_b, blocks(sizes), strict=True) for part in (to_a[r], own)]
     return [(s * part).to(own.dtype) for s, part, own in zip(scales, found, factors, strict=True)]
 
 
@@ -192,3 +214,19 @@ def grouped(kind: type) -> type:
             return self.group.output(self, x)
 
     return Grouped
+
+
+if triton is not None:
+
+    @triton.jit
+    def _write(table, scales, typed, BLOCK: tl.constexpr):
+        """Of each matrix in the table (from, to, rows, columns, stride of rows), values times its scale."""
+        entry = table + 5 * tl.program_id(0)
+        rows, columns, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+        values = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        held = values < rows * columns
+        source = tl.load(entry).to(tl.pointer_type(tl.float32))
+        target = tl.load(entry + 1).to(tl.pointer_type(typed.dtype.element_ty))
+        found = tl.load(source + values, mask=held) * tl.load(scales + tl.program_id(0))
+        place = values // columns * stride + values % columns
+        tl.store(target + place, found.to(typed.dtype.element_ty), mask=held)
