@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from harness.method import build, find, known_methods, resolve
 from harness.training import head
-from harness.training.adapters import Adapters, triton
+from harness.training.adapters import Adapters, alike, triton
 
 QWEN = Qwen2Config(  # queries, keys and values have biases
     vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -41,7 +41,7 @@ def gradients(model):
 
 
 def faster(model):
-    adapters = Adapters(model)
+    adapters = Adapters(alike(model))
     with adapters.installed():
         adapters.write()
         found = gradients(model)
@@ -75,7 +75,7 @@ def test_without_its_adapters_it_is_the_base():
     model = adapted()
     with model.disable_adapter():
         expected = model(IDS, use_cache=False).logits
-    adapters = Adapters(model)
+    adapters = Adapters(alike(model))
     with adapters.installed(), model.disable_adapter():
         torch.testing.assert_close(model(IDS, use_cache=False).logits, expected, atol=1e-6, rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_other_layers_are_left_to_themselves(name, options, tmp_path):
     tiny.model().save_pretrained(tmp_path)
     base = cls.load(build(cls, options), partial(AutoModelForCausalLM.from_pretrained, tmp_path))
     model, _ = tiny.attached(build(cls, options), base, tiny.rows(8))
-    assert not Adapters(model).groups
+    assert not Adapters(alike(model)).groups
 
 
 def test_layers_share_one_program():
@@ -112,7 +112,7 @@ def test_layers_share_one_program():
     expected, programs = gradients(model), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     layers = head.causal_lm(model).get_decoder().layers
-    adapters = Adapters(model)
+    adapters = Adapters(alike(model))
     with adapters.installed():
         for layer in layers:
             layer.compile(backend=programs, fullgraph=True, dynamic=False)
@@ -129,7 +129,7 @@ def test_one_launch_writes_what_a_copy_a_matrix_does():
         parameter.data = parameter.data.to(
             "cuda", torch.float32 if parameter.requires_grad else torch.bfloat16
         )
-    adapters = Adapters(model)
+    adapters = Adapters(alike(model))
     assert adapters.table is not None
     adapters.write()
     found = [group.both.clone() for group in adapters.groups]

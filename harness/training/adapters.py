@@ -25,11 +25,11 @@ BLOCK = 1024  # values that a program writes
 
 
 class Adapters:
-    """Those of a model that a faster forward computes, while it is `installed`. `write` brings their matrices
-    up to date, from the parameters that an optimizer holds, in place."""
+    """Those of layers that a faster forward computes, together what is `alike`, while `installed`. `write`
+    brings their matrices up to date, from the parameters that an optimizer holds, in place."""
 
-    def __init__(self, model):
-        self.groups = [Group(layers) for layers in alike(model)]
+    def __init__(self, alike: list[list]):
+        self.groups = [Group(layers) for layers in alike]
         self.places = [place for group in self.groups for place in group.places]
         self.factors = [factor.detach() for group in self.groups for factor in group.factors]
         self.scales = [scale for group in self.groups for scale in group.scales]
@@ -58,7 +58,7 @@ class Adapters:
             for group in self.groups:
                 for i, layer in enumerate(group.layers):
                     stack.callback(setattr, layer, "__class__", layer.__class__)
-                    layer.__class__, layer.group, layer.place = grouped(type(layer)), group, i
+                    layer.__class__, layer.group, layer.place = grouped(layer.__class__), group, i
                     stack.callback(vars(layer).pop, "group")
                     stack.callback(vars(layer).pop, "place")
             yield
@@ -124,10 +124,11 @@ class Wide(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         joined, a, both, *factors = ctx.saved_tensors
-        n, to_joined, to_b = a.shape[1], 0, []
-        for grad, (m, r) in zip(grads, blocks(ctx.sizes), strict=True):  # joined, they would be copied
-            to_joined = torch.addmm(to_joined, grad, both[m]) if to_b else grad @ both[m]  # (T, n + R)
-            to_b.append(grad.T @ joined[:, n:][:, r])
+        n, places = a.shape[1], [*blocks(ctx.sizes)]
+        to_b = [grad.T @ joined[:, n:][:, r] for grad, (_, r) in zip(grads, places, strict=True)]
+        to_joined = grads[0] @ both[places[0][0]]  # (T, n + R)
+        for grad, (m, _) in zip(grads[1:], places[1:], strict=True):  # joined, they would be copied
+            to_joined = torch.addmm(to_joined, grad, both[m])
         to_x, to_h = to_joined[:, :n], to_joined[:, n:]
         given = shared(to_h.T @ joined[:, :n], to_b, ctx.sizes, ctx.scales, factors)
         return torch.addmm(to_x, to_h, a), None, None, None, None, *given

@@ -18,7 +18,7 @@ from harness.data import Shapes
 from harness.plain import redacted
 from harness.record import EAGER
 from harness.training import head
-from harness.training.adapters import Adapters
+from harness.training.adapters import Adapters, alike
 from harness.training.attention import flash
 from harness.training.graphs import recorded
 
@@ -64,7 +64,7 @@ class Kernels:
         self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
         self.forwards: dict[torch.nn.Module, Callable] = {}
-        self.adapters: Adapters | None = None
+        self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
         if run.hp.kernels == "auto" and sum(run.batches.tokens) * sum(map(numel, self.parameters)) < WORTH:
             cannot["compiling"] = "takes longer than it would save in so short a training"
@@ -175,7 +175,8 @@ class Kernels:
         self.rung = rung = self.untried.pop(0)
         try:
             self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
-            self.adapters = self.adapters or Adapters(self.model)
+            if not self.adapters.groups:
+                self.adapters = Adapters(alike(self.model))
             if "graph" in rung:
                 captured = self.capture(batch)
                 found = self.outcome(partial(self.replay, captured, batch, 1.0))
@@ -310,9 +311,7 @@ class Kernels:
     def close(self) -> None:
         self.drop()
         self.forwards.clear()
-        if self.adapters:
-            self.adapters.close()
-            self.adapters = None
+        self.adapters.close()
         for parameter in self.parameters:
             parameter.grad = None
         if torch.cuda.is_available():
