@@ -1,4 +1,5 @@
-"""BLEU-4, ROUGE-L, perplexity and the other metrics: each one object, and what it adds up over test rows.
+"""Exact match, BLEU-4, ROUGE-L, perplexity and the other metrics: each one object, and what it adds up over
+test rows.
 
 A metric is a function of sums over test rows, so that it can be computed again for any choice of rows.
 """
@@ -7,10 +8,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+
+from harness import endings
+from harness.endings import LOOP, TIMES
+
+ANY: Mapping = MappingProxyType({})  # a dataset that asks for nothing of its own
+
+
+def always(dataset: Mapping) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,8 @@ class Metric:
     kept: bool = False  # a run keeps the numbers of its rows: they are slow to compute
     ratio: bool = False  # techniques differ by a share of it, not by an amount: it grows as an exponential
     compared: bool = False  # has differences, verdicts and plots; others stand in a table alone
+    fault: bool = False  # of how answers end: in a table of their own, and in the lead where they grow
+    asked: Callable[[Mapping], bool] = always  # whether a dataset's spec asks for it; else it is not known
 
 
 PREFERENCE_SIGNATURE = (
@@ -40,6 +54,11 @@ PREFERENCE_SIGNATURE = (
 ROUGE_SIGNATURE = "rouge-score:rougeL|F1, mean over rows|stemmer:no|tokens:Unicode words, CJK by character"
 LIKELIHOOD_SIGNATURE = "corpus level, response tokens with the end mark, teacher-forced"
 STOP_SIGNATURE = "greedy, stopped before max_new_tokens"
+EXACT_SIGNATURE = (
+    "1 if the final answers are equal: the number after the first #### (GSM8K, Cobbe et al. 2021), else the "
+    "last \\boxed{} (MATH), else the last number (lm-evaluation-harness, flexible-extract), else the whole "
+    "text; numbers by value, without units, $ and commas"
+)
 LANGUAGES = """
 aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee
 el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is
@@ -110,20 +129,42 @@ def common(one: list[str], other: list[str]) -> int:
     return len(one) - ends.bit_count()
 
 
+# A minus is a sign unless it stands behind a number or a word: 10-12 ends in 12.
+NUMBER = r"((?<![\w.)])[-−])?[$€£]?((?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
+DIGIT = re.compile(r"\d")
+FINAL = re.compile(r"####\s*" + NUMBER)
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+UNITS = re.compile(
+    r"\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?|\\[$%!,; ]|(?<=\d) *%$|(?<=\d)(?: +[^\W\d_]{2,})+$"
+)
+
+
 def exact(answer: str, reference: str) -> float:
     return float(final_answer(answer) == final_answer(reference))
 
 
-def final_answer(text: str) -> str:
-    """What an answer comes down to, as the signature of the exact reward says."""
-    if "####" in text:
-        text = text.rpartition("####")[2]
-    elif boxed := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
-        text = boxed[-1]
-    elif numbers := re.findall(r"-?\d[\d,]*(?:\.\d+)?", text):
-        text = numbers[-1]
-    text = re.sub(r"(?<=\d),(?=\d)", "", " ".join(text.split())).strip(" .$")
-    return re.sub(r"(?<=\d)\.0+$", "", text)
+def final_answer(text: str) -> Decimal | str:
+    """What an answer comes down to, as EXACT_SIGNATURE says: a number by its value, else a text."""
+    if found := FINAL.search(text):
+        return number(*found.groups())
+    if boxed := BOXED.findall(text):
+        inside = UNITS.sub("", boxed[-1]).strip(" $")
+        found = re.fullmatch(NUMBER, inside)
+        return number(*found.groups()) if found else same(boxed[-1])
+    words = text.split() if DIGIT.search(text) else []
+    for word in reversed(words):  # no number has a space
+        if told := re.findall(NUMBER, word):
+            return number(*told[-1])
+    return same(text.rpartition("####")[2])
+
+
+def number(sign: str | None, digits: str) -> Decimal:
+    return Decimal(("-" if sign else "") + digits.replace(",", ""))
+
+
+def same(text: str) -> str:
+    """Without what does not make another answer: spaces, the full stop."""
+    return " ".join(text.split()).strip(" .$")
 
 
 def bleu4(counts: np.ndarray) -> np.ndarray:
@@ -146,11 +187,7 @@ def bleu4(counts: np.ndarray) -> np.ndarray:
 # What an answer earns, by the dataset's spec: how, and its signature.
 REWARDS: dict[str, tuple[Callable[[str, str], float], str]] = {
     "rouge_l": (rouge_l, "ROUGE-L F1 with the reference"),
-    "exact": (
-        exact,
-        "1 if the final answer is the reference's: what follows the last ####, else the last \\boxed{}, "
-        "else the last number, else the whole text; commas in numbers do not count",
-    ),
+    "exact": (exact, EXACT_SIGNATURE),
 }
 
 
@@ -167,15 +204,80 @@ def ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
+def wants_exact(dataset: Mapping) -> bool:
+    return dataset.get("reward") == "exact"
+
+
 def preferred(output: dict, dataset: Mapping) -> tuple[int, int]:
     """A row without a rejected answer does not count."""
     margin = output.get("margin")
     return (0, 0) if margin is None else (int(margin > 0), 1)
 
 
+# How answers end: faults that no score of overlap names
+
+ENDLESS = 2  # times as long as its reference
+LOOP_SIGNATURE = (
+    f"the text ends in a phrase said {TIMES} times or more, over at least {LOOP} characters (after Holtzman "
+    "et al. 2020, arXiv:1904.09751, where it is of tokens)"
+)
+ENDLESS_SIGNATURE = f"cut at the limit in a loop, or at {ENDLESS} times the tokens of its reference or more"
+USER_SIGNATURE = (
+    "the text goes on with a turn of the user: a line that is a user's name or begins with it and a colon, "
+    "### Instruction, or a chat template's mark of one"
+)
+MARKS_SIGNATURE = (
+    "the text has a mark of a chat or instruction template, or a line that is a role's name alone, as is "
+    "left where such a mark was a special token"
+)
+
+
+def has_end(dataset: Mapping) -> bool:
+    """A plain text asks nothing, and its continuation has no end to find."""
+    return any(part.get("format") != "text" for part in dataset.get("parts") or [{}])
+
+
+def of_text(ends: Callable[[str], bool]) -> Callable[[dict, Mapping], tuple[bool, int]]:
+    return lambda output, dataset: (ends(output["output"]), 1)
+
+
+def cut(output: dict, dataset: Mapping) -> tuple[bool | None, int]:
+    stopped = output.get("stopped")
+    return stopped if stopped is None else not stopped, 1
+
+
+def endless(output: dict, dataset: Mapping) -> tuple[bool, int]:
+    if output.get("stopped", True):
+        return False, 1
+    tokens = output.get("new_tokens", 0)  # which every run keeps, and no record need have
+    return tokens >= ENDLESS * output["tokens"] or endings.loops(output["output"]), 1
+
+
+def percent(sums: np.ndarray) -> np.ndarray:
+    return 100 * ratio(sums)
+
+
+def fault(name: str, label: str, found: Callable, signature: str, **changes) -> Metric:
+    """A share of the answers."""
+    return Metric(
+        name, label, "% of answers", found, percent, lambda dataset: signature, better="lower", decimals=1,
+        range=(0.0, 100.0), fault=True, **changes,
+    )  # fmt: skip
+
+
 METRICS = {
     metric.name: metric
     for metric in (
+        Metric(
+            "exact_match",
+            "Exact match",
+            "share of answers",
+            lambda output, dataset: (exact(*texts(output)), 1),
+            ratio,
+            lambda dataset: EXACT_SIGNATURE,
+            compared=True,
+            asked=wants_exact,
+        ),
         Metric(
             "bleu4",
             "BLEU-4",
@@ -245,13 +347,26 @@ METRICS = {
             lambda dataset: reward(dataset)[1],
             kept=True,
         ),
+        fault("empty_rate", "Empty", of_text(endings.empty), "no text at all"),
+        fault("loop_rate", "Looping", of_text(endings.loops), LOOP_SIGNATURE),
+        fault("cut_rate", "Cut at the limit", cut, "reached max_new_tokens before it ended", asked=has_end),
+        fault("endless_rate", "Never-ending", endless, ENDLESS_SIGNATURE, asked=has_end),
+        fault(
+            "user_turn_rate", "Goes on as the user", of_text(endings.as_user), USER_SIGNATURE, asked=has_end
+        ),
+        fault("mark_rate", "Template marks", of_text(endings.marks), MARKS_SIGNATURE, asked=has_end),
     )
 }
 
 
-def compared() -> list[Metric]:
-    """Those that have differences, verdicts and plots; the first of them leads."""
-    return [metric for metric in METRICS.values() if metric.compared]
+def compared(dataset: Mapping = ANY) -> list[Metric]:
+    """Those that have differences, verdicts and plots for a dataset's spec; the first of them leads."""
+    return [metric for metric in METRICS.values() if metric.compared and metric.asked(dataset)]
+
+
+def faults(dataset: Mapping = ANY) -> list[Metric]:
+    """Of how the answers to a dataset end."""
+    return [metric for metric in METRICS.values() if metric.fault and metric.asked(dataset)]
 
 
 def kept_sums(output: dict, dataset: Mapping) -> dict[str, list[float | None]]:
@@ -267,10 +382,13 @@ def row_sums(outputs: list[dict], dataset: Mapping) -> dict[str, np.ndarray]:
     """
     if not outputs:
         raise ValueError("no test outputs to score")
-    return {
-        name: np.array([numbers(metric, output, dataset) for output in outputs], dtype=float)
-        for name, metric in METRICS.items()
-    }
+    return {name: of_rows(metric, outputs, dataset) for name, metric in METRICS.items()}
+
+
+def of_rows(metric: Metric, outputs: list[dict], dataset: Mapping) -> np.ndarray:
+    if not metric.asked(dataset):
+        return np.full((len(outputs), metric.width), np.nan)
+    return np.array([numbers(metric, output, dataset) for output in outputs], dtype=float)
 
 
 def numbers(metric: Metric, output: dict, dataset: Mapping) -> Sequence[float | None]:

@@ -3,6 +3,7 @@ by hand."""
 
 import math
 import random
+import re
 import sys
 
 import numpy as np
@@ -226,14 +227,73 @@ def test_preferences_are_counted_over_the_rows_that_have_a_rejected_answer():
         ("So 4 + 4 = 8.\n#### 8", "He has 8.\n#### 8", 1),  # GSM8K's own form
         ("She pays $1,234.00 in all.", "#### 1234", 1),
         ("The answer is -3", "#### 3", 0),
+        ("The answer is −3.", "#### -3", 1),
         ("It is 8, not 9", "#### 8", 0),  # the last number counts
+        ("#### 8\n\nQuestion: and 9?\n#### 9", "#### 8", 1),  # the first that is marked does
+        ("#### 8 eggs", "#### 8", 1),
+        ("#### $8.50", "#### 8.5", 1),
+        ("#### Step 1: add.\nSo it is 12.", "#### 12", 1),  # a heading is no answer
+        ("She has 70,000 left.", "#### 70000", 1),
+        ("The numbers are 1,2,3", "#### 3", 1),
+        ("5,6789 and 1,23,456", "#### 123456", 1),
+        ("It takes 10-12", "#### 12", 1),  # no sign
+        ("A loss of -$5", "#### -5", 1),
+        ("He eats .5 of it", "#### 0.50", 1),
+        ("50%", "#### 50", 1),
+        ("50%", "#### 0.5", 0),
+        ("That is 18.", "#### 18", 1),
+        ("Eighteen", "#### 18", 0),
         ("Thus \\boxed{\\frac{1}{2}}", "so \\boxed{\\frac{1}{2}}.", 1),
+        ("\\boxed{18\\text{ dollars}}, as 2 + 16 is.", "#### 18", 1),
+        ("\\boxed{\\$1,800}", "#### 1800", 1),
+        ("\\boxed{18 dollars}", "\\boxed{18}", 1),
+        ("\\boxed{18x}", "\\boxed{18}", 0),
         ("Paris.", " Paris", 1),
         ("", "#### 8", 0),
+        ("", "", 1),
     ],
 )
-def test_the_exact_reward_judges_the_final_answer(output, reference, earned):
+def test_the_final_answer_is_judged(output, reference, earned):
+    """As a reward and as a metric."""
     assert kept(output, reference, reward="exact")["reward"] == [earned, 1]
+    row = {"output": output, "reference": reference, "stopped": True}
+    assert metrics.row_sums([row], {"reward": "exact"})["exact_match"].tolist() == [[earned, 1]]
+
+
+OPENAI = re.compile(r"#### (\-?[0-9\.\,]+)")  # grade-school-math, dataset.py
+FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # lm-evaluation-harness, gsm8k.yaml
+GSM8K = [  # of the test set's answers: what they come down to, by the paper's own rule
+    ("Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day at "
+     "the farmer’s market.\n#### 18", "18"),
+    ("The cost of the house and repairs came out to 80,000+50,000=$<<80000+50000=130000>>130,000\nHe "
+     "increased the value of the house by 80,000*1.5=<<80000*1.5=120000>>120,000\n#### 70000", "70000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "final"), GSM8K)
+def test_gsm8ks_own_answers_come_down_to_what_its_authors_say(answer, final):
+    assert OPENAI.search(answer)[1] == final
+    assert metrics.final_answer(answer) == int(final)
+
+
+@given(
+    st.integers(-(10**9), 10**9),
+    st.sampled_from(["{}", "{:,}", "{}.00", "{:,}."]),
+    st.text("ab \n", max_size=9),
+)
+def test_the_final_number_is_what_published_evaluations_extract(number, form, after):
+    written = form.format(number)
+    marked, told = f"3 + 4 = 7\n#### {written}\n{after}", f"First 7. In all it is {written} {after}"
+    strict = OPENAI.search(marked)[1].replace(",", "").rstrip(".")
+    flexible = "".join(FLEXIBLE.findall(told)[-1]).replace(",", "").replace("$", "").rstrip(".")
+    assert float(strict) == float(flexible) == number
+    assert metrics.final_answer(marked) == metrics.final_answer(told) == number
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_any_texts_have_a_final_answer(output, reference):
+    assert metrics.exact(output, output) == 1.0
+    assert metrics.exact(output, reference) == metrics.exact(reference, output)
 
 
 def test_every_metric_is_a_function_of_as_many_sums_as_it_says():

@@ -55,7 +55,7 @@ def outcome(record, cached: bool) -> str:
         return ("cached: " if cached else "") + f"validation loss {record.loss_of_trial:.3f}"
     parts = [
         f"{metric.label} {value:.{metric.decimals}f}"
-        for metric in compared()
+        for metric in compared(record.spec.dataset)
         if (value := record.scores.get(metric.name)) is not None
     ]
     if record.spec.trains:

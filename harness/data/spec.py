@@ -46,7 +46,7 @@ class DatasetSpec:
     template: Literal["auto", "chat", "instruction"] = "auto"  # auto: the model's own, where it has one
     seed: int = 0  # of the draw of the splits, the same for all runs
     language: Literal[tuple(LANGUAGES.split())] = "en"
-    reward: Literal[tuple(REWARDS)] = "rouge_l"
+    reward: Literal[tuple(REWARDS)] = "rouge_l"  # of an answer; exact: it is the leading metric as well
     loss: Literal["all", "last"] = "all"  # of a conversation's answers
     # Share of their words in which two prompts are near (Jaccard); off: none is.
     near_duplicates: Literal["off"] | Annotated[float, Range(LEAST, 1)] = 0.8

@@ -2,7 +2,7 @@
 
 from math import inf
 
-from harness.metrics import METRICS, compared
+from harness.metrics import METRICS
 from harness.record import RunRecord
 from harness.report.comparison import SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique
 from harness.report.differences import inside
@@ -14,13 +14,15 @@ from harness.report.verdicts import MEMORY, ROWS_TO_RANK, TIME, Standing, Verdic
 FAR = 2  # times the perplexity, or 1 / FAR of a score: no noise, and not what a training is for
 FALL = 0.01  # of a metric's range, at the least: from 0.1 BLEU-4 to 0 is no loss of a skill
 MOST = 2  # overturned verdicts that the lead names
+MUCH = 5.0  # percentage points of the answers that degenerate: so many more are seen by any reader
 MANY = 0.1  # share of the test rows that the lead speaks of
 UNITS = {MEMORY.name: size, TIME.name: duration}
 
 
 def answer(comparison: Comparison, verdicts: Verdicts) -> list[str]:
     """In paragraphs: what was asked and gained; who is best, a paragraph a group; what else must be known."""
-    first = [opening(comparison), *worse(comparison, verdicts), unreached(comparison)]
+    first = [opening(comparison), *worse(comparison, verdicts), degenerate(comparison, verdicts)]
+    first.append(unreached(comparison))
     done = [t for t in comparison.trained if t.done]
     if not comparison.trained:
         first.append("No technique has been run yet.")
@@ -90,6 +92,22 @@ def worse(comparison: Comparison, verdicts: Verdicts) -> list[str]:
     return [f"Worse than the untouched model by far: {listed(found)}."] if found else []
 
 
+def degenerate(comparison: Comparison, verdicts: Verdicts) -> str:
+    """Whose answers clearly end worse than the untouched model's. Whether to be cut is a fault depends on the
+    reference: never-ending says it."""
+    base, found = comparison.base(UNTOUCHED), []
+    for technique in comparison.trained if base else ():
+        said = []
+        for standing in (s for s in verdicts.faults if s.quantity.name != "cut_rate"):
+            difference = standing.verdict(technique.label, base.label).difference
+            if difference.sign > 0 and difference.value >= MUCH:
+                shares = (number(standing.point(side.label), 1) for side in (technique, base))
+                said.append(f"{inside(standing.quantity.label)} {'% against '.join(shares)}%")
+        if said:
+            found.append(f"{technique.label} ({listed(said)})")
+    return f"More answers degenerate than the untouched model's: {listed(found)}." if found else ""
+
+
 def perplexity(record: RunRecord) -> float | None:
     """Infinite where it was measured and is null: no float holds it."""
     if "perplexity" not in record.scores:
@@ -136,7 +154,7 @@ def measured(comparison: Comparison, technique: Technique) -> str:
     """Nothing of what diverged: its other seeds say too much good of it."""
     if technique.diverged:
         return ""
-    means = {m: technique.mean(lambda r, m=m: comparison.score(r, m.name)) for m in compared()}
+    means = {m: technique.mean(lambda r, m=m: comparison.score(r, m.name)) for m in comparison.metrics}
     return ", ".join(f"{m.label} {number(mean, m.decimals)}" for m, mean in means.items())
 
 
@@ -152,7 +170,7 @@ def gains(comparison: Comparison, standing: Standing) -> str:
                 change = number(verdict.difference.value, standing.quantity.decimals, signed=True)
                 groups[verbs[verdict.sign]].append(f"{technique.label} ({change})")
     told = [f"{verb} {listed(names)}" for verb, names in groups.items() if names]
-    return f"Against the untouched model, {standing.quantity.label} {listed(told)}." if told else ""
+    return f"Against the untouched model, {inside(standing.quantity.label)} {listed(told)}." if told else ""
 
 
 def within(group: str, verdicts: Verdicts) -> list[str]:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from harness.metrics import compared, scores
+from harness.metrics import Metric, compared, scores
 from harness.record import TRAINING, RunRecord
 from harness.report.text import shorten
 from harness.spec import RunSpec, digest
@@ -171,6 +171,11 @@ class Comparison:
         return self.techniques[-1].spec
 
     @property
+    def metrics(self) -> list[Metric]:
+        """Those that have verdicts and plots here; the first leads."""
+        return compared(self.spec.dataset)
+
+    @property
     def random_weights(self) -> bool:
         return self.spec.model.startswith("random:")
 
@@ -208,7 +213,7 @@ class Comparison:
         for technique in self.trained:
             if technique.sums:
                 seeds = zip(technique.done, technique.sums, strict=True)
-                rows = [(r.spec.seed, *(sums[m.name].tobytes() for m in compared())) for r, sums in seeds]
+                rows = [(r.spec.seed, *(sums[m.name].tobytes() for m in self.metrics)) for r, sums in seeds]
                 found.setdefault(tuple(rows), []).append(technique)
         return [same for same in found.values() if len(same) > 1]
 

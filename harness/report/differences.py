@@ -5,7 +5,6 @@ from itertools import chain, combinations, product
 
 import numpy as np
 
-from harness.metrics import compared
 from harness.report.blocks import Table
 from harness.report.comparison import Comparison, seconds
 from harness.report.stats import Difference
@@ -113,13 +112,13 @@ def noise_floor(comparison: Comparison) -> Table | None:
             runs = [r for r in technique.done + technique.repeats if r.ok and r.spec.seed == seed]
             if len(runs) > 1:
                 cells = [number(apart([comparison.score(r, m.name) for r in runs]), m.decimals)
-                         for m in compared()]  # fmt: skip
+                         for m in comparison.metrics]  # fmt: skip
                 for of in (comparison.peak_memory, seconds):
                     costs = [of(r) for r in runs]
                     share = apart(costs) / min(costs) if all(costs) else None
                     cells.append(UNKNOWN if share is None else f"{share:.1%}")
                 rows.append([f"{technique.label} (seed {seed})", str(len(runs)), *cells])
-    columns = ["The same run again", "Runs", *(m.label for m in compared()), MEMORY.label, TIME.label]
+    columns = ["The same run again", "Runs", *(m.label for m in comparison.metrics), MEMORY.label, TIME.label]
     return without_unknown(Table(columns, rows)) if rows else None
 
 

@@ -4,12 +4,13 @@ from dataclasses import asdict
 from math import isfinite
 
 from harness.data import OPENING, marked
-from harness.metrics import METRICS, compared
+from harness.metrics import METRICS
 from harness.report import blocks as b
 from harness.report import differences, plots, tables
 from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, read_outputs, score
+from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.report.tuning import tracks
@@ -113,6 +114,7 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
         *(b.Lead(paragraph) for paragraph in answer(comparison, verdicts)),
         *notices(comparison, checks, corrupt),
         *results(comparison),
+        *endings(comparison, verdicts, store),
         *hybrids(comparison),
         *significance(comparison, verdicts),
         *tracks(comparison, verdicts),
@@ -292,7 +294,7 @@ def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.B
     if comparison.random_weights:
         add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
     else:
-        labels = listed([metric.label for metric in compared()])
+        labels = listed([metric.label for metric in comparison.metrics])
         tuned = any(comparison.untuned(t) for t in comparison.trained)
         add("scores", labels + SCATTER + HOLLOW * tuned, plots.scores_by_cost(comparison, verdicts))
         if fronts := differences.fronts(comparison, verdicts):
@@ -505,7 +507,7 @@ def measuring(comparison: Comparison) -> list[b.Block]:
         f"{METRICS[metric].label}: {record.signatures[metric]}"
         for record in comparison.records
         for metric, value in record.scores.items()
-        if value is not None and metric in record.signatures
+        if value is not None and metric in record.signatures and not METRICS[metric].fault
     }
     energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
     text = [TEXT_MEASURED] if comparison.plain_text else []

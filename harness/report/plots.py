@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from harness.metrics import compared
 from harness.plain import plain
 from harness.report.comparison import Comparison, Technique, score, seconds
 from harness.report.text import shorten
@@ -82,7 +81,7 @@ def looks(comparison: Comparison) -> dict[str, dict]:
 @drawn
 def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
     """Each compared metric (rows) against memory and training time (columns)."""
-    metrics = compared()
+    metrics = comparison.metrics
     costs = {MEMORY: (comparison.gauge, comparison.peak_memory),
              TIME: (time_unit(comparison), scaled_time(comparison))}  # fmt: skip
     techniques = [
@@ -249,7 +248,7 @@ def by_learning_rate(comparison: Comparison) -> Figure | None:
     trained = [t for t in comparison.trained if t.done]
     rates = {(t.spec.method, learning_rate(t)) for t in trained}
     varied = len(rates) > len({method for method, _ in rates})
-    metrics = compared() if varied and not comparison.random_weights else []
+    metrics = comparison.metrics if varied and not comparison.random_weights else []
     if not judged and not metrics:
         return None
     titles = {f.tuning.trial.method: f.tuning.trial.method for f in comparison.searches}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from harness.metrics import METRICS, Metric, compared
+from harness.metrics import METRICS, Metric
 from harness.record import PHASES, Sizes
 from harness.report.blocks import Example, Table
 from harness.report.comparison import (
@@ -28,7 +28,7 @@ def brief(
 ) -> Table:
     """The table that the brief asks for, of some rows. `marks`: label -> footnote mark. `aim`: the
     metric of another objective, shown first."""
-    metrics = [*([METRICS[aim]] if aim else []), *compared()]
+    metrics = [*([METRICS[aim]] if aim else []), *comparison.metrics]
     rows = []
     for technique in chosen:
         name = technique.label + (marks or {}).get(technique.label, "")
@@ -67,11 +67,10 @@ def hours(times: list[float]) -> str:
 
 def quality(comparison: Comparison) -> Table:
     """Scores that are in no difference, and those of the own base of a method that has another one."""
-    metrics = [metric for metric in METRICS.values() if not metric.compared]
-    if comparison.spec.dataset.get("reward", "rouge_l") == "rouge_l":  # it is in the first table
-        metrics.remove(METRICS["reward"])
+    metrics = [metric for metric in METRICS.values() if not (metric.compared or metric.fault)]
+    metrics.remove(METRICS["reward"])  # whichever it is, it is in the first table
     columns = ["Technique", *(f"{m.label} ({when})" for m in metrics for when in ("before", "after"))]
-    own = compared()
+    own = comparison.metrics
     with_own = any(comparison.own_scores(t, m.name) for t in comparison.techniques for m in own)
     if with_own:
         columns += [f"{m.label} (own base)" for m in own]
@@ -147,7 +146,7 @@ def by_part(comparison: Comparison) -> Table | None:
     cells = []
     for technique in techniques:
         cells.append([technique.label])
-        for metric in compared():
+        for metric in comparison.metrics:
             for part in parts:
                 with np.errstate(over="ignore"):  # a perplexity that no float holds is shown as unknown
                     scores = [
@@ -155,7 +154,7 @@ def by_part(comparison: Comparison) -> Table | None:
                     ]
                 cells[-1].append(spread(scores, metric.decimals))
     parts = [f"{part} ({sum(of_part[part])} rows)" for part in parts]
-    return Table(["Technique", *(f"{m.label}, {p}" for m in compared() for p in parts)], cells)
+    return Table(["Technique", *(f"{m.label}, {p}" for m in comparison.metrics for p in parts)], cells)
 
 
 def examples(comparison: Comparison, store: Store) -> list[Example]:
@@ -167,12 +166,14 @@ def examples(comparison: Comparison, store: Store) -> list[Example]:
     rouge = {t.label: METRICS["rouge_l"].value(t.sums[0]["rouge_l"]) for t in techniques}
     quality = np.mean([rouge[t.label] for t in judged], axis=0)
     chosen = choose(comparison.parts, quality, EXAMPLES)
+    exact = METRICS["exact_match"] in comparison.metrics
     texts = {technique.label: store.outputs(technique.outputs_of, chosen) for technique in techniques}
     found = []
     for k, i in enumerate(chosen):
         first = texts[techniques[0].label][k]
         answers = [
             (technique.label, f"ROUGE-L {number(rouge[technique.label][i], 3)}"
+             + exact * (", right" if technique.sums[0]["exact_match"][i, 0] else ", wrong")
              + ("" if texts[technique.label][k].get("stopped", True) else ", cut at the length limit"),
              shorten(str(texts[technique.label][k].get("output") or ""), LONGEST))
             for technique in techniques

@@ -9,7 +9,7 @@ from math import expm1, inf
 
 import numpy as np
 
-from harness.metrics import Metric, compared
+from harness.metrics import Metric, faults
 from harness.record import RunRecord
 from harness.report.comparison import SEEDS_TO_RANK, Comparison, Technique, seconds
 from harness.report.stats import DRAWS, Difference, Family, Sample
@@ -26,6 +26,10 @@ class Quantity:
     better: str = "higher"
     decimals: int = 3
     ratio: bool = False
+
+    @classmethod
+    def of(cls, metric: Metric) -> "Quantity":
+        return cls(metric.name, metric.label, metric.better, metric.decimals, metric.ratio)
 
     def amounts(self, *ends: float, signed: bool = False) -> list[str]:
         """Of differences, in words: in percent where ratios count, with so many decimals that no end reads as
@@ -153,19 +157,24 @@ class Standing:
 
 
 class Verdicts:
-    """Of a comparison. `standings`: by name of metric, and of what each technique cost."""
+    """Of a comparison. `standings`: by name of metric, and of what each technique cost. `faults`: of how
+    answers end, each technique against the untouched models alone."""
 
     def __init__(self, comparison: Comparison):
         found = []
-        for m in [] if comparison.random_weights else compared():
-            quantity = Quantity(m.name, m.label, m.better, m.decimals, m.ratio)
-            found.append(Standing(quantity, scored(comparison, m)))
+        known = not comparison.random_weights
+        for m in comparison.metrics if known else ():
+            found.append(Standing(Quantity.of(m), scored(comparison, m)))
         if comparison.counted:  # resident memory is Python's and its libraries' for the most part
             found.append(Standing(MEMORY, paid(comparison, comparison.peak_memory)))
         found.append(Standing(TIME, paid(comparison, undisturbed_seconds)))
         self.standings = {s.quantity.name: s for s in found if s.family.pairs}
         self.metrics = [s for s in self.standings.values() if s.quantity not in COSTS]
         self.costs = [s for s in self.standings.values() if s.quantity in COSTS]
+        self.faults = [
+            Standing(Quantity.of(m), [replace(e, groups=()) for e in scored(comparison, m)])
+            for m in (faults(comparison.spec.dataset) if known else ())
+        ]
 
     def front(self, cost: str, gain: str, group: str) -> list[str]:
         """From the cheapest on: those of which each is known to gain more than all that cost less, and
