@@ -53,6 +53,10 @@ def test_any_text_of_two_letters_loops_as_the_definition_says(text):
     assert endings.loops(text) == said_again(text)
 
 
+def test_a_loop_takes_24_characters():
+    assert endings.loops("abcdefgh" * 3) and not endings.loops("!" + "abcdefg" * 3 + "ab")
+
+
 @pytest.mark.parametrize("length", [2, 3, 7, 40, 300, 1300])
 def test_a_long_phrase_is_found_however_it_is_cut(length):
     draw = random.Random(length)
@@ -123,6 +127,7 @@ def test_a_turn_that_follows_is_seen_though_its_marks_are_gone(continued):
         ("Paris.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi", True, True),
         ("Paris.</s>[INST] And Rome? [/INST]", True, True),
         ("user\nWhat is it?", True, True),
+        ("Paris.<start_of_turn>user\nAnd Rome?", True, True),
         ("Paris.\nHuman: And Rome?\nAssistant: Rome.", True, False),
         ("Paris.<end_of_turn>", False, True),
         ("A user may ask a model; user: the one who asks.", False, False),
@@ -232,6 +237,13 @@ def test_the_lead_names_who_is_clearly_worse_and_nobody_else(rendered):
         r"More answers degenerate than the untouched model's: [^:]*?\.(?= [A-Z0-9]|\n)", lead
     )
     assert said.endswith("QLoRA (looping 32.0% against 2.0% and never-ending 32.0% against 2.0%).")
+
+
+def test_techniques_are_judged_against_the_untouched_model_alone(rendered):
+    [comparison] = comparisons(rendered[0].load()[0])
+    read_outputs(comparison, rendered[0])
+    for standing in Verdicts(comparison).faults:
+        assert sorted(standing.family.pairs) == [("GaLore", "Base"), ("QLoRA", "Base")]
 
 
 def test_a_difference_has_the_interval_of_a_paired_sample(tmp_path):

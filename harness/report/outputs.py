@@ -16,6 +16,7 @@ HOW = (
     "user or in template marks? As far as the kept texts tell, which lack special tokens. The references, by "
     "the same criteria, show how often each finds what is no fault."
 )
+LITTLE = 1.0  # percentage points: a column in which nobody differs by so much is left out
 
 
 def endings(comparison: Comparison, verdicts: Verdicts, store: Store) -> list[Block]:
@@ -60,12 +61,12 @@ def references(comparison: Comparison, store: Store) -> list[str]:
 
 
 def changes(comparison: Comparison, verdicts: Verdicts) -> Table | None:
-    """Against the untouched model, of the shares in which any technique differs from it."""
+    """Against the untouched model, of the shares in which any technique is not nearly as it."""
     pairs = [(t, before) for t in comparison.trained if t.sums and (before := comparison.before(t))]
     columns, cells = [], [[technique.label] for technique, _ in pairs]
     for standing in verdicts.faults:
         found = [standing.verdict(t.label, before.label).difference for t, before in pairs]
-        if any(d.low or d.high for d in found):
+        if any(abs(d.value) >= LITTLE for d in found):
             columns.append(f"{standing.quantity.label} (points)")
             for row, difference in zip(cells, found, strict=True):
                 changed = difference.low or difference.high
