@@ -154,7 +154,7 @@ def test_the_peak_is_what_the_allocator_gave(method, count):
     expected = there + allocated(training(method(), rows)[2])
     # What a kernel keeps to itself is not seen; what it is given lives a moment longer for being looked at,
     # and autograd adds the two gradients of a tied weight in place only where nobody looks.
-    assert 0.97 * expected <= live.memory().peak <= 1.01 * expected
+    assert 0.97 * expected <= live.memory().peak <= 1.02 * expected
 
 
 # The copy of the process
