@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from test_shapes import flash_on_a_cpu, masked  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
 
 from harness.training import attention, kernels
@@ -127,3 +128,14 @@ def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):
     _, _, record = trained(Late(), replace(HP, max_steps=4))
     assert record.kernels.rung == "compiled", record.kernels.reason
     assert record.training[0]["grad_norm"] == 0
+
+
+def test_layers_are_one_program(traced, monkeypatch):
+    """The first too, whose input nobody trains."""
+    programs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: torch._dynamo.optimize(programs, nopython=True)(f))
+    rows = tiny.rows(18, prompt=(9, 9), response=(5, 5))
+    base = tiny.model(tiny.gemma(num_hidden_layers=3, layer_types=["full_attention"] * 3))
+    _, _, record = tiny.fit(LoRA(), HP, rows, base=base)
+    assert record.kernels.rung == "compiled", record.kernels.reason
+    assert programs.frame_count == 1
