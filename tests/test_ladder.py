@@ -18,7 +18,8 @@ from methods.full import Full
 from methods.lora import LoRA
 
 HP = tiny.hyperparams(max_steps=3, kernels="compiled", batch_size=6, micro_batch_size=6)
-ROWS = tiny.rows(32)
+ROWS = tiny.rows(18, prompt=(12, 12), response=(6, 6))  # of one size, which is traced without symbols
+UNEVEN = tiny.rows(18)
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def traced(monkeypatch, flash_on_a_cpu):  # noqa: F811
 
 
 def trained(method, hp=HP, rows=ROWS):
-    model, _, record = tiny.fit(method, hp, rows)
+    one = tiny.gemma(num_hidden_layers=1, layer_types=["full_attention"])
+    model, _, record = tiny.fit(method, hp, rows, base=tiny.model(one))
     return tiny.losses(record), tiny.trained_weights(model), record
 
 
@@ -44,11 +46,14 @@ class Apart(LoRA):
     cannot = {"packing": "its rows are padded"}
 
 
-@pytest.mark.parametrize("method", [LoRA, Apart, Full], ids=lambda cls: cls.__name__)
-def test_compiled_steps_learn_what_plain_ones_do(method, traced):
-    plain, weights, eager = trained(method(), replace(HP, kernels="eager"))
+@pytest.mark.parametrize(
+    ("method", "rows"), [(LoRA, UNEVEN), (LoRA, ROWS), (Apart, ROWS), (Full, ROWS)],
+    ids=["LoRA, several sizes", "LoRA", "Apart", "Full"],
+)  # fmt: skip
+def test_compiled_steps_learn_what_plain_ones_do(method, rows, traced):
+    plain, weights, eager = trained(method(), replace(HP, kernels="eager"), rows)
     assert (eager.kernels.rung, eager.kernels.reason) == ("eager", "as hp.kernels asks")
-    losses, found, record = trained(method())
+    losses, found, record = trained(method(), rows=rows)
     assert record.kernels.rung == "compiled", record.kernels.reason
     assert record.kernels.packed == ("packing" not in method.cannot)
     torch.testing.assert_close(losses, plain, atol=1e-4, rtol=1e-4)
