@@ -373,6 +373,8 @@ def test_a_text_that_several_wrote_counts_for_each_and_one_that_was_changed_for_
     assert cells(found, "Base")[1:5] == cells(found, "QLoRA")[1:5]
     assert cells(found, "QLoRA")[5] == "+0.00", "every prompt: no interval"
     assert cells(found, "Fluency")[1] == "–", "one rater agrees with nobody"
+    grade(store, "Ben", drawn(store), lambda question, text: 2 if question.row[0] == "a" else 4)
+    assert cells(section(report(store, tmp_path)), "Fluency")[1:] == ["1.00", "10"]
     fabricate.keep(folder, fabricate.record("qlora"), [o | {"output": o["output"] + " indeed"} for o in same])
     found = section(report(Store(folder), tmp_path))
     assert cells(found, "Base") and "| QLoRA |" not in found
@@ -406,10 +408,12 @@ def test_the_interval_of_ten_prompts_holds_as_often_as_it_says():
     assert 0.93 <= held / 400 <= 0.98  # a plain percentile bootstrap: 0.90
 
 
-def test_an_interval_of_nothing_is_unknown():
-    assert np.isnan(told.interval(np.array([3.0]))).all() and np.isnan(told.interval(np.full(10, 3.0))).all()
-    low, high = told.interval(np.array([1.0, 3.0]))
-    assert (low, high) == (1.0, 3.0)
+def test_an_interval_of_too_little_is_unknown():
+    """Fewer than six lie on one side of the median in more than 5 of 100 cases: 2 / 2^5."""
+    for values in ([3.0], [1.0, 3.0], [0.0, 1.0, 3.0, 4.0, 5.0], [3.0] * 10):
+        assert np.isnan(told.interval(np.array(values))).all()
+    low, high = told.interval(np.array([0.0, 1.0, 3.0, 4.0, 5.0, 5.0]))
+    assert 0 <= low < 3 < high <= 5
 
 
 # In a browser, by keyboard alone
@@ -499,10 +503,7 @@ def test_from_the_first_grade_to_the_report(tmp_path, browser, undrawn):
         assert page.locator("#count").text_content() == "7 of 27 grades", "a kill loses nothing"
         assert page.locator(".row.here").get_attribute("aria-label") == "Answer C, relevance"
         while not page.locator("#end").is_visible():
-            left = page.locator(".row.here").evaluate(
-                "row => open(sheet.questions[at]) < 0 ? null : row.ariaLabel"
-            )
-            if left is None:
+            if not page.evaluate("at < sheet.questions.length && open(sheet.questions[at]) >= 0"):
                 page.keyboard.press("Enter")
                 page.wait_for_timeout(30)
                 continue

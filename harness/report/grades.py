@@ -1,7 +1,6 @@
 """What people said of the answers: grades with intervals, and how far those who gave them agree."""
 
 from functools import cache
-from itertools import chain
 from math import sqrt
 from statistics import NormalDist
 
@@ -17,6 +16,7 @@ from harness.report.text import UNKNOWN, listed, number
 from harness.store import Store
 
 DRAWS = 5000  # of the prompts: the ends of an interval are known to a hundredth of a grade
+FEWEST = 6  # prompts: all of fewer lie on one side of the truth in more than 5 % of cases
 ALPHA_DRAWS = 1000  # to a hundredth
 HOW = (
     f"Grades from 0 to {HIGHEST}, higher is better, by people who were not told whose an answer was, and saw "
@@ -24,9 +24,10 @@ HOW = (
 )
 MEANS = (
     "Means over prompts of the mean over raters, each technique with its lowest seed. In brackets "
-    f"intervals of {CONFIDENCE:.0%}, each by itself: a bootstrap over prompts, widened as so few prompts ask "
-    "for (Hesterberg 2015). Other raters and other seeds are not in them. Less the untouched model: the mean "
-    "of the three grades, prompt by prompt and rater by rater."
+    f"intervals of {CONFIDENCE:.0%}, each by itself, so that of twenty one is off: a bootstrap over prompts, "
+    f"widened as so few prompts ask for (Hesterberg 2015); of fewer than {FEWEST}, none. Other raters and "
+    "other seeds are not in them. Less the untouched model: the mean of the three grades, prompt by prompt "
+    "and rater by rater."
 )
 ALPHA = (
     "Krippendorff's alpha for ordered values: 1 where raters agree on every answer, 0 where they agree as "
@@ -78,7 +79,7 @@ def graded(comparison: Comparison, store: Store) -> list[b.Block]:
     ]).reshape(len(raters), len(keys), len(techniques), len(CRITERIA))  # fmt: skip
     heard = [rater for rater, own in zip(raters, given, strict=True) if np.isfinite(own).any()]
     found: list[b.Block] = []
-    if heard:
+    if heard:  # of this comparison's answers
         given = given[np.isfinite(given).any((1, 2, 3))]
         named = f"{len(heard)} rater{'s' * (len(heard) > 1)}: {listed([rater['rater'] for rater in heard])}."
         found = [b.Prose(f"{HOW} {named}"), means(techniques, given), agreement(keys, given)]
@@ -138,14 +139,14 @@ def told(values: np.ndarray, signed: bool = False) -> str:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean of a few prompts. NaN where they are one, or all the same: they say nothing of others.
+    """Of the mean of a few prompts. NaN where they are too few, or all the same: they say nothing of others.
 
     A percentile bootstrap is too narrow by sqrt((n - 1) / n) and by what Student's t has over the normal
     distribution: its quantiles are taken as much further out (Hesterberg 2015, What Teachers Should Know
     about the Bootstrap, section 5.3).
     """
     count = len(values)
-    if count < 2 or not np.ptp(values):
+    if count < FEWEST or not np.ptp(values):
         return np.nan, np.nan
     drawn = values[np.random.default_rng(0).integers(count, size=(DRAWS, count))].mean(1)
     tail = NormalDist().cdf(-student(count - 1) * sqrt(count / (count - 1)))
@@ -173,16 +174,16 @@ def agreement(keys: list[list[str]], given: np.ndarray) -> b.Table:
 
 
 def alpha_told(counts: np.ndarray, prompts: np.ndarray) -> str:
+    """`counts` (answers, grades); `prompts` (answers,) to which each is: they are drawn, with all answers."""
     value = alpha(counts)
-    if not np.isfinite(value):
-        return UNKNOWN
-    rng, of_prompt = np.random.default_rng(0), [np.flatnonzero(prompts == p) for p in np.unique(prompts)]
-    drawn = [
-        alpha(counts[list(chain(*(of_prompt[i] for i in rng.integers(len(of_prompt), size=len(of_prompt)))))])
-        for _ in range(ALPHA_DRAWS)
-    ]
-    low, high = map(float, np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    return f"{number(value)} ({number(low)} to {number(high)})" if len(of_prompt) > 1 else number(value)
+    places = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    if not np.isfinite(value) or len(places) < FEWEST:
+        return number(value)
+    draws = np.random.default_rng(0).integers(len(places), size=(ALPHA_DRAWS, len(places)))
+    drawn = [alpha(counts[np.concatenate([places[i] for i in draw])]) for draw in draws]
+    ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = (float(np.nanquantile(drawn, end)) for end in ends)
+    return f"{number(value)} ({number(low)} to {number(high)})" if low < high else number(value)
 
 
 def alpha(counts: np.ndarray) -> float:
