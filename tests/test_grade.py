@@ -476,6 +476,14 @@ def test_from_the_first_grade_to_the_report(tmp_path, browser, undrawn):
         for c in order[:2]:
             for _ in CRITERIA:
                 page.keyboard.press(str(value[c]))
+        long = page.locator(".answer .text", has_text="word")
+        while "word" not in page.locator(".answer", has=page.locator(".row.here")).text_content():
+            page.keyboard.press("ArrowUp")
+        page.keyboard.press("Space")
+        page.keyboard.press("r")
+        assert long.evaluate("text => text.scrollTop") > 0 and page.locator("#reference").is_visible()
+        while page.locator(".row.here").get_attribute("aria-label") != "Answer C, fluency":
+            page.keyboard.press("ArrowDown")
         page.keyboard.press("1")  # a slip, in the next answer
         page.get_by_text("Answer C, fluency: 1, saved.").wait_for()
         page.keyboard.press("ArrowUp")
@@ -493,6 +501,9 @@ def test_from_the_first_grade_to_the_report(tmp_path, browser, undrawn):
         page.keyboard.press("5")
         page.get_by_text("not saved: the server is not there").wait_for()
         assert page.locator("#count").text_content() == "7 of 27 grades", "what was not saved is not shown"
+        assert page.locator(".row.here").get_attribute("aria-label") == "Answer C, relevance", (
+            "its place again"
+        )
         process, address = command(tmp_path)
         page.goto(address)
         assert page.locator("#known").text_content() == "Raters so far: Ann <i>."
