@@ -13,13 +13,14 @@ from harness.search import TRIALS
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
-    "data, check, report, doctor; each has its own --help.",
+    "data, check, report, grade, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
     "check": "Tries what every method must hold on one of your own, trained on the demo for some steps.",
     "report": "Renders the report again from cached results. Needs no torch.",
+    "grade": "Serves a page, to this machine alone, on which people grade answers without knowing whose.",
     "doctor": "What this machine has, what is wrong with it, and the remedy.",
 }
 EPILOG = """examples:
@@ -27,6 +28,7 @@ EPILOG = """examples:
   {0} --methods full lora --model DIR --dataset rows.jsonl --set hp.learning_rate=1e-4
   {0} plan --preset NAME                       what would run, what is cached
   {0} report                                   the report again, from cached results
+  {0} grade                                    people grade ten answers of each method
 
 exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted,
 143 ended by SIGTERM, 129 by SIGHUP
@@ -99,6 +101,12 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    if natural(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is at most 65535, not {text!r}")
+    return int(text)
+
+
 def duration(text: str) -> float:
     """`30m` -> 1800.0 seconds."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
@@ -127,6 +135,7 @@ def flag(help: str) -> dict:
 
 ASKING, LISTS = ("run", "plan"), ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
+PROMPTS = 10  # whose answers people grade: what the brief asks for
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
 ARGUMENTS = (
     ("what", ["list"], {"nargs": "?", "choices": LISTS, "help": "default: all"}),
@@ -163,7 +172,15 @@ ARGUMENTS = (
     ("--force", ASKING, flag("run again what is cached")),
     ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
                                "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
-    ("--results", (*ASKING, "list", "report"), once(
+    ("--methods", ["grade"], several("NAME", "whose answers, beside the untouched model's (default: all)")),
+    ("--comparison", ["grade"], once("N", "as the report has them, the newest first (default: 1)",
+                                     type=natural, default=1)),
+    ("--prompts", ["grade"], once("N", f"test rows to grade the answers to (default: {PROMPTS})",
+                                  type=natural, default=PROMPTS)),
+    ("--seed", ["grade"], once("N", "of the draw of these rows (default: 0)", type=count, default=0)),
+    ("--port", ["grade"], once("N", "of the page's address (default: any that is free)", type=port,
+                               default=0)),
+    ("--results", (*ASKING, "list", "report", "grade"), once(
         "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
     ("--reports", (*ASKING, "report"), once(
         "DIR", "where reports are written (default: reports)", type=folder, default=Path("reports"))),

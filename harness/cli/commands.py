@@ -247,6 +247,36 @@ def render(store, folder: Path, formats) -> list[Path]:
     return made(store, folder, tuple(formats))
 
 
+def grade_command(options, typed: list[str]) -> int:
+    import time
+
+    from harness.grade import Grades, Sheet, serving
+    from harness.report import contestants
+    from harness.store import Store
+
+    problems, store = Problems(), Store(options.results)
+    problems.add("--results", absent(options.results, "folder") or unwritable(options.results))
+    problems.refuse()
+    title, runs = contestants(store, options.comparison, options.methods or [])
+    sheet = Sheet.drawn(title, store, runs, options.prompts, options.seed)
+    grades = Grades(options.results)
+    with serving(sheet, grades, options.port) as address:
+        if options.json:
+            print(json.dumps({"address": address, "grades": str(grades.folder)}), flush=True)
+        else:
+            print(plain(f"{title}: {sheet.answers} answers to {len(sheet.questions)} prompts"))
+            print(
+                f"open {address}\nCtrl-C ends; each grade is kept in {grades.folder} as it is given",
+                flush=True,
+            )
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+    if not options.json:
+        print(f"\n{program()} report puts the grades in the report")
+    return OK
+
+
 def doctor_command(options, typed: list[str]) -> int:
     from harness.doctor import examine
 
@@ -301,7 +331,7 @@ def one_run(text: str, settings: list[str]):
 
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
-    "check": check_command, "report": report_command, "doctor": doctor_command,
+    "check": check_command, "report": report_command, "grade": grade_command, "doctor": doctor_command,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from harness.record import RunRecord
 from harness.report.blocks import Block, Plot, Title
 from harness.report.comparison import comparisons
 from harness.report.document import document
+from harness.report.grades import contestants
 from harness.report.tables import brief
 from harness.report.text import markdown
 from harness.store import Store, save
@@ -25,7 +26,7 @@ from harness.store import Store, save
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["brief_table", "render"]
+__all__ = ["brief_table", "contestants", "render"]
 FORMATS = ("md", "html")
 
 

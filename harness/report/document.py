@@ -10,6 +10,7 @@ from harness.report import differences, plots, tables
 from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, read_outputs, score
+from harness.report.grades import graded
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.report.tuning import tracks
@@ -119,6 +120,7 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
         *figures(comparison, verdicts, suffix),
         b.Heading("Cost of each phase"),
         phases(comparison),
+        *graded(comparison, store),
         *generations(comparison, store),
         *setup(comparison),
         *chat_template(comparison),
