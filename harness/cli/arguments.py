@@ -1,12 +1,14 @@
 """What can be typed: the commands and their arguments."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from pathlib import Path
 
 from harness import __version__
-from harness.errors import brief, writable
+from harness.errors import Problem, brief, writable
 from harness.plain import plain, redacted
 from harness.search import TRIALS
 
@@ -110,6 +112,41 @@ def duration(text: str) -> float:
     raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
 
 
+DECIMAL = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+HOURS = {"h": 1, "hours": 1, "hour": 1, "min": 60, "minutes": 60, "m": 60, "s": 3600}  # in one of ours
+
+
+def memory(text: str) -> tuple[float, bool]:
+    """`24GB` -> (24e9 bytes, whether it was said in units of 1024)."""
+    amount, unit = measure(text, [*DECIMAL, *BINARY], "GB")
+    return amount * (DECIMAL | BINARY)[unit], unit in BINARY
+
+
+def hours(text: str) -> float:
+    """`4`, `4h` or `90min` -> seconds."""
+    amount, unit = measure(text if text.strip()[-1:].isalpha() else f"{text}h", [*HOURS], "h")
+    return amount * 3600 / HOURS[unit]
+
+
+def measure(text: str, units: list[str], usual: str) -> tuple[float, str]:
+    """A number above 0 and its unit, in any case, with or without a space between them."""
+    spelled = {unit.lower(): unit for unit in units}
+    number, unit = re.sub(r"[^-\d.,].*", "", text.strip(), flags=re.DOTALL), text.strip(" -.,0123456789")
+    try:
+        amount, known = float(number), spelled[unit.lower()]
+        if 0 < amount < float("inf"):
+            return amount, known
+    except (KeyError, ValueError):
+        pass
+    near = "".join(difflib.get_close_matches(unit.lower(), spelled, n=1, cutoff=0.5))
+    right = re.fullmatch(r"\d*[.,]?\d+", number) and number.strip("0.,") and number.replace(",", ".")
+    nearest = (right or "24") + spelled.get(near, usual)
+    raise argparse.ArgumentTypeError(
+        str(Problem(f"a number above 0 and a unit, not {brief(text)}", "", nearest, tuple(units)))
+    )
+
+
 # The arguments, each with the commands that take it
 
 
@@ -125,7 +162,7 @@ def flag(help: str) -> dict:
     return {"action": "store_true", "help": help}
 
 
-ASKING, LISTS = ("run", "plan"), ("methods", "datasets", "presets", "results")
+ASKING, WITHIN, LISTS = ("run", "plan"), ("run", "report"), ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
 ARGUMENTS = (
@@ -163,6 +200,10 @@ ARGUMENTS = (
     ("--force", ASKING, flag("run again what is cached")),
     ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
                                "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
+    ("--memory", WITHIN, once("SIZE", "decide which to take on a card of this memory, as 24GB (of 1000) or "
+                              "24GiB (of 1024)", type=memory)),
+    ("--hours", WITHIN, once("N", "decide which to take within so many hours a run, as 4, 0.5, 4h or 30min",
+                             type=hours)),
     ("--results", (*ASKING, "list", "report"), once(
         "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
     ("--reports", (*ASKING, "report"), once(
