@@ -1,7 +1,6 @@
 """What can be typed: the commands and their arguments."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -112,39 +111,36 @@ def duration(text: str) -> float:
     raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
 
 
-DECIMAL = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
-BINARY = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-HOURS = {"h": 1, "hours": 1, "hour": 1, "min": 60, "minutes": 60, "m": 60, "s": 3600}  # in one of ours
+DECIMAL = {"GB": 10**9, "MB": 10**6, "TB": 10**12}
+BINARY = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
+TIMES = {"h": 3600, "hour": 3600, "hours": 3600, "min": 60, "minutes": 60, "m": 60, "s": 1}
 
 
 def memory(text: str) -> tuple[float, bool]:
     """`24GB` -> (24e9 bytes, whether it was said in units of 1024)."""
-    amount, unit = measure(text, [*DECIMAL, *BINARY], "GB")
-    return amount * (DECIMAL | BINARY)[unit], unit in BINARY
+    amount, unit = measure(text, DECIMAL | BINARY, "24GB")
+    return amount, unit in BINARY
 
 
 def hours(text: str) -> float:
-    """`4`, `4h` or `90min` -> seconds."""
-    amount, unit = measure(text if text.strip()[-1:].isalpha() else f"{text}h", [*HOURS], "h")
-    return amount * 3600 / HOURS[unit]
+    """`4`, `4h` or `240min` -> seconds."""
+    return measure(text, TIMES, "4h", bare="h")[0]
 
 
-def measure(text: str, units: list[str], usual: str) -> tuple[float, str]:
-    """A number above 0 and its unit, in any case, with or without a space between them."""
+def measure(text: str, units: dict[str, int], example: str, bare: str = "") -> tuple[float, str]:
+    """A number above 0 and a unit, in any case, with or without a space between them. -> the amount, in
+    units of 1, and the unit. `bare`: that of a number without one."""
     spelled = {unit.lower(): unit for unit in units}
-    number, unit = re.sub(r"[^-\d.,].*", "", text.strip(), flags=re.DOTALL), text.strip(" -.,0123456789")
-    try:
-        amount, known = float(number), spelled[unit.lower()]
-        if 0 < amount < float("inf"):
-            return amount, known
-    except (KeyError, ValueError):
-        pass
-    near = "".join(difflib.get_close_matches(unit.lower(), spelled, n=1, cutoff=0.5))
-    right = re.fullmatch(r"\d*[.,]?\d+", number) and number.strip("0.,") and number.replace(",", ".")
-    nearest = (right or "24") + spelled.get(near, usual)
-    raise argparse.ArgumentTypeError(
-        str(Problem(f"a number above 0 and a unit, not {brief(text)}", "", nearest, tuple(units)))
-    )
+    said = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower(), re.ASCII)
+    unit = spelled.get(said[2] or bare) if said else None
+    if said and unit and 0 < (amount := float(said[1]) * units[unit]) < float("inf"):
+        return amount, unit
+    number, letters = re.search(r"[0-9]{1,9}([.,][0-9]{1,9})?", text), re.search(r"[a-z]", text.lower())
+    alike = (unit for unit in units if letters and unit[0].lower() == letters[0])
+    right = number[0].replace(",", ".") if number and number[0].strip("0.,") else example.rstrip("GBh")
+    nearest = right + next(alike, example.lstrip("0123456789"))
+    wrong = Problem(f"a number above 0 and a unit, not {brief(text)}", "", nearest, tuple(units))
+    raise argparse.ArgumentTypeError(str(wrong))
 
 
 # The arguments, each with the commands that take it

@@ -188,7 +188,7 @@ class Choice:
     def lead(self) -> str:
         scope = ", ".join(filter(None, (self.group[1:], f"within {self.budget}" if self.budget else "")))
         text = f"{scope}: {self.first()}." if scope else f"{self.first()}."
-        return text[0].upper() + text[1:]
+        return text if not scope and text.startswith(tuple(self.fit)) else text[0].upper() + text[1:]
 
     def first(self) -> str:
         if not self.done:
