@@ -69,7 +69,7 @@ def rounded_up(amount: float, units: tuple[tuple[int, str], ...]) -> str:
     """To three digits: who has so much has enough."""
     size, unit = next((u for u in reversed(units) if amount >= u[0]), units[0])
     value = amount / size
-    step = 10.0 ** (floor(log10(value)) - 2) if value else 1.0
+    step = 10.0 ** (floor(log10(max(value, 1e-9))) - 2)
     return f"{min(ceil(value / step - 1e-6) * step, value * 1.01):,.6g} {unit}"
 
 
