@@ -37,7 +37,7 @@ def bench(arms: dict[str, tuple], base: float | None = None, **changes):
             record = fabricate.record(name, seed, **changes)
             record.card["title"] = name
             for phase in record.phases.values():
-                phase.peak_device, phase.seconds = GIB, 0.0
+                phase.peak_device, phase.peak_reserved, phase.seconds = GIB, GIB // 2, 0.0
             record.phases["train"].seconds = hours * 3600
             record.phases["generate"].peak_device = int(gib * GIB)
             record.phases["evaluate"].seconds = hours * 360
@@ -121,7 +121,9 @@ def test_one_that_is_no_better_than_the_untouched_model_is_said_to_be():
     arms = {"a": (25.0, 10, 2), "b": (20.0, 9, 1)}
     assert "not known" not in said(*bench(arms, base=20.0))[1]
     worse = said(*bench(arms, base=25.02))[1]
-    assert worse == "a, with the highest BLEU-4, but not known to be better than the untouched model."
+    assert (
+        worse == "a, with the highest BLEU-4, but not known to be better than the untouched model in BLEU-4."
+    )
 
 
 def test_all_is_held_against_the_worst_seed_and_whole_runs():
@@ -146,6 +148,23 @@ def test_what_was_not_measured_is_not_said_to_fit():
     lines = said(comparison, verdicts, Budget(30 * GIB))
     assert "Not measured, and not known to fit: cheap (its memory)." in lines
     assert "cheap" not in lines[2]
+
+
+def test_one_with_a_seed_that_ran_out_of_it_is_not_said_to_fit():
+    comparison, verdicts = bench(ARMS)
+    by = {t.label: t for t in comparison.trained}
+    by["cheap"].records[1].status, by["poor"].records[0].status = "oom_gpu", "timeout"
+    lines = said(comparison, verdicts, Budget(30 * GIB, 5 * 3600))
+    assert "Not measured, and not known to fit: cheap (its memory) and poor (its time)." in lines
+    assert any("cheap (1 of 3 seeds: out of GPU memory" in line for line in lines)
+
+
+def test_a_gauge_that_failed_in_a_phase_is_not_believed():
+    comparison, verdicts = bench(ARMS)
+    for record in next(t for t in comparison.trained if t.label == "cheap").records:
+        record.phases["generate"].peak_device, record.phases["train"].peak_reserved = None, 9 * GIB
+    lines = said(comparison, verdicts, Budget(30 * GIB))
+    assert "Not measured, and not known to fit: cheap (its memory)." in lines
 
 
 def test_on_a_cpu_it_is_resident_memory_and_says_so():
@@ -197,8 +216,8 @@ def test_a_failed_row_is_named_with_the_card_that_it_did_not_fit(tmp_path):
     for record in full:
         record.provenance.device_bytes = 24 * GIB
     lines = kept(tmp_path, *runs("qlora"), *runs("galore"), *full)
-    assert "No result: Full fine-tuning (out of GPU memory on a card of 24 GiB)." in lines
-    assert "A result of Full fine-tuning." in lines
+    assert "Without a result: Full fine-tuning (out of GPU memory on a card of 24 GiB)." in lines
+    assert "A result of Full fine-tuning, where there is none yet." in lines
 
 
 def test_plain_text_is_judged_by_its_perplexity(tmp_path):

@@ -134,14 +134,22 @@ def gauge(comparison: Comparison) -> str:
 
 
 def need(comparison: Comparison, technique: Technique) -> Need:
-    """Of its worst seed. Other programs on the card, or a busy machine, are in what a disturbed run took."""
-    name, done = gauge(comparison), technique.done
+    """Of its worst seed; unknown where a seed ran out of it. Other programs on the card, or a busy machine,
+    are in what a disturbed run took."""
+    name, ends = gauge(comparison), {record.status for record in technique.records}
 
     def worst(of) -> float | None:
         return max((value for r in done if (value := of(r)) is not None), default=None)
 
-    done = [record for record in done if not record.disturbed] or done
-    return Need(worst(lambda r: r.peak(name, tuple(r.phases))), worst(whole_seconds))
+    done = [record for record in technique.done if not record.disturbed] or technique.done
+    memory, seconds = worst(lambda r: whole_memory(r, name)), worst(whole_seconds)
+    return Need(None if ends & {"oom_gpu", "oom_host"} else memory, None if "timeout" in ends else seconds)
+
+
+def whole_memory(record: RunRecord, name: str) -> int | None:
+    """Bytes. A card's gauge that fails in some phase, and so is below the allocator's, is unknown."""
+    most, held = (record.peak(of, tuple(record.phases)) for of in (name, "peak_reserved"))
+    return None if name == "peak_device" and most is not None and most < (held or 0) else most
 
 
 def whole_seconds(record: RunRecord) -> float | None:
@@ -225,8 +233,9 @@ class Choice:
             if self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
             and not self.standing.beats(name, before.label)
         ]  # fmt: skip
-        who = "" if len(found) == len(labels) else f"{listed(found)} {are(found)} "
-        return f", but {who}not known to be better than the untouched model" if found else ""
+        who = "" if len(found) == len(labels) else f"{listed(found)} {'is' if len(found) == 1 else 'are'} "
+        where = f"in {inside(self.standing.quantity.label)}"
+        return f", but {who}not known to be better than the untouched model {where}" if found else ""
 
     # Why
 
@@ -248,8 +257,8 @@ class Choice:
             found.append(f"Does not fit: {listed(over, len(over))}.")
         if lost := [f"{name} ({' and '.join(said)})" for name, said in self.unknown.items()]:
             found.append(f"Not measured, and not known to fit: {listed(lost, len(lost))}.")
-        if broke := [f"{t.label} ({t.status}{self.card(t)})" for t in self.techniques if not t.done]:
-            found.append(f"No result: {listed(broke, len(broke))}.")
+        if broke := [f"{t.label} ({t.status}{self.card(t)})" for t in self.techniques if t.status]:
+            found.append(f"Without a result: {listed(broke, len(broke))}.")
         return found
 
     def best(self, standing: Standing) -> str:
@@ -338,7 +347,7 @@ class Choice:
         if edges := [title(self.comparison, s) for s in self.comparison.searches if s.edge and self.has(s)]:
             yield f"A wider search: the best of {listed(edges)} is at the edge of what was tried."
         if broke := [t.label for t in self.techniques if not t.done]:
-            yield f"A result of {listed(broke)}."
+            yield f"A result of {listed(broke)}, where there is none yet."
 
     def has(self, search: Found) -> bool:
         return arm(self.techniques, search.spec) is not None
@@ -380,7 +389,3 @@ def tied(names: list[str]) -> str:
 
 def either(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def are(names: list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
