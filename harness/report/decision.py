@@ -175,6 +175,8 @@ class Choice:
         self.standing = leading(comparison, verdicts)
         self.ranked = self.among(self.standing)
         self.top = first_of(self.standing, self.ranked)
+        ranked = ((standing, standing.ranked(group)) for standing in verdicts.standings.values())
+        self.judged = [(standing, set(names)) for standing, names in ranked if names]
         order = self.ranked + [name for name in self.fit if name not in self.ranked]
         self.beaten = {n: by for n in order if (by := [o for o in order if self.dominates(o, n)])}
         self.best_of_both = [n for n in self.top if not set(self.beaten.get(n, ())) & set(self.top)]
@@ -186,10 +188,10 @@ class Choice:
     def dominates(self, by: str, name: str) -> bool:
         """Known to be better in some score or cost, and to be worse in none. Who lacks a verdict in one of
         them neither dominates nor is dominated: it may be the better one there."""
-        judged = [s for s in self.verdicts.standings.values() if s.ranked(self.group)]
-        if not all({by, name} <= set(s.ranked(self.group)) for s in judged):
+        if not all(by in ranked and name in ranked for _, ranked in self.judged):
             return False
-        return any(s.beats(by, name) for s in judged) and not any(s.beats(name, by) for s in judged)
+        standings = [standing for standing, _ in self.judged]
+        return any(s.beats(by, name) for s in standings) and not any(s.beats(name, by) for s in standings)
 
     # Who to take
 
