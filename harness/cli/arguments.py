@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 from harness import __version__
-from harness.errors import brief, writable
+from harness.errors import Problem, brief, writable
 from harness.plain import plain, redacted
 from harness.search import TRIALS
 
@@ -118,6 +119,38 @@ def duration(text: str) -> float:
     raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
 
 
+DECIMAL = {"GB": 10**9, "MB": 10**6, "TB": 10**12}
+BINARY = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
+TIMES = {"h": 3600, "hour": 3600, "hours": 3600, "min": 60, "minutes": 60, "m": 60, "s": 1}
+
+
+def memory(text: str) -> tuple[float, bool]:
+    """`24GB` -> (24e9 bytes, whether it was said in units of 1024)."""
+    amount, unit = measure(text, DECIMAL | BINARY, "24GB")
+    return amount, unit in BINARY
+
+
+def hours(text: str) -> float:
+    """`4`, `4h` or `240min` -> seconds."""
+    return measure(text, TIMES, "4h", bare="h")[0]
+
+
+def measure(text: str, units: dict[str, int], example: str, bare: str = "") -> tuple[float, str]:
+    """A number above 0 and a unit, in any case, with or without a space between them. -> the amount, in
+    units of 1, and the unit. `bare`: that of a number without one."""
+    spelled = {unit.lower(): unit for unit in units}
+    said = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower(), re.ASCII)
+    unit = spelled.get(said[2] or bare) if said else None
+    if said and unit and 0 < (amount := float(said[1]) * units[unit]) < float("inf"):
+        return amount, unit
+    number, letters = re.search(r"[0-9]{1,9}([.,][0-9]{1,9})?", text), re.search(r"[a-z]", text.lower())
+    alike = (unit for unit in units if letters and unit[0].lower() == letters[0])
+    right = number[0].replace(",", ".") if number and number[0].strip("0.,") else example.rstrip("GBh")
+    nearest = right + next(alike, example.lstrip("0123456789"))
+    wrong = Problem(f"a number above 0 and a unit, not {brief(text)}", "", nearest, tuple(units))
+    raise argparse.ArgumentTypeError(str(wrong))
+
+
 # The arguments, each with the commands that take it
 
 
@@ -133,7 +166,7 @@ def flag(help: str) -> dict:
     return {"action": "store_true", "help": help}
 
 
-ASKING, LISTS = ("run", "plan"), ("methods", "datasets", "presets", "results")
+ASKING, WITHIN, LISTS = ("run", "plan"), ("run", "report"), ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 PROMPTS = 10  # whose answers people grade: what the brief asks for
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
@@ -180,6 +213,10 @@ ARGUMENTS = (
     ("--seed", ["grade"], once("N", "of the draw of these rows (default: 0)", type=count, default=0)),
     ("--port", ["grade"], once("N", "of the page's address (default: any that is free)", type=port,
                                default=0)),
+    ("--memory", WITHIN, once("SIZE", "decide which to take on a card of this memory, as 24GB (of 1000) or "
+                              "24GiB (of 1024)", type=memory)),
+    ("--hours", WITHIN, once("N", "decide which to take within so many hours a run, as 4, 0.5, 4h or 30min",
+                             type=hours)),
     ("--results", (*ASKING, "list", "report", "grade"), once(
         "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
     ("--reports", (*ASKING, "report"), once(
