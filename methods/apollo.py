@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.method import Natural, Positive, adam
-from methods.galore import PROJECTED, GaLore, bounded, project, projected_adamw
+from methods.galore import PROJECTED, GaLore, bounded, products, project, projected_adamw
 
 GROWTH = 1.01  # of the update's norm from one step to the next, at most: Fira's limiter
 
@@ -76,7 +76,8 @@ def apollo_adamw():
         def scaled(self, params, bases, taken: int, group) -> None:
             """A step of parameters of one shape that have taken as many."""
             grads, states = [p.grad for p in params], [self.state[p] for p in params]
-            low = [project(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
+            with products(group["short"]):
+                low = [project(grad, basis) for grad, basis in zip(grads, bases, strict=True)]
             changes = self.changes(params, low, group)
             beta1, beta2 = group["betas"]
             unbiased = (1 - beta2 ** (taken + 1)) ** 0.5 / (1 - beta1 ** (taken + 1))  # is in changes already

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.method import Method, Natural, Positive, Unsupported, adam
-from methods.galore import projected_adamw
+from methods.galore import in_short, projected_adamw
 from methods.lora import LoRA
 from methods.qlora import QLoRA, load_nf4
 
@@ -65,7 +65,7 @@ class QLoRAGaLore(Method):
         attention = list(attention_weights(model).values())
         chosen = set(attention)
         adapters = [p for p in model.parameters() if p.requires_grad and p not in chosen]
-        projection = {"rank": self.subspace, "gap": self.gap, "scale": self.scale}
+        projection = {"rank": self.subspace, "gap": self.gap, "scale": self.scale, "short": in_short(run)}
         groups = [{"params": adapters}, {"params": attention, **projection}]
         return projected_adamw()([{**g, "weight_decay": run.hp.weight_decay} for g in groups], **adam(run.hp))
 

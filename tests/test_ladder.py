@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from test_shapes import flash_on_a_cpu, masked  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
 
 from harness.training import attention, kernels
@@ -17,7 +18,8 @@ from methods.full import Full
 from methods.lora import LoRA
 
 HP = tiny.hyperparams(max_steps=3, kernels="compiled", batch_size=6, micro_batch_size=6)
-ROWS = tiny.rows(32)
+ROWS = tiny.rows(18, prompt=(12, 12), response=(6, 6))  # of one size, which is traced without symbols
+UNEVEN = tiny.rows(18)
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def traced(monkeypatch, flash_on_a_cpu):  # noqa: F811
 
 
 def trained(method, hp=HP, rows=ROWS):
-    model, _, record = tiny.fit(method, hp, rows)
+    one = tiny.gemma(num_hidden_layers=1, layer_types=["full_attention"])
+    model, _, record = tiny.fit(method, hp, rows, base=tiny.model(one))
     return tiny.losses(record), tiny.trained_weights(model), record
 
 
@@ -43,11 +46,14 @@ class Apart(LoRA):
     cannot = {"packing": "its rows are padded"}
 
 
-@pytest.mark.parametrize("method", [LoRA, Apart, Full], ids=lambda cls: cls.__name__)
-def test_compiled_steps_learn_what_plain_ones_do(method, traced):
-    plain, weights, eager = trained(method(), replace(HP, kernels="eager"))
+@pytest.mark.parametrize(
+    ("method", "rows"), [(LoRA, UNEVEN), (LoRA, ROWS), (Apart, ROWS), (Full, ROWS)],
+    ids=["LoRA, several sizes", "LoRA", "Apart", "Full"],
+)  # fmt: skip
+def test_compiled_steps_learn_what_plain_ones_do(method, rows, traced):
+    plain, weights, eager = trained(method(), replace(HP, kernels="eager"), rows)
     assert (eager.kernels.rung, eager.kernels.reason) == ("eager", "as hp.kernels asks")
-    losses, found, record = trained(method())
+    losses, found, record = trained(method(), rows=rows)
     assert record.kernels.rung == "compiled", record.kernels.reason
     assert record.kernels.packed == ("packing" not in method.cannot)
     torch.testing.assert_close(losses, plain, atol=1e-4, rtol=1e-4)
@@ -127,3 +133,14 @@ def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):
     _, _, record = trained(Late(), replace(HP, max_steps=4))
     assert record.kernels.rung == "compiled", record.kernels.reason
     assert record.training[0]["grad_norm"] == 0
+
+
+def test_layers_are_one_program(traced, monkeypatch):
+    """The first too, whose input nobody trains."""
+    programs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: torch._dynamo.optimize(programs, nopython=True)(f))
+    rows = tiny.rows(18, prompt=(9, 9), response=(5, 5))
+    base = tiny.model(tiny.gemma(num_hidden_layers=3, layer_types=["full_attention"] * 3))
+    _, _, record = tiny.fit(LoRA(), HP, rows, base=base)
+    assert record.kernels.rung == "compiled", record.kernels.reason
+    assert programs.frame_count == 1

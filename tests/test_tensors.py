@@ -152,8 +152,9 @@ def test_the_peak_is_what_the_allocator_gave(method, count):
     live = followed(*training(method(), rows))
     there = sum(live.before.values())
     expected = there + allocated(training(method(), rows)[2])
-    # What a kernel keeps to itself is not seen; what it is given lives a moment longer for being looked at.
-    assert 0.97 * expected <= live.memory().peak <= 1.002 * expected
+    # What a kernel keeps to itself is not seen; what it is given lives a moment longer for being looked at,
+    # and autograd adds the two gradients of a tied weight in place only where nobody looks.
+    assert 0.97 * expected <= live.memory().peak <= 1.02 * expected
 
 
 # The copy of the process

@@ -2,24 +2,26 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 from harness import __version__
-from harness.errors import brief, writable
+from harness.errors import Problem, brief, writable
 from harness.plain import plain, redacted
 from harness.search import TRIALS
 
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
-    "data, check, report, doctor; each has its own --help.",
+    "data, check, report, grade, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
     "check": "Tries what every method must hold on one of your own, trained on the demo for some steps.",
     "report": "Renders the report again from cached results. Needs no torch.",
+    "grade": "Serves a page, to this machine alone, on which people grade answers without knowing whose.",
     "doctor": "What this machine has, what is wrong with it, and the remedy.",
 }
 EPILOG = """examples:
@@ -27,6 +29,7 @@ EPILOG = """examples:
   {0} --methods full lora --model DIR --dataset rows.jsonl --set hp.learning_rate=1e-4
   {0} plan --preset NAME                       what would run, what is cached
   {0} report                                   the report again, from cached results
+  {0} grade                                    people grade ten answers of each method
 
 exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted,
 143 ended by SIGTERM, 129 by SIGHUP
@@ -99,6 +102,12 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    if natural(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is at most 65535, not {text!r}")
+    return int(text)
+
+
 def duration(text: str) -> float:
     """`30m` -> 1800.0 seconds."""
     number, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
@@ -108,6 +117,38 @@ def duration(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
+
+
+DECIMAL = {"GB": 10**9, "MB": 10**6, "TB": 10**12}
+BINARY = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
+TIMES = {"h": 3600, "hour": 3600, "hours": 3600, "min": 60, "minutes": 60, "m": 60, "s": 1}
+
+
+def memory(text: str) -> tuple[float, bool]:
+    """`24GB` -> (24e9 bytes, whether it was said in units of 1024)."""
+    amount, unit = measure(text, DECIMAL | BINARY, "24GB")
+    return amount, unit in BINARY
+
+
+def hours(text: str) -> float:
+    """`4`, `4h` or `240min` -> seconds."""
+    return measure(text, TIMES, "4h", bare="h")[0]
+
+
+def measure(text: str, units: dict[str, int], example: str, bare: str = "") -> tuple[float, str]:
+    """A number above 0 and a unit, in any case, with or without a space between them. -> the amount, in
+    units of 1, and the unit. `bare`: that of a number without one."""
+    spelled = {unit.lower(): unit for unit in units}
+    said = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower(), re.ASCII)
+    unit = spelled.get(said[2] or bare) if said else None
+    if said and unit and 0 < (amount := float(said[1]) * units[unit]) < float("inf"):
+        return amount, unit
+    number, letters = re.search(r"[0-9]{1,9}([.,][0-9]{1,9})?", text), re.search(r"[a-z]", text.lower())
+    alike = (unit for unit in units if letters and unit[0].lower() == letters[0])
+    right = number[0].replace(",", ".") if number and number[0].strip("0.,") else example.rstrip("GBh")
+    nearest = right + next(alike, example.lstrip("0123456789"))
+    wrong = Problem(f"a number above 0 and a unit, not {brief(text)}", "", nearest, tuple(units))
+    raise argparse.ArgumentTypeError(str(wrong))
 
 
 # The arguments, each with the commands that take it
@@ -125,8 +166,9 @@ def flag(help: str) -> dict:
     return {"action": "store_true", "help": help}
 
 
-ASKING, LISTS = ("run", "plan"), ("methods", "datasets", "presets", "results")
+ASKING, WITHIN, LISTS = ("run", "plan"), ("run", "report"), ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
+PROMPTS = 10  # whose answers people grade: what the brief asks for
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
 ARGUMENTS = (
     ("what", ["list"], {"nargs": "?", "choices": LISTS, "help": "default: all"}),
@@ -163,7 +205,19 @@ ARGUMENTS = (
     ("--force", ASKING, flag("run again what is cached")),
     ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
                                "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
-    ("--results", (*ASKING, "list", "report"), once(
+    ("--methods", ["grade"], several("NAME", "whose answers, beside the untouched model's (default: all)")),
+    ("--comparison", ["grade"], once("N", "as the report has them, the newest first (default: 1)",
+                                     type=natural, default=1)),
+    ("--prompts", ["grade"], once("N", f"test rows to grade the answers to (default: {PROMPTS})",
+                                  type=natural, default=PROMPTS)),
+    ("--seed", ["grade"], once("N", "of the draw of these rows (default: 0)", type=count, default=0)),
+    ("--port", ["grade"], once("N", "of the page's address (default: any that is free)", type=port,
+                               default=0)),
+    ("--memory", WITHIN, once("SIZE", "decide which to take on a card of this memory, as 24GB (of 1000) or "
+                              "24GiB (of 1024)", type=memory)),
+    ("--hours", WITHIN, once("N", "decide which to take within so many hours a run, as 4, 0.5, 4h or 30min",
+                             type=hours)),
+    ("--results", (*ASKING, "list", "report", "grade"), once(
         "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
     ("--reports", (*ASKING, "report"), once(
         "DIR", "where reports are written (default: reports)", type=folder, default=Path("reports"))),

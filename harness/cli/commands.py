@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 from harness.cli.arguments import OK, SOME_FAILED, program
@@ -26,7 +27,7 @@ def run_command(options, typed: list[str]) -> int:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
-        files = render(store, options.reports, ("md", "html"))
+        files = render(store, options.reports, ("md", "html"), options)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
@@ -39,6 +40,7 @@ def run_command(options, typed: list[str]) -> int:
         print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
     else:
         print_runs(done)
+        print_conclusion(store, options, [ended.record for ended in done])
         print("report: " + "  ".join(map(str, files)))
     return SOME_FAILED if failed(done) else OK
 
@@ -234,17 +236,66 @@ def report_command(options, typed: list[str]) -> int:
     problems.add("--reports", unwritable(options.reports))
     problems.refuse()
     try:
-        files = [str(file) for file in render(Store(options.results), options.reports, options.format)]
+        store = Store(options.results)
+        files = [str(file) for file in render(store, options.reports, options.format, options)]
     except (OSError, ValueError) as error:
         raise BadRequest(str(error)) from error
-    print(json.dumps(files, indent=1) if options.json else "report: " + "  ".join(files))
+    if options.json:
+        print(json.dumps(files, indent=1))
+    else:
+        print_conclusion(store, options)
+        print("report: " + "  ".join(files))
     return OK
 
 
-def render(store, folder: Path, formats) -> list[Path]:
+def render(store, folder: Path, formats, options) -> list[Path]:
     from harness.report import render as made
 
-    return made(store, folder, tuple(formats))
+    return made(store, folder, tuple(formats), budget=budget(options))
+
+
+def print_conclusion(store, options, records: list | None = None) -> None:
+    from harness.report import conclusion
+
+    print(conclusion(store, records, budget(options)) + "\n")
+
+
+def budget(options):
+    """What --memory and --hours leave."""
+    from harness.report import Budget
+
+    size, binary = options.memory or (inf, True)
+    return Budget(size, options.hours or inf, binary)
+
+
+def grade_command(options, typed: list[str]) -> int:
+    import time
+
+    from harness.grade import Grades, Sheet, serving
+    from harness.report import contestants
+    from harness.store import Store
+
+    problems, store = Problems(), Store(options.results)
+    problems.add("--results", absent(options.results, "folder") or unwritable(options.results))
+    problems.refuse()
+    title, runs = contestants(store, options.comparison, options.methods or [])
+    sheet = Sheet.drawn(title, store, runs, options.prompts, options.seed)
+    grades = Grades(options.results)
+    with serving(sheet, grades, options.port) as address:
+        if options.json:
+            print(json.dumps({"address": address, "grades": str(grades.folder)}), flush=True)
+        else:
+            print(plain(f"{title}: {sheet.answers} answers to {len(sheet.questions)} prompts"))
+            print(
+                f"open {address}\nCtrl-C ends; each grade is kept in {grades.folder} as it is given",
+                flush=True,
+            )
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+    if not options.json:
+        print(f"\n{program()} report puts the grades in the report")
+    return OK
 
 
 def doctor_command(options, typed: list[str]) -> int:
@@ -301,7 +352,7 @@ def one_run(text: str, settings: list[str]):
 
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
-    "check": check_command, "report": report_command, "doctor": doctor_command,
+    "check": check_command, "report": report_command, "grade": grade_command, "doctor": doctor_command,
 }  # fmt: skip
 
 

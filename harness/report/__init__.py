@@ -5,6 +5,7 @@ Torch is not needed; numpy, pandas, matplotlib and jinja2 are.
 """
 
 import base64
+import textwrap
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -15,17 +16,21 @@ from markupsafe import Markup
 
 from harness.plain import plain
 from harness.record import RunRecord
-from harness.report.blocks import Block, Plot, Title
-from harness.report.comparison import comparisons
+from harness.report.answer import answer
+from harness.report.blocks import Block, Heading, Lead, Listing, Plot, Prose, Title
+from harness.report.comparison import comparisons, read_outputs
+from harness.report.decision import Budget, decision
 from harness.report.document import document
+from harness.report.grades import contestants
 from harness.report.tables import brief
 from harness.report.text import markdown
+from harness.report.verdicts import Verdicts
 from harness.store import Store, save
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["brief_table", "render"]
+__all__ = ["Budget", "brief_table", "conclusion", "contestants", "render"]
 FORMATS = ("md", "html")
 
 
@@ -34,10 +39,12 @@ def render(
     folder: Path,
     formats: tuple[str, ...] = FORMATS,
     now: str | None = None,
+    budget: Budget | None = None,
 ) -> list[Path]:
     """Writes report.md, report.html and plots/*.png, *.svg into a folder. -> the documents' paths.
 
-    `now` stands in the one line that differs from one rendering to the next; null: this minute.
+    `now` stands in the one line that differs from one rendering to the next; null: this minute. `budget`:
+    within which it decides.
     Raises ValueError for an unknown format and for a store without a readable record.
     """
     if unknown := set(formats) - set(FORMATS):
@@ -47,7 +54,7 @@ def render(
     if not found:
         unreadable = f": {len(corrupt)} could not be read, such as {corrupt[0]}" if corrupt else ""
         raise ValueError(f"no run to report in {store.folder}{unreadable}")
-    blocks = document(found, store, corrupt)
+    blocks = document(found, store, corrupt, budget)
     now = now or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -60,6 +67,26 @@ def render(
         written.append(folder / f"report.{kind}")
         save(written[-1], WRITERS[kind](blocks, now))
     return written
+
+
+def conclusion(
+    store: Store, records: list[RunRecord] | None = None, budget: Budget | None = None, width: int = 80
+) -> str:
+    """What was found and the decision, for a terminal of this width: of the comparisons that any of these
+    records is in, else of the newest; all runs of the store that belong to one count, as in its report."""
+    found = comparisons(store.load()[0])
+    if records is not None:
+        asked = {record.spec.digest for record in records}
+        found = [c for c in found if asked & {r.spec.digest for t in c.trained for r in t.records}]
+    blocks: list[Block] = []
+    for comparison in found if records is not None else found[:1]:
+        if not comparison.random_weights:
+            read_outputs(comparison, store)
+        verdicts = Verdicts(comparison)
+        blocks += [Title(comparison.title)] * (len(found) > 1)
+        blocks += [Prose(paragraph) for paragraph in answer(comparison, verdicts)]
+        blocks += decision(comparison, verdicts, budget)
+    return write_terminal(blocks, width)
 
 
 def brief_table(records: list[RunRecord]) -> "pandas.DataFrame":
@@ -101,6 +128,23 @@ def write_html(blocks: list[Block], now: str) -> str:
     title = next(block.text for block in blocks if isinstance(block, Title))
     made = template("report.html.j2", inline, data=data)
     return made.render(blocks=blocks, now=now, title=title)
+
+
+def write_terminal(blocks: list[Block], width: int) -> str:
+    """Paragraphs and lists, wrapped."""
+
+    def wrapped(text: str, first: str = "", rest: str = "") -> str:
+        return textwrap.fill(plain(text), width, initial_indent=first, subsequent_indent=rest)
+
+    found = []
+    for block in blocks:
+        if isinstance(block, Listing):
+            found += [wrapped(item, "  - ", "    ") for item in block.items]
+        elif isinstance(block, Title | Heading | Lead | Prose):
+            found += ["", wrapped(block.text)]
+        if isinstance(block, Title | Heading):
+            found.append("-" * min(len(block.text), width))
+    return "\n".join(found)
 
 
 WRITERS = {"md": write_markdown, "html": write_html}

@@ -1,4 +1,4 @@
-"""The report's order: the answer first, then the numbers, then why they can be believed."""
+"""The report's order: the decision first, then the numbers, then why they can be believed."""
 
 from dataclasses import asdict
 from math import isfinite
@@ -10,6 +10,8 @@ from harness.report import differences, plots, tables
 from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, read_outputs, score
+from harness.report.decision import Budget, decision
+from harness.report.grades import graded
 from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
@@ -94,16 +96,20 @@ RATES = (
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
-def document(comparisons: list[Comparison], store: Store, corrupt: list[str]) -> list[b.Block]:
+def document(
+    comparisons: list[Comparison], store: Store, corrupt: list[str], budget: Budget | None = None
+) -> list[b.Block]:
     found = []
     for i, comparison in enumerate(comparisons, 1):
-        found += section(comparison, store, "" if i == 1 else f"-{i}", corrupt if i == 1 else [])
+        found += section(comparison, store, "" if i == 1 else f"-{i}", corrupt if i == 1 else [], budget)
     if corrupt:
         found += [b.Heading("Records that could not be read"), b.Prose(CORRUPT), b.Listing(corrupt)]
     return found
 
 
-def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str]) -> list[b.Block]:
+def section(
+    comparison: Comparison, store: Store, suffix: str, corrupt: list[str], budget: Budget | None = None
+) -> list[b.Block]:
     """One comparison, whole. `suffix`: of its plots' names."""
     if not comparison.random_weights:
         read_outputs(comparison, store)
@@ -111,16 +117,20 @@ def section(comparison: Comparison, store: Store, suffix: str, corrupt: list[str
     checks = certificate(comparison)
     return [
         b.Title(comparison.title),
-        *(b.Lead(paragraph) for paragraph in answer(comparison, verdicts)),
+        *decision(comparison, verdicts, budget),
+        b.Heading("What was found"),
+        *(b.Prose(paragraph) for paragraph in answer(comparison, verdicts)),
         *notices(comparison, checks, corrupt),
         *results(comparison),
-        *endings(comparison, verdicts, store),
-        *hybrids(comparison),
+        *figures(comparison, verdicts, suffix),
         *significance(comparison, verdicts),
         *tracks(comparison, verdicts),
-        *figures(comparison, verdicts, suffix),
+        *hybrids(comparison),
+        *more(comparison),
+        *endings(comparison, verdicts, store),
         b.Heading("Cost of each phase"),
         phases(comparison),
+        *graded(comparison, store),
         *generations(comparison, store),
         *setup(comparison),
         *chat_template(comparison),
@@ -201,6 +211,12 @@ def results(comparison: Comparison) -> list[b.Block]:
         found[-1].notes.append(
             f"{beyond:,} of {len(comparison.parts):,} {too_long(comparison)}; no answer can equal them."
         )
+    return found
+
+
+def more(comparison: Comparison) -> list[b.Block]:
+    """What the brief's table leaves out: other scores, what it cost, what has no result."""
+    found: list[b.Block] = []
     if not comparison.random_weights:
         quality = tables.quality(comparison)
         if "BLEU-4 (own base)" in quality.columns:

@@ -130,9 +130,9 @@ class LogProbabilities(torch.autograd.Function):
         states, weight, labels = ctx.saved_tensors
         matrix, of_weight, of_states = weight.to(ctx.dtype), torch.zeros_like(weight), []
         for h, y, g in zip(*(x.split(ctx.rows) for x in (states, labels, grad)), strict=True):
-            _, slopes = both(h, matrix, y, ctx.softcap, ctx.fused, g)
-            of_states.append(slopes @ matrix)
-            of_weight += slopes.T @ h
+            of_state, of_matrix = backwards(h, matrix, y, ctx.softcap, ctx.fused, g)
+            of_states.append(of_state)
+            of_weight += of_matrix
         return torch.cat(of_states), of_weight, None, None, None, None
 
 
@@ -146,18 +146,21 @@ def alone(hidden, matrix, labels, softcap, fused):
 
 def with_gradients(hidden, matrix, labels, softcap, fused):
     """(N,) log-probabilities, and (N, H) the gradient of each with respect to its hidden state."""
-    logps, slopes = both(hidden, matrix, labels, softcap, fused)
-    return logps, slopes @ matrix
-
-
-def both(hidden, matrix, labels, softcap, fused, weights=None):
-    """(N,) log-probabilities, and (N, V) their slopes by the head's products, times weights (N,)."""
     logits = hidden @ matrix.T
     if fused:
-        return head_kernel.log_probabilities(logits, labels, softcap, weights), logits
+        return head_kernel.log_probabilities(logits, labels, softcap), logits @ matrix
     logits = capped(logits, softcap)
-    found = slopes(logits, labels, softcap)
-    return chosen(logits, labels), (found if weights is None else found * weights[:, None]).to(matrix.dtype)
+    return chosen(logits, labels), slopes(logits, labels, softcap).to(matrix.dtype) @ matrix
+
+
+def backwards(hidden, matrix, labels, softcap, fused, weights):
+    """The gradients of the hidden states (N, H) and of the head (V, H), where each row has a weight (N,)."""
+    logits = hidden @ matrix.T
+    if fused:
+        head_kernel.log_probabilities(logits, labels, softcap, weights)
+    else:
+        logits = slopes(capped(logits, softcap), labels, softcap).mul_(weights[:, None]).to(matrix.dtype)
+    return logits @ matrix, logits.T @ hidden
 
 
 def capped(logits, softcap):

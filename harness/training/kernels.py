@@ -222,6 +222,8 @@ class Kernels:
             stack.enter_context(torch._dynamo.config.patch(settings))
             stack.enter_context(torch._functorch.config.patch(KEPT))
             stack.enter_context(self.adapters.installed())
+            asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
+            stack.callback(asking.remove)
             for layer in layers:
                 layer.forward = self.forwards[layer]
                 stack.callback(vars(layer).pop, "forward")
@@ -337,6 +339,11 @@ def plain_gradients(model, run: "Run", batch: dict, share) -> torch.Tensor:
         loss = run.method.loss(model, batch, run) * share
     run.accelerator.backward(loss)
     return loss.detach()
+
+
+def asked_for_gradient(embedding, given, output: torch.Tensor) -> torch.Tensor:
+    """So that the first layer is the same program as the others, also where embeddings are frozen."""
+    return output if output.requires_grad else output.requires_grad_()
 
 
 class Seen:

@@ -1,0 +1,393 @@
+"""Which technique to take, within a budget if there is one, and what would change the answer.
+
+It only reads the verdicts: nothing is compared here that they do not tell apart.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, floor, inf, log10
+
+from harness.metrics import METRICS
+from harness.record import RunRecord
+from harness.report.answer import UNITS, count
+from harness.report.blocks import Block, Heading, Lead, Listing, Prose
+from harness.report.comparison import IDENTICAL, SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique, arm
+from harness.report.differences import inside
+from harness.report.stats import CONFIDENCE
+from harness.report.text import listed, number
+from harness.report.tuning import title
+from harness.report.verdicts import Standing, Verdicts
+from harness.tuning import Found
+
+DECIMAL = ((10**6, "MB"), (10**9, "GB"), (10**12, "TB"))
+BINARY = ((2**20, "MiB"), (2**30, "GiB"), (2**40, "TiB"))
+TIMES = ((1, "s"), (60, "min"), (3600, "h"))
+GAUGES = {  # of what must fit, the first that is known; and what it is
+    "peak_device": "what a run took of the card (device)",
+    "peak_reserved": "what the allocator held of the card (reserved; its context is not in it)",
+    "peak_host": "a run's resident memory, which says nothing of a GPU's",
+}
+SPACE = (
+    "Memory: {}, in its highest phase, evaluation included; the peak memory of the tables is less, as it is "
+    "of live tensors in training. A smaller card may do with less, as an allocator returns what it need not "
+    "hold."
+)
+RESIDENT = "Memory: {}, in its highest phase, evaluation included."
+TIME = (
+    "Time: of a whole run, from loading to saving, evaluation included. Another machine takes another time."
+)
+SEARCHES = "The trials of a search are not in it."
+WORST = "Of several seeds the worst counts, without disturbed ones where there are others; measured on {}."
+CHANGES = "What would change this:"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What there is for a run; infinite: no limit. `binary`: memory is told in GiB, else in GB."""
+
+    memory: float = inf  # bytes
+    seconds: float = inf
+    binary: bool = True
+
+    def __bool__(self) -> bool:
+        return min(self.memory, self.seconds) < inf
+
+    def __str__(self) -> str:
+        return self.told(self.memory, self.seconds)
+
+    def bytes(self, amount: float) -> str:
+        return rounded_up(amount, BINARY if self.binary else DECIMAL)
+
+    def told(self, memory: float | None, seconds: float | None) -> str:
+        """Both, as far as they are known and limited."""
+        found = [self.bytes(memory)] if memory is not None and self.memory < inf else []
+        found += [rounded_up(seconds, TIMES)] if seconds is not None and self.seconds < inf else []
+        return " and ".join(found)
+
+
+def rounded_up(amount: float, units: tuple[tuple[int, str], ...]) -> str:
+    """To three digits: who has so much has enough."""
+    size, unit = next((u for u in reversed(units) if amount >= u[0]), units[0])
+    value = amount / size
+    step = 10.0 ** (floor(log10(max(value, 1e-9))) - 2)
+    return f"{min(ceil(value / step - 1e-6) * step, value * 1.01):,.6g} {unit}"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a technique takes of a budget. None: it was not measured."""
+
+    memory: float | None = None  # bytes
+    seconds: float | None = None
+
+    def over(self, budget: Budget) -> list[str]:
+        """`26 GB, 2 GB too much`, of each limit that does not hold."""
+        memory, seconds, found = self.memory or 0, self.seconds or 0, []
+        if memory > budget.memory:
+            found.append(f"{budget.bytes(memory)}, {budget.bytes(memory - budget.memory)} too much")
+        if seconds > budget.seconds:
+            more = rounded_up(seconds - budget.seconds, TIMES)
+            found.append(f"{rounded_up(seconds, TIMES)}, {more} too long")
+        return found
+
+    def unknown(self, budget: Budget) -> list[str]:
+        found = (("its memory", self.memory, budget.memory), ("its time", self.seconds, budget.seconds))
+        return [what for what, takes, limit in found if takes is None and limit < inf]
+
+    def times(self, budget: Budget) -> float:
+        """The budget that it needs, as a multiple of this one."""
+        return max((self.memory or 0) / budget.memory, (self.seconds or 0) / budget.seconds)
+
+
+def decision(comparison: Comparison, verdicts: Verdicts, budget: Budget | None = None) -> list[Block]:
+    """A lead and its reasons, and what would change them, for each group; what a budget is measured by."""
+    budget = budget or Budget()
+    choices = [Choice(comparison, verdicts, budget, group) for group in comparison.groups]
+    found: list[Block] = []
+    for choice in choices:
+        found.append(Lead(choice.lead()))
+        if reasons := choice.reasons():
+            found.append(Listing(reasons))
+        if changes := choice.changes():
+            found += [Prose(CHANGES), Listing(changes)]
+    if found and budget and any(choice.done for choice in choices):
+        found.append(Prose(measured(comparison, budget)))
+    return [Heading("Decision"), *found] if found else []
+
+
+def measured(comparison: Comparison, budget: Budget) -> str:
+    """What a budget is held against."""
+    devices = {r.provenance.device or "cpu" for t in comparison.trained for r in t.done}
+    where = listed(sorted("a CPU" if name == "cpu" else name for name in devices))
+    name = gauge(comparison)
+    space = (RESIDENT if name == "peak_host" else SPACE).format(GAUGES[name])
+    found = [space] if budget.memory < inf else []
+    found += [TIME, *[SEARCHES] * bool(comparison.searches)] if budget.seconds < inf else []
+    return " ".join([*found, WORST.format(where)])
+
+
+def gauge(comparison: Comparison) -> str:
+    """What the memory of all is told by: resident memory and a card's do not compare."""
+    done = [r for t in comparison.trained for r in t.done]
+    known = (name for name in GAUGES if any(r.peak(name, tuple(r.phases)) is not None for r in done))
+    return next(known, "peak_host")
+
+
+def need(comparison: Comparison, technique: Technique) -> Need:
+    """Of its worst seed; unknown where a seed ran out of it. Other programs on the card, or a busy machine,
+    are in what a disturbed run took."""
+    name, ends = gauge(comparison), {record.status for record in technique.records}
+
+    def worst(of) -> float | None:
+        return max((value for r in done if (value := of(r)) is not None), default=None)
+
+    done = [record for record in technique.done if not record.disturbed] or technique.done
+    memory, seconds = worst(lambda r: whole_memory(r, name)), worst(whole_seconds)
+    return Need(None if ends & {"oom_gpu", "oom_host"} else memory, None if "timeout" in ends else seconds)
+
+
+def whole_memory(record: RunRecord, name: str) -> int | None:
+    """Bytes. A card's gauge that fails in some phase, and so is below the allocator's, is unknown."""
+    most, held = (record.peak(of, tuple(record.phases)) for of in (name, "peak_reserved"))
+    return None if name == "peak_device" and most is not None and most < (held or 0) else most
+
+
+def whole_seconds(record: RunRecord) -> float | None:
+    return sum(phase.seconds for phase in record.phases.values()) or None
+
+
+class Choice:
+    """Of one group. `fit`: the labels of those that remain; `standing`: the verdicts in what leads, if there
+    are any; `ranked`: who of `fit` has one, from the best mean on; `top`: the first and all that are tied
+    with it; `beaten`: who is dominated, and by whom; `best_of_both`: who of the top is not by another of it.
+    """
+
+    def __init__(self, comparison: Comparison, verdicts: Verdicts, budget: Budget, group: str):
+        self.comparison, self.verdicts, self.budget, self.group = comparison, verdicts, budget, group
+        self.techniques = comparison.groups[group]
+        self.done = [t for t in self.techniques if t.done]
+        self.needs = {t.label: need(comparison, t) for t in self.done}
+        self.over = {name: over for name, takes in self.needs.items() if (over := takes.over(budget))}
+        self.nearest = sorted(self.over, key=lambda name: self.needs[name].times(budget))
+        self.unknown = {name: found for name, takes in self.needs.items()
+                        if name not in self.over and (found := takes.unknown(budget))}  # fmt: skip
+        self.fit = [name for name in self.needs if name not in self.over and name not in self.unknown]
+        self.standing = leading(comparison, verdicts)
+        self.ranked = self.among(self.standing)
+        self.top = first_of(self.standing, self.ranked)
+        ranked = ((standing, standing.ranked(group)) for standing in verdicts.standings.values())
+        self.judged = [(standing, set(names)) for standing, names in ranked if names]
+        order = self.ranked + [name for name in self.fit if name not in self.ranked]
+        self.beaten = {n: by for n in order if (by := [o for o in order if self.dominates(o, n)])}
+        self.best_of_both = [n for n in self.top if not set(self.beaten.get(n, ())) & set(self.top)]
+
+    def among(self, standing: Standing | None) -> list[str]:
+        """Who remains and has verdicts in a quantity, from the best on."""
+        return [name for name in standing.ranked(self.group) if name in self.fit] if standing else []
+
+    def dominates(self, by: str, name: str) -> bool:
+        """Known to be better in some score or cost, and to be worse in none. Who lacks a verdict in one of
+        them neither dominates nor is dominated: it may be the better one there."""
+        if not all(by in ranked and name in ranked for _, ranked in self.judged):
+            return False
+        standings = [standing for standing, _ in self.judged]
+        return any(s.beats(by, name) for s in standings) and not any(s.beats(name, by) for s in standings)
+
+    # Who to take
+
+    def lead(self) -> str:
+        scope = ", ".join(filter(None, (self.group[1:], f"within {self.budget}" if self.budget else "")))
+        text = f"{scope}: {self.first()}." if scope else f"{self.first()}."
+        return text if not scope and text.startswith(tuple(self.fit)) else text[0].upper() + text[1:]
+
+    def first(self) -> str:
+        if not self.done:
+            return "no technique has a result, and there is nothing to choose"
+        if not self.fit:
+            return f"none of {count(len(self.done), 'technique')} is known to fit"
+        if len(self.fit) == 1:
+            what = "alone fits" if len(self.done) > 1 else "alone has a result, so there is no choice"
+            return f"{self.fit[0]} {what}{self.caveat(self.fit)}"
+        if len(self.ranked) < 2 or not self.standing:
+            return f"no choice by scores ({self.silent()})"
+        most = f"the {extreme(self.standing)} {inside(self.standing.quantity.label)}"
+        if len(self.top) == 1:
+            return f"{self.top[0]}, with {most}{self.caveat(self.top)}"
+        others = len(self.top) - len(self.best_of_both)
+        rest = f"; {count(others, 'other')} so tied {'is' if others == 1 else 'are'} dominated" * bool(others)
+        return f"{either(self.best_of_both)}, tied for {most}{rest}{self.caveat(self.best_of_both)}"
+
+    def silent(self) -> str:
+        """Why scores decide nothing."""
+        if self.comparison.random_weights:
+            return "the weights were drawn at random"
+        entrants = self.standing.entrants if self.standing else {}
+        why = dict.fromkeys(entrants[name].unranked for name in self.fit if name in entrants)
+        return listed(list(filter(None, why))) or "test outputs are missing"
+
+    def caveat(self, labels: list[str]) -> str:
+        """Where a training is not known to have helped at all."""
+        before = self.comparison.base(UNTOUCHED)
+        if not before or not self.standing:
+            return ""
+        found = [
+            name for name in labels
+            if self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
+            and not self.standing.beats(name, before.label)
+        ]  # fmt: skip
+        who = "" if len(found) == len(labels) else f"{listed(found)} {'is' if len(found) == 1 else 'are'} "
+        where = f"in {inside(self.standing.quantity.label)}"
+        return f", but {who}not known to be better than the untouched model {where}" if found else ""
+
+    # Why
+
+    def reasons(self) -> list[str]:
+        found = []
+        if self.budget and self.done:
+            found.append(f"Fits: {listed(self.fit, len(self.fit)) or 'none'}, of {len(self.done)}.")
+        aim = self.techniques[0].aim
+        if self.techniques[0].objective != "sft" and aim not in self.verdicts.standings and self.standing:
+            label = METRICS[aim].label.lower()
+            found.append(f"What they aim at, {label}, has no verdicts: it is in the table alone.")
+        if self.standing and len(self.ranked) > 1:
+            found += [self.both()] * bool(self.verdicts.costs) + [self.best(self.standing)]
+        found += [self.least(cost) for cost in self.verdicts.costs if len(self.among(cost)) > 1]
+        if self.beaten:
+            why = "by one that is known to be better in a score or a cost, and to be worse in none"
+            found.append(f"Dominated, {why}: {self.dominated()}.")
+        if over := [f"{name} ({'; '.join(self.over[name])})" for name in self.nearest]:
+            found.append(f"Does not fit: {listed(over, len(over))}.")
+        if lost := [f"{name} ({' and '.join(said)})" for name, said in self.unknown.items()]:
+            found.append(f"Not measured, and not known to fit: {listed(lost, len(lost))}.")
+        if broke := [f"{t.label} ({t.status}{self.card(t)})" for t in self.techniques if t.status]:
+            found.append(f"Without a result: {listed(broke, len(broke))}.")
+        return found
+
+    def best(self, standing: Standing) -> str:
+        first = self.top[0]
+        value = number(standing.point(first), standing.quantity.decimals)
+        text = f"Best {inside(standing.quantity.label)}: {first}, {value}{tied(self.top)}"
+        behind = next((name for name in self.ranked if name not in self.top), None)
+        return text + (f"; the next, {behind}, is {apart(standing, behind, first)}." if behind else ".")
+
+    def least(self, cost: Standing) -> str:
+        names = first_of(cost, self.among(cost))
+        what = cost.quantity.label.lower().removeprefix("peak ")
+        return f"Least {what}: {names[0]}, {UNITS[cost.quantity.name](cost.point(names[0]))}{tied(names)}."
+
+    def both(self) -> str:
+        """And what each of them has over the others."""
+        chosen, said = self.best_of_both, []
+        for standing in (*self.verdicts.costs, *self.verdicts.metrics):
+            names = [name for name in self.among(standing) if name in chosen]
+            if len(first := first_of(standing, names)) < len(names):
+                said.append(f"{either(first)} has the {extreme(standing)} {inside(standing.quantity.label)}")
+        which = chosen[0] if len(chosen) == 1 else f"these {len(chosen)}"
+        return f"Best of both, score and cost: {'; '.join((which, *said))}."
+
+    def dominated(self) -> str:
+        """`DoRA by GaLore`: by the best that is not dominated itself."""
+        by: dict[str, list[str]] = {}
+        for name, others in self.beaten.items():
+            free = [other for other in others if other not in self.beaten]
+            by.setdefault((free or others)[0], []).append(name)
+        return "; ".join(f"{listed(names)} by {other}" for other, names in by.items())
+
+    def card(self, technique: Technique) -> str:
+        """On which a run was out of memory."""
+        sizes = [r.provenance.device_bytes for r in technique.records if r.status == "oom_gpu"]
+        known = [size for size in sizes if size]
+        return f" on a card of {self.budget.bytes(max(known))}" if known else ""
+
+    # What would change it
+
+    def changes(self) -> list[str]:
+        return list(filter(None, (self.dearer(), self.more_data(), *self.gaps(), self.untuned())))
+
+    def dearer(self) -> str:
+        """The cheapest that does not fit and is known to be better, and the budget that it needs."""
+        over = self.nearest
+        if over and not self.fit:
+            return f"The budget: {over[0]} needs least, {self.takes(over[0])}."
+        if not over or not self.top or not self.standing:
+            return ""
+        for name in over:
+            if self.standing.beats(name, self.top[0]):
+                gain = apart(self.standing, name, self.top[0], "better")
+                takes = self.takes(name)
+                return f"The budget: {name}, {gain} than {self.top[0]}, takes {takes}."
+        if not set(over) & set(self.standing.ranked(self.group)):
+            return ""
+        return f"No larger budget: nothing that does not fit is known to be better than {self.top[0]}."
+
+    def takes(self, label: str) -> str:
+        return self.budget.told(self.needs[label].memory, self.needs[label].seconds)
+
+    def more_data(self) -> str:
+        """Ties that are no equality."""
+        if len(self.top) < 2 or not self.standing:
+            return ""
+        first, quantity = self.top[0], self.standing.quantity
+        twins = ([t.label for t in same] for same in self.comparison.twins)
+        same = next((labels for labels in twins if first in labels), [first])
+        if not (open_ := [name for name in self.top if name not in same]):
+            return ""
+        least = quantity.amounts(self.standing.detectable())[0]
+        return (
+            f"More test rows or seeds: they could break the tie of {first} with {listed(open_)}; of two "
+            f"techniques this bench could have told apart {least} {inside(quantity.label)}."
+        )
+
+    def gaps(self) -> Iterable[str]:
+        """What the bench lacks."""
+        unranked = [f"{t.label} ({t.unranked_because})" for t in self.done if not t.ranked]
+        if unranked and not self.comparison.random_weights:
+            yield f"{SEEDS_TO_RANK} seeds that all stay finite: they would rank {listed(unranked)}."
+        if busy := [t.label for t in self.done if t.disturbed]:
+            less = "disturbed ones are not ranked in time, and may take less when they are alone"
+            yield f"Undisturbed runs of {listed(busy)}: {less}."
+        if edges := [title(self.comparison, s) for s in self.comparison.searches if s.edge and self.has(s)]:
+            yield f"A wider search: the best of {listed(edges)} is at the edge of what was tried."
+        if broke := [t.label for t in self.techniques if not t.done]:
+            yield f"A result of {listed(broke)}, where there is none yet."
+
+    def has(self, search: Found) -> bool:
+        return arm(self.techniques, search.spec) is not None
+
+    def untuned(self) -> str:
+        """Whether each could be better than with what was asked for."""
+        if self.comparison.searches or self.comparison.random_weights or not self.done:
+            return "Tuning: below, each is at its own best." if self.group.endswith(IDENTICAL) else ""
+        return "Tuning: each at its own best (--track tuned) may rank otherwise."
+
+
+def leading(comparison: Comparison, verdicts: Verdicts) -> Standing | None:
+    """The verdicts in what decides: of plain text, which asks nothing, the perplexity."""
+    first = next(iter(verdicts.metrics), None)
+    return verdicts.standings.get("perplexity", first) if comparison.plain_text else first
+
+
+def first_of(standing: Standing | None, names: list[str]) -> list[str]:
+    """Of names from the best on: the first and all that are tied with it."""
+    return [n for n in names if standing and (n == names[0] or standing.verdict(names[0], n).word == "tied")]
+
+
+def apart(standing: Standing, one: str, other: str, word: str = "worse") -> str:
+    """`0.81 worse (95% CI 0.01 to 1.62)`: `one` than the other, as a verdict says."""
+    d = standing.verdict(one, other).difference
+    ends = sorted((d.low, d.high), key=abs)
+    value, low, high = (end.lstrip("−") for end in standing.quantity.amounts(d.value, *ends))
+    return f"{value} {word} ({CONFIDENCE:.0%} CI {low} to {high})"
+
+
+def extreme(standing: Standing) -> str:
+    return "highest" if standing.quantity.better == "higher" else "lowest"
+
+
+def tied(names: list[str]) -> str:
+    """Whom the first is tied with."""
+    return f", tied with {listed(names[1:])}" if names[1:] else ""
+
+
+def either(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
