@@ -26,7 +26,7 @@ def run_command(options, typed: list[str]) -> int:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
-        files = render(store, options.reports, ("md", "html"))
+        files = render(store, options.reports, options.format)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
@@ -56,6 +56,10 @@ def planned(options, keep: bool = False):
         found = plan(request, keep)
     for name in ("results", "reports"):
         problems.add(f"--{name}", unwritable(getattr(options, name)))
+    if "pdf" in getattr(options, "format", ()):
+        from harness.report import REMEDY, missing
+
+        problems.add("--format pdf", missing(), REMEDY)
     problems.refuse()
     return found
 
@@ -234,17 +238,24 @@ def report_command(options, typed: list[str]) -> int:
     problems.add("--reports", unwritable(options.reports))
     problems.refuse()
     try:
-        files = [str(file) for file in render(Store(options.results), options.reports, options.format)]
+        made = render(Store(options.results), options.reports, options.format)
     except (OSError, ValueError) as error:
         raise BadRequest(str(error)) from error
+    files = [str(file) for file in made]
     print(json.dumps(files, indent=1) if options.json else "report: " + "  ".join(files))
-    return OK
+    return OK if len(files) == len(dict.fromkeys(options.format)) else SOME_FAILED
 
 
 def render(store, folder: Path, formats) -> list[Path]:
+    """-> the documents that were written; of what cannot be written here, the reason is told."""
+    from harness.report import Unwritten
     from harness.report import render as made
 
-    return made(store, folder, tuple(formats))
+    try:
+        return made(store, folder, tuple(dict.fromkeys(formats)))
+    except Unwritten as error:
+        complain(f"error: {error}")
+        return error.written
 
 
 def doctor_command(options, typed: list[str]) -> int:
