@@ -91,26 +91,27 @@ def techniques(comparison: Comparison) -> list[b.Block]:
         named = listed([card.get("title") or name for name, card in cards.items()], len(cards))
         return [b.Prose(shorten(f"{named}. The reasons for each are in the appendix.", PARAGRAPH))]
     found: list[b.Block] = []
+    room = min(3, ALL // max(len(cards), 1)) * CLAUSE
     for name, card in cards.items():
         why = card.get("why") or {}
         reasons = [
-            (part.capitalize(), sentence(why[part]))
+            (part.capitalize(), sentence(why[part], room))
             for part in ("performance", "efficiency", "generalisation")
             if why.get(part)
         ]
         source = shorten(str(card.get("paper") or "").partition(",")[0], CLAUSE)
-        what = sentence(card.get("summary") or "")
+        what = sentence(card.get("summary") or "", room)
         title = cut(card.get("title") or name) + f" ({source})" * bool(source)
         found.append(b.Card(title, "", [("", what), *reasons] if what else reasons))
     return found or [b.Prose("None has been run yet.")]
 
 
-def sentence(text: str) -> str:
-    """With a capital and a full stop; of more than a clause takes, what of it is whole sentences."""
+def sentence(text: str, limit: int = CLAUSE) -> str:
+    """With a capital and a full stop; of more characters than the limit, what of it is whole sentences."""
     text = " ".join(str(text).split())
-    if len(text) > CLAUSE:
-        cut, parts = text[: CLAUSE + 1], re.findall(r".*?[.;](?= )", text[: CLAUSE + 1])
-        text = "".join(parts).rstrip(";") or cut.rpartition(" ")[0].rstrip(",;:") + "…"
+    if len(text) > limit:
+        parts = re.findall(r".*?[.;](?= )", text[: limit + 1])
+        text = "".join(parts).rstrip(";") or text[:limit].rpartition(" ")[0].rstrip(",;:") + "…"
     return text[:1].upper() + text[1:] + "." * (bool(text) and text[-1] not in ".!?…")
 
 
@@ -327,13 +328,13 @@ def proposal(comparison: Comparison, verdicts: Verdicts) -> str:
         text = (technique.card.get("why") or {}).get(what)
         return sentence(text) if text else "Not known."
 
+    changed, also = (CHANGES[technique.card["axis"]] for technique in (one, other))
     return (
-        f"Proposed, not run: {short(one)} and {short(other)} in one training. The one changes "
-        f"{CHANGES[one.card['axis']]}, the other {CHANGES[other.card['axis']]}, so that each can keep what "
-        f"it is good for. Performance, from {short(one)}: {why(one, 'performance')} Resources, from "
-        f"{short(other)}: {why(other, 'efficiency')} Generalisation: {why(one, 'generalisation')} Of the pairs that change "
-        "different things, these two are best placed in score and memory together. Whether both gains add up, "
-        "a run would have to show."
+        f"Proposed, not run: {short(one)} and {short(other)} in one training. The one changes {changed}, "
+        f"the other {also}, so that each can keep what it is good for. Performance, from {short(one)}: "
+        f"{why(one, 'performance')} Resources, from {short(other)}: {why(other, 'efficiency')} "
+        f"Generalisation: {why(one, 'generalisation')} Of the pairs that change different things, these two "
+        "are best placed in score and memory together. Whether both gains add up, a run would have to show."
     )
 
 

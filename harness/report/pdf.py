@@ -16,7 +16,7 @@ from harness.report.blocks import Block, Plot, Table
 TEMPLATE = Path(__file__).with_name("templates") / "report.typ"
 REMEDY = "pip install typst"
 PAGES = 2  # that a person hands in
-SIZES = (10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5)  # pt: the largest at which the pages hold it all
+SIZES = (10.5, 10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5)  # pt: the largest at which the pages hold it all
 WIDEST = 12  # columns of a table on a page
 UNBROKEN = re.compile(r"\S{24}(?=\S)")  # in a digest or an address a line may end anywhere
 
