@@ -43,7 +43,7 @@ def typeset(reports: list[tuple[list[Block], list[Block]]], now: str) -> bytes:
     def made(parts: list, sizes: list[float], by: Callable, **asked: Any) -> Any:
         inputs = {"reports": json.dumps(parts), "now": now, "sizes": json.dumps(sizes)}
         try:
-            return by(TEMPLATE.read_bytes(), sys_inputs=inputs, **asked)
+            return by(TEMPLATE, sys_inputs=inputs, **asked)
         except typst.TypstError as error:
             raise Unsettable(f"typst cannot set it: {plain(error)}") from error
 
