@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.plain import plain
+from harness.plain import plain, shorten
 from harness.report.blocks import Block, Plot, Table
 
 TEMPLATE = Path(__file__).with_name("templates") / "report.typ"
@@ -18,6 +18,7 @@ REMEDY = "pip install typst"
 PAGES = 2  # that a person hands in
 SIZES = (10.5, 10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5)  # pt: the largest at which the pages hold it all
 WIDEST = 12  # columns of a table on a page
+LONGEST = 4000  # characters of one text: most of a page
 UNBROKEN = re.compile(r"\S{24}(?=\S)")  # in a digest or an address a line may end anywhere
 
 
@@ -97,4 +98,5 @@ def shown(value):
         return [shown(item) for item in value]
     if not isinstance(value, str):
         return value
-    return UNBROKEN.sub(lambda found: found[0] + "\u200b", plain(value)).replace(" ± ", "\u00a0±\u00a0")
+    text = plain(shorten(value, LONGEST))
+    return UNBROKEN.sub(lambda found: found[0] + "\u200b", text).replace(" ± ", "\u00a0±\u00a0")
