@@ -1,13 +1,15 @@
 """What a report costs at scale: python benchmarks/report.py
 
 Fabricates the results of 12 methods with 3 seeds and two untouched models, 6,000 test rows each, and prints
-seconds, those of them on a core (beside others a process waits), and peak memory of four things, each a
+seconds, those of them on a core (beside others a process waits), and peak memory of some things, each a
 process of its own, from its start to its end:
 
     metrics    BLEU-4, ROUGE-L and the reward of the rows of one run, as its child computes them
     store      reading and checking all runs, as every command does that looks for what is there
     verdicts   the same, and what can be concluded from them
-    report     the command, from the shell's prompt to report.md and report.html
+    markdown   the command, from the shell's prompt to report.md
+    report     the same to report.md and report.html
+    formats    the same to all formats that there are
 
 Texts are words of the README, as many as chat answers have; a word of an answer comes out right with a
 chance that depends on method, row and seed.
@@ -93,15 +95,26 @@ def verdicts(folder: Path) -> None:
         Verdicts(comparison)
 
 
-def report(folder: Path) -> None:
+def report(folder: Path, formats: tuple[str, ...] = ("md", "html")) -> None:
     from harness.cli import main as command
 
     where = ["--results", str(folder / "results"), "--reports", str(folder / "reports")]
-    if command(["report", *where]):
+    if command(["report", *where, "--format", *formats]):
         sys.exit("no report")
 
 
-STAGES = {"metrics": metrics, "store": store, "verdicts": verdicts, "report": report}
+def markdown(folder: Path) -> None:
+    report(folder, ("md",))
+
+
+def formats(folder: Path) -> None:
+    from harness.cli.arguments import FORMATS
+
+    report(folder, FORMATS)
+
+
+STAGES = {"metrics": metrics, "store": store, "verdicts": verdicts, "markdown": markdown, "report": report,
+          "formats": formats}  # fmt: skip
 
 
 def fabricated(folder: Path, rows: int, methods: tuple[str, ...], seeds: int) -> None:

@@ -169,6 +169,7 @@ def flag(help: str) -> dict:
 ASKING, WITHIN, LISTS = ("run", "plan"), ("run", "report"), ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 PROMPTS = 10  # whose answers people grade: what the brief asks for
+FORMATS = ("md", "html", "pdf", "csv", "json", "tex")
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
 ARGUMENTS = (
     ("what", ["list"], {"nargs": "?", "choices": LISTS, "help": "default: all"}),
@@ -221,8 +222,9 @@ ARGUMENTS = (
         "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
     ("--reports", (*ASKING, "report"), once(
         "DIR", "where reports are written (default: reports)", type=folder, default=Path("reports"))),
-    ("--format", ["report"], {"action": Once, "nargs": "+", "choices": ("md", "html"),
-                              "default": ["md", "html"], "help": "default: both"}),
+    ("--format", ["run", "report"], {"action": Once, "nargs": "+", "choices": FORMATS,
+                                     "default": ["md", "html"], "help": "of the report, any of "
+                                     f"{', '.join(FORMATS)} (default: md html)"}),
     ("--json", COMMANDS, flag("print one JSON value on standard output, progress on standard error")),
     ("--version", ["run"], {"action": "version", "version": f"tuneoff {__version__}"}),
 )  # fmt: skip

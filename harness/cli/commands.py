@@ -27,7 +27,7 @@ def run_command(options, typed: list[str]) -> int:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
-        files = render(store, options.reports, ("md", "html"), options)
+        files = render(store, options.reports, options.format, options)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
@@ -58,6 +58,10 @@ def planned(options, keep: bool = False):
         found = plan(request, keep)
     for name in ("results", "reports"):
         problems.add(f"--{name}", unwritable(getattr(options, name)))
+    if "pdf" in getattr(options, "format", ()):
+        from harness.report import REMEDY, missing
+
+        problems.add("--format pdf", missing(), REMEDY)
     problems.refuse()
     return found
 
@@ -245,13 +249,19 @@ def report_command(options, typed: list[str]) -> int:
     else:
         print_conclusion(store, options)
         print("report: " + "  ".join(files))
-    return OK
+    return OK if len(files) == len(dict.fromkeys(options.format)) else SOME_FAILED
 
 
 def render(store, folder: Path, formats, options) -> list[Path]:
+    """-> the documents that were written; of what cannot be written here, the reason is told."""
+    from harness.report import Unwritten
     from harness.report import render as made
 
-    return made(store, folder, tuple(formats), budget=budget(options))
+    try:
+        return made(store, folder, tuple(dict.fromkeys(formats)), budget=budget(options))
+    except Unwritten as error:
+        complain(f"error: {error}")
+        return error.written
 
 
 def print_conclusion(store, options, records: list | None = None) -> None:

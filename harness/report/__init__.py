@@ -1,12 +1,15 @@
-"""`reports/`: the records of a store as one document, in Markdown and in HTML, with its plots.
+"""`reports/`: the records of a store as one document, in Markdown, HTML and PDF, with its plots, and as data.
 
 A pure function of the store: rendered again it is the same bytes, but for the line with the time.
-Torch is not needed; numpy, pandas, matplotlib and jinja2 are.
+Torch is not needed; numpy, pandas, matplotlib and jinja2 are, and typst for a PDF.
 """
 
 import base64
 import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,54 +21,95 @@ from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.answer import answer
 from harness.report.blocks import Block, Heading, Lead, Listing, Plot, Prose, Title
-from harness.report.comparison import comparisons, read_outputs
+from harness.report.comparison import Comparison, comparisons
 from harness.report.decision import Budget, decision
 from harness.report.document import document
+from harness.report.export import write_csv, write_json, write_latex
 from harness.report.grades import contestants
+from harness.report.handin import pages
+from harness.report.pdf import REMEDY, Unsettable, missing, typeset
 from harness.report.tables import brief
 from harness.report.text import markdown
-from harness.report.verdicts import Verdicts
+from harness.report.verdicts import Verdicts, judged
 from harness.store import Store, save
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Budget", "brief_table", "conclusion", "contestants", "render"]
-FORMATS = ("md", "html")
+__all__ = [
+    "REMEDY", "Budget", "Unwritten", "brief_table", "conclusion", "contestants", "missing", "render",
+]  # fmt: skip
+USUAL = ("md", "html")
+
+
+class Unwritten(ValueError):
+    """Why some formats could not be written; `written` are the documents that were."""
+
+    def __init__(self, reasons: list[str], written: list[Path]):
+        super().__init__("; ".join(reasons))
+        self.written = written
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the writers are handed; each part is made once, when the first asks for it."""
+
+    comparisons: list[Comparison]
+    store: Store
+    corrupt: list[str]  # a line for each record that could not be read
+    now: str
+    budget: Budget | None = None
+
+    @cached_property
+    def judged(self) -> list[tuple[Comparison, Verdicts]]:
+        return [(comparison, judged(comparison, self.store)) for comparison in self.comparisons]
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return document(self.comparisons, self.store, self.corrupt, self.budget)
 
 
 def render(
     store: Store,
     folder: Path,
-    formats: tuple[str, ...] = FORMATS,
+    formats: tuple[str, ...] = USUAL,
     now: str | None = None,
     budget: Budget | None = None,
 ) -> list[Path]:
-    """Writes report.md, report.html and plots/*.png, *.svg into a folder. -> the documents' paths.
+    """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
+    document plots/*.png, *.svg. -> the files' paths, without those of the plots.
 
     `now` stands in the one line that differs from one rendering to the next; null: this minute. `budget`:
     within which it decides.
-    Raises ValueError for an unknown format and for a store without a readable record.
+    Raises ValueError for an unknown format and for a store without a readable record, and Unwritten, when all
+    else is written, for a format that cannot be written here.
     """
-    if unknown := set(formats) - set(FORMATS):
-        raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(FORMATS)}")
+    if unknown := set(formats) - set(WRITERS):
+        raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(WRITERS)}")
     records, corrupt = store.load()
     found = comparisons(records)
     if not found:
         unreadable = f": {len(corrupt)} could not be read, such as {corrupt[0]}" if corrupt else ""
         raise ValueError(f"no run to report in {store.folder}{unreadable}")
-    blocks = document(found, store, corrupt, budget)
     now = now or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    report = Report(found, store, corrupt, now, budget)
     plots = folder / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    for block in blocks:
+    folder.mkdir(parents=True, exist_ok=True)
+    for block in report.blocks if set(formats) & DOCUMENTS else []:
         if isinstance(block, Plot):
+            plots.mkdir(exist_ok=True)
             for kind, image in block.images.items():
                 save(plots / f"{block.name}.{kind}", image)
-    written = []
+    written, reasons = [], []
     for kind in formats:
-        written.append(folder / f"report.{kind}")
-        save(written[-1], WRITERS[kind](blocks, now))
+        file = folder / f"report.{kind}"
+        try:
+            save(file, WRITERS[kind](report))
+            written.append(file)
+        except Unsettable as error:
+            reasons.append(f"{file} is not written: {error}")
+    if reasons:
+        raise Unwritten(reasons, written)
     return written
 
 
@@ -80,9 +124,7 @@ def conclusion(
         found = [c for c in found if asked & {r.spec.digest for t in c.trained for r in t.records}]
     blocks: list[Block] = []
     for comparison in found if records is not None else found[:1]:
-        if not comparison.random_weights:
-            read_outputs(comparison, store)
-        verdicts = Verdicts(comparison)
+        verdicts = judged(comparison, store)
         blocks += [Title(comparison.title)] * (len(found) > 1)
         blocks += [Prose(paragraph) for paragraph in answer(comparison, verdicts)]
         blocks += decision(comparison, verdicts, budget)
@@ -147,7 +189,25 @@ def write_terminal(blocks: list[Block], width: int) -> str:
     return "\n".join(found)
 
 
-WRITERS = {"md": write_markdown, "html": write_html}
+def write_pdf(report: Report) -> bytes:
+    """Each comparison's two pages, then its appendix: what the other documents have of it."""
+    parts: list[list[Block]] = []
+    for block in report.blocks:
+        parts += [[]] if isinstance(block, Title) else []
+        parts[-1].append(block)
+    firsts = [pages(comparison, verdicts) for comparison, verdicts in report.judged]
+    return typeset(list(zip(firsts, parts, strict=True)), report.now)
+
+
+DOCUMENTS = {"md", "html", "pdf"}  # with plots
+WRITERS: dict[str, Callable[[Report], str | bytes]] = {
+    "md": lambda report: write_markdown(report.blocks, report.now),
+    "html": lambda report: write_html(report.blocks, report.now),
+    "pdf": write_pdf,
+    "csv": lambda report: write_csv(report.judged),
+    "json": lambda report: write_json(report.judged, report.corrupt, report.now),
+    "tex": lambda report: write_latex(report.judged),
+}
 
 
 def template(name: str, finalize, **filters):

@@ -45,12 +45,14 @@ class Listing(Block):
 
 @dataclass
 class Table(Block):
-    """Cells are text; the columns in `words` are to be read as such, the others as numbers."""
+    """Cells are text; the columns in `words` are to be read as such, the others as numbers. `best`: (row,
+    column) of what no other is known to beat."""
 
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     words: tuple[int, ...] = (0,)
+    best: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -115,6 +116,7 @@ class Comparison:
     searches: list[Found] = field(default_factory=list)  # of the tuned track
     parts: list[str] = field(default_factory=list)  # of each test row; from the outputs
     reference_tokens: np.ndarray | None = None  # (test rows,), end marks included; from the outputs
+    verdicts: Any = None  # harness.report.verdicts.judged keeps them here
 
     @property
     def records(self) -> list[RunRecord]:

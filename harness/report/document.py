@@ -9,14 +9,14 @@ from harness.report import blocks as b
 from harness.report import differences, plots, tables
 from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
-from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, read_outputs, score
+from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, score
 from harness.report.decision import Budget, decision
 from harness.report.grades import graded
 from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.report.tuning import tracks
-from harness.report.verdicts import Verdicts
+from harness.report.verdicts import Verdicts, judged
 from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
 from harness.tuning import found_by
@@ -111,9 +111,7 @@ def section(
     comparison: Comparison, store: Store, suffix: str, corrupt: list[str], budget: Budget | None = None
 ) -> list[b.Block]:
     """One comparison, whole. `suffix`: of its plots' names."""
-    if not comparison.random_weights:
-        read_outputs(comparison, store)
-    verdicts = Verdicts(comparison)
+    verdicts = judged(comparison, store)
     checks = certificate(comparison)
     return [
         b.Title(comparison.title),

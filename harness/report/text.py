@@ -27,6 +27,27 @@ def markdown(value) -> str:
     return BLOCK_START.sub(r"\1\\\2", text)
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with one of these a cell begins that a spreadsheet computes
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%",
+    "_": r"\_", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": r"\textasteriskcentered{}",
+    "±": r"$\pm$", "−": r"$-$", "–": "--", "…": r"\dots{}", "⟨": r"$\langle$", "⟩": r"$\rangle$",
+    "\n": " ", "\t": " ",
+}  # fmt: skip
+
+
+def spreadsheet(value) -> str:
+    """Text that no spreadsheet takes for a formula: an apostrophe before it says so to them all."""
+    text = plain(value)
+    return "'" + text if text.lstrip().startswith(FORMULA) else text
+
+
+def latex(value) -> str:
+    """Text that LaTeX sets as it is, outside of mathematics."""
+    return "".join(LATEX.get(c, c) for c in plain(value))
+
+
 def number(value: float | None, decimals: int = 2, signed: bool = False) -> str:
     """With a true minus sign; groups of thousands where decimals no longer say anything, and powers of ten
     where no reader counts digits."""

@@ -11,9 +11,10 @@ import numpy as np
 
 from harness.metrics import Metric, faults
 from harness.record import RunRecord
-from harness.report.comparison import SEEDS_TO_RANK, Comparison, Technique, seconds
+from harness.report.comparison import SEEDS_TO_RANK, Comparison, Technique, read_outputs, seconds
 from harness.report.stats import DRAWS, Difference, Family, Sample
 from harness.report.text import number
+from harness.store import Store
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,15 @@ class Verdicts:
             for a, b in pairwise(self.front(cost, gain, group))
             if self.standings[cost].beats(a, b) and self.standings[gain].beats(b, a)
         ]
+
+
+def judged(comparison: Comparison, store: Store) -> Verdicts:
+    """The verdicts of a comparison whose test rows are read first; computed once for all who write of it."""
+    if comparison.verdicts is None:
+        if not comparison.random_weights:
+            read_outputs(comparison, store)
+        comparison.verdicts = Verdicts(comparison)
+    return comparison.verdicts
 
 
 def sample_of(metric: Metric, seeds: list[np.ndarray]) -> Sample:
