@@ -401,8 +401,9 @@ def numbers(metric: Metric, output: dict, dataset: Mapping) -> Sequence[float | 
 
 
 def total(outputs: list[dict], dataset: Mapping) -> dict[str, list[float]]:
-    """The sums over all test rows, by metric."""
-    return {name: of_rows.sum(0).tolist() for name, of_rows in row_sums(outputs, dataset).items()}
+    """The sums over all test rows, by metric that the dataset asks for."""
+    asked = row_sums(outputs, dataset).items()
+    return {name: of_rows.sum(0).tolist() for name, of_rows in asked if METRICS[name].asked(dataset)}
 
 
 def scores(sums: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:

@@ -26,8 +26,9 @@ from harness.spec import Hyperparams
 
 SECONDS = 60  # for a plugin's import, which may be torch's and its kin's: ten where the disk is slow
 NEARLY = 0.87  # alike, by difflib's measure: optimiser (0.89), but not load_nf4 beside load (0.67)
+AIMS = tuple(name for name, metric in METRICS.items() if not metric.fault)
 DECLARED = {  # what a class says of itself; texts and truth values are as their defaults
-    "axis": Literal[method.AXES], "aim": Literal[tuple(METRICS)], "mean_over": Literal["tokens", "rows"],
+    "axis": Literal[method.AXES], "aim": Literal[AIMS], "mean_over": Literal["tokens", "rows"],
     "needs": list[str], "hybrid": list[str],
     "learning_rates": tuple[Positive, Positive], "tunes": tuple[str, list],
     "cannot": dict[Literal[tuple(method.LIMITS)], str], "overrides": dict,

@@ -308,7 +308,7 @@ def test_what_cannot_be_checked_is_told_as_a_plan_tells_it(tmp_path, capsys):
         (tmp_path / "ster.py",): f"did you mean {file}?",
         ("loar",): "unknown method 'loar': did you mean lora?",
         ("base",): "base trains nothing",
-        (file,): "aim: must be one of bleu4, ",
+        (file,): "aim: must be one of exact_match, bleu4, ",
         ("lora", "--set", "lora.rnk=4"): "unknown option of lora 'rnk': did you mean rank?",
     }.items():
         code, out, err = check(capsys, *arguments)
