@@ -7,11 +7,9 @@ import pytest
 import test_contract
 import tiny
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from harness.method import build, find, known_methods, resolve
-from harness.training import head
 from harness.training.adapters import Adapters, alike, triton
 
 QWEN = Qwen2Config(  # queries, keys and values have biases
@@ -104,22 +102,6 @@ def test_other_layers_are_left_to_themselves(name, options, tmp_path):
     base = cls.load(build(cls, options), partial(AutoModelForCausalLM.from_pretrained, tmp_path))
     model, _ = tiny.attached(build(cls, options), base, tiny.rows(8))
     assert not Adapters(alike(model)).groups
-
-
-def test_layers_share_one_program():
-    """But the first, which need not give its input a gradient."""
-    model = adapted(base=tiny.model(tiny.gemma(num_hidden_layers=3, layer_types=["full_attention"] * 3)))
-    expected, programs = gradients(model), CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    layers = head.causal_lm(model).get_decoder().layers
-    adapters = Adapters(alike(model))
-    with adapters.installed():
-        for layer in layers:
-            layer.compile(backend=programs, fullgraph=True, dynamic=False)
-        for _ in range(2):
-            adapters.write()
-            torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-4)
-    assert programs.frame_count == 2
 
 
 @pytest.mark.skipif(not (triton and torch.cuda.is_available()), reason="a kernel of a GPU")

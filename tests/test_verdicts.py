@@ -236,7 +236,7 @@ def agree_fronts(said: Read, groups: dict[str, list[str]]) -> int:
 def test_no_verdict_disagrees_in_lead_tables_and_fronts(undrawn, monkeypatch):
     monkeypatch.setattr(Standing.__init__, "__defaults__", (500,))  # draws: of other widths, read alike
     rng, blocks, groups = np.random.default_rng(0), [], []
-    for _ in range(200):
+    for _ in range(100):
         comparison, shelf = random_bench(rng)
         blocks += section(comparison, shelf, "", [])
         groups.append({name: [t.label for t in of] for name, of in comparison.groups.items()})
