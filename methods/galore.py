@@ -52,7 +52,7 @@ class GaLore(Method):
 
 
 def in_short(run) -> bool:
-    """Gradients come from products in bf16, of 8 bits: TF32's 11 lose nothing of them, and take a quarter."""
+    """Gradients come from products in bf16, of 8 bits: TF32's 11 hold them."""
     return run.device.type == "cuda" and run.accelerator.mixed_precision == "bf16"
 
 
