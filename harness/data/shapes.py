@@ -138,6 +138,10 @@ def sizes_for(steps: list[list[Need]], hp: Hyperparams) -> list[Size]:
         possible = choices(sizes)
         return sum(size.cost for rows, tried in some for size, _ in fill(rows, tried, possible))
 
+    def used(sizes: list[Size]) -> set[Size]:
+        possible = choices(sizes)
+        return {max(sizes), *(size for rows, tried in some for size, _ in fill(rows, tried, possible))}
+
     halved = [[size(most / 2 ** (k + i), most / 2 ** (k + i)) for i in range(SIZES)] for k in range(SIZES)]
     best = min([*halved, *([size(most, most), *half[1:]] for half in halved)], key=total)
     least, draw = total(best), random.Random(0)
@@ -148,7 +152,7 @@ def sizes_for(steps: list[list[Need]], hp: Hyperparams) -> list[Size]:
             moved[i] = size(best[i].tokens * tokens, best[i].targets * tokens * share)
         if (found := total(moved)) < least:
             best, least = moved, found
-    return sorted(set(best))
+    return sorted(used(best))
 
 
 def grains(tokens: float) -> int:

@@ -36,7 +36,11 @@ LOSS = 0.02  # nats a token, as much
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
 KEPT = {"autograd_cache_allow_custom_autograd_functions": True}  # the adapters' own are in the cache's key
-PROGRAMS = 64  # of one kind of layer: its windows, its modes and the shapes
+TRACED = {
+    "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
+    "skip_nnmodule_hook_guards": False,
+    "specialize_float": True,  # else those of shapes of any size are tensors of the CPU, in C++ of their own
+}
 
 
 @dataclass
@@ -218,8 +222,7 @@ class Kernels:
         """Within, the decoder's layers are the fast ones; whoever else calls them finds them as they were."""
         layers = list(self.forwards)
         with ExitStack() as stack:
-            settings = {"recompile_limit": PROGRAMS, "skip_nnmodule_hook_guards": False}
-            stack.enter_context(torch._dynamo.config.patch(settings))
+            stack.enter_context(torch._dynamo.config.patch(TRACED))
             stack.enter_context(torch._functorch.config.patch(KEPT))
             stack.enter_context(self.adapters.installed())
             asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
