@@ -63,7 +63,7 @@ LIMITS = {
     "gradient clipping": Limit(lambda hp, _: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
     "packing": Limit(lambda hp, _: hp.packing, "--set hp.packing=false"),
     "plain text": Limit(
-        lambda _, dataset: any(part["format"] == "text" for part in dataset["parts"]),
+        lambda _, dataset: "text" in {p["format"] for p in dataset["parts"] if not p.get("unseen")},
         "train on rows with prompts",
     ),
     "4-bit base": Limit(),

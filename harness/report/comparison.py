@@ -188,7 +188,8 @@ class Comparison:
     @property
     def pairs(self) -> bool:
         """The data say which answer is the worse one; else it is the untouched model's own."""
-        return all(part.get("format") == "pairs" for part in self.spec.dataset.get("parts", []))
+        parts = self.spec.dataset.get("parts", [])
+        return all(part.get("format") == "pairs" for part in parts if not part.get("unseen"))
 
     @property
     def preferred_to(self) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, listed, number, shorten
 from harness.report.tuning import tracks
+from harness.report.unseen import unseen
 from harness.report.verdicts import Verdicts, judged
 from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
@@ -125,6 +126,7 @@ def section(
         *tracks(comparison, verdicts),
         *hybrids(comparison),
         *more(comparison),
+        *unseen(comparison, store),
         *endings(comparison, verdicts, store),
         b.Heading("Cost of each phase"),
         phases(comparison),
@@ -353,7 +355,8 @@ def setup(comparison: Comparison) -> list[b.Block]:
     templates = {"none: plain text"} if comparison.plain_text else templates
     rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
     for part in dataset.get("parts", []):
-        said = [part.get(key) for key in ("title", "hub", "format", "mapping")]
+        said = ["only tested"] if part.get("unseen") else []
+        said += [part.get(key) for key in ("title", "hub", "format", "mapping")]
         said += [f"licence {part['licence']}" if part.get("licence") else None]
         if part.get("name") in local_copies(spec):
             said.append(f"read from a local copy, fingerprint {spec.fingerprints[part['name']]}")
