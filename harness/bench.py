@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,7 @@ def bench(
 
             def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):
                 progress.start(spec, numbers[spec.digest], total)
-                return run(spec, store, command, progress, limit, slot, signals)
+                return run(spec, store, command, progress, limit, slot, signals, force)
 
             for spec, record in together(pending, places, one):
                 done[spec.digest] = record
@@ -237,12 +237,14 @@ def run(
     limit: float | None = None,
     slot: Slot = Slot(),
     signals: Sequence[int] = (),
+    anew: bool = False,
 ) -> RunRecord:
-    """`signals`: those that ask the bench to end; it grows meanwhile."""
+    """`signals`: those that ask the bench to end; it grows meanwhile. `anew`: from its first step, whatever
+    an earlier attempt has left."""
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
-    folder, kills = store.attempt(spec), oom_kills()
-    own = {"reason": spec.reason, "locations": spec.locations}
+    folder, kills = store.attempt(spec, anew), oom_kills()
+    own = {"reason": spec.reason, "locations": spec.locations, "hp": asdict(spec.hp)}
     job = {"spec": spec.asked() | own, "command": command, "started": started}
     save(folder / SPEC, json.dumps(job | {"cores": slot.cores, "at_once": slot.of}, indent=1))
     end = time.monotonic() + (limit or float("inf"))

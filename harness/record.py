@@ -16,7 +16,9 @@ from harness.spec import RunSpec, digest, folder_name
 
 SCHEMA = 2
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
-PHASES = ("load", "attach", "compile", "train", "rollout", "validate", "evaluate", "generate", "save")
+PHASES = (
+    "load", "attach", "compile", "train", "checkpoint", "rollout", "validate", "evaluate", "generate", "save",
+)  # fmt: skip
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.\w{1,64})?", re.ASCII)  # of a method, or of a family's variant
 
@@ -116,6 +118,15 @@ class Steps:
     packed: bool | None = None  # rows lay one behind another, attention apart
     shapes: Count | None = None  # graphs that were captured
     decoding: str | None = None  # how answers to the test rows were decoded: a rung, or generate
+
+
+@dataclass
+class Resumption:
+    """A training went on after it was stopped. Its own costs go on as well; these are beside them."""
+
+    step: Count  # after which
+    lost: Amount  # seconds of steps that were made once more, as far as is known
+    spent: Amount  # seconds until it went on: loading and attaching once more
 
 
 @dataclass
@@ -240,6 +251,7 @@ class RunRecord:
     data: Data = field(default_factory=Data)
     study: Study | dict[str, Never] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    resumed: list[Resumption] = field(default_factory=list)
     training: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
     signatures: dict[str, str] = field(default_factory=dict)
@@ -319,6 +331,7 @@ class RunRecord:
         parts |= {"memory": Memory, "kernels": Steps}
         said = {name: value[name] for name in parts if value.get(name) is not None}
         value |= {name: made(parts[name], part) for name, part in said.items()}
+        value["resumed"] = [made(Resumption, one) for one in value.get("resumed", [])]
         return made(cls, value)
 
 

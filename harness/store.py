@@ -21,10 +21,16 @@ from harness.spec import RunSpec, content_hash
 
 RECORD, OUTPUTS, UNSEEN = "record.json", "outputs.jsonl", "unseen.jsonl"
 EVENTS, MODEL = "events.jsonl", "model"
+CHECKPOINTS, EARLIER_EVENTS = "checkpoints", "events.jsonl"  # the second in the first: of the stopped run
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
-ATTEMPT, EARLIER, ASIDE = ".{}", ".{}.earlier", "{}.aside-{}"  # what may stand beside it
+ATTEMPT, EARLIER, ASIDE, STOPPED = (
+    ".{}",
+    ".{}.earlier",
+    "{}.aside-{}",
+    ".{}.stopped",
+)  # what may stand beside it
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,9 @@ class Tested:
     def of(cls, outputs: list[dict], sums: dict[str, np.ndarray]) -> "Tested":
         rows = hash(tuple(tuple(output[name] for name in TEST_ROW) for output in outputs))
         return cls(sums, [o["part"] for o in outputs], np.array([o["tokens"] for o in outputs]), rows)
+
+
+FINAL = ("ok", "diverged", "unsupported", "oom_gpu")  # it would end so again, whatever it went on from
 
 
 class Store:
@@ -163,11 +172,21 @@ class Store:
 
     # Writing
 
-    def attempt(self, spec: RunSpec) -> Path:
-        """An empty folder to run in, beside the finished one, which stays until this one is kept."""
-        folder = self.folder / ATTEMPT.format(spec.folder)
+    def attempt(self, spec: RunSpec, anew: bool = False) -> Path:
+        """A folder to run in, beside the finished one, which stays until this one is kept. In it are the
+        checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing."""
+        folder, final = self.folder / ATTEMPT.format(spec.folder), self.folder / spec.folder
+        kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
+        aside = self.folder / STOPPED.format(spec.folder)
+        if kept and not anew:
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
+            (kept / CHECKPOINTS).rename(aside)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        if aside.is_dir():
+            shutil.rmtree(aside) if anew else aside.rename(folder / CHECKPOINTS)
         return folder
 
     def keep(self, spec: RunSpec, record: RunRecord) -> None:
@@ -175,6 +194,8 @@ class Store:
         the place of one that is. What is no whole run, or one of a newer version, is set aside: nothing that
         cannot be read is overwritten."""
         attempt = self.folder / ATTEMPT.format(spec.folder)
+        if record.status in FINAL:
+            shutil.rmtree(attempt / CHECKPOINTS, ignore_errors=True)
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
             shutil.rmtree(attempt)

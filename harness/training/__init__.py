@@ -1,5 +1,6 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
+from harness.training.checkpoint import packed, resume, snapshot, unpacked
 from harness.training.evaluation import likelihoods
 from harness.training.loop import Loop, prepare_model
 from harness.training.model import load_base, stop_tokens
@@ -10,5 +11,6 @@ from harness.training.weights import loaded_types, master_weights, one_arithmeti
 
 __all__ = [
     "Loop", "Reading", "Run", "execute", "likelihoods", "load_base", "loaded_types", "master_weights",
-    "one_arithmetic", "prepare_model", "put_back", "read_data", "seed_everything", "stop_tokens",
+    "one_arithmetic", "packed", "prepare_model", "put_back", "read_data", "resume", "seed_everything",
+    "snapshot", "stop_tokens", "unpacked",
 ]  # fmt: skip

@@ -23,8 +23,9 @@ from harness.method import Method
 from harness.plain import redacted
 from harness.record import Data, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
-from harness.store import EVENTS, MODEL, OUTPUTS, UNSEEN, append, leave
+from harness.store import CHECKPOINTS, EVENTS, MODEL, OUTPUTS, UNSEEN, append, leave
 from harness.training import evaluation, weights
+from harness.training.checkpoint import Checkpoints
 from harness.training.loop import rehearsed, train
 from harness.training.model import (
     check_model,
@@ -43,6 +44,7 @@ from harness.training.run import Run
 def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> None:
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder."""
     model, run = opened(spec, method, record, folder)
+    run.checkpoints = Checkpoints(folder / CHECKPOINTS, run)
     if spec.trains:
         model = trained(model, run)
     else:
@@ -153,15 +155,17 @@ def trained(model, run: Run):
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
     record.tokens.attach = int(sum(read))
-    if not method.starts_at_base and not record.spec.trial:
-        record.start = metrics.total(evaluation.test(model, run, run.scored), run.dataset)
-    record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
     start = weights.fingerprints(types)
-    record.memory = rehearsed(model, run)
-    if run.device.type == "cpu" and not record.memory:
+    kept = run.checkpoints.newest(model) if run.checkpoints else None
+    if not kept:
+        if not method.starts_at_base and not record.spec.trial:
+            record.start = metrics.total(evaluation.test(model, run, run.scored), run.dataset)
+        record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
+        record.memory = rehearsed(model, run)
+    if run.device.type == "cpu" and not (kept or record.memory):
         record.warnings.append("live tensors could not be counted here: peak memory is unknown")
     run.report = with_progress(run)
-    loop = train(model, run)
+    loop = train(model, run, kept)
     if record.memory:  # where no allocator counts
         record.phases["train"].peak_allocated = record.memory.peak
     alike = [] if record.tokens.sampled else record.step_seconds[record.warmup_steps :]
