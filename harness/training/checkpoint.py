@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -179,7 +179,7 @@ def lost(events: Path, done: int) -> float:
 
 
 def snapshot(loop: "Loop") -> dict:
-    run = loop.run
+    run, numpy = loop.run, cast(tuple, np.random.get_state())
     return {
         "done": loop.done,
         "trained": {name: p.detach() for name, p in trained(loop.model, loop.parameters)},
@@ -188,7 +188,7 @@ def snapshot(loop: "Loop") -> dict:
         "scheduler": loop.scheduler.state_dict(),
         "method": run.method.state(),
         "random": {
-            "python": random.getstate(), "numpy": np.random.get_state()[1:], "torch": torch.get_rng_state(),
+            "python": random.getstate(), "numpy": numpy[1:], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if run.device.type == "cuda" else [],
             "method": run.rng.get_state(),
         },
@@ -263,7 +263,7 @@ def of_bits(piece: torch.Tensor) -> torch.Tensor:
 
 
 def packed(value, tensors: dict[str, torch.Tensor], where: str = ""):
-    """Of JSON's values and tensors in dicts, whose keys are texts or whole numbers, and lists. Raises TypeError
+    """Of JSON's values and tensors in lists, and dicts whose keys are texts or whole numbers. Raises TypeError
     for anything else, with where it is."""
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors):06}"
