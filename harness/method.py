@@ -157,8 +157,8 @@ class Method:
         return {}
 
     def restore_state(self, state: dict, model, run: "Run") -> None:
-        """Takes back what `state` gave, its tensors on the run's device. The model is attached, its weights
-        and the optimizer's state are those of that step."""
+        """Takes back what `state` gave, its tensors on the run's device. The model is attached, what trains
+        and the optimizer's state are those of that step; what is frozen is as attach has left it."""
 
     def keep(self, model, run: "Run"):
         """-> the trained model as `save` keeps it, which is the one that is scored. Its weights are back in

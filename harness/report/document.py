@@ -14,7 +14,7 @@ from harness.report.decision import Budget, decision
 from harness.report.grades import graded
 from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
-from harness.report.text import UNKNOWN, listed, number, shorten
+from harness.report.text import UNKNOWN, duration, listed, number, shorten
 from harness.report.tuning import tracks
 from harness.report.unseen import unseen
 from harness.report.verdicts import Verdicts, judged
@@ -93,6 +93,10 @@ RATES = (
     "Against the learning rate: what the trials of each search were judged by, a run each (lines: at what "
     "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
     "the scores of all arms on the test rows (means over as many seeds as is said; hollow: other options)."
+)
+WENT_ON = (
+    "From a checkpoint, in another process. Their times, energy and peaks are those of the steps that count; "
+    "what was lost, and what it took to go on, stands here alone."
 )
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
@@ -238,7 +242,17 @@ def more(comparison: Comparison) -> list[b.Block]:
         for r in technique.records
         if not r.ok
     ]
-    return found + ([b.Heading("Runs without a result"), b.Listing(lost)] if lost else [])
+    went_on = [
+        f"{technique.label} (seed {r.spec.seed}): after step "
+        + ", ".join(f"{one.step:,} ({duration(one.lost)} of steps lost, {duration(one.spent)} until it went on)"
+                    for one in r.resumed)
+        for technique in comparison.techniques
+        for r in technique.done
+        if r.resumed
+    ]  # fmt: skip
+    found += [b.Heading("Runs without a result"), b.Listing(lost)] if lost else []
+    return found + ([b.Heading("Runs that were stopped, and went on"), b.Prose(WENT_ON), b.Listing(went_on)]
+                    if went_on else [])  # fmt: skip
 
 
 def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:

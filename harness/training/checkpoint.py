@@ -263,12 +263,12 @@ def of_bits(piece: torch.Tensor) -> torch.Tensor:
 
 
 def packed(value, tensors: dict[str, torch.Tensor], where: str = ""):
-    """Of JSON's values and tensors in lists, and dicts whose keys are texts or whole numbers. Raises TypeError
-    for anything else, with where it is."""
+    """Of JSON's values and tensors in lists, and dicts whose keys are texts or whole numbers. Raises
+    TypeError for anything else, with where it is."""
     if isinstance(value, torch.Tensor):
         name = f"{len(tensors):06}"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
+        return {"tensor": name, "stride": value.stride()}
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -286,7 +286,9 @@ def unpacked(value, tensors: dict[str, torch.Tensor]):
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return tensors[value["tensor"]]
+        read = tensors[value["tensor"]]
+        # In the order that it had in memory: in another one sums are rounded otherwise.
+        return torch.empty_strided(read.shape, value["stride"], dtype=read.dtype).copy_(read)
     return {key: unpacked(item, tensors) for key, item in value["dict"]}
 
 
