@@ -243,13 +243,12 @@ def more(comparison: Comparison) -> list[b.Block]:
         if not r.ok
     ]
     went_on = [
-        f"{technique.label} (seed {r.spec.seed}): after step "
-        + ", ".join(f"{one.step:,} ({duration(one.lost)} of steps lost, {duration(one.spent)} until it went on)"
-                    for one in r.resumed)
+        f"{technique.label} (seed {r.spec.seed}): after step {one.step:,}, {duration(one.lost)} of steps lost, "
+        f"{duration(one.spent)} until it went on"
         for technique in comparison.techniques
         for r in technique.done
-        if r.resumed
-    ]  # fmt: skip
+        for one in r.resumed
+    ]
     found += [b.Heading("Runs without a result"), b.Listing(lost)] if lost else []
     return found + ([b.Heading("Runs that were stopped, and went on"), b.Prose(WENT_ON), b.Listing(went_on)]
                     if went_on else [])  # fmt: skip
