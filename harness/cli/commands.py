@@ -17,7 +17,7 @@ RUNS_AGAIN = "its method's code has changed; --force runs it again"
 
 def run_command(options, typed: list[str]) -> int:
     from harness import bench
-    from harness.cli import progress
+    from harness.cli import models, progress
     from harness.store import Store
 
     specs, store = planned(options, keep=True), Store(options.results)
@@ -28,6 +28,7 @@ def run_command(options, typed: list[str]) -> int:
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
         files = render(store, options.reports, options.format, options)
+        models.describe_all(store, specs, [ended.record for ended in done])
     except BadRequest:
         raise
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
@@ -308,6 +309,18 @@ def grade_command(options, typed: list[str]) -> int:
     return OK
 
 
+def merge_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.merge(options)
+
+
+def push_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.push(options)
+
+
 def doctor_command(options, typed: list[str]) -> int:
     from harness.doctor import examine
 
@@ -362,7 +375,8 @@ def one_run(text: str, settings: list[str]):
 
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
-    "check": check_command, "report": report_command, "grade": grade_command, "doctor": doctor_command,
+    "check": check_command, "report": report_command, "grade": grade_command, "merge": merge_command,
+    "push": push_command, "doctor": doctor_command,
 }  # fmt: skip
 
 
