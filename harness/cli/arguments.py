@@ -172,6 +172,8 @@ ASKING, WITHIN, KEPT = ("run", "plan"), ("run", "report"), ("merge", "push")
 LISTS = ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 PROMPTS = 10  # whose answers people grade: what the brief asks for
+# As accelerate calls them, and pip.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 FORMATS = ("md", "html", "pdf", "csv", "json", "tex")
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
 ARGUMENTS = (
@@ -236,6 +238,9 @@ ARGUMENTS = (
     ("--format", ["run", "report"], {"action": Once, "nargs": "+", "choices": FORMATS,
                                      "default": ["md", "html"], "help": "of the report, any of "
                                      f"{', '.join(FORMATS)} (default: md html)"}),
+    ("--track-with", ["run"], {"action": Once, "nargs": "+", "choices": TRACKERS, "metavar": "NAME",
+                               "default": [], "help": "tell these of each run when it has ended: its curves, "
+                               f"costs and scores; any of {', '.join(TRACKERS)} (default: none)"}),
     ("--json", COMMANDS, flag("print one JSON value on standard output, progress on standard error")),
     ("--version", ["run"], {"action": "version", "version": f"tuneoff {__version__}"}),
 )  # fmt: skip

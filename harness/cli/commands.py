@@ -19,14 +19,18 @@ def run_command(options, typed: list[str]) -> int:
     from harness import bench
     from harness.cli import models, progress
     from harness.store import Store
+    from harness.tracking import Tracking
 
     specs, store = planned(options, keep=True), Store(options.results)
     watcher = progress.make(sys.stderr if options.json else sys.stdout)
+    tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
     done, command = [], command_line(typed)
     try:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
+                if not ended.cached:
+                    tracking.tell(store.path(ended.record.spec).name)
         files = render(store, options.reports, options.format, options)
         models.describe_all(store, specs, [ended.record for ended in done])
     except BadRequest:
@@ -36,6 +40,8 @@ def run_command(options, typed: list[str]) -> int:
         return SOME_FAILED
     finally:
         watcher.close()
+        for note in tracking.close():
+            complain(f"note: {note}")
     if options.json:
         runs = [as_json(ended) for ended in done]
         print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
@@ -49,6 +55,7 @@ def run_command(options, typed: list[str]) -> int:
 def planned(options, keep: bool = False):
     """The plan of a request, or every problem, those of the folders included."""
     from harness.plan import Request, plan
+    from harness.tracking import missing as untracked
 
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
@@ -59,6 +66,7 @@ def planned(options, keep: bool = False):
         found = plan(request, keep)
     for name in ("results", "reports"):
         problems.add(f"--{name}", unwritable(getattr(options, name)))
+    problems.extend(untracked(getattr(options, "track_with", ())))
     if "pdf" in getattr(options, "format", ()):
         from harness.report import REMEDY, missing
 
