@@ -42,10 +42,11 @@ class Tracking:
 
     def tell(self, run: str) -> None:
         if self.names:
+            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             places = [str(place.absolute()) for place in (self.results, self.folder)]
             command = [sys.executable, "-P", "-m", "harness.tracking", places[0], run, places[1], *self.names]
             self.telling[run] = subprocess.Popen(
-                command, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+                command, env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             )  # fmt: skip
 

@@ -45,7 +45,7 @@ def push(options) -> int:
     state = "a new repository" if to.new else "a repository that is there"
     print(plain(f"{record.folder} goes to {to.address}, {state}, {kind}"), file=told)
     for name, size in files.items():
-        print(plain(f"{size / 1e6:12,.2f} MB  {name}"), file=told)
+        print(plain(f"{size / 1000:14,.1f} kB  {name}"), file=told)
     commit = upload(folder, files, to, f"{record.folder}, by Tuneoff")
     if options.json:
         value = {"run": record.folder, "address": to.address, "private": to.private, "files": files}

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -79,11 +79,13 @@ def no_room(folder: Path, needed: int) -> Problem | None:
 
 def licence_of(source: str | None) -> str | None:
     """What the card of a base says, in its folder or in the hub's cache; null where there is none."""
-    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub import metadata_load, try_to_load_from_cache
 
-    found = try_to_load_from_cache(source, CARD) if source and not os.path.isdir(source) else None
-    card = Path(found) if isinstance(found, str) else Path(source or "") / CARD
-    with suppress(OSError, ValueError):
-        said = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-        return said if isinstance(said, str) else None
-    return None
+    if source is None:
+        return None
+    card = str(Path(source) / CARD) if os.path.isdir(source) else try_to_load_from_cache(source, CARD)
+    try:
+        said = (metadata_load(card) or {}).get("license") if isinstance(card, str) else None
+    except Exception:  # no text, no YAML: strangers wrote it
+        return None
+    return said if isinstance(said, str) else None

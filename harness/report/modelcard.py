@@ -60,7 +60,7 @@ def metadata(comparison: Comparison, technique: Technique, record: RunRecord, or
 
     dataset, parts = record.spec.dataset, record.spec.dataset.get("parts", [])
     hubs = [part["hub"] for part in parts if part.get("hub")]
-    name = plain(dataset.get("title") or dataset.get("name") or "own data")
+    name = named_data(record)
     results = [
         EvalResult(
             "text-generation", hubs[0] if len(parts) == len(hubs) == 1 else name, name,
@@ -99,9 +99,13 @@ def scored(comparison: Comparison) -> list[Metric]:
 
 
 def title(technique: Technique, record: RunRecord) -> str:
+    label = " ".join(technique.label.split())
+    return f"{record.spec.model.rpartition('/')[2]} with {label}, on {named_data(record)}"
+
+
+def named_data(record: RunRecord) -> str:
     dataset = record.spec.dataset
-    name = record.spec.model.rpartition("/")[2]
-    return f"{name} with {technique.label}, on {dataset.get('title') or dataset.get('name') or 'own data'}"
+    return " ".join(plain(dataset.get("title") or dataset.get("name") or "own data").split())
 
 
 # Below it
