@@ -96,6 +96,14 @@ def answers(model, tokenizer) -> list[list[int]]:
     ]
 
 
+def asked_by_its_card(folder: Path, base: Path, capsys) -> str:
+    """What the Python of a card prints."""
+    code = (folder / "README.md").read_text().split("## Use it")[1].split("##")[0]
+    code = "\n".join(line[4:] for line in code.splitlines() if line.startswith("    "))
+    exec(code.replace("FOLDER", str(folder)).replace("BASE", str(base)), {})
+    return capsys.readouterr().out
+
+
 # What a run saves, and what is merged
 
 
@@ -111,7 +119,7 @@ def test_what_a_run_saves_names_no_place_of_the_machine_and_is_restored(made, ho
     PeftModel.from_pretrained(base, saved)
 
 
-def test_a_merged_adapter_is_the_sum_in_the_bases_type_and_speaks_as_before(made, home):
+def test_a_merged_adapter_is_the_sum_in_the_bases_type_and_speaks_as_before(made, home, capsys):
     folder, command = home
     status, out, _ = command("merge", "lora", "--model", made / "base", "--json")
     told, merged = json.loads(out), run_of(folder, "lora") / "merged"
@@ -137,6 +145,7 @@ def test_a_merged_adapter_is_the_sum_in_the_bases_type_and_speaks_as_before(made
     same = [a == b for a, b in zip(answers(plain.float(), tokenizer), answers(kept, tokenizer), strict=True)]
     assert all(same) or told["parted"], "it says where rounding turned a near tie"
     assert "secret-place" not in str(texts(merged))
+    assert asked_by_its_card(merged, made / "base", capsys)
 
 
 def test_whole_weights_are_merged_too_and_nothing_is_overwritten(made, home, tmp_path):

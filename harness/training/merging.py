@@ -43,7 +43,7 @@ class Trial:
             f"beside what the run saved, on {self.texts} test prompts:\n"
             f"  greedy text: {same} of {self.texts} the same{where}\n"
             f"  log-probabilities of its tokens: at most {self.apart:.2g} nats apart\n"
-            f"  weights: in {self.dtype}, as its base's"
+            f"  weights: in {self.dtype}, the type of its base's files"
         )
 
 
