@@ -32,7 +32,7 @@ def run_command(options, typed: list[str]) -> int:
                 if not ended.cached:
                     tracking.tell(store.path(ended.record.spec).name)
         files = render(store, options.reports, options.format, options)
-        models.describe_all(store, specs, [ended.record for ended in done])
+        models.describe_all(store, specs, done)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with

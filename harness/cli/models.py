@@ -149,8 +149,11 @@ def describe(
         save(folders[name] / CARD, text)
 
 
-def describe_all(store: Store, plan, records: list[RunRecord]) -> None:
-    """Writes the cards of what the runs of a bench have saved, with the intervals of their comparison."""
-    folders = {store.path(r.spec).name: store.path(r.spec) / MODEL for r in records if r.sizes.saved_bytes}
-    here = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    describe(store, here, plan[0].locations.get("model") or plan[0].model, plan[0].hub_model)
+def describe_all(store: Store, plan, done: list) -> None:
+    """Writes the cards of what the runs of a bench have saved, with the intervals of their comparison; again
+    where a run of it is new."""
+    saved = [store.path(ended.record.spec) for ended in done if ended.record.sizes.saved_bytes]
+    folders = {run.name: run / MODEL for run in saved if (run / MODEL).is_dir()}
+    if all(ended.cached for ended in done) and all((f / CARD).is_file() for f in folders.values()):
+        return
+    describe(store, folders, plan[0].locations.get("model") or plan[0].model, plan[0].hub_model)

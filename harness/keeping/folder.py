@@ -24,10 +24,13 @@ def nameless(folder: Path, base: str | None) -> None:
     `base`: its id on the hub stands there instead; null where it has none, as another's model could have a
     folder's name as its id. Whoever restores an adapter says which base it is for."""
     for file in folder.rglob("*config.json"):
-        value = json.loads(file.read_text("utf-8"))
-        named = {name: base for name in PLACES if name in value and from_elsewhere(file.parent, value[name])}
-        if named:
-            save(file, json.dumps(value | named, indent=2, ensure_ascii=False) + "\n")
+        try:
+            value = dict(json.loads(file.read_text("utf-8")))
+        except (TypeError, ValueError):  # a method's own, in a form of its own
+            continue
+        told = {name for name in PLACES if name in value and from_elsewhere(file.parent, value[name])}
+        if any(value[name] != base for name in told):
+            save(file, json.dumps(value | dict.fromkeys(told, base), indent=2, ensure_ascii=False) + "\n")
     (folder / CARD).unlink(missing_ok=True)
 
 

@@ -141,13 +141,12 @@ def model_cards(
     records know as a folder alone; `licence`: the base's; `address`: the model's own on the hub."""
     made = {}
     for comparison in comparisons(store.load()[0]) if folders else []:
-        verdicts = judged(comparison, store)
         for technique in comparison.trained:
-            for record in {r.folder: r for r in technique.records + technique.repeats}.values():
+            for record in technique.records + technique.repeats:
                 if folder := folders.get(record.folder):
                     known = base or record.spec.hub_model, licence, address or "FOLDER", form_of(folder)
                     told = comparison, technique, record, Origin(*known, folder.name != MODEL)
-                    text = write_markdown(card(*told, verdicts), "")
+                    text = write_markdown(card(*told, judged(comparison, store)), "")
                     head = markdown(title(technique, record))
                     made[record.folder] = f"{metadata(*told)}\n# {head}\n\n{text}"
     return made

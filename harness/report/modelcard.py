@@ -14,7 +14,7 @@ from harness.plain import listed, plain
 from harness.record import RunRecord
 from harness.report import blocks as b
 from harness.report.certificate import facts
-from harness.report.comparison import UNTOUCHED, Comparison, Technique, score, seconds, watt_hours
+from harness.report.comparison import Comparison, Technique, score, seconds, watt_hours
 from harness.report.differences import interval
 from harness.report.stats import CONFIDENCE
 from harness.report.text import UNKNOWN, duration, number, size
@@ -117,7 +117,7 @@ def card(
     return [
         *opening(record, origin),
         *scores(comparison, technique, record, verdicts),
-        *use(record, origin),
+        *use(record, origin, comparison.own_base(technique)),
         *trained_on(record, origin),
         *settings(record),
         *took(comparison, record),
@@ -167,8 +167,8 @@ def scores(
     return [b.Heading("Scores"), b.Table(columns, rows, [note], words=(0, 3, 4))]
 
 
-def use(record: RunRecord, origin: Origin) -> list[b.Block]:
-    """Python that loads and asks it, and what that takes."""
+def use(record: RunRecord, origin: Origin, own: Technique | None) -> list[b.Block]:
+    """Python that loads and asks it, and what that takes. `own`: the base in a form of its own, as 4 bits."""
     spec, said = record.spec, []
     base, here = json.dumps(origin.base or "BASE"), json.dumps(origin.address)
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
@@ -178,8 +178,9 @@ def use(record: RunRecord, origin: Origin) -> list[b.Block]:
         lines.append("from peft import PeftModel")
         load = [f"base = AutoModelForCausalLM.from_pretrained({base})",
                 f"model = PeftModel.from_pretrained(base, {here})"]  # fmt: skip
-        if (own := record.card.get("baseline", UNTOUCHED)) != UNTOUCHED:
-            said.append(f"The scores are with the base as Tuneoff's row {own} loads it.")
+        if own:
+            form = own.card.get("summary", "").rstrip(".") or "see its card in a report"
+            said.append(f"The scores are with the base as Tuneoff's {own.spec.method} loads it: {form}.")
     else:
         lines += ["from pathlib import Path", "from harness import method  # Tuneoff's"]
         load = ["known = method.known_methods()",
@@ -208,7 +209,8 @@ def trained_on(record: RunRecord, origin: Origin) -> list[b.Block]:
         what = "; ".join(filter(None, dict.fromkeys([part.get("title"), part.get("mapping")])))
         source = part.get("hub") or f"{part.get('name')}, own rows"
         rows.append([source, part.get("licence") or "not known", what or UNKNOWN])
-    counts = [f"{count:,} {split}" for split, count in data.rows.items()]
+    splits = [split for split in ("train", "validation", "test") if split in data.rows]
+    counts = [f"{data.rows[split]:,} {split}" for split in splits]
     said = [f"Rows: {listed(counts)}."] if counts else []
     if data.plain_text:
         said.append("Plain text, learned whole.")
@@ -216,7 +218,7 @@ def trained_on(record: RunRecord, origin: Origin) -> list[b.Block]:
         learned = "the last answer" if data.loss == "last" else "every answer"
         said.append(f"Written in {WRITTEN[data.template]}, with loss on {learned} of a conversation.")
     own = origin.licence or "not known here, see its own card"
-    said.append(f"Licence of the base: {own}. This model is bound by it and by those of the data.")
+    said.append(f"Licence of the base: {own}. Mind it and those of the data before you share this model.")
     notice = [b.Notice(dataset["notice"])] if dataset.get("notice") else []
     table = b.Table(["Source", "Licence", "What it is"], rows, words=(0, 1, 2))
     return [b.Heading("Trained on"), *notice, table, b.Prose(" ".join(said))]
