@@ -315,7 +315,7 @@ class Hub(BaseHTTPRequestHandler):
             name = place.removeprefix("/api/models/").removesuffix("/revision/main")
             status = 200 if name in self.repos else 404
             value = {"id": name, "sha": "1", "private": self.repos.get(name), "siblings": []}
-            status = 403 if name == "ann/forbidden" else status
+            status = {"ann/forbidden": 403, "ann/base/auth-check": 200}.get(name, status)
         sent = json.dumps(value).encode()
         self.send_response(status)
         if status == 404:
@@ -323,9 +323,9 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(sent)))
         self.end_headers()
-        self.wfile.write(sent)
+        self.wfile.write(sent * (self.command != "HEAD"))
 
-    do_GET = do_POST = do_PUT = answer
+    do_GET = do_POST = do_PUT = do_HEAD = answer
 
     def log_message(self, *said):
         pass
@@ -336,7 +336,10 @@ def hub(monkeypatch):
     Hub.repos, Hub.files = {"ann/open": False, "ann/closed": True}, {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    here = f"http://127.0.0.1:{server.server_port}"
+    files = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, here)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    monkeypatch.setattr(constants, "ENDPOINT", here)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -361,6 +364,10 @@ def test_an_adapter_is_pushed_with_its_card_to_a_private_repository(made, home, 
     assert names == {path.name for path in saved.iterdir()} - {"diary.pdf", ".secret.json"}
     assert "README.md" in names and "ann/kept" in (saved / "README.md").read_text()
     assert TOKEN not in out + err and "secret-place" not in str(texts(saved))
+    status, _, err = command("push", "lora", "ann/kept", "--model", "ann/base")
+    assert status == OK, err  # who knows the base's id says it
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "ann/base"
+    assert ModelCard.load(saved / "README.md").data.base_model == "ann/base"
 
 
 def test_nothing_private_becomes_public_and_a_refusal_is_told_without_the_token(made, home, hub, monkeypatch):
