@@ -111,6 +111,11 @@ class RunSpec:
         return self.search is not None
 
     @property
+    def hub_model(self) -> str | None:
+        """The model's id on the hub; null of a local folder, whose name could be another model's id."""
+        return None if "model" in self.fingerprints or self.model.startswith("random:") else self.model
+
+    @property
     def own_hp(self) -> Hyperparams:
         """The shared hyperparameters with this arm's changes."""
         return replace(self.hp, **self.changes)

@@ -17,17 +17,22 @@ RUNS_AGAIN = "its method's code has changed; --force runs it again"
 
 def run_command(options, typed: list[str]) -> int:
     from harness import bench
-    from harness.cli import progress
+    from harness.cli import models, progress
     from harness.store import Store
+    from harness.tracking import Tracking
 
     specs, store = planned(options, keep=True), Store(options.results)
     watcher = progress.make(sys.stderr if options.json else sys.stdout)
+    tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
     done, command = [], command_line(typed)
     try:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
+                if not ended.cached:
+                    tracking.tell(store.path(ended.record.spec).name)
         files = render(store, options.reports, options.format, options)
+        models.describe_all(store, specs, done)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
@@ -35,6 +40,8 @@ def run_command(options, typed: list[str]) -> int:
         return SOME_FAILED
     finally:
         watcher.close()
+        for note in tracking.close():
+            complain(f"note: {note}")
     if options.json:
         runs = [as_json(ended) for ended in done]
         print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
@@ -48,6 +55,7 @@ def run_command(options, typed: list[str]) -> int:
 def planned(options, keep: bool = False):
     """The plan of a request, or every problem, those of the folders included."""
     from harness.plan import Request, plan
+    from harness.tracking import missing as untracked
 
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
@@ -58,6 +66,7 @@ def planned(options, keep: bool = False):
         found = plan(request, keep)
     for name in ("results", "reports"):
         problems.add(f"--{name}", unwritable(getattr(options, name)))
+    problems.extend(untracked(getattr(options, "track_with", ())))
     if "pdf" in getattr(options, "format", ()):
         from harness.report import REMEDY, missing
 
@@ -308,6 +317,18 @@ def grade_command(options, typed: list[str]) -> int:
     return OK
 
 
+def merge_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.merge(options)
+
+
+def push_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.push(options)
+
+
 def doctor_command(options, typed: list[str]) -> int:
     from harness.doctor import examine
 
@@ -362,7 +383,8 @@ def one_run(text: str, settings: list[str]):
 
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
-    "check": check_command, "report": report_command, "grade": grade_command, "doctor": doctor_command,
+    "check": check_command, "report": report_command, "grade": grade_command, "merge": merge_command,
+    "push": push_command, "doctor": doctor_command,
 }  # fmt: skip
 
 

@@ -27,17 +27,19 @@ from harness.report.document import document
 from harness.report.export import write_csv, write_json, write_latex
 from harness.report.grades import contestants
 from harness.report.handin import pages
+from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
 from harness.report.tables import brief
 from harness.report.text import markdown
 from harness.report.verdicts import Verdicts, judged
-from harness.store import Store, save
+from harness.store import MODEL, Store, save
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = [
-    "REMEDY", "Budget", "Unwritten", "brief_table", "conclusion", "contestants", "missing", "render",
+    "REMEDY", "Budget", "Unwritten", "brief_table", "conclusion", "contestants", "missing", "model_cards",
+    "render",
 ]  # fmt: skip
 USUAL = ("md", "html")
 
@@ -129,6 +131,25 @@ def conclusion(
         blocks += [Prose(paragraph) for paragraph in answer(comparison, verdicts)]
         blocks += decision(comparison, verdicts, budget)
     return write_terminal(blocks, width)
+
+
+def model_cards(
+    store: Store, folders: dict[str, Path], base: str | None = None, licence: str | None = None,
+    address: str = "",
+) -> dict[str, str]:  # fmt: skip
+    """Run -> the README.md of its model in a folder, as the hub wants it. `base`: the id of a base that the
+    records know as a folder alone; `licence`: the base's; `address`: the model's own on the hub."""
+    made = {}
+    for comparison in comparisons(store.load()[0]) if folders else []:
+        for technique in comparison.trained:
+            for record in technique.records + technique.repeats:
+                if folder := folders.get(record.folder):
+                    known = base or record.spec.hub_model, licence, address or "FOLDER", form_of(folder)
+                    told = comparison, technique, record, Origin(*known, folder.name != MODEL)
+                    text = write_markdown(card(*told, judged(comparison, store)), "")
+                    head = markdown(title(technique, record))
+                    made[record.folder] = f"{metadata(*told)}\n# {head}\n\n{text}"
+    return made
 
 
 def brief_table(records: list[RunRecord]) -> "pandas.DataFrame":

@@ -3,6 +3,7 @@
 from harness.training.checkpoint import packed, resume, snapshot, unpacked
 from harness.training.evaluation import likelihoods
 from harness.training.loop import Loop, prepare_model
+from harness.training.merging import PROMPTS, Trial, merge
 from harness.training.model import load_base, stop_tokens
 from harness.training.reading import Reading
 from harness.training.run import Run
@@ -10,7 +11,7 @@ from harness.training.stages import execute, read_data, seed_everything
 from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
 
 __all__ = [
-    "Loop", "Reading", "Run", "execute", "likelihoods", "load_base", "loaded_types", "master_weights",
-    "one_arithmetic", "packed", "prepare_model", "put_back", "read_data", "resume", "seed_everything",
-    "snapshot", "stop_tokens", "unpacked",
+    "PROMPTS", "Loop", "Reading", "Run", "Trial", "execute", "likelihoods", "load_base", "loaded_types",
+    "master_weights", "merge", "one_arithmetic", "packed", "prepare_model", "put_back", "read_data",
+    "resume", "seed_everything", "snapshot", "stop_tokens", "unpacked",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from accelerate.utils import AutocastKwargs
 from harness import machine, metrics
 from harness.data import COUNTED, Example, Template, answered, examples_hash, study, token_rows
 from harness.errors import BadRequest
+from harness.keeping import nameless
 from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
@@ -205,6 +206,7 @@ def save_model(model, run: Run, folder: Path) -> None:
             (folder / MODEL).mkdir()
             run.method.save(model, folder / MODEL)
             run.template.tokenizer.save_pretrained(folder / MODEL)
+            nameless(folder / MODEL, record.spec.hub_model)
         sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
         if sizes:
             record.sizes.saved_bytes = sum(sizes)
