@@ -58,7 +58,8 @@ def metadata(comparison: Comparison, technique: Technique, record: RunRecord, or
     """The card's YAML, its fences with it."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset, parts = record.spec.dataset, record.spec.dataset.get("parts", [])
+    dataset = record.spec.dataset
+    parts = [part for part in dataset.get("parts", []) if not part.get("unseen")]
     hubs = [part["hub"] for part in parts if part.get("hub")]
     name = named_data(record)
     results = [
@@ -205,7 +206,7 @@ def use(record: RunRecord, origin: Origin, own: Technique | None) -> list[b.Bloc
 
 def trained_on(record: RunRecord, origin: Origin) -> list[b.Block]:
     dataset, data, rows = record.spec.dataset, record.data, []
-    for part in dataset.get("parts", []):
+    for part in (part for part in dataset.get("parts", []) if not part.get("unseen")):
         what = "; ".join(filter(None, dict.fromkeys([part.get("title"), part.get("mapping")])))
         source = part.get("hub") or f"{part.get('name')}, own rows"
         rows.append([source, part.get("licence") or "not known", what or UNKNOWN])
