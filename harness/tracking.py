@@ -60,7 +60,7 @@ class Tracking:
         end = time.monotonic() + SECONDS
         for run, process in self.telling.items():
             try:
-                said, _ = process.communicate(timeout=max(0, end - time.monotonic()))
+                said, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
                 lines = said.splitlines() or [f"exit status {process.returncode}"] * bool(process.returncode)
             except subprocess.TimeoutExpired:
                 lines = [f"no end within {SECONDS} s"]
