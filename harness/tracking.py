@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from harness.record import RunRecord
 from harness.store import Store
 
 PROJECT = "tuneoff"
-SECONDS = 120  # for all trackers of a run, after the last run: a server may be far away
+SECONDS = 120  # for all that is still being told after the last run: a server may be far away
 PEAKS = ("peak_allocated", "peak_reserved", "peak_device", "peak_host")
 
 
@@ -39,30 +40,34 @@ class Tracking:
     def __init__(self, names: list[str], results: Path, folder: Path):
         self.names, self.results, self.folder = list(dict.fromkeys(names)), results, folder
         self.telling: dict[str, subprocess.Popen] = {}
+        self.notes: list[str] = []
 
     def tell(self, run: str) -> None:
         if self.names:
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             places = [str(place.absolute()) for place in (self.results, self.folder)]
             command = [sys.executable, "-P", "-m", "harness.tracking", places[0], run, places[1], *self.names]
-            self.telling[run] = subprocess.Popen(
-                command, env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
+            try:
+                self.telling[run] = subprocess.Popen(
+                    command, env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                )  # fmt: skip
+            except OSError as error:  # no process is to be had
+                self.notes.append(f"{run} is not tracked: {error}")
 
     def close(self) -> list[str]:
         """Waits until they have been told. -> a line for each that could not be."""
-        notes = []
+        end = time.monotonic() + SECONDS
         for run, process in self.telling.items():
             try:
-                said, _ = process.communicate(timeout=SECONDS)
+                said, _ = process.communicate(timeout=max(0.1, end - time.monotonic()))
                 lines = said.splitlines() or [f"exit status {process.returncode}"] * bool(process.returncode)
             except subprocess.TimeoutExpired:
                 lines = [f"no end within {SECONDS} s"]
             finally:
                 process.kill()
-            notes += [f"{run} is not tracked whole: {line}" for line in lines]
-        return notes
+            self.notes += [f"{run} is not tracked whole: {line}" for line in lines]
+        return self.notes
 
 
 # In a process of its own

@@ -15,7 +15,7 @@ import tiny
 import torch
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import tracking
@@ -178,6 +178,15 @@ def test_a_merged_model_stands_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="GiB free"), beside(tmp_path / "model", 2**60):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_was_not_written_is_missed_and_not_drawn(made, tmp_path):
+    shutil.copytree(made / "base", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"no plain one.*model.layers.1.mlp.up_proj.weight$"):
+        merging.read_back(tmp_path / "model", torch.float32)
 
 
 def test_of_two_texts_it_is_said_where_they_part():
