@@ -158,6 +158,7 @@ class Hashes(TypedDict, total=False):
     given: list[str]
     learned: list[str]
     before: str | None
+    members: list[str | None]
     outputs: str | None
 
 
@@ -207,7 +208,7 @@ class RunRecord:
     `hashes`: of the method's code, of each split's rows; a step each: `batches`, as planned for all methods,
     `given`, what the model truly read, and `learned`, what of it carried loss; `before`: the untouched
     outputs that rejected answers were taken from (null: none were there; absent: none were needed);
-    `outputs`: of outputs.jsonl, as the run left it.
+    `outputs`: of outputs.jsonl, as the run left it; `members`: of an ensemble, that of each of its members.
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
     `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.data.study.

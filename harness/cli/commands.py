@@ -52,7 +52,8 @@ def planned(options, keep: bool = False):
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
                       sources=options.source, settings=options.set, sweeps=options.sweep,
-                      tracks=options.track, trials=options.trials, repeat=options.repeat)  # fmt: skip
+                      tracks=options.track, trials=options.trials, repeat=options.repeat,
+                      ensembles=options.ensemble)  # fmt: skip
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
@@ -168,6 +169,8 @@ def state(spec, specs, store, force: bool) -> str:
         return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
     if not earlier.ok:
         return f"will run again ({earlier.status})"
+    if spec.members:
+        return "will run again (a member has other answers now)"
     return "will run again (the untouched model has answers now)"
 
 

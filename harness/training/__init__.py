@@ -1,5 +1,6 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
+from harness.training.ensemble import Ensemble, outputs_of
 from harness.training.evaluation import likelihoods
 from harness.training.loop import Loop, prepare_model
 from harness.training.model import load_base, stop_tokens
@@ -9,6 +10,7 @@ from harness.training.stages import execute, read_data, seed_everything
 from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
 
 __all__ = [
-    "Loop", "Reading", "Run", "execute", "likelihoods", "load_base", "loaded_types", "master_weights",
-    "one_arithmetic", "prepare_model", "put_back", "read_data", "seed_everything", "stop_tokens",
+    "Ensemble", "Loop", "Reading", "Run", "execute", "likelihoods", "load_base", "loaded_types",
+    "master_weights", "one_arithmetic", "outputs_of", "prepare_model", "put_back", "read_data",
+    "seed_everything", "stop_tokens",
 ]  # fmt: skip

@@ -57,7 +57,7 @@ def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> N
     for output in outputs:
         append(folder / OUTPUTS, output)
     record.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    if spec.trains and not spec.trial:
+    if spec.leaves_model and not spec.trial:
         save_model(model, run, folder)
 
 
