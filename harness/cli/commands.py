@@ -106,13 +106,15 @@ def failed(done: list) -> list:
 
 
 def plan_command(options, typed: list[str]) -> int:
-    from harness.data import describe
+    from harness.cli.progress import describe
+    from harness.data import describe as sized
     from harness.store import Store
 
     specs, store = planned(options), Store(options.results)
     runs = [
         {"run": spec.folder, "method": spec.method, "seed": spec.seed,
          "state": state(spec, specs, store, options.force)}
+        | ({"ensemble": describe(spec)} if spec.members else {})
         for spec in known(specs, store, options.force)
     ]  # fmt: skip
     if options.json:
@@ -120,7 +122,7 @@ def plan_command(options, typed: list[str]) -> int:
         return OK
     spec = specs.methods()[-1]
     parts = ", ".join(part["name"] for part in spec.dataset["parts"])
-    rows = f"{describe(spec.dataset)} rows of each of {parts}"
+    rows = f"{sized(spec.dataset)} rows of each of {parts}"
     print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}"))
     hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
     print("hyperparameters: " + ", ".join(hp))
@@ -128,7 +130,7 @@ def plan_command(options, typed: list[str]) -> int:
         if columns:
             print(plain(f"not used of {part}: {', '.join(columns)}"))
     for run in runs:
-        print(plain(f"  {run['state']:12} {run['run']}"))
+        print(plain(f"  {run['state']:12} {run['run']}  {run.get('ensemble', '')}".rstrip()))
     if specs.tunings:
         print(plain(tuned(specs)))
     return OK

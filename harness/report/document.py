@@ -449,7 +449,7 @@ def cards(comparison: Comparison) -> list[b.Block]:
             return said[0] if len(set(said)) == 1 else "; ".join(labelled)
 
         options = of_each([
-            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items()) if k != "members")
+            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items()) if not t.spec.members)
             for t in techniques
         ])  # fmt: skip
         notes = of_each([

@@ -21,11 +21,11 @@ WHAT = (
 )
 COST = (
     "Scoring: the likelihoods of all test rows; answering: all answers to them. Times compare where answers "
-    "were decoded alike. Peak memory: of {}, in both."
+    "were decoded alike. Peak memory, of both: {}."
 )
 GAUGES = {
     "peak_allocated": "live tensors",
-    "peak_host": "the process, which has trained before where it is a member's",
+    "peak_host": "the whole process, which in a member's run has trained before",
 }
 
 
@@ -39,7 +39,7 @@ def together(comparison: Comparison, verdicts: Verdicts) -> list[Block]:
         for ensemble in comparison.ensembles
         for other in (comparison.before(ensemble), *comparison.members(ensemble))
     ]
-    table = difference_table("Against the untouched model and the members", verdicts.metrics, pairs)
+    table = difference_table("Against the members", verdicts.metrics, pairs)
     found += [table] if table.rows else []
     found.append(answering(comparison))
     return found + ([Listing(reasons)] if (reasons := list(undefined(comparison))) else [])
@@ -64,7 +64,7 @@ def answering(comparison: Comparison) -> Table:
     rows = [
         [
             technique.label,
-            spread(technique.values(weights)),
+            spread(technique.values(weights)[:1]),  # the same with each seed
             spread(technique.values(gibibytes)),
             *(spread(technique.values(seconds(phase))) for phase in ANSWERING),
             listed(sorted({r.kernels.decoding for r in technique.done if r.kernels.decoding})) or UNKNOWN,

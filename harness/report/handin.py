@@ -302,10 +302,11 @@ def hybrid(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
             *why,
         ]
         found.append(b.Prose(f"{shorten(' '.join(said), PARAGRAPH)} What it reached is in the table."))
-    for ensemble in comparison.ensembles:
-        why = [f"{k.capitalize()}: {sentence(text)}" for k, text in (ensemble.card.get("why") or {}).items()]
-        text = " ".join([f"{short(ensemble)}, an ensemble, which was run.", *why])
-        found.append(b.Prose(f"{shorten(text, PARAGRAPH)} What it reached is in the table."))
+    if ensembles := comparison.ensembles:
+        why = [f"{k.capitalize()}: {sentence(v)}" for k, v in (ensembles[0].card.get("why") or {}).items()]
+        names = listed([short(ensemble) for ensemble in ensembles], 4)
+        text = " ".join([f"{names}, ensemble{'s' * (len(ensembles) > 1)} of finished runs.", *why])
+        found.append(b.Prose(f"{shorten(text, PARAGRAPH)} What was reached is in the table."))
     return found[:2] or [b.Prose(proposal(comparison, verdicts))]
 
 
