@@ -84,6 +84,7 @@ class Together(PreTrainedModel, GenerationMixin):
     decoder and generate it is one model: its hidden states are those of all members side by side, its layers
     theirs one behind another, and so is its cache."""
 
+    # Attention is its members' own.
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
     def __init__(self, members: list):
