@@ -54,7 +54,7 @@ def outputs_of(members: list[tuple[RunSpec, Path]]) -> list[str | None]:
     member that has no result, or no saved model."""
     found = []
     for spec, folder in members:
-        who = f"its member {spec.method} (seed {spec.seed})"
+        who = f"its member {spec.method}"
         try:
             record = RunRecord.from_json((folder / RECORD).read_text("utf-8"))
         except (OSError, ValueError) as error:
