@@ -59,8 +59,10 @@ class Done:
 
 
 def stale(record: RunRecord) -> bool:
-    """The method's code is no longer the one that made this record."""
-    return method.code_hash(method_of(record.spec)) != record.hashes.get("method_code")
+    """The method's code is no longer the one that made this record. An ensemble has none of its own."""
+    return not record.spec.members and method.code_hash(method_of(record.spec)) != record.hashes.get(
+        "method_code"
+    )
 
 
 def method_of(spec: RunSpec) -> type[method.Method]:
@@ -97,12 +99,8 @@ def bench(
                     record = done[spec.digest] = replace(earlier, spec=spec)
                     progress.end(record, True)
                     yield Done(record, True)
-                elif before := base_of(spec, plan):
-                    pending.append(
-                        replace(spec, locations={**spec.locations, "before": str(store.path(before))})
-                    )
                 else:
-                    pending.append(spec)
+                    pending.append(located(spec, plan, store))
             if pending and not places:
                 places = slots(ends.enter_context(Nursery(needs(plan))), plan)
             numbers = {spec.digest: number for number, spec in enumerate(pending, len(done) + 1)}
@@ -160,6 +158,13 @@ def together(
             raise faults[0]
 
 
+def located(spec: RunSpec, plan: Plan, store: Store) -> RunSpec:
+    """With the places of the runs that it reads: the untouched model's, and an ensemble's members."""
+    places = {"before": str(store.path(before))} if (before := base_of(spec, plan)) else {}
+    members = {"members": [str(store.path(member)) for member in spec.members]} if spec.members else {}
+    return replace(spec, locations=spec.locations | places | members)
+
+
 # Where runs go
 
 
@@ -195,7 +200,8 @@ def slots(nursery: Nursery, plan: Plan) -> list[Slot]:
 def needs(plan: Plan) -> dict[str, list[str]]:
     """Package beyond those of every run -> the methods that need it."""
     found: dict[str, list[str]] = {}
-    for name, cls in {spec.method: method_of(spec) for spec in plan.methods()}.items():
+    own = (spec for spec in plan.methods() if not spec.members)
+    for name, cls in {spec.method: method_of(spec) for spec in own}.items():
         for need in cls.needs:
             found.setdefault(need, []).append(name)
     return found
@@ -213,7 +219,11 @@ def cached(spec: RunSpec, plan: Plan, store: Store) -> RunRecord | None:
 
 
 def lacks(record: RunRecord, plan: Plan, store: Store) -> bool:
-    """A run that found no answers of the untouched model, where there are some now."""
+    """A run that found no answers of the untouched model, where there are some now; an ensemble of members
+    that have been run again since."""
+    members = [store.find(member) for member in record.spec.members]
+    if [m.hashes.get("outputs") if m else None for m in members] != record.hashes.get("members", []):
+        return True
     if record.hashes.get("before", "") is not None:
         return False
     before = base_of(record.spec, plan)

@@ -33,14 +33,14 @@ from harness.shape import (  # noqa: F401, the kinds of options among them
     fitting,
     misfits,
 )
-from harness.spec import Hyperparams
+from harness.spec import ENSEMBLE, Hyperparams
 
 if TYPE_CHECKING:
     from harness.training import Run
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-TAKEN = ("hp", "data")  # the other groups of --set
+TAKEN = ("hp", "data", ENSEMBLE)  # the other groups of --set, and what is no one method
 AXES = ("none", "parameterisation", "optimizer", "objective", "perturbation")
 
 

@@ -169,6 +169,7 @@ class Hashes(TypedDict, total=False):
     given: list[str]
     learned: list[str]
     before: str | None
+    members: list[str | None]
     outputs: str | None
     unseen_outputs: str
 
@@ -219,7 +220,8 @@ class RunRecord:
     `hashes`: of the method's code, of each split's rows; a step each: `batches`, as planned for all methods,
     `given`, what the model truly read, and `learned`, what of it carried loss; `before`: the untouched
     outputs that rejected answers were taken from (null: none were there; absent: none were needed);
-    `outputs`, `unseen_outputs`: of outputs.jsonl and unseen.jsonl, as the run left them.
+    `outputs`, `unseen_outputs`: of outputs.jsonl and unseen.jsonl, as the run left them; `members`: of an
+    ensemble, `outputs` of each of its members.
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
     `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.data.study.

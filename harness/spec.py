@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict
 
-from harness.shape import Count, Fraction, Natural, NotNegative, Positive
+from harness.shape import Count, Fraction, Natural, NotNegative, Positive, check
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,25 @@ class Dataset(TypedDict, total=False):
     parts: list[Part]
 
 
+ENSEMBLE = "ensemble"  # in the place of a method's name: finished runs, together
+OUTPUTS, WEIGHTS = "outputs", "weights"  # what of them is averaged: log-probabilities, or changes of weights
+
+
+class Member(TypedDict):
+    """What tells a member of an ensemble from the others."""
+
+    method: Required[str]
+    options: Required[dict[str, Any]]
+    changes: Required[dict[str, Any]]
+
+
+class Averaged(TypedDict):
+    """The options of an ensemble."""
+
+    members: Required[list[Member]]
+    average: Required[Literal["outputs", "weights"]]
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """One method, one seed: everything that decides the result, and nothing else.
@@ -103,8 +122,24 @@ class RunSpec:
     reason: str = field(default="", compare=False)
 
     @property
+    def untouched(self) -> bool:
+        """The model as it is: no training stands behind it."""
+        return not self.hp.epochs
+
+    @property
+    def members(self) -> list["RunSpec"]:
+        """Of an ensemble, the runs that it is made of."""
+        own = self.options["members"] if self.method == ENSEMBLE else []
+        return [replace(self, **member) for member in own]
+
+    @property
     def trains(self) -> bool:
-        return self.hp.epochs > 0
+        return not (self.untouched or self.method == ENSEMBLE)
+
+    @property
+    def leaves_model(self) -> bool:
+        """What is saved is new: averaged outputs are those of models that are saved already."""
+        return self.trains or (self.method, self.options.get("average")) == (ENSEMBLE, WEIGHTS)
 
     @property
     def trial(self) -> bool:
@@ -158,6 +193,8 @@ class RunSpec:
         known = {f.name for f in fields(Hyperparams)}
         if unknown := (set(value["hp"]) | set(value.get("changes", {}))) - known:
             raise ValueError(f"unknown hyperparameter {', '.join(sorted(unknown))}")
+        if value["method"] == ENSEMBLE:
+            check(value["options"], Averaged, "spec.options")
         return cls(**{**value, "hp": Hyperparams(**value["hp"])})
 
 

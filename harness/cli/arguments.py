@@ -205,6 +205,9 @@ ARGUMENTS = (
     ("--set", ["check"], several("KEY=VALUE", "METHOD.OPTION, hp.NAME or data.NAME", default=[])),
     ("--sweep", ASKING, several("METHOD.NAME=VALUE,VALUE", "a row for each value of an option or a "
                                 "hyperparameter of one method", default=[])),
+    ("--ensemble", ASKING, several("METHOD+METHOD", "rows of their own for the finished runs of these "
+                                   "methods together: outputs averaged, and weights where all can be merged",
+                                   default=[])),
     ("--track", ASKING, {"action": Once, "nargs": "+", "choices": ("identical", "tuned"),
                          "default": ["identical"], "help": "identical: the same hyperparameters for all (the "
                          "default); tuned: each method's own best, by as many trials each on the validation "

@@ -60,7 +60,8 @@ def planned(options, keep: bool = False):
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
                       sources=options.source, settings=options.set, sweeps=options.sweep,
-                      tracks=options.track, trials=options.trials, repeat=options.repeat)  # fmt: skip
+                      tracks=options.track, trials=options.trials, repeat=options.repeat,
+                      ensembles=options.ensemble)  # fmt: skip
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
@@ -114,13 +115,15 @@ def failed(done: list) -> list:
 
 
 def plan_command(options, typed: list[str]) -> int:
-    from harness.data import describe
+    from harness.cli.progress import describe
+    from harness.data import describe as sized
     from harness.store import Store
 
     specs, store = planned(options), Store(options.results)
     runs = [
         {"run": spec.folder, "method": spec.method, "seed": spec.seed,
          "state": state(spec, specs, store, options.force)}
+        | ({"ensemble": describe(spec)} if spec.members else {})
         for spec in known(specs, store, options.force)
     ]  # fmt: skip
     if options.json:
@@ -128,7 +131,7 @@ def plan_command(options, typed: list[str]) -> int:
         return OK
     spec = specs.methods()[-1]
     parts = ", ".join(part["name"] for part in spec.dataset["parts"])
-    rows = f"{describe(spec.dataset)} rows of each of {parts}"
+    rows = f"{sized(spec.dataset)} rows of each of {parts}"
     print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}"))
     hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
     print("hyperparameters: " + ", ".join(hp))
@@ -136,7 +139,7 @@ def plan_command(options, typed: list[str]) -> int:
         if columns:
             print(plain(f"not used of {part}: {', '.join(columns)}"))
     for run in runs:
-        print(plain(f"  {run['state']:12} {run['run']}"))
+        print(plain(f"  {run['state']:12} {run['run']}  {run.get('ensemble', '')}".rstrip()))
     if specs.tunings:
         print(plain(tuned(specs)))
     return OK
@@ -177,6 +180,8 @@ def state(spec, specs, store, force: bool) -> str:
         return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
     if not earlier.ok:
         return f"will run again ({earlier.status})"
+    if spec.members:
+        return "will run again (a member has other answers now)"
     return "will run again (the untouched model has answers now)"
 
 

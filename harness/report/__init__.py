@@ -157,7 +157,7 @@ def brief_table(records: list[RunRecord]) -> "pandas.DataFrame":
     `attrs["notes"]`."""
     import pandas  # which no report needs, and takes half a second
 
-    tables = [brief(c, [*c.bases, *chain(*c.objectives.values())]) for c in comparisons(records)]
+    tables = [brief(c, [*c.bases, *chain(*c.tables.values())]) for c in comparisons(records)]
     rows = [[plain(cell) for cell in row] for table in tables for row in table.rows]
     table = pandas.DataFrame(rows, columns=tables[0].columns if tables else None)
     table.attrs["notes"] = list(dict.fromkeys(note for table in tables for note in table.notes))

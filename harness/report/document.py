@@ -11,6 +11,7 @@ from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, score
 from harness.report.decision import Budget, decision
+from harness.report.ensembles import together
 from harness.report.grades import graded
 from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
@@ -129,6 +130,7 @@ def section(
         *significance(comparison, verdicts),
         *tracks(comparison, verdicts),
         *hybrids(comparison),
+        *together(comparison, verdicts),
         *more(comparison),
         *unseen(comparison, store),
         *endings(comparison, verdicts, store),
@@ -197,7 +199,7 @@ def local_copies(spec: RunSpec) -> list[str]:
 def results(comparison: Comparison) -> list[b.Block]:
     marks, notes = deviations(comparison)
     found = [b.Heading("Results")]
-    objectives = comparison.objectives
+    objectives = comparison.tables
     if "sft" in objectives or not objectives:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
     for name, techniques in objectives.items():
@@ -391,7 +393,7 @@ def setup(comparison: Comparison) -> list[b.Block]:
     if padded := padding(comparison):
         rows.append(["Padding", padded])
     hp = asdict(spec.hp)
-    if not spec.trains:
+    if spec.untouched:
         hp = {name: hp[name] for name in EVALUATION}
     own = {name for technique in comparison.trained for name in technique.spec.changes}
     rows += [
@@ -452,7 +454,7 @@ def chat_template(comparison: Comparison) -> list[b.Block]:
 def cards(comparison: Comparison) -> list[b.Block]:
     found: list[b.Block] = []
     methods: dict[str, list[Technique]] = {}
-    for technique in comparison.trained:
+    for technique in (*comparison.trained, *comparison.ensembles):
         methods.setdefault(technique.spec.method, []).append(technique)
     for techniques in methods.values():
         technique, card = techniques[0], techniques[0].card
@@ -463,7 +465,8 @@ def cards(comparison: Comparison) -> list[b.Block]:
             return said[0] if len(set(said)) == 1 else "; ".join(labelled)
 
         options = of_each([
-            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items())) for t in techniques
+            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items()) if not t.spec.members)
+            for t in techniques
         ])  # fmt: skip
         notes = of_each([
             ", ".join(f"{k}: {noted(v)}" for k, v in t.newest.notes.items()) for t in techniques

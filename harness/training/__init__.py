@@ -1,6 +1,7 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
 from harness.training.checkpoint import packed, resume, snapshot, unpacked
+from harness.training.ensemble import Ensemble, outputs_of
 from harness.training.evaluation import likelihoods
 from harness.training.loop import Loop, prepare_model
 from harness.training.merging import PROMPTS, Trial, merge
@@ -11,7 +12,7 @@ from harness.training.stages import execute, read_data, seed_everything
 from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
 
 __all__ = [
-    "PROMPTS", "Loop", "Reading", "Run", "Trial", "execute", "likelihoods", "load_base", "loaded_types",
-    "master_weights", "merge", "one_arithmetic", "packed", "prepare_model", "put_back", "read_data",
-    "resume", "seed_everything", "snapshot", "stop_tokens", "unpacked",
+    "PROMPTS", "Ensemble", "Loop", "Reading", "Run", "Trial", "execute", "likelihoods", "load_base",
+    "loaded_types", "master_weights", "merge", "one_arithmetic", "outputs_of", "packed", "prepare_model",
+    "put_back", "read_data", "resume", "seed_everything", "snapshot", "stop_tokens", "unpacked",
 ]  # fmt: skip

@@ -64,7 +64,7 @@ def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> N
         for output in evaluation.test(model, run, unseen):
             append(folder / UNSEEN, output)
         record.hashes["unseen_outputs"] = content_hash(folder / UNSEEN)
-    if spec.trains and not spec.trial:
+    if spec.leaves_model and not spec.trial:
         save_model(model, run, folder)
 
 
