@@ -227,17 +227,22 @@ class Choice:
 
     def caveat(self, labels: list[str]) -> str:
         """Where a training is not known to have helped at all."""
-        before = self.comparison.base(UNTOUCHED)
-        if not before or not self.standing:
+        if not self.standing:
             return ""
-        found = [
-            name for name in labels
-            if self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
-            and not self.standing.beats(name, before.label)
-        ]  # fmt: skip
+        found = self.unproven(labels)
         who = "" if len(found) == len(labels) else f"{listed(found)} {'is' if len(found) == 1 else 'are'} "
         where = f"in {inside(self.standing.quantity.label)}"
         return f", but {who}not known to be better than the untouched model {where}" if found else ""
+
+    def unproven(self, labels: list[str]) -> list[str]:
+        """Who is not known to be better than the untouched model in what leads."""
+        before = self.comparison.base(UNTOUCHED)
+        return [
+            name for name in labels
+            if before and self.standing
+            and self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
+            and not self.standing.beats(name, before.label)
+        ]  # fmt: skip
 
     # Why
 
