@@ -11,7 +11,10 @@ class Block:
 
 @dataclass
 class Title(Block):
+    """`index`: the document, without suffix, that lists this one among others."""
+
     text: str
+    index: str = ""
 
 
 @dataclass

@@ -74,7 +74,9 @@ def documents(
     if len(comparisons) == 1:
         blocks = section(comparisons[0], store, "", corrupt, budget)
         return {"report": blocks + unreadable(corrupt)}
-    found = {f"report-{c.name}": section(c, store, f"-{c.name}", [], budget) for c in comparisons}
+    found = {}
+    for c in comparisons:
+        found[f"report-{c.name}"] = section(c, store, f"-{c.name}", [], budget, index="report")
     return {"report": index(comparisons, list(found), store, corrupt, budget), **found}
 
 
@@ -114,13 +116,18 @@ def unreadable(corrupt: list[str]) -> list[b.Block]:
 
 
 def section(
-    comparison: Comparison, store: Store, suffix: str, corrupt: list[str], budget: Budget | None = None
+    comparison: Comparison,
+    store: Store,
+    suffix: str,
+    corrupt: list[str],
+    budget: Budget | None = None,
+    index: str = "",
 ) -> list[b.Block]:
-    """One comparison, whole. `suffix`: of its plots' names."""
+    """One comparison, whole. `suffix`: of its plots' names; `index`: the document that lists it."""
     verdicts = judged(comparison, store)
     checks = certificate(comparison)
     first = [
-        b.Title(comparison.title),
+        b.Title(comparison.title, index),
         *decision(comparison, verdicts, budget),
         *notices(comparison, checks, corrupt),
         *results(comparison, verdicts),

@@ -43,7 +43,7 @@ def write_html(blocks: list[Block], now: str, data: dict[str, Any] | None) -> st
         return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
     return template("report.html.j2", inline, image=image).render(
-        title=next(block.text for block in blocks if isinstance(block, Title)),
+        title=next(block for block in blocks if isinstance(block, Title)),
         chapters=chapters(blocks),
         now=now,
         style=Markup((TEMPLATES / "page.css").read_text("utf-8")),

@@ -28,10 +28,11 @@ function scaled(unit, largest) {
   return UNITS[unit] ?? [unit ?? "", 1];
 }
 
-function axis(values, from, to, level = null) {
+function axis(values, from, to, { level = null, linear = false } = {}) {
   let low = Math.min(...values), high = Math.max(...values);
   if (level !== null && Math.max(level - high, low - level) <= high - low) [low, high] = [Math.min(low, level), Math.max(high, level)];
-  const log = low > 0 && high > WIDE * low, pad = log ? 1.15 : (high - low || Math.abs(high) || 1) * 0.12;
+  const log = !linear && low > 0 && high > WIDE * low;
+  const pad = log ? 1.15 : (high - low || Math.abs(high) || 1) * (linear ? 0.03 : 0.12);
   [low, high] = log ? [low / pad, high * pad] : [low - pad, high + pad];
   const of = log ? Math.log10 : (value) => value, [a, b] = [of(low), of(high)];
   const place = (value) => from + (of(value) - a) / (b - a) * (to - from);
@@ -103,7 +104,7 @@ function scatter(box, xName, yName) {
   }).reduce((found, each) => each.map((value, i) => [...(found[i] ?? []), value]), []);
   const ends = (which) => shown.flatMap((t) => { const { mean, sd } = of[which](t); return [mean, mean + sd, Math.max(mean - sd, mean > 0 ? mean / 2 : -Infinity)]; });
   const level = base && quantity(base, yName) ? quantity(base, yName).mean / end[1] : null;
-  const x = axis(ends(0), MARGIN.left, size.width - MARGIN.right), y = axis(ends(1), size.height - MARGIN.bottom, MARGIN.top, level);
+  const x = axis(ends(0), MARGIN.left, size.width - MARGIN.right), y = axis(ends(1), size.height - MARGIN.bottom, MARGIN.top, { level });
   const told = shown.map((t) => `${t.label}: ${said(of[0](t).mean)}, ${said(of[1](t).mean)}`).join("; ");
   const svg = frame(box, x, y, unit[0], unit[1], size, `${unit[1]} against ${unit[0]}. ${told}`);
   if (level !== null && level >= y.low && level <= y.high) {
@@ -149,7 +150,8 @@ function scatters() {
 function lines(box, curves, objective) {
   if (!curves.length) return box.replaceChildren(made("p", { textContent: "No curve is chosen." }));
   const size = room(box, 0.45), known = curves.flatMap((curve) => curve.losses.filter((loss) => loss !== null));
-  const x = axis(curves.flatMap((curve) => curve.steps), MARGIN.left, size.width - MARGIN.right), y = axis(known, size.height - MARGIN.bottom, MARGIN.top);
+  const x = axis(curves.flatMap((curve) => curve.steps), MARGIN.left, size.width - MARGIN.right, { linear: true });
+  const y = axis(known, size.height - MARGIN.bottom, MARGIN.top, { linear: true });
   const last = curves.map((curve) => `${curve.label}: ${said(curve.losses.at(-1))}`).join("; ");
   const svg = frame(box, x, y, "Optimizer step", `Loss (${objective})`, size, `Loss at the last step. ${last}`);
   for (const curve of curves) {

@@ -39,7 +39,7 @@ function browser() {
   const left = choice(sides, "0"), right = choice(sides, String(Math.min(bases, reference)));
   const parts = [...new Set(rows.map((row) => row.part))];
   const part = choice([["", "all"], ...parts.map((name, i) => [String(i), name])], "");
-  const order = choice([["", "of the data"], ["left", "left better first"], ["right", "right better first"]], "");
+  const order = choice([["", "of the data"], ["left", "left ahead in ROUGE-L"], ["right", "right ahead in ROUGE-L"]], "");
   const search = made("input", { type: "search", placeholder: "in prompt, reference, answers", size: 28, autocomplete: "off" });
   const differing = made("input", { type: "checkbox" }), raw = made("input", { type: "checkbox" });
   const says = made("output", { className: "says" }), list = made("div", { id: "rows" });
@@ -67,7 +67,7 @@ function browser() {
         const [, rouge, ended] = answer(row, side), remark = side === reference ? "" : `ROUGE-L ${rouge === null ? "–" : rouge.toFixed(3)}${ended ? "" : ", cut at the length limit"}`;
         return card(title(side), remark, text(pieces[i]));
       });
-      return made("section", { className: "example" }, made("h3", { textContent: row.id }), given, made("div", { className: "answers two" }, ...cards));
+      return made("section", { className: "example" }, made("h3", { textContent: row.id }), given, made("div", { className: "answers" }, ...cards));
     }));
   }
 
