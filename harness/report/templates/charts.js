@@ -78,7 +78,7 @@ function frame(box, x, y, xTitle, yTitle, size, described) {
 
 function room(box, ratio) {
   const width = Math.max(280, Math.min(box.clientWidth || 900, 960));
-  return { width, height: Math.round(Math.max(300, width * ratio)) };
+  return { width, height: Math.round(Math.max(380, width * ratio)) };
 }
 
 function marker(technique, x, y) {

@@ -11,7 +11,8 @@ function made(tag, properties = {}, ...children) {
 }
 
 function field(text, input) {
-  return made("label", { className: "field" }, made("span", { textContent: text }), input);
+  input.id = "field-" + text.toLowerCase().replaceAll(" ", "-");
+  return made("div", { className: "field" }, made("label", { textContent: text, htmlFor: input.id }), input);
 }
 
 function choice(options, chosen) {
@@ -122,7 +123,9 @@ function decided(group) {
       seconds > limits.seconds && `${inTime(seconds)}, ${inTime(seconds - limits.seconds)} too long`,
     ].filter(Boolean);
   };
-  const fit = group.done.filter(fits), large = group.done.filter((name) => over(name).length);
+  const times = ({ memory, seconds }) => Math.max(memory / limits.memory, seconds / limits.seconds);
+  const fit = group.done.filter(fits), large = group.done.filter((name) => over(name).length)
+    .sort((a, b) => times(group.needs[a]) - times(group.needs[b]));
   const unknown = group.done.filter((name) => !fit.includes(name) && !large.includes(name));
   const ranked = group.order.filter((name) => fit.includes(name)), first = ranked[0];
   const top = ranked.filter((name) => name === first || group.tied[first].includes(name));
