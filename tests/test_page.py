@@ -224,7 +224,7 @@ def test_two_quantities_are_chosen_and_curves_are_switched_off(browser, report, 
             of, key=lambda name: of[name][axis]
         )
     assert page.locator("#curves .line").count() == len(METHODS)
-    page.locator("#curves").get_by_label("GaLore").uncheck()
+    page.locator("#curves").get_by_role("checkbox", name="GaLore").uncheck()
     assert "GaLore" not in page.locator("#curves svg[role=img]").get_attribute("aria-label")
     page.locator("#curves").get_by_role("button", name="None").click()
     assert page.locator("#curves .line").count() == 0

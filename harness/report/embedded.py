@@ -54,6 +54,7 @@ def technique(comparison: Comparison, which: Technique) -> dict[str, Any]:
     return {
         "label": which.label,
         "method": which.spec.method,
+        "status": which.status or "ok",
         "color": look.get("color", ""),
         "marker": look.get("marker", ""),
         "hollow": comparison.untuned(which),

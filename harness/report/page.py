@@ -4,6 +4,7 @@ filters, draws and browses."""
 import base64
 import hashlib
 import json
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness.report.blocks import Block, Heading, Title
 
 TEMPLATES = Path(__file__).with_name("templates")
 SCRIPTS = ("page.js", "charts.js", "samples.js")
+TOGETHER = re.compile(r" ± |\([^()]*\)")
 # What ends a script or begins a comment in one, as JSON writes it where HTML reads along.
 UNSAFE = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
@@ -39,10 +41,14 @@ def write_html(blocks: list[Block], now: str, data: dict[str, Any] | None) -> st
     def inline(value):
         return value if isinstance(value, Markup) else plain(value)
 
+    def unbroken(value):
+        """A number stays beside its ±, an interval on one line."""
+        return TOGETHER.sub(lambda found: found[0].replace(" ", "\u00a0"), plain(value))
+
     def image(svg: bytes) -> str:
         return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
-    return template("report.html.j2", inline, image=image).render(
+    return template("report.html.j2", inline, image=image, unbroken=unbroken).render(
         title=next(block for block in blocks if isinstance(block, Title)),
         chapters=chapters(blocks),
         now=now,
