@@ -71,8 +71,9 @@ def group(choice: Choice) -> dict[str, Any]:
     done = [t.label for t in choice.done]
     return {
         "name": choice.group,
-        "what": f"the {extreme(standing)} {inside(standing.quantity.label)}" if standing else "",
-        "silent": "" if len(order) > 1 else choice.silent(),
+        "extreme": extreme(standing) if standing else "",
+        "label": inside(standing.quantity.label) if standing else "",
+        "silent": {name: choice.silent([name]) for name in done if name not in order},
         "done": done,
         "order": order,
         "tied": {name: first_of(standing, [name, *(o for o in order if o != name)])[1:] for name in order},

@@ -17,7 +17,7 @@ from harness.plain import plain
 from harness.report.blocks import Block, Heading, Title
 
 TEMPLATES = Path(__file__).with_name("templates")
-SCRIPTS = ("page.js", "charts.js", "samples.js")
+SCRIPTS = ("page.js", "budget.js", "charts.js", "curves.js", "samples.js")
 TOGETHER = re.compile(r" ± |\([^()]*\)")
 # What ends a script or begins a comment in one, as JSON writes it where HTML reads along.
 UNSAFE = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})

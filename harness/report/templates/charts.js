@@ -1,4 +1,4 @@
-// Charts: two quantities of the techniques against each other, and learning curves.
+// A chart of any two quantities of the techniques, and what all charts are made of.
 
 const SVG = "http://www.w3.org/2000/svg";
 const UNITS = { bytes: ["GiB", 2 ** 30], joules: ["Wh", 3600] };
@@ -122,260 +122,105 @@ const quantity = (technique, name) =>
   technique.quantities.find((each) => each.quantity === name && each.mean !== null);
 const trained = data.techniques.filter((technique) => !technique.base);
 
+// Of a quantity: its title, and mean and deviation of a technique in the unit of the axis.
+function measured(shown, name) {
+  const all = shown.map((t) => quantity(t, name));
+  const [unit, one] = scaled(all[0].unit, Math.max(...all.map((q) => q.mean)));
+  const of = (t) => ({ mean: quantity(t, name).mean / one, sd: (quantity(t, name).sd ?? 0) / one });
+  const ends = shown
+    .map(of)
+    .flatMap(({ mean, sd }) => [mean, mean + sd, Math.max(mean - sd, Math.min(mean, mean / 2))]);
+  return { of, one, ends, title: `${all[0].label}${unit && ` (${unit})`}${better[all[0].better] ?? ""}` };
+}
+
 function scatter(box, xName, yName) {
-  const shown = trained.filter(
-    (t) => matches(t.label) && fits(t.label) && quantity(t, xName) && quantity(t, yName),
-  );
+  const asked = trained.filter((t) => matches(t.label) && fits(t.label));
+  const shown = asked.filter((t) => quantity(t, xName) && quantity(t, yName));
   if (!shown.length)
     return box.replaceChildren(made("p", { textContent: "Nothing that is shown has both." }));
-  const rest = trained.filter((t) => matches(t.label) && fits(t.label) && !shown.includes(t));
-  const size = room(box, 0.55),
-    base = data.techniques.find((t) => t.method === "base");
-  const [of, unit, end] = [xName, yName]
-    .map((name) => {
-      const all = shown.map((t) => quantity(t, name)),
-        [unit, one] = scaled(all[0].unit, Math.max(...all.map((q) => q.mean)));
-      return [
-        (t) => ({ mean: quantity(t, name).mean / one, sd: (quantity(t, name).sd ?? 0) / one }),
-        `${all[0].label}${unit && ` (${unit})`}${better[all[0].better] ?? ""}`,
-        one,
-      ];
-    })
-    .reduce((found, each) => each.map((value, i) => [...(found[i] ?? []), value]), []);
-  const ends = (which) =>
-    shown.flatMap((t) => {
-      const { mean, sd } = of[which](t);
-      return [mean, mean + sd, Math.max(mean - sd, mean > 0 ? mean / 2 : -Infinity)];
-    });
-  const level = base && quantity(base, yName) ? quantity(base, yName).mean / end[1] : null;
-  const x = axis(ends(0), MARGIN.left, size.width - MARGIN.right),
-    y = axis(ends(1), size.height - MARGIN.bottom, MARGIN.top, { level });
-  const told = shown.map((t) => `${t.label}: ${said(of[0](t).mean)}, ${said(of[1](t).mean)}`).join("; ");
-  const svg = frame(box, x, y, unit[0], unit[1], size, `${unit[1]} against ${unit[0]}. ${told}`);
+  const [across, up] = [xName, yName].map((name) => measured(shown, name));
+  const base = quantity(data.techniques.find((t) => t.method === "base") ?? { quantities: [] }, yName);
+  const level = base ? base.mean / up.one : null;
+  const size = room(box, 0.55);
+  const right = size.width - MARGIN.right;
+  const x = axis(across.ends, MARGIN.left, right);
+  const y = axis(up.ends, size.height - MARGIN.bottom, MARGIN.top, { level });
+  const told = shown.map((t) => `${t.label}: ${said(across.of(t).mean)}, ${said(up.of(t).mean)}`).join("; ");
+  const svg = frame(box, x, y, across.title, up.title, size, `${up.title} against ${across.title}. ${told}`);
   if (level !== null && level >= y.low && level <= y.high) {
-    svg.append(
-      drawn("path", { d: `M${MARGIN.left},${y.place(level)}H${size.width - MARGIN.right}`, class: "level" }),
-    );
-    svg.append(
-      drawn("text", { x: size.width - MARGIN.right, y: y.place(level) - 4, "text-anchor": "end" }, "before"),
-    );
+    svg.append(drawn("path", { d: `M${MARGIN.left},${y.place(level)}H${right}`, class: "level" }));
+    svg.append(drawn("text", { x: right, y: y.place(level) - 4, "text-anchor": "end" }, "before"));
   }
-  const taken = []; // where no label goes: markers, and labels
-  for (const t of shown) {
-    const [a, b] = [of[0](t), of[1](t)],
-      [px, py] = [x.place(a.mean), y.place(b.mean)],
-      group = drawn("g");
-    const spans = [
-      [x, a],
-      [y, b],
-    ].map(([along, { mean, sd }]) =>
-      [mean - sd, mean + sd].map((value) => along.place(Math.min(Math.max(value, along.low), along.high))),
-    );
+  const places = shown.map((t) => {
+    const [a, b] = [across.of(t), up.of(t)];
+    const [px, py] = [x.place(a.mean), y.place(b.mean)];
+    const [[left, end], [low, high]] = [span(x, a), span(y, b)];
+    const group = drawn("g");
+    const about = [
+      [across, a],
+      [up, b],
+    ].map(([each, { mean, sd }]) => `${each.title}: ${said(mean)} ± ${said(sd)}`);
+    group.append(drawn("title", {}, [t.label, ...about].join("\n")));
     group.append(
-      drawn(
-        "title",
-        {},
-        `${t.label}\n${unit[0]}: ${said(a.mean)} ± ${said(a.sd)}\n${unit[1]}: ${said(b.mean)} ± ${said(b.sd)}`,
-      ),
-    );
-    group.append(
-      drawn("path", {
-        d: `M${spans[0][0]},${py}H${spans[0][1]}M${px},${spans[1][0]}V${spans[1][1]}`,
-        stroke: t.color,
-        class: "bar",
-      }),
+      drawn("path", { d: `M${left},${py}H${end}M${px},${low}V${high}`, stroke: t.color, class: "bar" }),
     );
     group.append(marker(t, px, py));
     svg.append(group);
-    taken.push([px - 6, py - 6, px + 6, py + 6]);
-  }
-  const crosses = (box) =>
-    taken.filter((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])
-      .length +
-    4 * (box[0] < MARGIN.left || box[2] > size.width || box[1] < 18 || box[3] > size.height - MARGIN.bottom);
-  for (const t of shown) {
-    const text = short(t.label),
-      wide = 6.1 * text.length,
-      [px, py] = [x.place(of[0](t).mean), y.place(of[1](t).mean)];
+    return [px, py, short(t.label)];
+  });
+  name(svg, places, size);
+  const rest = asked
+    .filter((t) => !shown.includes(t))
+    .map((t) => (t.status === "ok" ? t.label : `${t.label} (${t.status})`));
+  if (rest.length)
+    box.append(
+      made("p", { className: "says", textContent: `Not drawn, as both are not known: ${listed(rest)}.` }),
+    );
+}
+
+function span(along, { mean, sd }) {
+  return [mean - sd, mean + sd].map((value) => along.place(Math.min(Math.max(value, along.low), along.high)));
+}
+
+// Each name where it crosses least: no marker, no other name and no edge, if it can be.
+function name(svg, places, size) {
+  const taken = places.map(([x, y]) => [x - 6, y - 6, x + 6, y + 6]);
+  const out = (b) =>
+    b[0] < MARGIN.left || b[2] > size.width || b[1] < 18 || b[3] > size.height - MARGIN.bottom;
+  const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  const crosses = (box) => taken.filter((other) => meets(box, other)).length + 4 * out(box);
+  for (const [x, y, text] of places) {
+    const wide = 6.1 * text.length;
     const spots = [8, 16, 26, 38].flatMap((away) => [
-      [px + away, py - 6],
-      [px - away - wide, py - 6],
-      [px - wide / 2, py - away - 12],
-      [px - wide / 2, py + away],
-      [px + away, py - 6 - away],
-      [px + away, py - 6 + away],
+      [x + away, y - 6],
+      [x - away - wide, y - 6],
+      [x - wide / 2, y - away - 12],
+      [x - wide / 2, y + away],
+      [x + away, y - 6 - away],
+      [x + away, y - 6 + away],
     ]);
     const boxes = spots.map(([left, top]) => [left, top, left + wide, top + 12]);
     const best = boxes.reduce((one, two) => (crosses(two) < crosses(one) ? two : one));
     taken.push(best);
     svg.append(drawn("text", { x: best[0], y: best[1] + 10, class: "name" }, text));
   }
-  const why = rest.map((t) => (t.status === "ok" ? t.label : `${t.label} (${t.status})`));
-  if (rest.length)
-    box.append(
-      made("p", { className: "says", textContent: `Not drawn, as both are not known: ${listed(why)}.` }),
-    );
 }
 
 function scatters() {
-  const found = new Map(
-    trained.flatMap((t) => t.quantities.filter((q) => q.mean !== null).map((q) => [q.quantity, q.label])),
-  );
+  const known = trained.flatMap((t) => t.quantities.filter((q) => q.mean !== null));
+  const found = new Map(known.map((q) => [q.quantity, q.label]));
   if (found.size < 2) return null;
-  const names = [...found],
-    leading = data.leading ?? names[0][0];
-  const across = choice(names, found.has("peak_memory") ? "peak_memory" : names.at(-1)[0]),
-    up = choice(names, leading);
-  const box = made("div", { className: "chart" }),
-    draw = () => scatter(box, across.value, up.value);
+  const names = [...found];
+  const across = choice(names, found.has("peak_memory") ? "peak_memory" : names.at(-1)[0]);
+  const up = choice(names, data.leading ?? names[0][0]);
+  const box = made("div", { className: "chart" });
+  const draw = () => scatter(box, across.value, up.value);
   [across, up].forEach((select) => select.addEventListener("change", draw));
   drawers.push(draw);
-  return made(
-    "figure",
-    { id: "scatter" },
-    made("div", { className: "bar" }, field("Up", up), field("Across", across)),
-    box,
-    made("figcaption", {
-      textContent:
-        "Means over seeds, lines to one sample standard deviation on either side. ↑ higher, ↓ lower is better. Dashed: the untouched model, where it is near. Hollow: with the shared hyperparameters, where a search has found better ones.",
-    }),
-  );
+  const caption =
+    "Means over seeds, lines to one sample standard deviation on either side. ↑ higher, ↓ lower is better. " +
+    "Dashed: the untouched model, where it is near. Hollow: with the shared hyperparameters, where a search " +
+    "has found better ones.";
+  const bar = made("div", { className: "bar" }, field("Up", up), field("Across", across));
+  return made("figure", { id: "scatter" }, bar, box, made("figcaption", { textContent: caption }));
 }
-
-// Learning curves
-
-function lines(box, curves, objective) {
-  if (!curves.length) return box.replaceChildren(made("p", { textContent: "No curve is chosen." }));
-  const size = room(box, 0.45),
-    known = curves.flatMap((curve) => curve.losses.filter((loss) => loss !== null));
-  const x = axis(
-    curves.flatMap((curve) => curve.steps),
-    MARGIN.left,
-    size.width - MARGIN.right,
-    { linear: true },
-  );
-  const y = axis(known, size.height - MARGIN.bottom, MARGIN.top, { linear: true });
-  const last = curves.map((curve) => `${curve.label}: ${said(curve.losses.at(-1))}`).join("; ");
-  const svg = frame(
-    box,
-    x,
-    y,
-    "Optimizer step",
-    `Loss (${objective})`,
-    size,
-    `Loss at the last step. ${last}`,
-  );
-  for (const curve of curves) {
-    const { color, hollow } = data.techniques.find((t) => t.label === curve.label);
-    const d = curve.steps
-      .map((step, i) => `${i ? "L" : "M"}${x.place(step).toFixed(1)},${y.place(curve.losses[i]).toFixed(1)}`)
-      .join("");
-    const line = drawn("path", {
-      d,
-      stroke: color,
-      class: "line",
-      "stroke-dasharray": hollow ? "5 4" : "none",
-    });
-    line.append(drawn("title", {}, curve.label));
-    svg.append(line);
-  }
-}
-
-function curves() {
-  if (!data.curves.length) return null;
-  const unique = (name) =>
-    [...new Set(data.curves.map((curve) => curve[name]))].map((value) => [value, value]);
-  const kind = choice(
-    unique("kind").map(([value]) => [value, value === "training" ? "Training loss" : "Validation loss"]),
-    "validation",
-  );
-  const objective = choice(unique("objective"), "sft"),
-    off = new Set(),
-    box = made("div", { className: "chart" }),
-    names = made("div", { className: "bar names" });
-  const chosen = () =>
-    data.curves.filter(
-      (curve) =>
-        curve.kind === kind.value &&
-        curve.objective === objective.value &&
-        matches(curve.label) &&
-        fits(curve.label),
-    );
-  const draw = () =>
-    lines(
-      box,
-      chosen().filter((curve) => !off.has(curve.label)),
-      objective.value,
-    );
-  const list = () => {
-    names.replaceChildren(
-      ...chosen().map(({ label }) => {
-        const { color, hollow } = data.techniques.find((t) => t.label === label),
-          tick = made("input", { type: "checkbox", checked: !off.has(label) });
-        tick.addEventListener("change", () => {
-          tick.checked ? off.delete(label) : off.add(label);
-          draw();
-        });
-        const line = drawn("svg", { width: 22, height: 8, "aria-hidden": "true", class: "swatch" });
-        line.append(
-          drawn("path", {
-            d: "M0,4H22",
-            stroke: color,
-            "stroke-width": 2.5,
-            "stroke-dasharray": hollow ? "5 3" : "none",
-          }),
-        );
-        return made(
-          "label",
-          { className: "name" },
-          tick,
-          line,
-          made("span", { textContent: short(label, 60) }),
-        );
-      }),
-      ...["All", "None"].map((text) => {
-        const button = made("button", { type: "button", textContent: text });
-        button.addEventListener("click", () => {
-          chosen().forEach(({ label }) => (text === "All" ? off.delete(label) : off.add(label)));
-          list();
-          names.querySelectorAll("button")[text === "All" ? 0 : 1].focus();
-        });
-        return button;
-      }),
-    );
-    draw();
-  };
-  [kind, objective].forEach((select) => select.addEventListener("change", list));
-  drawers.push(list);
-  const bar = made(
-    "div",
-    { className: "bar" },
-    field("Learning curves", kind),
-    ...(objective.options.length > 1 ? [field("Objective", objective)] : []),
-  );
-  return made(
-    "figure",
-    { id: "curves" },
-    bar,
-    names,
-    box,
-    made("figcaption", {
-      textContent:
-        "Means over the seeds, of long trainings also over neighbouring steps. Dashed: with the shared hyperparameters, where a search has found better ones.",
-    }),
-  );
-}
-
-const charts = [scatters(), curves()].filter(Boolean);
-const place = find("plots") ?? find("results");
-if (charts.length && place) {
-  const title = made("h3", { textContent: "Draw your own" });
-  place.querySelector(":scope > h2").parentElement.append(title, ...charts);
-}
-let width = innerWidth;
-addEventListener("resize", () => {
-  if (innerWidth !== width) {
-    width = innerWidth;
-    redraw();
-  }
-});

@@ -43,170 +43,144 @@ function text(pieces, kind = "") {
   );
 }
 
-function browser() {
-  const { labels: names, total, rows } = data.samples;
-  const reference = names.length,
-    title = (side) => (side === reference ? "Reference" : names[side]);
-  const sides = [...names.map((name, i) => [String(i), name]), [String(reference), "Reference"]];
-  const bases = names.filter((name) => data.techniques.find((t) => t.label === name).base).length;
-  const left = choice(sides, "0"),
-    right = choice(sides, String(Math.min(bases, reference)));
-  const parts = [...new Set(rows.map((row) => row.part))];
-  const part = choice([["", "all"], ...parts.map((name, i) => [String(i), name])], "");
-  const order = choice(
-    [
-      ["", "of the data"],
-      ["left", "left ahead in ROUGE-L"],
-      ["right", "right ahead in ROUGE-L"],
-    ],
-    "",
-  );
-  const search = made("input", {
-    type: "search",
-    placeholder: "in prompt, reference, answers",
-    size: 28,
-    autocomplete: "off",
-  });
-  const differing = made("input", { type: "checkbox" }),
-    raw = made("input", { type: "checkbox" });
-  const says = made("output", { className: "says" }),
-    list = made("div", { id: "rows" });
-  const back = made("button", { type: "button", textContent: "Previous" }),
-    next = made("button", { type: "button", textContent: "Next" });
-  let page = 0;
-  const answer = (row, side) => (side === reference ? [row.reference, null, true] : row.answers[side]);
-  const card = (head, remark, body) =>
-    made(
-      "div",
-      { className: "answer" },
-      made("h4", {}, head + " ", made("span", { className: "remark", textContent: remark })),
-      body,
-    );
+// The control elements, by name; `sides`: whose answers there are, the reference last.
+function controls(sides, parts) {
+  const whose = sides.map((name, i) => [String(i), name]);
+  const bases = sides.filter((name) => data.techniques.find((t) => t.label === name)?.base).length;
+  const orders = [
+    ["", "of the data"],
+    ["1", "left ahead in ROUGE-L"],
+    ["-1", "right ahead in ROUGE-L"],
+  ];
+  const button = (text) => made("button", { type: "button", textContent: text });
+  const placeholder = "in prompt, reference, answers";
+  return {
+    left: choice(whose, "0"),
+    right: choice(whose, String(bases)),
+    search: made("input", { type: "search", placeholder, size: 28, autocomplete: "off" }),
+    part: choice([["", "all"], ...parts.map((name) => [name, name])], ""),
+    order: choice(orders, ""),
+    differing: made("input", { type: "checkbox" }),
+    raw: made("input", { type: "checkbox" }),
+    back: button("Previous"),
+    next: button("Next"),
+    says: made("output", { className: "says" }),
+  };
+}
 
-  function draw() {
-    const [a, b] = [Number(left.value), Number(right.value)],
-      wanted = search.value.trim().toLowerCase();
+function browser({ labels: names, total, rows }) {
+  const sides = [...names, "Reference"];
+  const parts = [...new Set(rows.map((row) => row.part))];
+  const of = controls(sides, parts);
+  const list = made("div", { id: "rows" });
+  let page = 0;
+
+  const answer = (row, side) => row.answers[side] ?? [row.reference, null, true];
+  const rouge = (row, side) => answer(row, side)[1] ?? 1;
+  const ahead = (row) => rouge(row, of.left.value) - rouge(row, of.right.value);
+  const whole = (said) => (said ? [[said, true]] : []);
+
+  function chosen() {
+    const wanted = of.search.value.trim().toLowerCase();
+    const has = (said) => said.toLowerCase().includes(wanted);
     const found = rows.filter(
       (row) =>
-        (part.value === "" || row.part === parts[part.value]) &&
-        (!differing.checked || answer(row, a)[0] !== answer(row, b)[0]) &&
-        [row.prompt, row.reference, row.id, ...row.answers.map(([said]) => said)].some((said) =>
-          said.toLowerCase().includes(wanted),
-        ),
+        (!of.part.value || row.part === of.part.value) &&
+        (!of.differing.checked || answer(row, of.left.value)[0] !== answer(row, of.right.value)[0]) &&
+        [row.id, row.prompt, row.reference, ...row.answers.map(([said]) => said)].some(has),
     );
-    const sign = { left: 1, right: -1 }[order.value];
-    if (sign)
-      found.sort(
-        (one, two) =>
-          sign *
-          ((answer(two, a)[1] ?? 1) -
-            (answer(two, b)[1] ?? 1) -
-            (answer(one, a)[1] ?? 1) +
-            (answer(one, b)[1] ?? 1)),
-      );
+    return of.order.value ? found.sort((a, b) => Number(of.order.value) * (ahead(b) - ahead(a))) : found;
+  }
+
+  function card(head, remark, body) {
+    const title = made("h4", {}, head + " ", made("span", { className: "remark", textContent: remark }));
+    return made("div", { className: "answer" }, title, body);
+  }
+
+  function shown(row) {
+    const prompt = of.raw.checked ? (row.raw ?? row.prompt) : row.prompt;
+    const given = [
+      card("Prompt", "", text(whole(prompt), "given")),
+      card("Reference", "", text(whole(row.reference), "given")),
+    ];
+    const both = [of.left.value, of.right.value];
+    const pieces = difference(...both.map((side) => answer(row, side)[0]));
+    const answers = both.map((side, i) => {
+      const [, score, ended] = answer(row, side);
+      const remark = `${score === null ? "" : `ROUGE-L ${score.toFixed(3)}`}${ended ? "" : ", cut at the length limit"}`;
+      return card(sides[side], remark, text(pieces[i]));
+    });
+    const beside = (cards) => made("div", { className: "answers" }, ...cards);
+    return made(
+      "section",
+      { className: "example" },
+      made("h3", { textContent: row.id }),
+      beside(given),
+      beside(answers),
+    );
+  }
+
+  function draw() {
+    const found = chosen();
     page = Math.max(0, Math.min(page, Math.ceil(found.length / PAGE) - 1));
-    const from = page * PAGE,
-      shown = found.slice(from, from + PAGE);
-    says.textContent = found.length
-      ? `${from + 1} to ${from + shown.length} of ${found.length.toLocaleString("en")} rows`
+    const from = page * PAGE;
+    const here = found.slice(from, from + PAGE);
+    of.says.textContent = here.length
+      ? `${from + 1} to ${from + here.length} of ${found.length.toLocaleString("en")} rows`
       : "No row has this.";
-    back.disabled = page === 0;
-    next.disabled = from + PAGE >= found.length;
-    list.replaceChildren(
-      ...shown.map((row) => {
-        const given = made(
-          "div",
-          { className: "answers" },
-          card(
-            "Prompt",
-            "",
-            text(
-              [[raw.checked ? (row.raw ?? row.prompt) : row.prompt, true]].filter(([said]) => said),
-              "given",
-            ),
-          ),
-          card(
-            "Reference",
-            "",
-            text(
-              [[row.reference, true]].filter(([said]) => said),
-              "given",
-            ),
-          ),
-        );
-        const pieces = difference(answer(row, a)[0], answer(row, b)[0]);
-        const cards = [a, b].map((side, i) => {
-          const [, rouge, ended] = answer(row, side),
-            remark =
-              side === reference
-                ? ""
-                : `ROUGE-L ${rouge === null ? "–" : rouge.toFixed(3)}${ended ? "" : ", cut at the length limit"}`;
-          return card(title(side), remark, text(pieces[i]));
-        });
-        return made(
-          "section",
-          { className: "example" },
-          made("h3", { textContent: row.id }),
-          given,
-          made("div", { className: "answers" }, ...cards),
-        );
-      }),
-    );
+    of.back.disabled = page === 0;
+    of.next.disabled = from + PAGE >= found.length;
+    list.replaceChildren(...here.map(shown));
   }
 
   const again = () => {
     page = 0;
     draw();
   };
-  [left, right, part, order, differing, raw].forEach((input) => input.addEventListener("change", again));
-  search.addEventListener("input", again);
-  [
-    [back, -1],
-    [next, 1],
-  ].forEach(([button, step]) =>
-    button.addEventListener("click", () => {
-      page += step;
-      draw();
-    }),
-  );
-  const part_of =
-    rows.length < total
-      ? `${rows.length.toLocaleString("en")} of the ${total.toLocaleString("en")} test rows are in this file, spread over the parts of the data and from bad to good, so that it stays small; all of them are in outputs.jsonl of each run.`
-      : `All ${total.toLocaleString("en")} test rows.`;
+  const turn = (by) => () => {
+    page += by;
+    draw();
+  };
+  for (const name of ["left", "right", "part", "order", "differing", "raw"])
+    of[name].addEventListener("change", again);
+  of.search.addEventListener("input", again);
+  of.back.addEventListener("click", turn(-1));
+  of.next.addEventListener("click", turn(1));
+  draw();
+
+  const [some, all] = [rows.length, total].map((n) => n.toLocaleString("en"));
+  const held =
+    some === all
+      ? `All ${all} test rows.`
+      : `${some} of the ${all} test rows are in this file, spread over the parts of the data and from bad to good, ` +
+        "so that it stays small; all of them are in outputs.jsonl of each run.";
+  const how =
+    "Each technique answers with its lowest seed; words that the other answer has not, or not in this order, are marked.";
   const tick = (input, said) =>
     made("label", { className: "name" }, input, made("span", { textContent: said }));
-  const box = made(
+  const fields = [
+    field("Left", of.left),
+    field("Right", of.right),
+    field("Search", of.search),
+    field("Order", of.order),
+  ];
+  if (parts.length > 1) fields.push(field("Part", of.part));
+  fields.push(tick(of.differing, "only where they differ"));
+  if (rows.some((row) => row.raw)) fields.push(tick(of.raw, "prompts with template marks"));
+  return made(
     "div",
     { id: "samples" },
-    made("p", {
-      textContent: `${part_of} Each technique answers with its lowest seed; words that the other answer has not, or not in this order, are marked.`,
-    }),
-    made(
-      "div",
-      { className: "bar" },
-      field("Left", left),
-      field("Right", right),
-      field("Search", search),
-      ...(parts.length > 1 ? [field("Part", part)] : []),
-      field("Order", order),
-      tick(differing, "only where they differ"),
-      ...(rows.some((row) => row.raw) ? [tick(raw, "prompts with template marks")] : []),
-    ),
-    made("div", { className: "bar" }, back, next, says),
+    made("p", { textContent: `${held} ${how}` }),
+    made("div", { className: "bar" }, ...fields),
+    made("div", { className: "bar" }, of.back, of.next, of.says),
     list,
   );
-  draw();
-  return box;
 }
 
-if (data.samples?.rows.length) {
-  const chapter = find("answers-side-by-side");
-  const few = made(
-    "details",
-    {},
-    made("summary", { textContent: "Ten of them, all answers side by side" }),
-    ...chapter.childNodes,
-  );
-  chapter.append(browser(), few);
+const chapter = find("answers-side-by-side");
+if (chapter && data.samples?.rows.length) {
+  const title = made("summary", { textContent: "A few of them, with all answers side by side" });
+  const few = made("details", {}, title, ...chapter.childNodes);
+  chapter.append(browser(data.samples), few);
 }
 redraw();
