@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from harness.report.blocks import Heading
 from harness.report.comparison import comparisons
 from harness.report.decision import Choice, need
 from harness.report.distinctions import distinctions
-from harness.report.embedded import SAMPLES, embedded
+from harness.report.embedded import embedded
 from harness.report.prompts import asked
 from harness.report.verdicts import judged
 from harness.spec import Hyperparams
@@ -31,13 +32,13 @@ GEMMA = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
     """Five techniques and the untouched model on 90 rows. One of the rows is hostile, a prompt has marks."""
-    folder = tmp_path_factory.mktemp("page")
+    folder, dataset = tmp_path_factory.mktemp("page"), fabricate.DATASET | {"notice": "It is made up."}
     for method, seeds in {"base": 1, **dict.fromkeys(METHODS, 3)}.items():
         for seed in range(seeds):
             rows = fabricate.outputs(method, seed)
             rows[0] |= {"prompt": GEMMA.format(HOSTILE), "output": HOSTILE, "reference": HOSTILE}
             rows[7] |= {"prompt": GEMMA.format("Where is the zebra?"), "output": f"the {method} says so"}
-            fabricate.keep(folder, fabricate.record(method, seed), rows)
+            fabricate.keep(folder, fabricate.record(method, seed, dataset=dataset), rows)
     return Store(folder)
 
 
@@ -64,20 +65,24 @@ def test_no_text_can_end_the_script_that_holds_it():
     assert not set(said) & set("<>&\u2028\u2029")
 
 
-def test_a_large_store_fills_a_page_no_further_than_is_said(tmp_path):
-    luck, methods = random.Random(0), ("base", "qlora", "galore")
-    for method in methods:
-        rows = fabricate.outputs(method, rows=600)
-        for row in rows:
-            row["output"] += " word" * luck.choice((10, 300, 2000))
-        fabricate.keep(tmp_path, fabricate.record(method), rows)
-    [comparison] = comparisons(Store(tmp_path).load()[0])
-    samples = embedded(comparison, judged(comparison, Store(tmp_path)), Store(tmp_path))["samples"]
+@pytest.mark.parametrize("most", [100_000, 400_000])
+def test_a_large_store_fills_a_page_no_further_than_is_said(most, store, judgement, monkeypatch):
+    rows = fabricate.outputs("qlora")
+    luck = random.Random(0)
+    long = {row["id"]: " word" * luck.choice((10, 300, 2000)) for row in rows}
+
+    def outputs(record, chosen):
+        found = Store.outputs(store, record, chosen)
+        return [row | {"output": row["output"] + long[row["id"]]} for row in found]
+
+    monkeypatch.setattr(store, "outputs", outputs)
+    monkeypatch.setattr(sys.modules["harness.report.embedded"], "SAMPLES", most)
+    samples = embedded(*judgement, store)["samples"]
     size = len(page.as_json(samples["rows"]).encode())
-    assert 0.8 * SAMPLES < size < 1.02 * SAMPLES
-    assert samples["total"] == 600 > len(samples["rows"])
+    assert 0.5 * most < size <= most
+    assert samples["total"] == len(rows) > len(samples["rows"])
     assert len({row["part"] for row in samples["rows"]}) == 3
-    assert all(len(row["answers"]) == len(methods) for row in samples["rows"])
+    assert all(len(row["answers"]) == 1 + len(METHODS) for row in samples["rows"])
 
 
 PROMPTS = {
@@ -234,14 +239,9 @@ def test_two_quantities_are_chosen_and_curves_are_switched_off(browser, report, 
 def test_within_a_budget_the_page_decides_as_the_command_does(browser, report, judgement):
     page = opened(browser, report)
     comparison, verdicts = judgement
-    needs = [need(comparison, technique) for technique in comparison.trained]
-    memories = sorted(n.memory / 2**30 for n in needs)
-    budgets = [(f"{memory + 0.01:.3f}GiB", "") for memory in memories] + [
-        ("1 GiB", ""),
-        ("", "1h"),
-        ("9.5GB", "80 min"),
-        ("30", "2"),
-    ]
+    memories = sorted(need(comparison, technique).memory / 2**30 for technique in comparison.trained)
+    budgets = [(f"{memory + 0.01:.3f}GiB", "") for memory in memories[1:]]
+    budgets += [("1 GiB", ""), ("", "1h"), ("9.5GB", "80 min"), ("30", "2")]
     for memory, hours in budgets:
         page.get_by_label("Memory of the card").fill(memory)
         page.get_by_label("Time for a run").fill(hours)
@@ -255,6 +255,7 @@ def test_within_a_budget_the_page_decides_as_the_command_does(browser, report, j
         assert [text for text in items if text.startswith("Does not fit")] == over
         assert sorted(column(page, "Technique")) == sorted(["Base", *choice.fit])
         assert page.locator("#decision > .lead").is_hidden()
+        assert page.locator("#decision > .notice").first.is_visible(), "what must be known stays"
     page.get_by_label("Memory of the card").fill("lots")
     assert "such as 24GB" in page.locator("#decision").text_content()
     page.get_by_role("button", name="Clear").click()

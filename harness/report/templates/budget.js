@@ -97,7 +97,7 @@ function decided(group) {
 function budget() {
   const section = find("decision");
   if (!section || !needs.size) return;
-  const usual = [...section.children].slice(1);
+  const usual = [...section.querySelectorAll(":scope > :not(h2, .notice)")];
   const within = made("div", { className: "within" });
   within.setAttribute("role", "status");
   const memory = made("input", { placeholder: "24GB", size: 8, autocomplete: "off" });
