@@ -31,11 +31,11 @@ GEMMA = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
-    """Five techniques and the untouched model on 90 rows. One of the rows is hostile, a prompt has marks."""
+    """Five techniques and the untouched model on 90 rows, whose prompts have marks. One of the rows is hostile."""
     folder, dataset = tmp_path_factory.mktemp("page"), fabricate.DATASET | {"notice": "It is made up."}
     for method, seeds in {"base": 1, **dict.fromkeys(METHODS, 3)}.items():
         for seed in range(seeds):
-            rows = fabricate.outputs(method, seed)
+            rows = [row | {"prompt": GEMMA.format(row["prompt"])} for row in fabricate.outputs(method, seed)]
             rows[0] |= {"prompt": GEMMA.format(HOSTILE), "output": HOSTILE, "reference": HOSTILE}
             rows[7] |= {"prompt": GEMMA.format("Where is the zebra?"), "output": f"the {method} says so"}
             fabricate.keep(folder, fabricate.record(method, seed, dataset=dataset), rows)
@@ -304,4 +304,6 @@ def test_without_a_script_all_is_there_and_a_link_opens_its_section(browser, rep
     assert page.locator("#more-on-cost table").is_visible() and page.locator("#results table").is_visible()
     page.emulate_media(media="print")
     assert page.locator("#answers-side-by-side .example").first.is_visible(), "printing opens what is folded"
-    assert page.locator("#answers-side-by-side .example").count() == 10
+    examples = page.locator("#answers-side-by-side .example").all_text_contents()
+    assert len(examples) == 10 and all("Say something about" in text for text in examples)
+    assert "start_of_turn" not in "".join(examples)
