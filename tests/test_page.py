@@ -31,7 +31,7 @@ GEMMA = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
-    """Five techniques and the untouched model on 90 rows, whose prompts have marks. One of the rows is hostile."""
+    """Five techniques and the untouched model on 90 rows, whose prompts have marks. One row is hostile."""
     folder, dataset = tmp_path_factory.mktemp("page"), fabricate.DATASET | {"notice": "It is made up."}
     for method, seeds in {"base": 1, **dict.fromkeys(METHODS, 3)}.items():
         for seed in range(seeds):
