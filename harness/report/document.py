@@ -100,7 +100,7 @@ def index(
             max(record.started for record in comparison.records)[:16].replace("T", " "),
             "\n".join(leads) or UNKNOWN,
         ])  # fmt: skip
-    columns = ["Comparison", "What is its own", "Techniques", "Runs done", "Last run", "Decision"]
+    columns = ["Comparison", "What differs", "Techniques", "Runs done", "Last run", "Decision"]
     return [
         b.Title(f"{len(comparisons)} comparisons"),
         b.Prose(SEVERAL),
