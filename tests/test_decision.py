@@ -357,10 +357,10 @@ def test_the_report_begins_with_it_and_is_in_order(tmp_path):
     render(Store(tmp_path / "r"), tmp_path, budget=Budget(9 * GIB))
     text = (tmp_path / "report.md").read_text("utf-8")
     heads = re.findall(r"^## (.*)$", text, re.M)
-    assert heads[:3] == ["Decision", "What was found", "Results"]
-    order = [heads.index(h) for h in ("Results", "Plots", "Ranks", "Differences", "More on quality")]
+    assert heads[:4] == ["Decision", "Results", "What was found", "Plots"]
+    order = [heads.index(h) for h in ("Plots", "Ranks", "Differences", "More on quality")]
     assert order == sorted(order)
-    assert "Within 9 GiB: " in text.split("## What was found")[0]
+    assert "Within 9 GiB: " in text.split("## Results")[0]
     assert "Within 9 GiB: " in (tmp_path / "report.html").read_text("utf-8")
 
 
@@ -370,7 +370,7 @@ def test_the_terminal_has_the_same_words_at_80_columns(tmp_path):
     told = conclusion(store, None, Budget(24e9, 3600, False))
     assert max(map(len, told.splitlines())) <= 80
     render(store, tmp_path, ("md",), budget=Budget(24e9, 3600, False))
-    lead = (tmp_path / "report.md").read_text("utf-8").split("## Results")[0].replace("\\", "")
+    lead = (tmp_path / "report.md").read_text("utf-8").split("## Plots")[0].replace("\\", "")
     for paragraph in re.split(r"\n\n|\n  - ", told.replace("\n    ", " ")):
         line = " ".join(paragraph.split("\n")).removesuffix(" --------").strip()
         assert line.removeprefix("- ") in " ".join(lead.split()), line

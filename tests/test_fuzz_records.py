@@ -26,7 +26,7 @@ from harness import report
 from harness.bench import follow
 from harness.cli.progress import Lines, outcome
 from harness.record import RunRecord
-from harness.report import brief_table, comparisons, document
+from harness.report import brief_table, comparisons, documents
 from harness.spec import content_hash, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
@@ -139,12 +139,12 @@ def limited():
 def written(store: Store) -> str:
     """The report's text without its plots."""
     records, corrupt = store.load()
-    blocks = document(comparisons(records), store, corrupt)
+    said = report.Report(comparisons(records), store, corrupt, "now")
     for record in records:
         outcome(record, True)
     brief_table(records)
-    page = report.write_html(blocks, "now")
-    text = report.write_markdown(blocks, "now")
+    page = "".join(report.WRITERS["html"](said).values())
+    text = "".join(report.WRITERS["md"](said).values())
     assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text}
     page.encode(), text.encode()
     return text
@@ -152,8 +152,8 @@ def written(store: Store) -> str:
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    figures = document.__globals__["figures"]
-    monkeypatch.setitem(document.__globals__, "figures", lambda *_: [])
+    figures = documents.__globals__["figures"]
+    monkeypatch.setitem(documents.__globals__, "figures", lambda *_: [])
     return shortened(tmp_path / "results"), figures
 
 
@@ -196,7 +196,7 @@ def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, monkeyp
                 assert text != untouched or untrained or not SAID.search(what), what
             if not refused and example % DRAWN == 0:
                 with monkeypatch.context() as patch:
-                    patch.setitem(document.__globals__, "figures", figures)
+                    patch.setitem(documents.__globals__, "figures", figures)
                     report.render(store, tmp_path / "reports")
         if place.name != name:
             place.rename(folder / name)

@@ -232,7 +232,7 @@ def test_the_table_has_the_shares_and_the_references(rendered):
 
 
 def test_the_lead_names_who_is_clearly_worse_and_nobody_else(rendered):
-    lead = rendered[1].split("## Results")[0]
+    lead = rendered[1].split("## What was found")[1].split("\n## ")[0]
     (said,) = re.findall(
         r"More answers degenerate than the untouched model's: [^:]*?\.(?= [A-Z0-9]|\n)", lead
     )
@@ -299,9 +299,11 @@ def test_exact_match_leads_where_the_spec_asks_for_it(tmp_path):
     store = Store(bench(tmp_path / "results", seeds, reward="exact"))
     text = rendered_of(store, tmp_path, plots=True)
     results = table(text, "Results", "Technique")["GaLore"]
-    assert results["Exact match (before)"] == "0.100"
-    assert results["Exact match (after)"] == f"0.833 ± {stdev(n / 60 for n in (48, 50, 52)):.3f}"
-    lead = text.split("## Results")[0]
+    assert results["Exact match\u00a0↑<br>(before)"] == "0.100"
+    assert (
+        results["Exact match\u00a0↑<br>(after)"] == f"**0.833 ± {stdev(n / 60 for n in (48, 50, 52)):.3f}**"
+    )
+    lead = text.split("## What was found")[1].split("\n## ")[0]
     assert "Against the untouched model, exact match rose with" in lead
     assert "GaLore has the highest exact match, 0.833, " in lead
     [line] = re.findall(r"\| GaLore − QLoRA \| (\S+) \(.*?\) \| (\w+) \|.*", text.split("in cost")[0])

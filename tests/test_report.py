@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,6 +70,11 @@ def rendered(folder: Path, results: Path | None = None, **options) -> tuple[str,
     """-> report.md, report.html"""
     render(Store(results or folder), folder / "out", now="noon", **options)
     return tuple((folder / "out" / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
+
+
+def part(text: str, heading: str) -> str:
+    """Of a report.md, what stands under a heading."""
+    return text.split(f"## {heading}\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +151,10 @@ def test_a_run_that_was_disturbed_has_no_time(tmp_path):
     fabricate.keep(results, fabricate.record("qlora", 1, disturbed=[busy]))
     fabricate.keep(results, fabricate.record("qlora", 0, disturbed=[]))
     text, _ = rendered(tmp_path, results)
-    lead, rest = text.split("## Results")
+    lead = part(text, "What was found")
     assert "Times of disturbed runs are not ranked: QLoRA (1 run)." in lead
     assert "least memory" in lead and "least training time" not in lead
-    main = rest.split("## More on quality")[0]
+    main = part(text, "Results")
     marked = [line.split(" | ")[0] for line in main.split("\n") if line.endswith("\\* |")]
     assert marked == ["| QLoRA"] and "\\* With a run that was disturbed" in main
     fine, details = certified(*Store(results).load()[0])["Nothing else kept the machine busy"]
@@ -157,7 +163,7 @@ def test_a_run_that_was_disturbed_has_no_time(tmp_path):
         and f"QLoRA (seed 1): {busy}" in details
         and "not recorded for QLoRA (seed 2)" in details
     )
-    assert "| Nothing else kept the machine busy | NO |" in rest
+    assert "| Nothing else kept the machine busy | NO |" in text
 
 
 @pytest.mark.parametrize("rows", [12, 20])
@@ -171,14 +177,15 @@ def test_few_rows_rank_nothing(tmp_path, rows):
     few = rows < 20
     assert ("12 test rows: no ranking by scores" in text) == few == ("no ranking: 12 test rows" in text)
     assert ("has the highest BLEU-4" in text or "In BLEU-4, " in text) != few
-    assert ("Against the untouched model, BLEU-4" in text.split("## Results")[0]) != few
+    assert ("Against the untouched model, BLEU-4" in part(text, "What was found")) != few
     assert "took the least memory" in text
 
 
 def test_one_seed_ranks_nothing(tmp_path):
     text, _ = rendered(tmp_path, fabricate.results(tmp_path / "r", seeds=(0,)))
     assert "Single seed: no ranking, which takes 3. Measured were QLoRA (BLEU-4 2" in text
-    assert "highest" not in text.split("## Results")[0] and "least memory" not in text
+    assert "highest" not in text.split("## Results")[0] + part(text, "What was found")
+    assert "least memory" not in text
 
 
 @pytest.mark.drawn
@@ -224,7 +231,7 @@ def test_null_and_missing_numbers_are_dashes_not_zeros(tmp_path):
     fabricate.keep(results, found, test)
     text, _ = rendered(tmp_path, results)
     brief = next(line.split(" | ") for line in text.splitlines() if line.startswith("| QLoRA |"))
-    assert brief[6] == brief[7] == "–", "perplexity after, peak memory"
+    assert brief[7] == brief[8] == "–", "perplexity after, peak memory"
     assert "nan" not in text.lower().replace("nanogpt", "")
 
 
@@ -235,7 +242,7 @@ def test_random_weights_have_costs_and_no_scores(tmp_path):
     text, _ = rendered(tmp_path, tmp_path / "r")
     assert "only the cost columns mean anything" in text.split("## Results")[0]
     row = next(line for line in text.splitlines() if line.startswith("| QLoRA |"))
-    assert row.startswith("| QLoRA | – | – | – | – | – | – | 5.10")
+    assert row.startswith("| QLoRA | 2 | – | – | – | – | – | – | 5.10")
     assert "Answers side by side" not in text and "scores.png" not in text and "cost.png" in text
 
 
@@ -375,7 +382,7 @@ def test_what_is_far_worse_than_the_untouched_model_is_said_first(tmp_path):
     results = fabricate.results(tmp_path / "r", methods=("qlora", "galore"), seeds=(0, 1, 2))
     fabricate.keep(results, fabricate.record("lora"), spoiled("lora"))
     fabricate.keep(results, fabricate.record("dora"), spoiled("dora", nll=1e6))
-    lead = rendered(tmp_path, results)[0].split("## Results")[0]
+    lead = part(rendered(tmp_path, results)[0], "What was found")
     base = next(r for r in Store(results).load()[0] if r.spec.method == "base").scores
     said = (
         f"scored on the same 90 test rows. Worse than the untouched model by far: LoRA (perplexity "
@@ -405,10 +412,12 @@ def test_references_that_no_answer_can_reach_are_counted_beside_the_score(beyond
             output["tokens"] = 130 if i < beyond else 129  # 128 and the end mark are what an answer may have
         fabricate.keep(tmp_path / "r", fabricate.record(method), test)
     text, _ = rendered(tmp_path, tmp_path / "r")
-    lead, results = text.replace("\\", "").split("## Results")
+    text = text.replace("\\", "")
     said = f"{beyond} of 90 references are longer than an answer may be (hp.max_new_tokens, 128 tokens)"
-    assert (said in results.split("##")[0]) == (beyond > 0)
-    assert (said in lead) == (beyond > 9), "a tenth of them concerns who reads nothing but the lead"
+    assert (said in part(text, "Results")) == (beyond > 0)
+    assert (said in part(text, "What was found")) == (beyond > 9), (
+        "a tenth of them concerns who reads nothing but the lead"
+    )
 
 
 def test_preferences_are_compared_over_the_same_answers_alone(tmp_path):
@@ -500,10 +509,15 @@ def test_each_objective_has_a_table_of_its_own_with_what_it_aims_at(tmp_path):
     found.card |= {"title": "ORPO", "objective": "preference", "aim": "preference_accuracy"}
     fabricate.keep(tmp_path / "r", found)
     text, _ = rendered(tmp_path, tmp_path / "r")
-    first, second = text.split("## Results")[1].split("## More on quality")[0].split("with the preference")
+    first, second = part(text, "Results").split("with the preference")
     assert "| QLoRA |" in first and "| ORPO |" not in first and "Preference accuracy" not in first
-    assert "| ORPO |" in second and "| QLoRA |" not in second and "Preference accuracy (after)" in second
-    assert "QLoRA and ORPO" not in text.split("## Results")[0].partition("tied")[2]
+    assert (
+        "| ORPO |" in second
+        and "| QLoRA |" not in second
+        and "Preference accuracy\u00a0↑<br>(after)" in second
+    )
+    assert "| Base |" in first and "| Base |" not in second, "untouched models stand there once"
+    assert "QLoRA and ORPO" not in part(text, "What was found").partition("tied")[2]
 
 
 def test_a_hybrid_is_argued_beside_what_was_measured(tmp_path):
@@ -589,13 +603,19 @@ def hostile(tmp_path_factory) -> tuple[str, str]:
 def test_hostile_text_is_inert_in_html(hostile):
     page = Tags(hostile[1])
     tags = [tag for tag, _ in page.tags]
-    assert not {"script", "a", "b", "i", "comment", "iframe", "object", "link", "form"} & set(tags)
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links and all(re.fullmatch(r"#[a-z0-9-]+", link) for link in links)
+    assert not {"b", "i", "comment", "iframe", "object", "link", "form"} & set(tags)
+    kinds = [attributes.get("type", "") for tag, attributes in page.tags if tag == "script"]
+    assert kinds == ["application/json", ""], "the data, and our own script"
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert images and all(set(a) == {"src", "alt"} for a in images)
     assert all(a["src"].startswith("data:image/svg+xml;base64,") for a in images)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert policy.startswith(
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-"
+    )
     text = "".join(page.text)
     assert "<script>alert(1)</script>" in text and "{{ 7 * 7 }}" in text  # shown, as it is
     assert "⟨U+001B⟩[31mred" in text and "⟨U+202E⟩" in text and "⟨U+D800⟩" in text

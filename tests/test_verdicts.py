@@ -110,7 +110,7 @@ class Read:
 
     def __init__(self, text: str):
         text = text.replace("\\", "")
-        self.lead, tables = text.split("## Results")[0], read(text)
+        self.lead, tables = text.split("## What was found")[1].split("\n## ")[0], read(text)
         self.words = {}  # (quantity, a, b) -> higher, lower or tied
         self.intervals = {}
         for columns, *rows in tables.values():

@@ -4,9 +4,8 @@ A pure function of the store: rendered again it is the same bytes, but for the l
 Torch is not needed; numpy, pandas, matplotlib and jinja2 are, and typst for a PDF.
 """
 
-import base64
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -14,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from harness.plain import plain
@@ -23,11 +21,13 @@ from harness.report.answer import answer
 from harness.report.blocks import Block, Heading, Lead, Listing, Plot, Prose, Title
 from harness.report.comparison import Comparison, comparisons
 from harness.report.decision import Budget, decision
-from harness.report.document import document
+from harness.report.document import documents, unreadable
+from harness.report.embedded import embedded
 from harness.report.export import write_csv, write_json, write_latex
 from harness.report.grades import contestants
 from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
+from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
 from harness.report.tables import brief
 from harness.report.text import markdown
@@ -67,8 +67,14 @@ class Report:
         return [(comparison, judged(comparison, self.store)) for comparison in self.comparisons]
 
     @cached_property
-    def blocks(self) -> list[Block]:
-        return document(self.comparisons, self.store, self.corrupt, self.budget)
+    def documents(self) -> dict[str, list[Block]]:
+        """`report`, which is an index if there are several comparisons, then one for each of these."""
+        return documents(self.comparisons, self.store, self.corrupt, self.budget)
+
+    @property
+    def sections(self) -> list[list[Block]]:
+        """The documents without the index."""
+        return list(self.documents.values())[-len(self.comparisons) :]
 
 
 def render(
@@ -79,7 +85,8 @@ def render(
     budget: Budget | None = None,
 ) -> list[Path]:
     """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
-    document plots/*.png, *.svg. -> the files' paths, without those of the plots.
+    document plots/*.png, *.svg. Of several comparisons report.md and report.html are an index of one file for
+    each. -> the paths of the files that are called report.
 
     `now` stands in the one line that differs from one rendering to the next; null: this minute. `budget`:
     within which it decides.
@@ -97,7 +104,7 @@ def render(
     report = Report(found, store, corrupt, now, budget)
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for block in report.blocks if set(formats) & DOCUMENTS else []:
+    for block in chain(*report.sections) if set(formats) & DOCUMENTS else []:
         if isinstance(block, Plot):
             plots.mkdir(exist_ok=True)
             for kind, image in block.images.items():
@@ -106,7 +113,8 @@ def render(
     for kind in formats:
         file = folder / f"report.{kind}"
         try:
-            save(file, WRITERS[kind](report))
+            for name, content in WRITERS[kind](report).items():
+                save(folder / f"{name}.{kind}", content)
             written.append(file)
         except Unsettable as error:
             reasons.append(f"{file} is not written: {error}")
@@ -179,20 +187,6 @@ def write_markdown(blocks: list[Block], now: str) -> str:
     return template("report.md.j2", inline, cell=cell, indented=indented).render(blocks=blocks, now=now)
 
 
-def write_html(blocks: list[Block], now: str) -> str:
-    """One file that loads nothing. Jinja escapes every value that the template names."""
-
-    def data(image: bytes) -> str:
-        return "data:image/svg+xml;base64," + base64.b64encode(image).decode()
-
-    def inline(value):
-        return value if isinstance(value, Markup) else plain(value)
-
-    title = next(block.text for block in blocks if isinstance(block, Title))
-    made = template("report.html.j2", inline, data=data)
-    return made.render(blocks=blocks, now=now, title=title)
-
-
 def write_terminal(blocks: list[Block], width: int) -> str:
     """Paragraphs and lists, wrapped."""
 
@@ -210,36 +204,29 @@ def write_terminal(blocks: list[Block], width: int) -> str:
     return "\n".join(found)
 
 
+def write_pages(report: Report) -> dict[str, str]:
+    """Each document as HTML, with the data that its script shows; an index has none."""
+    found: dict = dict.fromkeys(report.documents)
+    for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
+        found[name] = embedded(comparison, verdicts, report.store)
+    return {name: write_html(report.documents[name], report.now, data) for name, data in found.items()}
+
+
 def write_pdf(report: Report) -> bytes:
     """Each comparison's two pages, then its appendix: what the other documents have of it."""
-    parts: list[list[Block]] = []
-    for block in report.blocks:
-        parts += [[]] if isinstance(block, Title) else []
-        parts[-1].append(block)
+    parts = report.sections
+    if len(parts) > 1:
+        parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
     firsts = [pages(comparison, verdicts) for comparison, verdicts in report.judged]
     return typeset(list(zip(firsts, parts, strict=True)), report.now)
 
 
 DOCUMENTS = {"md", "html", "pdf"}  # with plots
-WRITERS: dict[str, Callable[[Report], str | bytes]] = {
-    "md": lambda report: write_markdown(report.blocks, report.now),
-    "html": lambda report: write_html(report.blocks, report.now),
-    "pdf": write_pdf,
-    "csv": lambda report: write_csv(report.judged),
-    "json": lambda report: write_json(report.judged, report.corrupt, report.now),
-    "tex": lambda report: write_latex(report.judged),
+WRITERS: dict[str, Callable[[Report], Mapping[str, str | bytes]]] = {  # -> a file's name and what it holds
+    "md": lambda report: {n: write_markdown(blocks, report.now) for n, blocks in report.documents.items()},
+    "html": write_pages,
+    "pdf": lambda report: {"report": write_pdf(report)},
+    "csv": lambda report: {"report": write_csv(report.judged)},
+    "json": lambda report: {"report": write_json(report.judged, report.corrupt, report.now)},
+    "tex": lambda report: {"report": write_latex(report.judged)},
 }
-
-
-def template(name: str, finalize, **filters):
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=name.endswith(".html.j2"),
-        finalize=finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= filters
-    return environment.get_template(name)

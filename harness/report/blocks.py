@@ -11,12 +11,18 @@ class Block:
 
 @dataclass
 class Title(Block):
+    """`index`: the document, without suffix, that lists this one among others."""
+
     text: str
+    index: str = ""
 
 
 @dataclass
 class Heading(Block):
+    """`folded`: what follows is read by few; HTML opens it when asked."""
+
     text: str
+    folded: bool = False
 
 
 @dataclass
@@ -46,13 +52,14 @@ class Listing(Block):
 @dataclass
 class Table(Block):
     """Cells are text; the columns in `words` are to be read as such, the others as numbers. `best`: (row,
-    column) of what no other is known to beat."""
+    column) of what no other is known to beat. `links`: where each row's first cell leads, without suffix."""
 
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
     words: tuple[int, ...] = (0,)
     best: list[tuple[int, int]] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
 
 @dataclass

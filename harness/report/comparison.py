@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.metrics import Metric, compared, scores
 from harness.record import TRAINING, RunRecord
+from harness.report.distinctions import distinctions
 from harness.report.text import shorten
 from harness.spec import RunSpec, digest
 from harness.store import Store
@@ -117,6 +118,7 @@ class Comparison:
     parts: list[str] = field(default_factory=list)  # of each test row; from the outputs
     reference_tokens: np.ndarray | None = None  # (test rows,), end marks included; from the outputs
     verdicts: Any = None  # harness.report.verdicts.judged keeps them here
+    apart: str = ""  # what it has of its own among the comparisons of its store with the same subject
 
     @property
     def records(self) -> list[RunRecord]:
@@ -249,7 +251,17 @@ class Comparison:
         return int((asked & (self.reference_tokens - 1 > self.spec.hp.max_new_tokens)).sum())
 
     @property
+    def name(self) -> str:
+        """The same whatever other comparisons there are."""
+        spec = self.spec
+        return spec.comparison if spec.trains else spec.evaluation
+
+    @property
     def title(self) -> str:
+        return f"{self.subject}: {self.apart}" if self.apart else self.subject
+
+    @property
+    def subject(self) -> str:
         dataset = self.spec.dataset
         return f"{self.spec.model} on {dataset.get('title') or dataset.get('name') or 'unnamed data'}"
 
@@ -322,7 +334,11 @@ def comparisons(records: list[RunRecord]) -> list[Comparison]:
         searched = searches([r for r in trials if r.spec.comparison == group[0].spec.comparison])
         techniques = techniques_of(bases + trained, searched)
         found.append((max(r.started for r in group), Comparison(techniques, searches=searched)))
-    return [comparison for _, comparison in sorted(found, key=lambda pair: pair[0], reverse=True)]
+    newest = [comparison for _, comparison in sorted(found, key=lambda pair: pair[0], reverse=True)]
+    told = distinctions([c.subject for c in newest], [c.spec for c in newest])
+    for comparison, apart in zip(newest, told, strict=True):
+        comparison.apart = apart
+    return newest
 
 
 def techniques_of(records: list[RunRecord], searched: list[Found] = ()) -> list[Technique]:

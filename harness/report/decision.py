@@ -209,7 +209,7 @@ class Choice:
             what = "alone fits" if len(self.done) > 1 else "alone has a result, so there is no choice"
             return f"{self.fit[0]} {what}{self.caveat(self.fit)}"
         if len(self.ranked) < 2 or not self.standing:
-            return f"no choice by scores ({self.silent()})"
+            return f"no choice by scores ({self.silent(self.fit)})"
         most = f"the {extreme(self.standing)} {inside(self.standing.quantity.label)}"
         if len(self.top) == 1:
             return f"{self.top[0]}, with {most}{self.caveat(self.top)}"
@@ -217,27 +217,32 @@ class Choice:
         rest = f"; {count(others, 'other')} so tied {'is' if others == 1 else 'are'} dominated" * bool(others)
         return f"{either(self.best_of_both)}, tied for {most}{rest}{self.caveat(self.best_of_both)}"
 
-    def silent(self) -> str:
-        """Why scores decide nothing."""
+    def silent(self, labels: list[str]) -> str:
+        """Why scores decide nothing among these."""
         if self.comparison.random_weights:
             return "the weights were drawn at random"
         entrants = self.standing.entrants if self.standing else {}
-        why = dict.fromkeys(entrants[name].unranked for name in self.fit if name in entrants)
+        why = dict.fromkeys(entrants[name].unranked for name in labels if name in entrants)
         return listed(list(filter(None, why))) or "test outputs are missing"
 
     def caveat(self, labels: list[str]) -> str:
         """Where a training is not known to have helped at all."""
-        before = self.comparison.base(UNTOUCHED)
-        if not before or not self.standing:
+        if not self.standing:
             return ""
-        found = [
-            name for name in labels
-            if self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
-            and not self.standing.beats(name, before.label)
-        ]  # fmt: skip
+        found = self.unproven(labels)
         who = "" if len(found) == len(labels) else f"{listed(found)} {'is' if len(found) == 1 else 'are'} "
         where = f"in {inside(self.standing.quantity.label)}"
         return f", but {who}not known to be better than the untouched model {where}" if found else ""
+
+    def unproven(self, labels: list[str]) -> list[str]:
+        """Who is not known to be better than the untouched model in what leads."""
+        before = self.comparison.base(UNTOUCHED)
+        return [
+            name for name in labels
+            if before and self.standing
+            and self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
+            and not self.standing.beats(name, before.label)
+        ]  # fmt: skip
 
     # Why
 

@@ -1,64 +1,36 @@
 """The report's order: the decision first, then the numbers, then why they can be believed."""
 
-from dataclasses import asdict
 from math import isfinite
 
-from harness.data import OPENING, marked
-from harness.metrics import METRICS
 from harness.report import blocks as b
 from harness.report import differences, plots, tables
-from harness.report.answer import answer, too_long
-from harness.report.certificate import certificate, facts
-from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, score
+from harness.report.answer import answer
+from harness.report.appendix import (
+    cards,
+    chat_template,
+    fairness,
+    local_copies,
+    measuring,
+    reproduction,
+    setup,
+)
+from harness.report.certificate import certificate
+from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, score
 from harness.report.decision import Budget, decision
 from harness.report.ensembles import together
 from harness.report.grades import graded
 from harness.report.outputs import endings
+from harness.report.results import results
 from harness.report.stats import CONFIDENCE, POWER
-from harness.report.text import UNKNOWN, duration, listed, number, shorten
+from harness.report.text import UNKNOWN, duration, listed
 from harness.report.tuning import tracks
 from harness.report.unseen import unseen
 from harness.report.verdicts import Verdicts, judged
-from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
-from harness.tuning import found_by
 
-MEASURED = (
-    "BLEU-4: corpus level, 0 to 100, against one reference. ROUGE-L: F1, 0 to 1, mean over test rows.",
-    "Perplexity: exp of the summed negative log-likelihood over the summed response tokens. "
-    "Token accuracy: share of these tokens that the model ranks first. Both teacher-forced.",
-    "Stop rate: share of answers that ended by themselves, before the length limit.",
-    "Training time: attaching the method, all optimizer steps, and the answers that a method samples for "
-    "them (rollout); loading, validating, evaluating and saving are not in it. Step: median of the "
-    "optimizer steps after the warm-up.",
-    "Tokens/s: tokens read in steps and before the first, all answers of a pair or a group counted, padding "
-    "not, over the training time.",
-    "± is the sample standard deviation over seeds. GiB is 2^30 bytes. An en dash is unknown, not 0.",
-)
-LIVE = (
-    "Peak memory: the highest bytes of live tensors while attaching and training (allocated): the method's "
-    "own demand, which depends least on the machine. On a GPU reserved adds what the allocator held, device "
-    "adds the GPU's context: what must fit on the card. On a CPU live tensors are counted in repeated steps "
-    "off the clock; host is the resident memory of the process, Python and its libraries included."
-)
-RESIDENT = (
-    "Peak memory: the highest resident memory of the run's process while attaching and training, as live "
-    "tensors were not counted. Python, its libraries and the loaded model are in it."
-)
-TEXT_MEASURED = (
-    "The rows are plain text: windows of up to the longest length; every token but the first is scored. "
-    f"To generate, a model is given the first {OPENING} tokens of a window (half of a shorter one) and its "
-    "output is scored against as many of the next as it may write."
-)
-LOSS = {
-    "all": "every answer of a conversation, with its end mark; scores and validation are of the last answer",
-    "last": "the last answer of a conversation, with its end mark",
-}
-PLAIN_TEXT = "every token of the text but the first of a row"
-TWINS = "{} score the same in every test row and with every seed, as one and the same method would."
-OWN = (
-    " The data hold no pairs: the rejected answer is the untouched model's own, which most fine-tuning "
-    "comes to like less than the reference."
+SEVERAL = (
+    "Runs that differ in more than method, options and hyperparameters of their own are not compared with "
+    "each other. Each comparison is a file of its own, the newest first."
 )
 CORRUPT = (
     "Nothing of these was used, and nothing was deleted. The command that made one of them runs it again and "
@@ -99,35 +71,78 @@ WENT_ON = (
     "From a checkpoint, in another process. Their times, energy and peaks are those of the steps that count; "
     "what was lost, and what it took to go on, stands here alone."
 )
-ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
-def document(
+def documents(
     comparisons: list[Comparison], store: Store, corrupt: list[str], budget: Budget | None = None
+) -> dict[str, list[b.Block]]:
+    """File's name, without suffix -> what it says: `report`, and of several comparisons one each."""
+    if len(comparisons) == 1:
+        blocks = section(comparisons[0], store, "", corrupt, budget)
+        return {"report": blocks + unreadable(corrupt)}
+    found = {}
+    for c in comparisons:
+        found[f"report-{c.name}"] = section(c, store, f"-{c.name}", [], budget, index="report")
+    return {"report": index(comparisons, list(found), store, corrupt, budget), **found}
+
+
+def index(
+    comparisons: list[Comparison],
+    files: list[str],
+    store: Store,
+    corrupt: list[str],
+    budget: Budget | None,
 ) -> list[b.Block]:
-    found = []
-    for i, comparison in enumerate(comparisons, 1):
-        found += section(comparison, store, "" if i == 1 else f"-{i}", corrupt if i == 1 else [], budget)
-    if corrupt:
-        found += [b.Heading("Records that could not be read"), b.Prose(CORRUPT), b.Listing(corrupt)]
-    return found
+    """What differs between the comparisons, and what each one decided."""
+    rows = []
+    for comparison in comparisons:
+        decided = decision(comparison, judged(comparison, store), budget)
+        leads = [block.text for block in decided if isinstance(block, b.Lead)]
+        rows.append([
+            comparison.subject,
+            comparison.apart or UNKNOWN,
+            listed([t.label for t in comparison.trained]) or UNKNOWN,
+            f"{sum(record.ok for record in comparison.records)} of {len(comparison.records)}",
+            max(record.started for record in comparison.records)[:16].replace("T", " "),
+            "\n".join(leads) or UNKNOWN,
+        ])  # fmt: skip
+    columns = ["Comparison", "What differs", "Techniques", "Runs done", "Last run", "Decision"]
+    return [
+        b.Title(f"{len(comparisons)} comparisons"),
+        b.Prose(SEVERAL),
+        b.Table(columns, rows, words=(0, 1, 2, 4, 5), links=files),
+        *unreadable(corrupt),
+    ]
+
+
+def unreadable(corrupt: list[str]) -> list[b.Block]:
+    if not corrupt:
+        return []
+    return [b.Heading("Records that could not be read"), b.Prose(CORRUPT), b.Listing(corrupt)]
 
 
 def section(
-    comparison: Comparison, store: Store, suffix: str, corrupt: list[str], budget: Budget | None = None
+    comparison: Comparison,
+    store: Store,
+    suffix: str,
+    corrupt: list[str],
+    budget: Budget | None = None,
+    index: str = "",
 ) -> list[b.Block]:
-    """One comparison, whole. `suffix`: of its plots' names."""
+    """One comparison, whole. `suffix`: of its plots' names; `index`: the document that lists it."""
     verdicts = judged(comparison, store)
     checks = certificate(comparison)
-    return [
-        b.Title(comparison.title),
+    first = [
+        b.Title(comparison.title, index),
         *decision(comparison, verdicts, budget),
+        *notices(comparison, checks, corrupt),
+        *results(comparison, verdicts),
         b.Heading("What was found"),
         *(b.Prose(paragraph) for paragraph in answer(comparison, verdicts)),
-        *notices(comparison, checks, corrupt),
-        *results(comparison),
         *figures(comparison, verdicts, suffix),
         *significance(comparison, verdicts),
+    ]
+    rest = [
         *tracks(comparison, verdicts),
         *hybrids(comparison),
         *together(comparison, verdicts),
@@ -145,6 +160,7 @@ def section(
         *measuring(comparison),
         *reproduction(comparison),
     ]
+    return [*first, *(b.Heading(x.text, folded=True) if isinstance(x, b.Heading) else x for x in rest)]
 
 
 def notices(comparison: Comparison, checks: list, corrupt: list[str]) -> list[b.Notice]:
@@ -190,36 +206,6 @@ def preferences(comparison: Comparison) -> list[str]:
     return found
 
 
-def local_copies(spec: RunSpec) -> list[str]:
-    """Parts that have a place on the hub, and were read from elsewhere."""
-    parts = spec.dataset.get("parts", [])
-    return [part["name"] for part in parts if part.get("hub") and part["name"] in spec.fingerprints]
-
-
-def results(comparison: Comparison) -> list[b.Block]:
-    marks, notes = deviations(comparison)
-    found = [b.Heading("Results")]
-    objectives = comparison.tables
-    if "sft" in objectives or not objectives:
-        found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
-    for name, techniques in objectives.items():
-        own = techniques[0].aim == "preference_accuracy" and not comparison.pairs
-        aim = METRICS[techniques[0].aim].label.lower()
-        said = f"Techniques with the {name} objective. It aims at {aim}, not at"
-        found += [
-            b.Prose(
-                f"{said} the likelihood of references, so they are not ranked with the others." + own * OWN
-            ),
-            tables.brief(comparison, [*comparison.bases, *techniques], marks, techniques[0].aim),
-        ]
-    found[-1].notes += [LIVE if comparison.counted else RESIDENT, *notes]
-    if beyond := comparison.out_of_reach:
-        found[-1].notes.append(
-            f"{beyond:,} of {len(comparison.parts):,} {too_long(comparison)}; no answer can equal them."
-        )
-    return found
-
-
 def more(comparison: Comparison) -> list[b.Block]:
     """What the brief's table leaves out: other scores, what it cost, what has no result."""
     found: list[b.Block] = []
@@ -254,37 +240,6 @@ def more(comparison: Comparison) -> list[b.Block]:
     found += [b.Heading("Runs without a result"), b.Listing(lost)] if lost else []
     return found + ([b.Heading("Runs that were stopped, and went on"), b.Prose(WENT_ON), b.Listing(went_on)]
                     if went_on else [])  # fmt: skip
-
-
-def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
-    """Label -> footnote mark, and the footnotes: what a method has left of what was asked for."""
-    marks, notes = {}, []
-    for technique in comparison.techniques:
-        for reason, changed in left(comparison, technique).items():
-            mark = str(len(notes) + 1).translate(tables.SUPERSCRIPT)
-            marks[technique.label] = f"{marks.get(technique.label, '')} {mark}"
-            notes.append(f"{mark} {technique.label}: {', '.join(changed)}: {reason}")
-    notes += [TWINS.format(listed([t.label for t in same], len(same))) for same in comparison.twins]
-    return marks, notes
-
-
-def left(comparison: Comparison, technique: Technique) -> dict[str, list[str]]:
-    """Reason -> the hyperparameters, and options of a tuned one, that are others than was asked for."""
-    found = {}
-    for name, (value, reason) in sorted(technique.newest.overrides.items()):
-        shared = getattr(comparison.spec.hp, name, UNKNOWN)
-        found.setdefault(reason, []).append(f"{words(name)} {value} instead of {shared}")
-    if search := comparison.search_of(technique):
-        asked = search.tuning.identical.options
-        for name, value in technique.spec.options.items():
-            if value != asked.get(name):
-                reason = found_by(len(search.trials))
-                found.setdefault(reason, []).append(f"{words(name)} {value} instead of {asked.get(name)}")
-    return found
-
-
-def words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def significance(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
@@ -363,140 +318,6 @@ def generations(comparison: Comparison, store: Store) -> list[b.Block]:
     return [b.Heading("Answers side by side"), b.Prose(how), *found]
 
 
-def setup(comparison: Comparison) -> list[b.Block]:
-    spec = comparison.spec
-    dataset = spec.dataset
-    templates = {r.data.template for r in comparison.records} - {None}
-    templates = {"none: plain text"} if comparison.plain_text else templates
-    rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
-    for part in dataset.get("parts", []):
-        said = ["only tested"] if part.get("unseen") else []
-        said += [part.get(key) for key in ("title", "hub", "format", "mapping")]
-        said += [f"licence {part['licence']}" if part.get("licence") else None]
-        if part.get("name") in local_copies(spec):
-            said.append(f"read from a local copy, fingerprint {spec.fingerprints[part['name']]}")
-        rows.append([f"Part {part.get('name')}", "; ".join(dict.fromkeys(filter(None, said)))])
-    sizes = {split: dataset.get(split) for split in ("train", "validation", "test")}
-    rows.append(["Rows of each part", ", ".join(f"{s} {n}" for s, n in sizes.items() if n is not None)])
-    origins = first(record.data.origins for record in comparison.records)
-    own = {part: found for part, found in origins.items() if len(set(found.values())) > 1}
-    if told := [f"{part}: {s} from its {own[part][s]}" for part in own for s in sizes if s in own[part]]:
-        rows.append(["Splits of the source", ", ".join(told)])
-    if left_out := first(record.data.left_out for record in comparison.records):
-        rows.append(["Rows left out or cut", ", ".join(f"{words(k)} {n}" for k, n in left_out.items())])
-    unused = first(record.data.unused for record in comparison.records)
-    if named := [f"{part}: {listed(columns)}" for part, columns in unused.items() if columns]:
-        rows.append(["Columns not used", "; ".join(named)])
-    rows.append(["Prompt template", listed(sorted(templates)) or dataset.get("template") or UNKNOWN])
-    if losses := {LOSS[loss] for r in comparison.records if (loss := r.data.loss)}:
-        rows.append(["What is learned", PLAIN_TEXT if comparison.plain_text else listed(sorted(losses))])
-    if padded := padding(comparison):
-        rows.append(["Padding", padded])
-    hp = asdict(spec.hp)
-    if spec.untouched:
-        hp = {name: hp[name] for name in EVALUATION}
-    own = {name for technique in comparison.trained for name in technique.spec.changes}
-    rows += [
-        [words(name).capitalize(), str(value) + ", but for rows with one of their own" * (name in own)]
-        for name, value in hp.items()
-    ]
-    return [b.Heading("What was the same for all"), b.Table(["Setting", "Value"], rows, words=(0, 1))]
-
-
-def first(values):
-    """The first that says anything: what all records of a comparison share."""
-    return next(filter(None, values), {})
-
-
-def padding(comparison: Comparison) -> str:
-    """Its share of what the steps read. Methods with steps of their own, such as pairs, read otherwise."""
-    shares = {}
-    for technique in comparison.trained:
-        tokens = technique.newest.tokens
-        if tokens.trained is not None and (read := tokens.trained + (tokens.padded or 0)):
-            shares.setdefault(f"{(tokens.padded or 0) / read:.1%}", []).append(technique.label)
-    if len(shares) == 1:
-        return f"{next(iter(shares))} of what the steps read"
-    return "; ".join(f"{share} for {listed(labels)}" for share, labels in shares.items())
-
-
-def chat_template(comparison: Comparison) -> list[b.Block]:
-    """One conversation in each form it could be taught in."""
-    study = next((r.study for r in comparison.records if r.study), None)
-    if not study:
-        return []
-    columns = ["Form", "Tokens", "Learned", "Tokens a row", "Learned a row", "Special tokens"]
-    rows = [
-        [
-            name,
-            str(form["tokens"]),
-            str(form["learned"]),
-            number(form["mean_tokens"], 0),
-            number(form["mean_learned"], 0),
-            " ".join(f"{count}×{token}" for token, count in form["special"].items()),
-        ]
-        for name, form in study["forms"].items()
-    ]
-    table = b.Table(columns, rows, words=(0, 5))
-    table.notes = [
-        f"The test conversation {study['id']}, uncut; a row: the mean of {study['rows']} of them. Learned: "
-        "tokens that carry loss. As raw text all but the first do; in the other forms the answers do, with "
-        "the mark that ends them."
-    ]
-    found: list[b.Block] = [b.Heading("The chat template, studied"), table]
-    found.append(b.Prose("The same conversation in each form. What is learned stands between ⟦ and ⟧."))
-    for name, form in study["forms"].items():
-        text = shorten(marked(form["pieces"]), tables.LONGEST * 2)
-        found += [b.Prose(name.capitalize() + ":"), b.Code(text.split("\n"))]
-    return found
-
-
-def cards(comparison: Comparison) -> list[b.Block]:
-    found: list[b.Block] = []
-    methods: dict[str, list[Technique]] = {}
-    for technique in (*comparison.trained, *comparison.ensembles):
-        methods.setdefault(technique.spec.method, []).append(technique)
-    for techniques in methods.values():
-        technique, card = techniques[0], techniques[0].card
-
-        def of_each(said: list[str], techniques: list[Technique] = techniques) -> str:
-            """Once where it is the same for all arms, else under the label of each."""
-            labelled = (f"{t.label}: {text}" for t, text in zip(techniques, said, strict=True) if text)
-            return said[0] if len(set(said)) == 1 else "; ".join(labelled)
-
-        options = of_each([
-            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items()) if not t.spec.members)
-            for t in techniques
-        ])  # fmt: skip
-        notes = of_each([
-            ", ".join(f"{k}: {noted(v)}" for k, v in t.newest.notes.items()) for t in techniques
-        ])  # fmt: skip
-        why = card.get("why") or {}
-        facts = [
-            ("What it is", card.get("summary")),
-            ("Paper", card.get("paper")),
-            ("What it changes", card.get("axis")),
-            ("Objective", card.get("objective")),
-            ("Options", options),
-            ("Weights", technique.newest.weights),
-            ("This run found", notes),
-            ("It cannot do", "; ".join(f"{k}: {v}" for k, v in (card.get("cannot") or {}).items())),
-            *((name.capitalize(), why.get(name)) for name in ("performance", "efficiency", "generalisation")),
-        ]
-        found.append(
-            b.Card(
-                card.get("title") or technique.spec.method,
-                card.get("formula") or "",
-                [(k, v) for k, v in facts if v],
-            )
-        )
-    return [b.Heading("The techniques"), *found] if found else []
-
-
-def noted(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def hybrids(comparison: Comparison) -> list[b.Block]:
     """Each hybrid beside the techniques that it joins: why it should be good, and what was measured."""
     found = []
@@ -515,55 +336,3 @@ def hybrids(comparison: Comparison) -> list[b.Block]:
                 tables.brief(comparison, [*parents, technique], aim="" if aim == "bleu4" else aim),
             ]
     return [b.Heading("Hybrids"), *found] if found else []
-
-
-def fairness(comparison: Comparison, checks: list) -> list[b.Block]:
-    said = {True: "yes", False: "NO", None: UNKNOWN}
-    rows = [[what, said[fine], details] for what, fine, details in checks]
-    found = [
-        b.Heading("Fairness certificate"),
-        b.Table(["The same for all rows", "", "Details"], rows, words=(0, 1, 2)),
-    ]
-    warned = {}
-    for technique in comparison.techniques:
-        for record in technique.records:
-            for warning in record.warnings:
-                warned.setdefault(warning, []).append(f"{technique.label} (seed {record.spec.seed})")
-    if warned:
-        found += [b.Prose("Warnings of the runs themselves:")]
-        found += [b.Listing([f"{text} ({listed(runs, 4)})" for text, runs in warned.items()])]
-    return found
-
-
-def measuring(comparison: Comparison) -> list[b.Block]:
-    signatures = {
-        f"{METRICS[metric].label}: {record.signatures[metric]}"
-        for record in comparison.records
-        for metric, value in record.scores.items()
-        if value is not None and metric in record.signatures and not METRICS[metric].fault
-    }
-    energy = any((phase.joules is not None) for r in comparison.records for phase in r.phases.values())
-    text = [TEXT_MEASURED] if comparison.plain_text else []
-    items = [*MEASURED, *text, LIVE if comparison.counted else RESIDENT, *([ENERGY] if energy else [])]
-    found = [b.Heading("How each number is measured"), b.Listing(items)]
-    return found + ([b.Prose("Signatures:"), b.Listing(sorted(signatures))] if signatures else [])
-
-
-def reproduction(comparison: Comparison) -> list[b.Block]:
-    found: list[b.Block] = []
-    made = [facts(record) for record in comparison.records]
-    rows = []
-    for key in dict.fromkeys(key for each in made for key in each):
-        values = dict.fromkeys(str(each[key]) for each in made if each.get(key) is not None)
-        if values:
-            rows.append([words(key.removeprefix("packages.")), "; ".join(values)])
-    if rows:
-        found += [b.Heading("Environment"), b.Table(["What", "Value"], rows, words=(0, 1))]
-    trials = [record for found in comparison.searches for record in found.records]
-    commands = dict.fromkeys(r.command for r in [*comparison.records, *trials] if r.command)
-    if commands:
-        found += [b.Heading("Commands"), b.Code(list(commands))]
-    spent = sum(p.seconds or 0 for r in comparison.records for p in r.phases.values())
-    runs = len(comparison.records)
-    found.append(b.Prose(f"{runs} runs, {number(spent / 3600, 2)} hours of them measured in phases."))
-    return found

@@ -14,24 +14,23 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from harness.metrics import METRICS, Metric
+from harness.metrics import Metric
 from harness.plain import plain
 from harness.record import EAGER
 from harness.report import blocks as b
-from harness.report import differences, plots, tables
+from harness.report import differences, plots
 from harness.report.answer import answer, count, data_title, too_long
+from harness.report.appendix import setup
 from harness.report.certificate import facts
 from harness.report.comparison import STATUS, Comparison, Technique
 from harness.report.differences import inside
-from harness.report.document import left, setup, words
-from harness.report.stats import CONFIDENCE
+from harness.report.results import ARROW, left, legend, table, words
 from harness.report.text import listed, shorten
-from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
+from harness.report.verdicts import Standing, Verdicts
 
 ALL = 12  # techniques whose reasons have room
 CLAUSE, SENTENCE, PARAGRAPH = 170, 330, 1100  # characters that one of many may take
 MOST = 8  # challenges
-ARROW = {"higher": "\u00a0↑", "lower": "\u00a0↓"}
 CHANGES = {  # axis -> what a method of it changes, in a sentence
     "parameterisation": "how the change of the weights is held",
     "optimizer": "how gradients become a step",
@@ -197,7 +196,7 @@ def cut(text: str, limit: int = 60) -> str:
 def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
     first, *groups = answer(comparison, verdicts)
     found: list[b.Block] = [b.Prose(shorten(text, PARAGRAPH)) for text in (first, *groups)]
-    found += [table(comparison, verdicts, name, members) for name, members in comparison.tables.items()]
+    found += [short_table(comparison, verdicts, *members) for members in comparison.tables.items()]
     if image := scores_by_memory(comparison):
         labels = listed([metric.label for metric in shown(comparison)])
         tuned = any(comparison.untuned(technique) for technique in comparison.trained)
@@ -209,54 +208,18 @@ def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
     return found
 
 
-def table(comparison: Comparison, verdicts: Verdicts, objective: str, members: list[Technique]) -> b.Table:
-    """The brief's columns, best first, with what is best or tied with it marked."""
-    order: list[Technique] = []
-    best: dict[str, set[str]] = {}
-    for group in comparison.groups:
-        inside_ = [t for t in members if group in comparison.groups_of(t) and t not in order]
-        standings = [s for s in (*verdicts.metrics, *verdicts.costs) if len(s.ranked(group)) > 1]
-        places = standings[0].ranked(group) if standings else []
-        order += sorted(inside_, key=lambda t: places.index(t.label) if t.label in places else len(places))
-        for s in standings:
-            first = s.ranked(group)[0]
-            best.setdefault(s.quantity.name, set()).update([first, *s.tied(first, group)])
-    order += [t for t in members if t not in order]
-    aim = members[0].aim
-    made = tables.brief(comparison, order, aim="" if aim in {m.name for m in comparison.metrics} else aim)
-    measured = [*({METRICS[aim]} - set(comparison.metrics)), *comparison.metrics]
-    names = [name for metric in measured for name in ("", metric.name)] + [MEMORY.name, TIME.name]
-    directions = [ARROW[m.better] for m in measured for _ in range(2)] + [ARROW["lower"]] * 2
-    heads = [name.partition(" (") for name in made.columns[1:]]  # in two lines, as columns are many
-    columns = [made.columns[0], "n"]
-    columns += [
-        f"{name}{d}\n{'(' * bool(rest)}{rest}" for (name, _, rest), d in zip(heads, directions, strict=True)
-    ]
-    rows = [[cut(row[0], 70), str(len(t.done)), *row[1:]] for t, row in zip(order, made.rows, strict=True)]
-    marked = [
-        (i, j + 2)
-        for i, technique in enumerate(order)
-        for j, name in enumerate(names)
-        if technique.label in best.get(name, ())
-    ]
-    return b.Table(columns, rows, [legend(comparison, verdicts, objective), *made.notes], best=marked)
-
-
-def legend(comparison: Comparison, verdicts: Verdicts, objective: str) -> str:
-    """What stands in the cells: unit, direction, n and ±."""
-    rows = f"scores of {len(comparison.parts):,} test rows" if comparison.parts else "scores of the test rows"
-    said = [f"Means over n seeds ± their sample standard deviation; {rows}. ↑ higher, ↓ lower is better."]
-    if len(comparison.objectives) > 1:
-        said.append(f"Techniques of the {objective} objective.")
-    if verdicts.standings:
-        track = " of its track" * bool(comparison.searches)
-        said.append(
-            f"Bold: best{track}, or tied with the best by intervals of {CONFIDENCE:.0%} that hold at once."
-        )
+def short_table(
+    comparison: Comparison, verdicts: Verdicts, objective: str, members: list[Technique]
+) -> b.Table:
+    made = table(comparison, verdicts, members)
+    made.rows = [[cut(row[0], 70), *row[1:]] for row in made.rows]
+    apart = f"Techniques of the {objective} objective. " * (len(comparison.objectives) > 1)
     gauge = "live tensors" if comparison.counted else "the process"
-    said.append("Before: the untouched model. BLEU-4 0 to 100, ROUGE-L F1 0 to 1. Peak memory: of "
-                f"{gauge} while training; 1 GiB is 2^30 bytes.")  # fmt: skip
-    return " ".join(said)
+    scales = (
+        f"BLEU-4 0 to 100, ROUGE-L F1 0 to 1. Peak memory: of {gauge} while training; 1 GiB is 2^30 bytes."
+    )
+    made.notes = [f"{apart}{legend(comparison, verdicts)} {scales}", *made.notes]
+    return made
 
 
 def scores_by_memory(comparison: Comparison) -> bytes | None:

@@ -14,6 +14,7 @@ from harness.report.comparison import (
     tokens_per_second,
     watt_hours,
 )
+from harness.report.prompts import asked
 from harness.report.text import UNKNOWN, number, shorten, spread
 from harness.store import Store
 
@@ -188,7 +189,7 @@ def examples(comparison: Comparison, store: Store) -> list[Example]:
         found.append(
             Example(
                 f"{k + 1}. {first.get('id')}",
-                shorten(str(first.get("prompt") or ""), LONGEST),
+                shorten(asked(str(first.get("prompt") or "")), LONGEST),
                 shorten(str(first.get("reference") or ""), LONGEST),
                 answers,
             )

@@ -53,7 +53,7 @@ def attention(
 
 @torch.no_grad()
 def maps(model, ids: list[int]) -> torch.Tensor:
-    """(layers, T, T), the mean over heads. By attention that is written out, as other kinds keep no shares."""
+    """(layers, T, T), the mean over heads, by attention that is written out: other kinds keep no shares."""
     causal = head.causal_lm(model)
     causal.set_attn_implementation("eager")
     read = causal(torch.tensor([ids]).to(causal.device), output_attentions=True, use_cache=False)
