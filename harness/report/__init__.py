@@ -95,11 +95,11 @@ def render(
     report = Report(found, store, corrupt, now, budget)
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for block in report.blocks if set(formats) & DOCUMENTS else []:
+    for block in report.blocks if set(formats) & set(DRAWINGS) else []:
         if isinstance(block, Plot):
             plots.mkdir(exist_ok=True)
-            for kind, image in block.images.items():
-                save(plots / f"{block.name}.{kind}", image)
+            for kind in {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}:
+                save(plots / f"{block.name}.{kind}", block.images[kind])
     written, reasons = [], []
     for kind in formats:
         file = folder / f"report.{kind}"
@@ -199,7 +199,7 @@ def write_pdf(report: Report) -> bytes:
     return typeset(list(zip(firsts, parts, strict=True)), report.now)
 
 
-DOCUMENTS = {"md", "html", "pdf"}  # with plots
+DRAWINGS = {"md": "png", "html": "svg", "pdf": "svg"}  # document -> the kind of its plots
 WRITERS: dict[str, Callable[[Report], str | bytes]] = {
     "md": lambda report: write_markdown(report.blocks, report.now),
     "html": lambda report: write_html(report.blocks, report.now),
