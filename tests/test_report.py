@@ -18,7 +18,7 @@ from harness.report import brief_table, render
 from harness.report.certificate import certificate
 from harness.report.comparison import comparisons
 from harness.report.differences import noise_floor
-from harness.report.plots import place_labels
+from harness.report.plots.labels import place_labels
 from harness.report.tables import choose
 from harness.report.text import markdown, plain, shorten, spread
 from harness.spec import Hyperparams
@@ -500,7 +500,7 @@ def test_each_objective_has_a_table_of_its_own_with_what_it_aims_at(tmp_path):
     found.card |= {"title": "ORPO", "objective": "preference", "aim": "preference_accuracy"}
     fabricate.keep(tmp_path / "r", found)
     text, _ = rendered(tmp_path, tmp_path / "r")
-    first, second = text.split("## Results")[1].split("## More on quality")[0].split("with the preference")
+    first, second = text.split("## Results")[1].split("## Plots")[0].split("with the preference")
     assert "| QLoRA |" in first and "| ORPO |" not in first and "Preference accuracy" not in first
     assert "| ORPO |" in second and "| QLoRA |" not in second and "Preference accuracy (after)" in second
     assert "QLoRA and ORPO" not in text.split("## Results")[0].partition("tied")[2]
@@ -675,7 +675,7 @@ def test_plot_labels_do_not_overlap(count):
         ax = figure.subplots()
         ax.set(xlim=(0, 1), ylim=(0, 1))
         centres = rng.uniform(0.3, 0.7, (count, 2))
-        ax.to_label = [(x, y, f"Method {i}", np.array([[x, y + 0.02], [x, y - 0.02]]))
+        ax.to_label = [(x, y, f"Method {i}", [((x, y - 0.02), (x, y + 0.02))])
                        for i, (x, y) in enumerate(centres)]  # fmt: skip
         place_labels(ax)
         renderer = FigureCanvasAgg(figure).get_renderer()

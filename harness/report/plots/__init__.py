@@ -3,9 +3,9 @@
 from harness.report import blocks as b
 from harness.report import differences
 from harness.report.comparison import Comparison
+from harness.report.plots.cost import cost_alone, draw_level, scatter, scores_by_cost
 from harness.report.plots.curves import by_learning_rate, criterion, loss_curves
 from harness.report.plots.memory import memory_by_part
-from harness.report.plots.scatter import cost_alone, draw_level, scatter, scores_by_cost
 from harness.report.plots.style import STYLE, Images, looks
 from harness.report.reaching import SHARE, cost_to_reach, goal_of
 from harness.report.text import listed, number
@@ -25,7 +25,8 @@ STARRED = " *: a run was disturbed."
 RATES = (
     "Against the learning rate: what the trials of each search were judged by, a run each (lines: at what "
     "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
-    "the scores of all arms on the test rows (means over seeds; hollow: other options)."
+    "the scores of all arms on the test rows (means over seeds; a number: over so many; hollow: other "
+    "options)."
 )
 LOSS = (
     "Loss of the {} objective. Thick lines are means over seeds (training: also over neighbouring steps), "
@@ -33,8 +34,8 @@ LOSS = (
 )
 PARTS = (
     "Peak memory by part and by phase, the least first. By part: means over seeds at the highest moment of "
-    "the training. The number is what was live; in brackets, with what the allocator held beside it and the "
-    "card's context: what must fit on the card. By phase: the highest over seeds."
+    "the training. The number is what was live, the one in brackets what the training took of the card, with "
+    "what the allocator held beside it and the card's context. By phase: the highest over seeds."
 )
 REACHED = (
     "What it took until the validation loss was {share:.0%} of the way from {start}, the median before the "

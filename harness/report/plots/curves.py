@@ -42,8 +42,7 @@ def by_learning_rate(comparison: Comparison) -> Figure | None:
     for ax, metric in zip(axes[len(judged) :], metrics, strict=False):
         counts = [len(t.done) for t in trained]
         usual = mode(counts)
-        alike = f", {usual} seeds{' unless said' * (len(set(counts)) > 1)}" if max(counts) > 1 else ""
-        ax.set_ylabel(f"{metric.label} of the test rows{alike}")
+        ax.set_ylabel(f"{metric.label} of the test rows{f', {usual} seeds' * (max(counts) > 1)}")
         draw_arms(ax, trained, lambda r, m=metric.name: score(r, m), look, usual)
     for i, ax in enumerate(axes):
         low, high = ax.dataLim.intervalx

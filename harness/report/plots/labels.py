@@ -34,7 +34,8 @@ def place_labels(ax) -> None:
 
     def size(name: str) -> tuple[float, float]:
         width, *_ = renderer.get_text_width_height_descent(name, font, False)
-        return width, renderer.get_text_width_height_descent("lp" + name, font, False)[1]  # as a line is set
+        _, height, _ = renderer.get_text_width_height_descent("lp" + name, font, False)  # as a line is set
+        return width + 2 * scale, height
 
     named = sorted((item for item in ax.to_label if item[2]), key=lambda item: (item[1], item[0]))
     labels = [Label(to_pixels((x, y)), *size(name), frame, scale) for x, y, name, _ in named]

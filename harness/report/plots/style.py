@@ -16,7 +16,7 @@ from harness.spec import digest
 # Okabe and Ito's colours, which colour-blind readers can tell apart, with Tol's wine in place of the yellow
 # that is faint on white. A marker tells apart those of one colour, and stands alone in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
-MARKERS = ("o", "s", "D", "^", "v", "<", ">", "P", "X", "*", (4, 1, 0))
+MARKERS = ("o", "s", "D", "^", "v", "<", ">", "P", "X", "*", "d")
 PLACES = len(COLOURS) * len(MARKERS)
 SALT = 236155  # with it no two of the methods that come with Tuneoff look the same: tests/test_plots.py
 INK, SOFT, FAINT = "#333333", "#666666", "#8a8a8a"
@@ -115,7 +115,7 @@ def looks(comparison: Comparison) -> dict[str, dict]:
 
 def sized(look: dict, points: float) -> dict:
     """With a marker of a size that looks as large as the others'."""
-    return {**look, "markersize": points * (1.5 if look["marker"] in ("*", (4, 1, 0)) else 1)}
+    return {**look, "markersize": points * (1.35 if look["marker"] in "*d" else 1)}
 
 
 def short(text: str) -> str:
