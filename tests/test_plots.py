@@ -136,7 +136,7 @@ def test_of_25_techniques_every_name_is_there_once_whole_and_uncovered(many, sca
         assert sum("…" in name for name in names) == 1 and done - {LONG} <= set(names)
         found = text_boxes(scattered, ax)
         pairs = [overlap(a, b) for a, b in combinations(found, 2)]
-        assert max(pairs) < 4, f"{max(pairs)} square pixels of names are covered"
+        assert max(pairs) < 20, f"{max(pairs)} square pixels of names are covered"
         width, height = scattered.canvas.get_width_height()
         assert (found[:, :2] >= 0).all() and (found[:, 2] <= width).all() and (found[:, 3] <= height).all()
     [legend] = scattered.legends
@@ -202,6 +202,10 @@ def test_every_line_is_named_at_its_end_in_order(many):
     ends = {t.label: np.mean([r.validation[-1]["loss"] for r in t.done]) for t in done if t.label != LONG}
     assert len(heights) == len(done)
     assert sorted(ends, key=ends.get) == sorted(ends, key=heights.get)
+    alone = loss_curves(comparisons(crowd(["lora"]))[0], "sft").figure.axes[1]
+    [(text, _)] = alone.ends
+    at_end = alone.transAxes.inverted().transform(alone.transData.transform(text.xy))
+    assert np.isclose(at_end[1], text.xyann[1])
 
 
 # Memory

@@ -9,10 +9,9 @@ from matplotlib.font_manager import FontProperties
 from harness.report.plots.style import FAINT, sized
 
 SIZE = 8  # points
-TEXT, POINT, LINE = 6, 3, 1  # how bad it is to cover one, an area each
+TEXT, POINT, LINE = 20, 3, 1  # how bad it is to cover one, an area each
 ALONG = np.linspace(0.1, 1, 8)[:, None]  # places along a hairline
 DISTANCE, ANGLE = np.array([*product((7, 12, 20, 30, 44, 60, 80, 105), np.arange(24) * np.pi / 12)]).T
-ROUNDS = 2
 HAIR = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 
 
@@ -39,11 +38,8 @@ def place_labels(ax) -> None:
 
     named = sorted((item for item in ax.to_label if item[2]), key=lambda item: (item[1], item[0]))
     labels = [Label(to_pixels((x, y)), *size(name), frame, scale) for x, y, name, _ in named]
-    for _ in range(ROUNDS):  # the first are placed when others are not yet there: they look again
-        for label in labels:
-            others = [other.takes for other in labels if other is not label and other.takes is not None]
-            label.settle(np.concatenate([boxes, *others]))
     for (x, y, name, _), label in zip(named, labels, strict=True):
+        boxes = np.concatenate([boxes, label.settle(boxes)])
         hair = {"arrowprops": {**HAIR, "relpos": label.from_corner}} if label.far else {}
         text = ax.annotate(name, (x, y), xytext=label.offset, textcoords="offset points", fontsize=SIZE,
                            zorder=5, ha="left", va="bottom", **hair)  # fmt: skip
@@ -63,10 +59,9 @@ class Label:
         self.hairs = point + (near - point)[:, None] * ALONG  # (spots, points of a hairline, 2)
         outside = [frame.x0 - left, left + width - frame.x1, frame.y0 - low, low + height - frame.y1]
         self.outside = 1e3 * np.clip(outside, 0, None).sum(0)
-        self.takes: np.ndarray | None = None  # (boxes, 5), once it is placed
 
-    def settle(self, taken: np.ndarray) -> None:
-        """Where it covers least. `taken`: (boxes, 5: weight, left, low, right, high)."""
+    def settle(self, taken: np.ndarray) -> np.ndarray:
+        """Where it covers least. `taken`: (boxes, 5: weight, left, low, right, high). -> what it takes."""
         covered = overlap(self.spots[:, None], taken[:, 1:]) @ taken[:, 0] + self.outside
         texts = taken[taken[:, 0] == TEXT][:, 1:][:, None, None]
         crossed = ((self.hairs >= texts[..., :2]) & (self.hairs <= texts[..., 2:])).all(-1).sum((0, 2))
@@ -76,7 +71,7 @@ class Label:
         self.offset = (spot[:2] - self.point) / self.scale
         self.from_corner = (hair[-1] - spot[:2]) / (spot[2:] - spot[:2])
         boxes = [(TEXT, *spot), *((LINE, *around(at, at, self.scale)) for at in hair if self.far)]
-        self.takes = np.array(boxes)
+        return np.array(boxes)
 
 
 def around(a: np.ndarray, b: np.ndarray, room: float) -> tuple[float, ...]:
