@@ -77,7 +77,7 @@ def render(
     budget: Budget | None = None,
 ) -> list[Path]:
     """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
-    document plots/*.png, *.svg. -> the files' paths, without those of the plots.
+    document plots: *.png for Markdown, *.svg for HTML and PDF. -> the files' paths, without those of plots.
 
     `now` stands in the one line that differs from one rendering to the next; null: this minute. `budget`:
     within which it decides.

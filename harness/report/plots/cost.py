@@ -24,7 +24,7 @@ from harness.report.plots.style import (
 )
 from harness.report.verdicts import MEMORY, TIME, Verdicts
 
-WIDE = 3  # costs further apart than this share a logarithmic axis, or all but one would be one spot
+WIDE = 3  # times the least: costs further apart are on a logarithmic axis, or all but one would be one spot
 
 
 @drawn

@@ -9,7 +9,7 @@ from matplotlib.font_manager import FontProperties
 from harness.report.plots.style import FAINT, sized
 
 SIZE = 8  # points
-TEXT, POINT, LINE = 20, 3, 1  # how bad it is to cover one, an area each
+TEXT, POINT, LINE = 6, 3, 1  # how bad it is to cover one, an area each
 ALONG = np.linspace(0.1, 1, 8)[:, None]  # places along a hairline
 DISTANCE, ANGLE = np.array([*product((7, 12, 20, 30, 44, 60, 80, 105), np.arange(24) * np.pi / 12)]).T
 HAIR = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
@@ -65,7 +65,7 @@ class Label:
         covered = overlap(self.spots[:, None], taken[:, 1:]) @ taken[:, 0] + self.outside
         texts = taken[taken[:, 0] == TEXT][:, 1:][:, None, None]
         crossed = ((self.hairs >= texts[..., :2]) & (self.hairs <= texts[..., 2:])).all(-1).sum((0, 2))
-        best = int((covered + 40 * self.scale**2 * crossed).argmin())
+        best = int((covered + self.scale**2 * (40 * crossed + DISTANCE / 4)).argmin())
         spot, hair = self.spots[best], self.hairs[best]
         self.far = bool(DISTANCE[best] > 12)
         self.offset = (spot[:2] - self.point) / self.scale

@@ -115,7 +115,7 @@ def looks(comparison: Comparison) -> dict[str, dict]:
 
 def sized(look: dict, points: float) -> dict:
     """With a marker of a size that looks as large as the others'."""
-    return {**look, "markersize": points * (1.35 if look["marker"] in "*d" else 1)}
+    return {**look, "markersize": points * (1.35 if look["marker"] == "*" else 1)}
 
 
 def short(text: str) -> str:
