@@ -45,7 +45,7 @@ DRAWING = b'<svg xmlns="http://www.w3.org/2000/svg" width="400" height="400"><pa
 
 def sketch(monkeypatch) -> None:
     """The appendix's plots take seconds; the one of the pages is drawn as it is."""
-    for name in ("scores_by_cost", "cost_alone", "by_learning_rate", "loss_curves"):
+    for name in ("scores_by_cost", "cost_alone", "memory_by_part", "by_learning_rate", "loss_curves"):
         monkeypatch.setattr(plots, name, lambda *arguments: {"svg": DRAWING, "png": b""})
 
 

@@ -192,7 +192,7 @@ def rendered_of(store: Store, folder: Path, plots: bool = False) -> str:
     with pytest.MonkeyPatch.context() as patch:
         if not plots:
             patch.setattr(sys.modules["harness.report.document"], "figures", lambda *_: [])
-        render(store, folder, formats=("md",))
+        render(store, folder, formats=("md", "html") if plots else ("md",))
     return (folder / "report.md").read_text("utf-8")
 
 

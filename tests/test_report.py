@@ -19,7 +19,7 @@ from harness.report import brief_table, render
 from harness.report.certificate import certificate
 from harness.report.comparison import comparisons
 from harness.report.differences import noise_floor
-from harness.report.plots import place_labels
+from harness.report.plots.labels import place_labels
 from harness.report.tables import choose
 from harness.report.text import markdown, plain, shorten, spread
 from harness.spec import Hyperparams
@@ -695,7 +695,7 @@ def test_plot_labels_do_not_overlap(count):
         ax = figure.subplots()
         ax.set(xlim=(0, 1), ylim=(0, 1))
         centres = rng.uniform(0.3, 0.7, (count, 2))
-        ax.to_label = [(x, y, f"Method {i}", np.array([[x, y + 0.02], [x, y - 0.02]]))
+        ax.to_label = [(x, y, f"Method {i}", [((x, y - 0.02), (x, y + 0.02))])
                        for i, (x, y) in enumerate(centres)]  # fmt: skip
         place_labels(ax)
         renderer = FigureCanvasAgg(figure).get_renderer()

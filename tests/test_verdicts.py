@@ -14,9 +14,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
 from harness.metrics import compared, row_sums, scores, total
-from harness.report import plots, write_markdown
+from harness.report import write_markdown
 from harness.report.comparison import comparisons, read_outputs
 from harness.report.document import section
+from harness.report.plots.cost import scores_by_cost
 from harness.report.stats import Sample
 from harness.report.verdicts import TIME, Entrant, Quantity, Standing, Verdicts
 from harness.store import Tested
@@ -247,9 +248,7 @@ def test_no_verdict_disagrees_in_lead_tables_and_fronts(undrawn, monkeypatch):
 
 def test_the_steps_of_a_plot_are_differences_in_both(monkeypatch):
     rng, drawn, gains = np.random.default_rng(3), 0, {m.name: m.better for m in compared()}
-    monkeypatch.setattr(plots, "images", lambda figure: figure)
-    monkeypatch.setattr(plots, "place_labels", lambda ax: None)
-    monkeypatch.setattr(plots.Figure, "draw_without_rendering", lambda figure: None)
+    monkeypatch.setattr("harness.report.plots.cost.finish", lambda figure: None)
     for _ in range(30):
         comparison, shelf = random_bench(rng)
         read_outputs(comparison, shelf)
@@ -257,7 +256,7 @@ def test_the_steps_of_a_plot_are_differences_in_both(monkeypatch):
         fronts = product(("peak_memory", "seconds"), gains, comparison.groups)
         if not any(verdicts.steps(*front) for front in fronts):
             continue
-        figure = plots.scores_by_cost(comparison, verdicts)
+        figure = scores_by_cost(comparison, verdicts).figure
         panels = product(gains, ("peak_memory", "seconds"))
         for ax, (gain, cost) in zip(figure.axes, panels, strict=True):
             at = {(x, y): label for x, y, label, _ in ax.to_label}

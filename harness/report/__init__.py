@@ -85,8 +85,8 @@ def render(
     budget: Budget | None = None,
 ) -> list[Path]:
     """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
-    document plots/*.png, *.svg. Of several comparisons report.md and report.html are an index of one file for
-    each. -> the paths of the files that are called report.
+    document plots: *.png for Markdown, *.svg for HTML and PDF. Of several comparisons report.md and
+    report.html are an index of one file for each. -> the paths of the files that are called report.
 
     `now` stands in the one line that differs from one rendering to the next; null: this minute. `budget`:
     within which it decides.
@@ -104,11 +104,11 @@ def render(
     report = Report(found, store, corrupt, now, budget)
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for block in chain(*report.sections) if set(formats) & DOCUMENTS else []:
+    for block in chain(*report.sections) if set(formats) & set(DRAWINGS) else []:
         if isinstance(block, Plot):
             plots.mkdir(exist_ok=True)
-            for kind, image in block.images.items():
-                save(plots / f"{block.name}.{kind}", image)
+            for kind in {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}:
+                save(plots / f"{block.name}.{kind}", block.images[kind])
     written, reasons = [], []
     for kind in formats:
         file = folder / f"report.{kind}"
@@ -221,7 +221,7 @@ def write_pdf(report: Report) -> bytes:
     return typeset(list(zip(firsts, parts, strict=True)), report.now)
 
 
-DOCUMENTS = {"md", "html", "pdf"}  # with plots
+DRAWINGS = {"md": "png", "html": "svg", "pdf": "svg"}  # document -> the kind of its plots
 WRITERS: dict[str, Callable[[Report], Mapping[str, str | bytes]]] = {  # -> a file's name and what it holds
     "md": lambda report: {n: write_markdown(blocks, report.now) for n, blocks in report.documents.items()},
     "html": write_pages,

@@ -417,6 +417,12 @@ def seconds(record: RunRecord) -> float | None:
     return record.train_seconds if record.spec.trains else None
 
 
+def scale_of_time(comparison: Comparison) -> tuple[str, int]:
+    """A unit in which its training times read well, and its seconds."""
+    longest = max((t for r in comparison.records if (t := seconds(r)) is not None), default=0)
+    return ("h", 3600) if longest >= 3600 else ("min", 60) if longest >= 120 else ("s", 1)
+
+
 def step_seconds(record: RunRecord) -> float | None:
     """Median of the steady steps; of all where the run was shorter than its warm-up."""
     steps = record.step_seconds[record.warmup_steps :] or record.step_seconds

@@ -3,7 +3,7 @@
 from math import isfinite
 
 from harness.report import blocks as b
-from harness.report import differences, plots, tables
+from harness.report import differences, tables
 from harness.report.answer import answer
 from harness.report.appendix import (
     cards,
@@ -20,6 +20,7 @@ from harness.report.decision import Budget, decision
 from harness.report.ensembles import together
 from harness.report.grades import graded
 from harness.report.outputs import endings
+from harness.report.plots import figures
 from harness.report.results import results
 from harness.report.stats import CONFIDENCE, POWER
 from harness.report.text import UNKNOWN, duration, listed
@@ -54,18 +55,6 @@ SINGLE = " Where a technique has a single seed its intervals speak of other test
 NOISE = (
     "The noise floor: a run of this bench repeated unchanged, and how far apart it came out. A difference "
     "below it may have no reason."
-)
-SCATTER = (
-    " against peak memory and training time. Large markers are means, small dots seeds; the grey steps are "
-    "the Pareto front as far as it is known: each technique on it is known to gain more than all that cost "
-    "less; the dashed line is the untouched model, as far as it is near."
-)
-DASHED = " Dashed: with the shared hyperparameters."
-HOLLOW = " Hollow: with the shared hyperparameters, and a line to the same method at its own best."
-RATES = (
-    "Against the learning rate: what the trials of each search were judged by, a run each (lines: at what "
-    "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
-    "the scores of all arms on the test rows (means over as many seeds as is said; hollow: other options)."
 )
 WENT_ON = (
     "From a checkpoint, in another process. Their times, energy and peaks are those of the steps that count; "
@@ -268,37 +257,6 @@ def smallest(verdicts: Verdicts) -> str:
             found.append(f"{quantity.amounts(least)[0]} {differences.inside(quantity.label)}")
     told = "Between two techniques, the smallest difference that this bench could have seen (with a power of"
     return f" {told} {POWER:.0%}, the median of all pairs) is {listed(found)}." if found else ""
-
-
-def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.Block]:
-    found = []
-
-    def add(name: str, caption: str, images: dict[str, bytes] | None) -> None:
-        if images:
-            found.append(b.Plot(name + suffix, caption, images))
-
-    if comparison.random_weights:
-        add("cost", "Peak memory against training time. Small dots are seeds.", plots.cost_alone(comparison))
-    else:
-        labels = listed([metric.label for metric in comparison.metrics])
-        tuned = any(comparison.untuned(t) for t in comparison.trained)
-        add("scores", labels + SCATTER + HOLLOW * tuned, plots.scores_by_cost(comparison, verdicts))
-        if fronts := differences.fronts(comparison, verdicts):
-            found += [b.Prose("Pareto fronts, as far as differences are verdicts:"), b.Listing(fronts)]
-        add("tuning", RATES, plots.by_learning_rate(comparison))
-        for objective in sorted({technique.objective for technique in comparison.trained}):
-            add(
-                f"loss-{safe(objective)}",
-                f"Loss of the {objective} objective. Thick lines are means over seeds (training: also over "
-                "neighbouring steps), thin lines, where there is room, single seeds." + DASHED * tuned,
-                plots.loss_curves(comparison, objective),
-            )
-    return [b.Heading("Plots"), *found] if found else []
-
-
-def safe(name: str) -> str:
-    """As part of a file's name."""
-    return "".join(c for c in name.lower() if c.isascii() and c.isalnum()) or "other"
 
 
 def phases(comparison: Comparison) -> b.Table:

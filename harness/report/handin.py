@@ -201,7 +201,7 @@ def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
         labels = listed([metric.label for metric in shown(comparison)])
         tuned = any(comparison.untuned(technique) for technique in comparison.trained)
         hollow = "; hollow: with the shared hyperparameters, filled: at its own best" * tuned
-        caption = f"{labels} against peak memory. Markers are means over seeds, small dots seeds{hollow}"
+        caption = f"{labels} against peak memory. Means over seeds, bars ± their standard deviation{hollow}"
         found.append(
             b.Plot("memory", f"{caption}; dashed: the untouched model, where it is near.", {"svg": image})
         )

@@ -1,0 +1,136 @@
+"""How plots look: one style, a look for each method's name, pictures that are the same bytes each time."""
+
+import io
+import logging
+from functools import wraps
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from harness.plain import plain
+from harness.report.comparison import Comparison, Technique
+from harness.spec import digest
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with Tol's wine in place of the yellow
+# that is faint on white. A marker tells apart those of one colour, and stands alone in black and white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
+MARKERS = ("o", "s", "D", "^", "v", "<", ">", "P", "X", "*", "d")
+PLACES = len(COLOURS) * len(MARKERS)
+SALT = 236155  # with it no two of the methods that come with Tuneoff look the same: tests/test_plots.py
+INK, SOFT, FAINT = "#333333", "#666666", "#8a8a8a"
+NAME = 32  # characters of a label
+STYLE = {
+    "font.size": 9,
+    "text.parse_math": False,  # a $ in a name is a $
+    "svg.hashsalt": "tuneoff",  # ids in the SVG are otherwise random
+    "hatch.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "lines.solid_capstyle": "round",
+}
+
+
+class Images(dict):
+    """A figure as {"svg": ..., "png": ...}, each drawn when it is first asked for: without time, program
+    name or random ids in it."""
+
+    def __init__(self, figure: Figure):
+        figure.set_layout_engine("none")  # it is laid out: not again for each kind
+        self.figure = figure
+
+    def __missing__(self, kind: str) -> bytes:
+        file = io.BytesIO()
+        options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}, "transparent": True}
+        if kind == "png":
+            options = {"metadata": {"Software": None}, "dpi": 160, "pil_kwargs": {"compress_level": 3}}
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(file, format=kind, **options)
+        self[kind] = file.getvalue()
+        return self[kind]
+
+
+def drawn(draw):
+    """Runs a drawing function in the report's style; its figure as images, or None for none."""
+
+    @wraps(draw)
+    def wrapped(*args) -> Images | None:
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        with matplotlib.rc_context(STYLE):
+            figure = draw(*args)
+            return Images(figure) if figure else None
+
+    return wrapped
+
+
+def lay_out(figure: Figure) -> None:
+    """Once, before what depends on the places of axes. They stay, and so do their labels, which matplotlib
+    would place anew each time that it draws."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    lefts: dict[float, float] = {}  # of the labels of a column of axes: they are aligned
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            x, y = axis.label.get_transform().transform(axis.label.get_position())
+            if axis is ax.yaxis and axis.label.get_text():
+                lefts[ax.bbox.x0] = min(x, lefts.get(ax.bbox.x0, x))
+            x, y = ax.transAxes.inverted().transform((x, y)).tolist()
+            axis.set_label_coords(x, y)
+    for ax in figure.axes:
+        if ax.bbox.x0 in lefts:
+            left = ax.transAxes.inverted().transform((lefts[ax.bbox.x0], 0)).tolist()[0]
+            ax.yaxis.set_label_coords(left, 0.5)
+
+
+def looks(comparison: Comparison) -> dict[str, dict]:
+    """Method -> colour and marker, by its name: the same in all plots of all comparisons. Only where two of
+    one comparison would look the same, the later by name has the next that is free."""
+    methods = {t.spec.method for t in comparison.trained}
+    methods |= {found.tuning.trial.method for found in comparison.searches}
+    places: dict[str, int] = {}
+    for method in sorted(methods):
+        place = int(digest([SALT, method]), 16) % PLACES
+        while place in places.values() and len(places) < PLACES:
+            place = (place + 13) % PLACES  # another colour, another marker
+        places[method] = place
+    by_place = {m: divmod(place, len(COLOURS)) for m, place in places.items()}
+    return {m: {"color": COLOURS[colour], "marker": MARKERS[mark]} for m, (mark, colour) in by_place.items()}
+
+
+def sized(look: dict, points: float) -> dict:
+    """With a marker of a size that looks as large as the others'."""
+    return {**look, "markersize": points * (1.35 if look["marker"] == "*" else 1)}
+
+
+def short(text: str) -> str:
+    """A name that fits beside a point. Both ends are kept: marks of a track and of options are last."""
+    text = " ".join(plain(text).split())
+    return text if len(text) <= NAME else f"{text[: NAME - 13].rstrip()}…{text[-12:].lstrip()}"
+
+
+def name_of(technique: Technique) -> str:
+    return short(technique.label)
+
+
+def logarithmic(ax, steps: tuple[int, ...]) -> None:
+    """`steps`: of a decade, that are labelled."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=steps))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
