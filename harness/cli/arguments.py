@@ -14,7 +14,7 @@ from harness.search import TRIALS
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
-    "data, check, report, grade, merge, push, doctor; each has its own --help.",
+    "data, check, report, grade, merge, push, attention, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "Renders the report again from cached results. Needs no torch.",
     "grade": "Serves a page, to this machine alone, on which people grade answers without knowing whose.",
     "merge": "Makes a plain model folder, as transformers loads it, of what a finished run has saved.",
+    "attention": "What a run's model attends to in one test conversation, before and after: for its report.",
     "push": "Uploads the model of a finished run to the hub, with its card; private unless --public.",
     "doctor": "What this machine has, what is wrong with it, and the remedy.",
 }
@@ -168,7 +169,7 @@ def flag(help: str) -> dict:
     return {"action": "store_true", "help": help}
 
 
-ASKING, WITHIN, KEPT = ("run", "plan"), ("run", "report"), ("merge", "push")
+ASKING, WITHIN, KEPT = ("run", "plan"), ("run", "report"), ("merge", "push", "attention")
 LISTS = ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 PROMPTS = 10  # whose answers people grade: what the brief asks for
@@ -181,7 +182,8 @@ ARGUMENTS = (
     ("name", ["data"], {"nargs": "?", "metavar": "NAME|FILE|DIR",
                         "help": f"{DATASET}; none: all specs' fields"}),
     ("method", ["check"], {"metavar": "FILE|NAME", "help": "a file that defines a method, or its name"}),
-    ("run", KEPT, {"metavar": "RUN", "help": "a finished run, or how its name begins (see: list results)"}),
+    ("run", KEPT[:2], {"metavar": "RUN", "help": "a finished run, or how its name begins: see list results"}),
+    ("runs", ["attention"], {"nargs": "+", "metavar": "RUN", "help": "as merge takes it"}),
     ("repo", ["push"], {"metavar": "OWNER/NAME", "help": "of the repository on the hub"}),
     ("--to", ["merge"], once("DIR", "the new folder (default: merged, beside the run's model)", type=folder)),
     ("--merged", ["push"], flag("the merged model, made first where it is not there, in place of what the "

@@ -334,6 +334,12 @@ def push_command(options, typed: list[str]) -> int:
     return models.push(options)
 
 
+def attention_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.attention(options)
+
+
 def doctor_command(options, typed: list[str]) -> int:
     from harness.doctor import examine
 
@@ -389,7 +395,7 @@ def one_run(text: str, settings: list[str]):
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
     "check": check_command, "report": report_command, "grade": grade_command, "merge": merge_command,
-    "push": push_command, "doctor": doctor_command,
+    "push": push_command, "attention": attention_command, "doctor": doctor_command,
 }  # fmt: skip
 
 

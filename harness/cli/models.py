@@ -1,4 +1,4 @@
-"""The commands on the models that runs have left: merge and push."""
+"""The commands on the models that runs have left: merge, push and attention."""
 
 import json
 import sys
@@ -6,16 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli.arguments import OK
+from harness.cli.arguments import OK, program
 from harness.errors import BadRequest, Problem, Problems, absent, shown
 from harness.keeping import CARD, MERGED, kept_run, licence_of, listed, nameless, place, taken, upload
 from harness.plain import plain
 from harness.record import RunRecord
 from harness.spec import fingerprint
-from harness.store import MODEL, Store, save
+from harness.store import ATTENTION, MODEL, Store, save
 
 if TYPE_CHECKING:
+    from harness.method import Method
     from harness.training import Trial
+
+ROWS = 200  # test rows among which a short conversation is looked for
 
 
 def merge(options) -> int:
@@ -55,11 +58,15 @@ def push(options) -> int:
     return OK
 
 
-def meant(options) -> tuple[Store, RunRecord]:
+def opened(options) -> Store:
     problems = Problems()
     problems.add("--results", absent(options.results, "folder"))
     problems.refuse()
-    store = Store(options.results)
+    return Store(options.results)
+
+
+def meant(options) -> tuple[Store, RunRecord]:
+    store = opened(options)
     record = kept_run(store, options.run)
     if record.spec.model.startswith("random:"):
         raise BadRequest(f"{record.folder} began with weights drawn at random: there is no model to keep")
@@ -90,32 +97,16 @@ def base_of(record: RunRecord, given: str | None) -> tuple[str | None, str | Non
 def merged(store: Store, record: RunRecord, options, to: Path) -> "Trial":
     """Raises BadRequest with the reason where the base is not here, or the method cannot merge."""
     from harness import method
-    from harness.plan import find_plugins
 
-    problems, name = Problems(), record.spec.method
-    plugins = find_plugins(options.plugins, problems)
-    source, base = base_of(record, options.model)
-    if source is None:
-        what = f"its base {shown(record.spec.model)} was a folder, and is not here as it was"
-        problems.add(record.folder, what, "say where it lies with --model DIR")
-    cls = method.Method
-    try:
-        cls = method.resolve(name, method.find(name, method.known_methods(plugins)))
-    except ValueError as error:
-        problems.add(record.folder, str(error), "name its file with --plugins FILE")
+    problems = Problems()
+    cls, source, base = restorable(record, options, problems)
     if why := cls.cannot.get("merging"):
         problems.append(unmergeable(record, why))
     problems.refuse()
-    import warnings
-
-    from transformers.utils import logging as hints
-
+    hush()
     from harness.training import PROMPTS
     from harness.training import merge as write
 
-    warnings.simplefilter("ignore")  # the libraries' own, on what the harness calls
-    hints.set_verbosity_error()
-    hints.disable_progress_bar()
     outputs = store.outputs(record)
     prompts = [output["prompt"] for output in outputs[:: max(1, len(outputs) // PROMPTS)]][:PROMPTS]
     try:
@@ -130,6 +121,66 @@ def merged(store: Store, record: RunRecord, options, to: Path) -> "Trial":
         raise
     except ValueError as error:
         raise BadRequest(Problem(str(error), record.folder)) from error
+
+
+def restorable(
+    record: RunRecord, options, problems: Problems
+) -> tuple[type["Method"], str | None, str | None]:
+    """-> the method of a run, where its base is to be had, and that one's id on the hub."""
+    from harness import method
+    from harness.plan import find_plugins
+
+    plugins, name = find_plugins(options.plugins, problems), record.spec.method
+    source, base = base_of(record, options.model)
+    if source is None:
+        what = f"its base {shown(record.spec.model)} was a folder, and is not here as it was"
+        problems.add(record.folder, what, "say where it lies with --model DIR")
+    cls = method.Method
+    try:
+        cls = method.resolve(name, method.find(name, method.known_methods(plugins)))
+    except ValueError as error:
+        problems.add(record.folder, str(error), "name its file with --plugins FILE")
+    return cls, source, base
+
+
+def hush() -> None:
+    """The libraries' own warnings and bars, on what the harness calls."""
+    import warnings
+
+    from transformers.utils import logging as hints
+
+    warnings.simplefilter("ignore")
+    hints.set_verbosity_error()
+    hints.disable_progress_bar()
+
+
+def attention(options) -> int:
+    """Leaves beside each run what its model attends to in one test conversation, before and after."""
+    from harness import method
+
+    store, problems, found = opened(options), Problems(), []
+    for record in [kept_run(store, text) for text in dict.fromkeys(options.runs)]:
+        cls, source, _ = restorable(record, options, problems)
+        found.append((record, cls, source))
+    problems.refuse()
+    hush()
+    from harness.training import attention as attended
+
+    written = []
+    for record, cls, source in found:
+        outputs = store.outputs(record)[:ROWS]
+        conversations = [(output["prompt"], output["reference"]) for output in outputs]
+        spec, folder = replace(record.spec, locations={"model": source}), store.folder / record.folder
+        try:
+            value = attended(spec, record, method.build(cls, spec.options), folder / MODEL, conversations)
+        except (ValueError, method.Unsupported) as error:
+            raise BadRequest(Problem(str(error), record.folder)) from error
+        save(folder / ATTENTION, json.dumps(value, ensure_ascii=False))
+        written.append(str(folder / ATTENTION))
+        if not options.json:
+            print(plain(f"attention: {written[-1]}"), flush=True)
+    print(json.dumps({"files": written}) if options.json else f"{program()} report shows them")
+    return OK
 
 
 def unmergeable(record: RunRecord, why: str) -> Problem:

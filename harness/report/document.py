@@ -14,6 +14,7 @@ from harness.report.appendix import (
     reproduction,
     setup,
 )
+from harness.report.attention import attended
 from harness.report.certificate import certificate
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, score
 from harness.report.decision import Budget, decision
@@ -141,6 +142,7 @@ def section(
         b.Heading("Cost of each phase"),
         phases(comparison),
         *graded(comparison, store),
+        *attended(comparison, store, suffix),
         *generations(comparison, store),
         *setup(comparison),
         *chat_template(comparison),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,31 +25,35 @@ def attention(
 ) -> dict:
     """Of the first conversation (prompt, answer) that has room in TOKENS, or the beginning of the shortest.
 
-    -> tokens: their texts; answer: the place of the first that answers; layers: the first and last, from 1 on,
-    of each group; before, after: (groups, T, T), how much of the attention of each token (row) goes to each,
-    the mean over heads and layers, of the untouched model and of what the run saved in `folder`."""
+    -> tokens: their texts; answer: the place of the first that answers; layers: the first and last of each
+    group, from 1 on; before, after: (groups, T, T), a share of a token's (row's) attention, that to each one,
+    a mean over heads and layers, of the untouched model and of what the run saved in `folder`. Raises
+    ValueError where the architecture does not tell."""
     template = Template(load_tokenizer(spec), record.data.template or "auto")
-    written = [(*encoded, answer) for encoded, (_, answer) in zip(
-        template.encode_prompts([prompt for prompt, _ in conversations]), conversations, strict=True)]  # fmt: skip
-    read = [[*ids, *template.response_ids(prompt, answer)] for (prompt, answer), (ids, *_) in zip(
-        conversations, written, strict=True)]  # fmt: skip
-    fitting = [i for i, ids in enumerate(read) if len(ids) <= TOKENS]
-    chosen = fitting[0] if fitting else min(range(len(read)), key=lambda i: len(read[i]))
-    ids, asked = read[chosen][:TOKENS], len(written[chosen][0])
+    prompts, answers = zip(*conversations, strict=True)
+    asked = [ids for ids, _ in template.encode_prompts(list(prompts))]
+    told = template.responses(list(prompts), list(answers))
+    whole = [[*question, *answer] for question, answer in zip(asked, told, strict=True)]
+    fitting = [i for i, ids in enumerate(whole) if len(ids) <= TOKENS]
+    chosen = fitting[0] if fitting else min(range(len(whole)), key=lambda i: len(whole[i]))
+    ids = whole[chosen][:TOKENS]
     bf16 = record.provenance.precision == "bf16"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
     load = partial(load_base, spec, torch.bfloat16 if bf16 else torch.float32, accelerator.device)
-    found = {}
     ways: dict[str, Callable] = {"before": load, "after": lambda: method.restore(load, folder)}
+    found: dict[str, list] = {}
     for name, loaded in ways.items():
         with accelerator.autocast():
             by_layer = maps(loaded().to(accelerator.device).eval(), ids)
         borders = [round(i * len(by_layer) / GROUPS) for i in range(GROUPS + 1)]
-        groups = [(a, b) for a, b in zip(borders, borders[1:], strict=False) if b > a]
+        groups = [(a, b) for a, b in pairwise(borders) if b > a]
         found[name] = [rounded(by_layer[a:b].mean(0)) for a, b in groups]
-    tokens = [template.tokenizer.decode([token]) for token in ids]
-    layers = [(a + 1, b) for a, b in groups]
-    return {"tokens": tokens, "answer": min(asked, len(ids)), "layers": layers, **found}
+    return {
+        "tokens": [template.tokenizer.decode([token]) for token in ids],
+        "answer": min(len(asked[chosen]), len(ids)),
+        "layers": [[a + 1, b] for a, b in groups],
+        **found,
+    }
 
 
 @torch.no_grad()
@@ -58,7 +63,7 @@ def maps(model, ids: list[int]) -> torch.Tensor:
     causal.set_attn_implementation("eager")
     read = causal(torch.tensor([ids]).to(causal.device), output_attentions=True, use_cache=False)
     if not read.attentions or read.attentions[0] is None:
-        raise ValueError("this architecture does not say what its layers attend to")
+        raise ValueError("this architecture does not tell what its layers attend to")
     return torch.stack([layer[0].float().mean(0).cpu() for layer in read.attentions])
 
 
