@@ -327,7 +327,7 @@ def stubs(tmp_path):
 
 def stub(folder: Path) -> Path:
     """Modules that are nothing but what a nursery asks of torch. -> where they lie."""
-    for name in packages.IMPORTED:
+    for name in {*packages.IMPORTED} - {"jinja2"}:  # a report is written after a signal too
         path = folder / "stubs" / (name.replace(".", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "__init__.py").touch()
@@ -346,7 +346,7 @@ def slow(folder: Path, code: str = "time.sleep(99)") -> list[str]:
     (folder / "slow.py").write_text(
         BITFIT + f"\nimport os, signal, time\nif 'TUNEOFF_BENCH' in os.environ:\n    {said}; {code}\n"
     )
-    return ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", *SMALL]
+    return ["--methods", "slow", "--seeds", "0", "--plugins", "slow.py", "--format", "json", *SMALL]
 
 
 def heeding(*ignored):
@@ -373,8 +373,10 @@ def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tm
     for other in ignored:
         process.send_signal(other)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    told, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
+    assert "not ok: slow-s0-" in told and "No technique has a result" in told
+    assert '"status": "interrupted"' in (tmp_path / "reports/report.json").read_text(), "what there is"
     assert "the same command continues" in errors and "Traceback" not in errors
     assert records(tmp_path)["slow-0"]["status"] == "interrupted"
     assert ended(int((tmp_path / "pid").read_text()))

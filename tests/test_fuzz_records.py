@@ -26,7 +26,7 @@ from harness import report
 from harness.bench import follow
 from harness.cli.progress import Lines, outcome
 from harness.record import RunRecord
-from harness.report import brief_table, comparisons, document
+from harness.report import comparisons, document, results
 from harness.spec import content_hash, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
@@ -139,13 +139,14 @@ def limited():
 def written(store: Store) -> str:
     """The report's text without its plots."""
     records, corrupt = store.load()
-    blocks = document(comparisons(records), store, corrupt)
+    found = comparisons(records)
+    blocks = document(found, store, corrupt)
     for record in records:
         outcome(record, True)
-    brief_table(records)
+    table = "".join(results(comparison, 80) for comparison in found)
     page = report.write_html(blocks, "now")
     text = report.write_markdown(blocks, "now")
-    assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text}
+    assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text, *table}
     page.encode(), text.encode()
     return text
 

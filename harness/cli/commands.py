@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from math import inf
@@ -22,27 +23,46 @@ def run_command(options, typed: list[str]) -> int:
 
     specs, store = planned(options, keep=True), Store(options.results)
     watcher = progress.make(sys.stderr if options.json else sys.stdout)
-    done, command = [], command_line(typed)
+    done: list = []
+    command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
-        files = render(store, options.reports, options.format, options)
     except BadRequest:
         raise
+    except KeyboardInterrupt as signalled:
+        stopped = signalled
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
-        complain(f"error: {error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
-        return SOME_FAILED
+        return unfinished(error, done, specs)
     finally:
         watcher.close()
+    try:
+        if done or not stopped:
+            tell(done, store, options)
+    except (OSError, ValueError) as error:
+        return unfinished(error, done, specs)
+    finally:
+        if stopped:
+            raise stopped
+    return SOME_FAILED if failed(done) else OK
+
+
+def unfinished(error: Exception, done: list, specs: list) -> int:
+    complain(f"error: {error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
+    return SOME_FAILED
+
+
+def tell(done: list, store, options) -> None:
+    """Writes the report of what there is, and says what was found."""
+    report, files = reported(store, options)
     if options.json:
         runs = [as_json(ended) for ended in done]
-        print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
+        print(json.dumps({"runs": runs, "reports": files}, indent=1))
     else:
         print_runs(done)
-        print_conclusion(store, options, [ended.record for ended in done])
-        print("report: " + "  ".join(map(str, files)))
-    return SOME_FAILED if failed(done) else OK
+        print(conclusion(report, [ended.record for ended in done]))
+        print("report: " + "  ".join(files), flush=True)
 
 
 def planned(options, keep: bool = False):
@@ -78,14 +98,9 @@ def as_json(ended) -> dict:
 
 
 def print_runs(done: list) -> None:
-    from tabulate import tabulate
-
+    """What the table does not say of them."""
     from harness.bench import stale
-    from harness.report import brief_table
 
-    table = brief_table([ended.record for ended in done])
-    look = {"headers": "keys", "showindex": False, "disable_numparse": True, "maxheadercolwidths": 12}
-    print("\n".join([f"\n{tabulate(table, **look)}", *table.attrs["notes"], ""]))
     cached = [ended.record for ended in done if ended.cached]
     print(f"{len(cached)} of {len(done)} cached")
     for record in cached:
@@ -240,34 +255,35 @@ def report_command(options, typed: list[str]) -> int:
     problems.add("--reports", unwritable(options.reports))
     problems.refuse()
     try:
-        store = Store(options.results)
-        files = [str(file) for file in render(store, options.reports, options.format, options)]
+        report, files = reported(Store(options.results), options)
     except (OSError, ValueError) as error:
         raise BadRequest(str(error)) from error
     if options.json:
         print(json.dumps(files, indent=1))
     else:
-        print_conclusion(store, options)
+        print(conclusion(report))
         print("report: " + "  ".join(files))
     return OK if len(files) == len(dict.fromkeys(options.format)) else SOME_FAILED
 
 
-def render(store, folder: Path, formats, options) -> list[Path]:
-    """-> the documents that were written; of what cannot be written here, the reason is told."""
-    from harness.report import Unwritten
-    from harness.report import render as made
+def reported(store, options) -> tuple:
+    """-> the report, and the documents that were written; of what cannot be written here, the reason is
+    told. Raises OSError, ValueError."""
+    from harness.report import Report, Unwritten, write
 
+    report = Report.of(store, budget(options))
     try:
-        return made(store, folder, tuple(dict.fromkeys(formats)), budget=budget(options))
+        files = write(report, options.reports, tuple(dict.fromkeys(options.format)))
     except Unwritten as error:
         complain(f"error: {error}")
-        return error.written
+        files = error.written
+    return report, [str(file) for file in files]
 
 
-def print_conclusion(store, options, records: list | None = None) -> None:
-    from harness.report import conclusion
+def conclusion(report, records: list | None = None) -> str:
+    from harness import report as reports
 
-    print(conclusion(store, records, budget(options)) + "\n")
+    return reports.conclusion(report, records, shutil.get_terminal_size().columns) + "\n"
 
 
 def budget(options):
