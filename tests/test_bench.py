@@ -23,7 +23,7 @@ from harness.cli import progress
 from harness.method import Method
 from harness.nursery import Fresh, Nursery, environment
 from harness.plain import redacted
-from harness.plan import Request, plan
+from harness.plan import Plan, Request, plan
 from harness.record import RunRecord, Sizes
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
@@ -303,8 +303,8 @@ def test_a_child_imports_its_plugins_neighbours_but_nothing_in_place_of_a_librar
 def test_a_screen_that_is_gone_costs_no_run():
     read, write = os.pipe()
     os.close(read)
-    shown = progress.make(os.fdopen(write, "w"))
     ended = fabricate.record("lora", status="failed", scores={})
+    shown = progress.make(os.fdopen(write, "w"), Plan([ended.spec], [0]))
     shown.start(ended.spec, 1, 1)
     shown.end(ended, False)
 

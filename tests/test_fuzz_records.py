@@ -25,6 +25,8 @@ pytest.importorskip("matplotlib")
 from harness import report
 from harness.bench import follow
 from harness.cli.progress import Lines, outcome
+from harness.cli.remaining import Remaining
+from harness.plan import Plan
 from harness.record import RunRecord
 from harness.report import comparisons, document, results
 from harness.spec import content_hash, folder_name
@@ -241,7 +243,7 @@ def test_damaged_events_end_no_bench(tmp_path):
         {"phase": "train"}, {"step": 3, "steps": 10, "loss": 1.5, "tokens": 99, "seconds": 2.5, "peak": 9},
         {"step": 4, "steps": 10, "loss": None}, {"answered": 5, "rows": 40},
     ]  # fmt: skip
-    draw, progress = random.Random(0), Lines(StringIO())
+    draw, progress = random.Random(0), Lines(StringIO(), Remaining(Plan([], [0])))
     spec = fabricate.record("lora").spec
     progress.start(spec, 1, 1)
     events = tmp_path / "events.jsonl"

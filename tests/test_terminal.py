@@ -1,6 +1,7 @@
 """What a terminal shows: the table at any width, the time that is left, lists, what is said after Ctrl-C."""
 
 import re
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import fabricate
@@ -9,8 +10,12 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from harness.cli.remaining import Remaining
+from harness.plan import Plan
+from harness.record import Phase
 from harness.report.comparison import comparisons
 from harness.report.terminal import results
+from harness.tuning import Tuning
 
 GIB = 2**30
 
@@ -99,3 +104,83 @@ def test_small_costs_have_small_units_and_a_disturbed_time_its_mark():
     assert "(MiB)" in head[-1] and "(s)" in head[-1]
     assert rows[1].split()[-2:] == ["50.0", "21.5"] and rows[-1].split()[-1] == "*21.5"
     assert "* With a run that was disturbed" in notes
+
+
+# The time that is left
+
+
+class Clock:
+    """Runs take the time that they are told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watched(*methods: str, seeds=(0, 1, 2), tunings=(), trials=0):
+    records = [fabricate.record("base"), *(fabricate.record(m, s) for s in seeds for m in methods)]
+    clock = Clock()
+    plan = Plan([r.spec for r in records], list(seeds), tunings, trials)
+    return records, clock, Remaining(plan, clock)
+
+
+def run(remaining: Remaining, clock: Clock, record, minutes: float, total: int) -> str:
+    remaining.start(record.spec, total)
+    clock.now += 60 * minutes
+    remaining.end(record, False)
+    return str(remaining)
+
+
+def test_what_is_left_is_told_from_what_has_ended_and_else_not_at_all():
+    (base, lora, dora, *rest), clock, remaining = watched("lora", "dora")
+    assert str(remaining) == "0 of 7 runs done"
+    assert run(remaining, clock, base, 1, 7) == "1 of 7 runs done", "it tells nothing of a training"
+    assert run(remaining, clock, lora, 10, 7) == "2 of 7 runs done, at least 20 min left", "and dora's 3 runs"
+    assert run(remaining, clock, dora, 30, 7) == "3 of 7 runs done, 80 min left"
+    assert run(remaining, clock, rest[0], 16, 7) == "4 of 7 runs done, 70 to 76 min left"
+    remaining.start(rest[1].spec, 7)
+    clock.now += 60 * 20
+    assert str(remaining) == "4 of 7 runs done, 50 to 56 min left", "what is under way is less by now"
+    clock.now += 60 * 500
+    assert str(remaining) == "4 of 7 runs done, 40 to 46 min left", "and is never owed time"
+
+
+def test_two_side_by_side_take_half_and_the_last_may_be_alone():
+    (base, *trained), clock, remaining = watched("lora", seeds=(0, 1, 2, 3, 4))
+    run(remaining, clock, base, 1, 6)
+    for record in trained[:2]:
+        remaining.start(record.spec, 6)
+    clock.now += 3600
+    for record in trained[:2]:
+        remaining.end(record, False)
+    assert str(remaining) == "3 of 6 runs done, 1.5 to 2 h left", "three runs of an hour in two places: 2 h"
+
+
+def test_cached_runs_tell_of_a_device_of_the_same_name_alone():
+    for device, left in (("NVIDIA H200", "50 min left"), ("Tesla T4", "at least 20 min left")):
+        (base, lora, dora, *_), clock, remaining = watched("lora", "dora", seeds=(0, 1))
+        dora.provenance.device, dora.phases = device, {"train": Phase(1700.0), "save": Phase(100.0)}
+        for record in (base, dora):
+            remaining.end(record, True)
+        assert str(remaining) == "2 of 5 runs done"
+        assert run(remaining, clock, lora, 20, 5) == f"3 of 5 runs done, {left}"
+
+
+def test_a_search_is_counted_as_it_may_become():
+    trial = fabricate.record("lora").spec
+    trial = replace(trial, seed=10**6, search={})
+    tuning = Tuning(trial, (1e-5, 1e-3))
+    (base, lora, *_), clock, remaining = watched("lora", seeds=(0, 1), tunings=[tuning], trials=3)
+    assert str(remaining) == "0 of 8 runs done", "3 trials and 2 of what they find, besides those of the plan"
+    tried = fabricate.record("lora")
+    tried.spec = trial
+    run(remaining, clock, base, 1, 8)
+    assert run(remaining, clock, tried, 5, 8) == "2 of 8 runs done, at least 10 min left"
+    for rate in (1e-4, 1e-3):
+        tried = fabricate.record("lora")
+        tried.spec = replace(trial, changes={"learning_rate": rate})
+        run(remaining, clock, tried, 5, 8)
+    assert run(remaining, clock, lora, 20, 6) == "5 of 6 runs done, 20 min left", (
+        "the best was that of the plan"
+    )

@@ -22,7 +22,7 @@ def run_command(options, typed: list[str]) -> int:
     from harness.store import Store
 
     specs, store = planned(options, keep=True), Store(options.results)
-    watcher = progress.make(sys.stderr if options.json else sys.stdout)
+    watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
     done: list = []
     command, stopped = command_line(typed), None
     try:
