@@ -1,7 +1,11 @@
 """What a terminal shows: the table at any width, the time that is left, lists, what is said after Ctrl-C."""
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, stdev
 
 import fabricate
@@ -10,6 +14,7 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from harness.cli import main
 from harness.cli.remaining import Remaining
 from harness.plan import Plan
 from harness.record import Phase
@@ -18,6 +23,7 @@ from harness.report.terminal import results
 from harness.tuning import Tuning
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(records: list, width: int) -> tuple[list[str], list[str], str]:
@@ -184,3 +190,43 @@ def test_a_search_is_counted_as_it_may_become():
     assert run(remaining, clock, lora, 20, 6) == "5 of 6 runs done, 20 min left", (
         "the best was that of the plan"
     )
+
+
+# Lists
+
+
+def test_each_run_of_a_store_is_told_within_80_columns(tmp_path, monkeypatch, capsys):
+    trial = fabricate.record("lora", 10**6)
+    trial.spec = replace(trial.spec, search={}, changes={"learning_rate": 3e-4})
+    made = [
+        fabricate.record("base"), fabricate.record("galore"), trial,
+        fabricate.record("dora", model="another"),
+        *(fabricate.record("lora", seed, options={"rank": rank}) for seed in (0, 1) for rank in (8, 64)),
+        fabricate.record("full", status="failed", error="no \x1b[31mspace [bold]left[/]"),
+    ]  # fmt: skip
+    for record in made:
+        fabricate.keep(tmp_path, record)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["list", "results", "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for record in made:
+        (line,) = (line for line in text.splitlines() if line.endswith(record.spec.folder[-12:]))
+        assert record.spec.method in line and record.started[:10] in line and record.status in line
+        value = "loss" if record.spec.trial else f"{record.scores['bleu4']:.2f}" if record.ok else ""
+        assert value in line and ("trial" if record.spec.trial else f" {record.spec.seed} ") in line
+    assert text.count("lora (rank 64, learning") == 2 and "another on Alpaca + Tulu v2" in text
+    assert f"{made[-1].spec.folder}: failed: no ⟨U+001B⟩[31mspace [bold]left[/]" in " ".join(text.split())
+    assert main(["list", "results", "--results", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert found[trial.spec.folder]["trial"] and found[made[0].spec.folder]["scores"]["bleu4"] > 0
+
+
+def test_the_adapters_of_peft_are_listed_without_importing_it(capsys):
+    code = (
+        "import sys; from harness.cli import main; main(['list', 'methods'])\n"
+        "assert not {'torch', 'peft'} & set(sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert "peft.adalora, " in told.stdout and "peft.vera, " in told.stdout and "ptuning" not in told.stdout
+    assert max(map(len, told.stdout.splitlines())) <= 80

@@ -120,6 +120,7 @@ def failed(done: list) -> list:
 
 
 def plan_command(options, typed: list[str]) -> int:
+    from harness.cli import listing
     from harness.data import describe
     from harness.store import Store
 
@@ -135,16 +136,16 @@ def plan_command(options, typed: list[str]) -> int:
     spec = specs.methods()[-1]
     parts = ", ".join(part["name"] for part in spec.dataset["parts"])
     rows = f"{describe(spec.dataset)} rows of each of {parts}"
-    print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}"))
     hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
-    print("hyperparameters: " + ", ".join(hp))
+    print(listing.paragraph(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}", 2))
+    print(listing.paragraph("hyperparameters: " + ", ".join(hp), 2))
     for part, columns in specs.unused.items():
         if columns:
-            print(plain(f"not used of {part}: {', '.join(columns)}"))
+            print(listing.paragraph(f"not used of {part}: {', '.join(columns)}", 2))
     for run in runs:
         print(plain(f"  {run['state']:12} {run['run']}"))
     if specs.tunings:
-        print(plain(tuned(specs)))
+        print(listing.paragraph(tuned(specs), 2))
     return OK
 
 
@@ -188,35 +189,39 @@ def state(spec, specs, store, force: bool) -> str:
 
 def list_command(options, typed: list[str]) -> int:
     from harness import method
+    from harness.cli import listing
     from harness.data import dataset_names, load_spec
     from harness.plan import find_plugins, load_preset, preset_names
     from harness.store import Store
 
-    problems, found, asked = Problems(), {}, options.what
+    problems, asked = Problems(), options.what
+    found: dict[str, dict] = {}
     plugins = find_plugins(options.plugins, problems)
     problems.add("--results", unreadable(options.results))
     if asked in (None, "methods"):
         with problems.caught():
-            found["methods"] = {n: method.summary(s) for n, s in method.known_methods(plugins).items()}
+            sources = method.known_methods(plugins)
+            found["methods"] = {n: method.summary(s) for n, s in sources.items()}
+            found["variants"] = {n: own for n, s in sources.items() if (own := method.variants(n, s))}
     problems.refuse()
     if asked in (None, "datasets"):
         found["datasets"] = {n: title(lambda _, n=n: load_spec(n, {})["title"]) for n in dataset_names()}
     if asked in (None, "presets"):
         found["presets"] = {n: title(lambda said, n=n: load_preset(n, said).title) for n in preset_names()}
-    if asked in (None, "results"):
-        records, corrupt = Store(options.results).load()
-        found["results"] = {r.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
-        for line in corrupt:
-            complain(f"error: corrupt: {line}")
+    records, corrupt = Store(options.results).load() if asked in (None, "results") else ([], [])
+    for line in corrupt:
+        complain(f"error: corrupt: {line}")
     if options.json:
-        print(json.dumps(found, indent=1))
+        results = (
+            {"results": {r.folder: listing.run(r) for r in records}} if asked in (None, "results") else {}
+        )
+        print(json.dumps(found | results, indent=1))
         return OK
+    of_family = found.pop("variants", {})
     for what, items in found.items():
-        print(f"{what}:")
-        for name, text in items.items():
-            print(plain(f"  {name:24} {text}"))
-        if not items:
-            print("  none")
+        print(listing.names(what, items, of_family if what == "methods" else {}))
+    if asked in (None, "results"):
+        print(listing.results(records))
     return OK
 
 
