@@ -186,7 +186,7 @@ def write_pdf(report: Report) -> bytes:
     for block in report.blocks:
         parts += [[]] if isinstance(block, Title) else []
         parts[-1].append(block)
-    firsts = [pages(comparison, verdicts) for comparison, verdicts in report.judged]
+    firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
     return typeset(list(zip(firsts, parts, strict=True)), report.now)
 
 
@@ -196,7 +196,7 @@ WRITERS: dict[str, Callable[[Report], str | bytes]] = {
     "html": lambda report: write_html(report.blocks, report.now),
     "pdf": write_pdf,
     "csv": lambda report: write_csv(report.judged),
-    "json": lambda report: write_json(report.judged, report.corrupt, report.now),
+    "json": lambda report: write_json(report.judged, report.corrupt, report.now, report.budget),
     "tex": lambda report: write_latex(report.judged),
 }
 
