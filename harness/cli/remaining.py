@@ -74,7 +74,7 @@ class Remaining:
 
 
 def amount(low: float, high: float) -> str:
-    """`8 to 12 min`, to two digits."""
+    """`8 to 12 min`, to two digits, and no fraction of a second."""
     size, unit = next((u for u in UNITS if high < 100 * u[0]), UNITS[-1])
-    ends = dict.fromkeys(f"{float(f'{value / size:.2g}'):g}" for value in (low, high))
+    ends = dict.fromkeys(f"{float(f'{round(value) / size:.2g}'):g}" for value in (low, high))
     return f"{' to '.join(ends)} {unit}"
