@@ -109,7 +109,8 @@ class Peft(Method):
 
     def __post_init__(self):
         if not self.kind:
-            raise ValueError(f"name a type, as in peft.vera. Available: {', '.join(self.variants() or kinds())}")
+            available = ", ".join(self.variants() or kinds())
+            raise ValueError(f"name a type, as in peft.vera. Available: {available}")
         if any(value is False and name.startswith("init_") for name, value in self.chosen().items()):
             self.starts_at_base = False
         for option, values, reason in REFUSED:

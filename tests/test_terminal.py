@@ -92,6 +92,11 @@ def test_at_no_width_is_a_number_wrapped_or_a_name_lost(width):
     assert all(amount.fullmatch(cell) for own in cells for cell in own[1:])
 
 
+def test_what_is_known_of_nobody_has_no_column():
+    head, rows, notes = shown([fabricate.record("qlora", status="failed", error="x")], 80)
+    assert (head, [row.strip() for row in rows], notes) == (["Technique"], ["QLoRA – failed"], "")
+
+
 def test_strangers_names_are_text_there():
     records = [scored("qlora", s, 40 + s) for s in range(3)]
     for record in records:

@@ -51,7 +51,7 @@ def drawn(names: list[str], columns: list[Column]) -> Table:
     made.add_column("Technique", overflow="fold", min_width=min(NARROWEST, max(map(len, names))))
     for head, own in columns:
         wide = max(map(len, [*head.split("\n"), *own]))
-        made.add_column(Text(head), justify="right", no_wrap=True, min_width=wide)
+        made.add_column(Text(head), justify="right", min_width=wide)
     for cells in zip(names, *(own for _, own in columns), strict=True):
         made.add_row(*map(Text, cells))
     return made
