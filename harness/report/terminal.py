@@ -43,7 +43,7 @@ def results(comparison: Comparison, width: int) -> str:
     notes += [f"No room here, but in the report: {listed(left_out, 99)}."] * bool(left_out)
     notes += [DISTURBED] * any(t.disturbed for t in rows)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    return "\n".join([*lines, ""] + [textwrap.fill(note, width) for note in notes])
+    return "\n".join([*lines, *[""] * bool(notes), *(textwrap.fill(note, width) for note in notes)])
 
 
 def drawn(names: list[str], columns: list[Column]) -> Table:
