@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,10 @@ class Done:
 
 
 def stale(record: RunRecord) -> bool:
-    """The method's code is no longer the one that made this record."""
-    return method.code_hash(method_of(record.spec)) != record.hashes.get("method_code")
+    """The method's code is no longer the one that made this record. An ensemble has none of its own."""
+    return not record.spec.members and method.code_hash(method_of(record.spec)) != record.hashes.get(
+        "method_code"
+    )
 
 
 def method_of(spec: RunSpec) -> type[method.Method]:
@@ -97,19 +99,15 @@ def bench(
                     record = done[spec.digest] = replace(earlier, spec=spec)
                     progress.end(record, True)
                     yield Done(record, True)
-                elif before := base_of(spec, plan):
-                    pending.append(
-                        replace(spec, locations={**spec.locations, "before": str(store.path(before))})
-                    )
                 else:
-                    pending.append(spec)
+                    pending.append(located(spec, plan, store))
             if pending and not places:
                 places = slots(ends.enter_context(Nursery(needs(plan))), plan)
             numbers = {spec.digest: number for number, spec in enumerate(pending, len(done) + 1)}
 
             def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):
                 progress.start(spec, numbers[spec.digest], total)
-                return run(spec, store, command, progress, limit, slot, signals)
+                return run(spec, store, command, progress, limit, slot, signals, force)
 
             for spec, record in together(pending, places, one):
                 done[spec.digest] = record
@@ -160,6 +158,13 @@ def together(
             raise faults[0]
 
 
+def located(spec: RunSpec, plan: Plan, store: Store) -> RunSpec:
+    """With the places of the runs that it reads: the untouched model's, and an ensemble's members."""
+    places = {"before": str(store.path(before))} if (before := base_of(spec, plan)) else {}
+    members = {"members": [str(store.path(member)) for member in spec.members]} if spec.members else {}
+    return replace(spec, locations=spec.locations | places | members)
+
+
 # Where runs go
 
 
@@ -195,7 +200,8 @@ def slots(nursery: Nursery, plan: Plan) -> list[Slot]:
 def needs(plan: Plan) -> dict[str, list[str]]:
     """Package beyond those of every run -> the methods that need it."""
     found: dict[str, list[str]] = {}
-    for name, cls in {spec.method: method_of(spec) for spec in plan.methods()}.items():
+    own = (spec for spec in plan.methods() if not spec.members)
+    for name, cls in {spec.method: method_of(spec) for spec in own}.items():
         for need in cls.needs:
             found.setdefault(need, []).append(name)
     return found
@@ -213,7 +219,11 @@ def cached(spec: RunSpec, plan: Plan, store: Store) -> RunRecord | None:
 
 
 def lacks(record: RunRecord, plan: Plan, store: Store) -> bool:
-    """A run that found no answers of the untouched model, where there are some now."""
+    """A run that found no answers of the untouched model, where there are some now; an ensemble of members
+    that have been run again since."""
+    members = [store.find(member) for member in record.spec.members]
+    if [m.hashes.get("outputs") if m else None for m in members] != record.hashes.get("members", []):
+        return True
     if record.hashes.get("before", "") is not None:
         return False
     before = base_of(record.spec, plan)
@@ -237,12 +247,14 @@ def run(
     limit: float | None = None,
     slot: Slot = Slot(),
     signals: Sequence[int] = (),
+    anew: bool = False,
 ) -> RunRecord:
-    """`signals`: those that ask the bench to end; it grows meanwhile."""
+    """`signals`: those that ask the bench to end; it grows meanwhile. `anew`: from its first step, whatever
+    an earlier attempt has left."""
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
-    folder, kills = store.attempt(spec), oom_kills()
-    own = {"reason": spec.reason, "locations": spec.locations}
+    folder, kills = store.attempt(spec, anew), oom_kills()
+    own = {"reason": spec.reason, "locations": spec.locations, "hp": asdict(spec.hp)}
     job = {"spec": spec.asked() | own, "command": command, "started": started}
     save(folder / SPEC, json.dumps(job | {"cores": slot.cores, "at_once": slot.of}, indent=1))
     end = time.monotonic() + (limit or float("inf"))

@@ -49,7 +49,10 @@ def main(folder: Path) -> None:
 
 
 def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
-    """The method with its options: nothing heavy is imported yet. Raises Unsupported without a package."""
+    """The method with its options: nothing heavy is imported yet. Raises Unsupported without a package, and
+    for an ensemble without one of its members."""
+    if spec.members:
+        return ensemble(spec, record)
     cls = method.resolve(
         spec.method, method.find(spec.method, method.known_methods(spec.locations.get("plugins", [])))
     )
@@ -60,6 +63,15 @@ def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:
         needed = " ".join(missing)
         raise method.Unsupported(f"{spec.method} needs {', '.join(missing)}: pip install {needed}")
     return method.build(cls, spec.options)
+
+
+def ensemble(spec: RunSpec, record: RunRecord) -> method.Method:
+    from harness.training import Ensemble, outputs_of
+
+    record.card = method.card(Ensemble)
+    members = list(zip(spec.members, map(Path, spec.locations["members"]), strict=True))
+    record.hashes["members"] = outputs_of(members)
+    return Ensemble(spec.options["average"], members)
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled

@@ -33,14 +33,14 @@ from harness.shape import (  # noqa: F401, the kinds of options among them
     fitting,
     misfits,
 )
-from harness.spec import Hyperparams
+from harness.spec import ENSEMBLE, Hyperparams
 
 if TYPE_CHECKING:
     from harness.training import Run
 
 FOLDER = ROOT / "methods"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-TAKEN = ("hp", "data")  # the other groups of --set
+TAKEN = ("hp", "data", ENSEMBLE)  # the other groups of --set, and what is no one method
 AXES = ("none", "parameterisation", "optimizer", "objective", "perturbation")
 
 
@@ -63,7 +63,7 @@ LIMITS = {
     "gradient clipping": Limit(lambda hp, _: hp.max_grad_norm > 0, "--set hp.max_grad_norm=0"),
     "packing": Limit(lambda hp, _: hp.packing, "--set hp.packing=false"),
     "plain text": Limit(
-        lambda _, dataset: any(part["format"] == "text" for part in dataset["parts"]),
+        lambda _, dataset: "text" in {p["format"] for p in dataset["parts"] if not p.get("unseen")},
         "train on rows with prompts",
     ),
     "4-bit base": Limit(),
@@ -157,8 +157,8 @@ class Method:
         return {}
 
     def restore_state(self, state: dict, model, run: "Run") -> None:
-        """Takes back what `state` gave, its tensors on the run's device. The model is attached, its weights
-        and the optimizer's state are those of that step."""
+        """Takes back what `state` gave, its tensors on the run's device. The model is attached, what trains
+        and the optimizer's state are those of that step; what is frozen is as attach has left it."""
 
     def keep(self, model, run: "Run"):
         """-> the trained model as `save` keeps it, which is the one that is scored. Its weights are back in

@@ -234,7 +234,8 @@ MARKS_SIGNATURE = (
 
 def has_end(dataset: Mapping) -> bool:
     """A plain text asks nothing, and its continuation has no end to find."""
-    return any(part.get("format") != "text" for part in dataset.get("parts") or [{}])
+    parts = [part for part in dataset.get("parts") or [{}] if not part.get("unseen")]
+    return any(part.get("format") != "text" for part in parts)
 
 
 def of_text(ends: Callable[[str], bool]) -> Callable[[dict, Mapping], tuple[bool, int]]:

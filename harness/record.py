@@ -16,7 +16,9 @@ from harness.spec import RunSpec, digest, folder_name
 
 SCHEMA = 2
 STATUSES = ("ok", "oom_gpu", "oom_host", "diverged", "failed", "timeout", "interrupted", "unsupported")
-PHASES = ("load", "attach", "compile", "train", "rollout", "validate", "evaluate", "generate", "save")
+PHASES = (
+    "load", "attach", "compile", "train", "checkpoint", "rollout", "validate", "evaluate", "generate", "save",
+)  # fmt: skip
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.\w{1,64})?", re.ASCII)  # of a method, or of a family's variant
 
@@ -119,6 +121,15 @@ class Steps:
 
 
 @dataclass
+class Resumption:
+    """A training went on after it was stopped. Its own costs go on as well; these are beside them."""
+
+    step: Count  # after which
+    lost: Amount  # seconds of steps that were made once more, as far as is known
+    spent: Amount  # seconds until it went on: loading and attaching once more
+
+
+@dataclass
 class Memory:
     """Bytes of live tensors at the highest moment of a training."""
 
@@ -158,7 +169,9 @@ class Hashes(TypedDict, total=False):
     given: list[str]
     learned: list[str]
     before: str | None
+    members: list[str | None]
     outputs: str | None
+    unseen_outputs: str
 
 
 class Form(TypedDict):
@@ -207,7 +220,8 @@ class RunRecord:
     `hashes`: of the method's code, of each split's rows; a step each: `batches`, as planned for all methods,
     `given`, what the model truly read, and `learned`, what of it carried loss; `before`: the untouched
     outputs that rejected answers were taken from (null: none were there; absent: none were needed);
-    `outputs`: of outputs.jsonl, as the run left it.
+    `outputs`, `unseen_outputs`: of outputs.jsonl and unseen.jsonl, as the run left them; `members`: of an
+    ensemble, `outputs` of each of its members.
     `arithmetic`: of the training and of the scoring, the types of the residual stream and of products.
     `notes`: what the run found out about its method.
     `study`: a test conversation in each form it could be written in, see harness.data.study.
@@ -239,6 +253,7 @@ class RunRecord:
     data: Data = field(default_factory=Data)
     study: Study | dict[str, Never] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    resumed: list[Resumption] = field(default_factory=list)
     training: list[Point] = field(default_factory=list)
     validation: list[Point] = field(default_factory=list)
     signatures: dict[str, str] = field(default_factory=dict)
@@ -318,6 +333,7 @@ class RunRecord:
         parts |= {"memory": Memory, "kernels": Steps}
         said = {name: value[name] for name in parts if value.get(name) is not None}
         value |= {name: made(parts[name], part) for name, part in said.items()}
+        value["resumed"] = [made(Resumption, one) for one in value.get("resumed", [])]
         return made(cls, value)
 
 

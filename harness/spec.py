@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict
 
-from harness.shape import Count, Fraction, Natural, NotNegative, Positive
+from harness.shape import Count, Fraction, Natural, NotNegative, Positive, check
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Hyperparams:
     validations: Count = 4  # points of the validation curve after the first
     # Of the steps on a GPU; auto: captured as graphs where they can be, and compiled where that pays.
     kernels: Literal["auto", "compiled", "eager"] = "auto"
+    checkpoint_minutes: NotNegative = 5.0  # between two of a training, which then can go on; 0: none
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -47,8 +48,9 @@ class Hyperparams:
 
 
 def hashed(hp: Hyperparams) -> dict:
-    """As a spec is hashed: without what came later and is as it was before."""
-    return {name: value for name, value in asdict(hp).items() if (name, value) != ("kernels", "auto")}
+    """As a spec is hashed: without what came later and is as it was before, and what changes no result."""
+    left_out = {"checkpoint_minutes"} | ({"kernels"} if hp.kernels == "auto" else set())
+    return {name: value for name, value in asdict(hp).items() if name not in left_out}
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
@@ -78,6 +80,25 @@ class Dataset(TypedDict, total=False):
     parts: list[Part]
 
 
+ENSEMBLE = "ensemble"  # in the place of a method's name: finished runs, together
+OUTPUTS, WEIGHTS = "outputs", "weights"  # what of them is averaged: log-probabilities, or changes of weights
+
+
+class Member(TypedDict):
+    """What tells a member of an ensemble from the others."""
+
+    method: Required[str]
+    options: Required[dict[str, Any]]
+    changes: Required[dict[str, Any]]
+
+
+class Averaged(TypedDict):
+    """The options of an ensemble."""
+
+    members: Required[list[Member]]
+    average: Required[Literal["outputs", "weights"]]
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """One method, one seed: everything that decides the result, and nothing else.
@@ -101,12 +122,33 @@ class RunSpec:
     reason: str = field(default="", compare=False)
 
     @property
+    def untouched(self) -> bool:
+        """The model as it is: no training stands behind it."""
+        return not self.hp.epochs
+
+    @property
+    def members(self) -> list["RunSpec"]:
+        """Of an ensemble, the runs that it is made of."""
+        own = self.options["members"] if self.method == ENSEMBLE else []
+        return [replace(self, **member) for member in own]
+
+    @property
     def trains(self) -> bool:
-        return self.hp.epochs > 0
+        return not (self.untouched or self.method == ENSEMBLE)
+
+    @property
+    def leaves_model(self) -> bool:
+        """What is saved is new: averaged outputs are those of models that are saved already."""
+        return self.trains or (self.method, self.options.get("average")) == (ENSEMBLE, WEIGHTS)
 
     @property
     def trial(self) -> bool:
         return self.search is not None
+
+    @property
+    def hub_model(self) -> str | None:
+        """The model's id on the hub; null of a local folder, whose name could be another model's id."""
+        return None if "model" in self.fingerprints or self.model.startswith("random:") else self.model
 
     @property
     def own_hp(self) -> Hyperparams:
@@ -151,6 +193,8 @@ class RunSpec:
         known = {f.name for f in fields(Hyperparams)}
         if unknown := (set(value["hp"]) | set(value.get("changes", {}))) - known:
             raise ValueError(f"unknown hyperparameter {', '.join(sorted(unknown))}")
+        if value["method"] == ENSEMBLE:
+            check(value["options"], Averaged, "spec.options")
         return cls(**{**value, "hp": Hyperparams(**value["hp"])})
 
 

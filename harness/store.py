@@ -19,11 +19,14 @@ from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import all_fit, check, parse
 from harness.spec import RunSpec, content_hash
 
-RECORD, OUTPUTS, EVENTS, MODEL = "record.json", "outputs.jsonl", "events.jsonl", "model"
+RECORD, OUTPUTS, UNSEEN = "record.json", "outputs.jsonl", "unseen.jsonl"
+EVENTS, MODEL = "events.jsonl", "model"
+CHECKPOINTS, EARLIER_EVENTS = "checkpoints", "events.jsonl"  # the second in the first: of the stopped run
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
-ATTEMPT, EARLIER, ASIDE = ".{}", ".{}.earlier", "{}.aside-{}"  # what may stand beside it
+# What may stand beside it.
+ATTEMPT, EARLIER, ASIDE, STOPPED = ".{}", ".{}.earlier", "{}.aside-{}", ".{}.stopped"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +44,13 @@ class Tested:
         return cls(sums, [o["part"] for o in outputs], np.array([o["tokens"] for o in outputs]), rows)
 
 
+FINAL = ("ok", "diverged", "unsupported", "oom_gpu")  # it would end so again, whatever it went on from
+
+
 class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.numbers: dict[str, Tested] = {}  # of each run with outputs that was read, by its folder
+        self.numbers: dict[tuple[str, str], Tested] = {}  # of each run that was read, by folder and file
 
     def path(self, spec: RunSpec) -> Path:
         """Where its run is: in the folder of its own name, else in that of an earlier version's spec, which
@@ -105,41 +111,51 @@ class Store:
             if not record.validation or record.validation[-1].get("loss") is None:
                 raise ValueError(f"{RECORD} is of a trial, and has no validation loss")
             return record
-        outputs = self.outputs(record)
-        if "outputs" not in record.hashes:
-            raise ValueError(f"{RECORD} has no hash of {OUTPUTS}")
-        if record.hashes["outputs"] not in (None, content_hash(self.folder / name / OUTPUTS)):
-            raise ValueError(f"{OUTPUTS} was changed since the run")
+        outputs = self.whole(record, OUTPUTS, "outputs", "validation" if record.spec.trial else "test")
+        self.numbers[name, OUTPUTS] = Tested.of(outputs, score(record, outputs))
+        if "unseen_outputs" in record.hashes:
+            outputs = self.whole(record, UNSEEN, "unseen_outputs", "unseen")
+            self.numbers[name, UNSEEN] = Tested.of(outputs, row_sums(record, outputs, UNSEEN))
+        return record
+
+    def whole(self, record: RunRecord, file: str, hashed: str, split: str) -> list[dict]:
+        """The outputs of a file, one for each row of the split. Raises OSError or ValueError."""
+        outputs = self.outputs(record, file=file)
+        hashes: dict = {**record.hashes}
+        if hashed not in hashes:
+            raise ValueError(f"{RECORD} has no hash of {file}")
+        if hashes[hashed] not in (None, content_hash(self.folder / record.folder / file)):
+            raise ValueError(f"{file} was changed since the run")
         fine = all_fit(outputs, Output)
         for number, output in enumerate(outputs, 1):
             if not fine:
-                check(output, Output, f"{OUTPUTS}, line {number}")
+                check(output, Output, f"{file}, line {number}")
             if output["correct"] > output["tokens"]:
-                raise ValueError(f"{OUTPUTS}, line {number}: more is right than there is")
-        split = "validation" if record.spec.trial else "test"
+                raise ValueError(f"{file}, line {number}: more is right than there is")
         rows = record.data.rows.get(split, len(outputs))
         if rows != len(outputs) or rows != len({output["id"] for output in outputs}):
-            raise ValueError(f"{OUTPUTS} has not one output for each of {rows} {split} rows")
-        self.numbers[name] = Tested.of(outputs, score(record, outputs))
-        return record
+            raise ValueError(f"{file} has not one output for each of {rows} {split} rows")
+        return outputs
 
-    def outputs(self, record: RunRecord, chosen: Iterable[int] | None = None) -> list[dict]:
+    def outputs(
+        self, record: RunRecord, chosen: Iterable[int] | None = None, file: str = OUTPUTS
+    ) -> list[dict]:
         """The test outputs of a run with their per-example scores, in the order of the test rows; of some
         rows alone if these are `chosen`."""
-        lines = [(i, line) for i, line in enumerate(self.text(record.folder, OUTPUTS).split("\n"), 1) if line]
+        lines = [(i, line) for i, line in enumerate(self.text(record.folder, file).split("\n"), 1) if line]
         found = []
         for number, line in lines if chosen is None else [lines[row] for row in chosen]:
             try:
                 found.append(migrate.output(parse(line)))
             except ValueError as error:
-                raise ValueError(f"{OUTPUTS}, line {number}: {error}") from error
+                raise ValueError(f"{file}, line {number}: {error}") from error
         return found
 
-    def tested(self, record: RunRecord) -> Tested:
-        """The numbers of a run's outputs, as they were when it was read."""
-        if record.folder not in self.numbers:
+    def tested(self, record: RunRecord, file: str = OUTPUTS) -> Tested | None:
+        """The numbers of a run's outputs, as they were when it was read; none of a file that it has not."""
+        if (record.folder, OUTPUTS) not in self.numbers:
             self.read(record.folder)
-        return self.numbers[record.folder]
+        return self.numbers.get((record.folder, file))
 
     def text(self, name: str, file: str) -> str:
         """Of a run's file that lies in the store: no link leads out of it, and no pipe keeps us waiting."""
@@ -152,11 +168,21 @@ class Store:
 
     # Writing
 
-    def attempt(self, spec: RunSpec) -> Path:
-        """An empty folder to run in, beside the finished one, which stays until this one is kept."""
-        folder = self.folder / ATTEMPT.format(spec.folder)
+    def attempt(self, spec: RunSpec, anew: bool = False) -> Path:
+        """A folder to run in, beside the finished one, which stays until this one is kept. In it are the
+        checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing."""
+        folder, final = self.folder / ATTEMPT.format(spec.folder), self.folder / spec.folder
+        kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
+        aside = self.folder / STOPPED.format(spec.folder)
+        if kept and not anew:
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):
+                (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
+            (kept / CHECKPOINTS).rename(aside)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        if aside.is_dir():
+            shutil.rmtree(aside) if anew else aside.rename(folder / CHECKPOINTS)
         return folder
 
     def keep(self, spec: RunSpec, record: RunRecord) -> None:
@@ -164,6 +190,8 @@ class Store:
         the place of one that is. What is no whole run, or one of a newer version, is set aside: nothing that
         cannot be read is overwritten."""
         attempt = self.folder / ATTEMPT.format(spec.folder)
+        if record.status in FINAL:
+            shutil.rmtree(attempt / CHECKPOINTS, ignore_errors=True)
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
             shutil.rmtree(attempt)
@@ -207,14 +235,18 @@ def score(record: RunRecord, outputs: list[dict]) -> dict[str, np.ndarray]:
 
     Raises ValueError for outputs that give none, and for scores that cannot be.
     """
-    dataset = record.spec.dataset
-    sums = metrics.row_sums(outputs, dataset)
-    metrics.check_range(sums, OUTPUTS)
+    sums = row_sums(record, outputs, OUTPUTS)
     metrics.check_range(record.start, f"the start in {RECORD}")
     record.scores = metrics.scores({name: of_rows.sum(0).tolist() for name, of_rows in sums.items()})
     for name in metrics.METRICS.keys() - record.signatures:
         with suppress(ImportError):
-            record.signatures[name] = metrics.METRICS[name].signature(dataset)
+            record.signatures[name] = metrics.METRICS[name].signature(record.spec.dataset)
+    return sums
+
+
+def row_sums(record: RunRecord, outputs: list[dict], file: str) -> dict[str, np.ndarray]:
+    sums = metrics.row_sums(outputs, record.spec.dataset)
+    metrics.check_range(sums, file)
     return sums
 
 

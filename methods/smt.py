@@ -127,6 +127,9 @@ class SMT(Method):
         optimizer.register_step_post_hook(lambda *_: write(layers))
         return optimizer
 
+    def restore_state(self, state, model, run):
+        write(sparse_layers(model).values())
+
     def save(self, model, folder):
         """The blocks as the model computes with them, and their places, as (row, column) of blocks."""
         from safetensors.torch import save_file

@@ -21,9 +21,9 @@ settings.load_profile("tests")
 
 SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs, what else takes seconds
     "test_bench", "test_check", "test_cli", "test_contract", "test_demo", "test_dora", "test_fuzz_records",
-    "test_fuzz_requests", "test_fuzz_rows", "test_ggpo", "test_kernels", "test_lisa", "test_loop",
-    "test_lora_family", "test_methods", "test_new_metric", "test_objectives", "test_optimizers", "test_peft",
-    "test_qlora_galore", "test_reft", "test_requests", "test_run", "test_smt", "test_tensors",
+    "test_fuzz_requests", "test_fuzz_rows", "test_ggpo", "test_keeping", "test_kernels", "test_lisa",
+    "test_loop", "test_lora_family", "test_methods", "test_new_metric", "test_objectives", "test_optimizers",
+    "test_peft", "test_qlora_galore", "test_reft", "test_requests", "test_run", "test_smt", "test_tensors",
     "test_tuning",
     "test_a_busy_neighbour_marks_a_training_and_only_a_training",
     "test_a_kill_at_any_call_loses_neither_the_earlier_run_nor_the_new_one",

@@ -88,7 +88,9 @@ def test_every_method_of_a_seed_read_the_same_batches(home):
 
 def test_no_path_of_this_machine_is_kept(home):
     folder, _ = home
-    for path in [*folder.glob("results/*/*.json*"), *folder.glob("reports/*.*")]:
+    kept = [*folder.glob("results/*/*.json*"), *folder.glob("results/*/model/*.[jm]*")]
+    assert sum(path.name == "README.md" for path in kept) == 2, "a card for each model that was kept"
+    for path in [*kept, *folder.glob("reports/*.*")]:
         assert str(ROOT) not in path.read_text() and str(folder) not in path.read_text(), path
 
 

@@ -106,7 +106,7 @@ def test_without_a_copy_or_an_address_it_says_what_is_missing(session, tmp_path)
 def test_the_stop_button_ends_a_command_and_shows_what_it_still_says(tmp_path):
     """The kernel is interrupted, its command is asked to end, and all that it says is waited for."""
     code = (
-        "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\n"
+        "import time\ntry: print('begun', flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt: time.sleep(0.3); print('its report'); raise SystemExit(130)"
     )
     kernel = (

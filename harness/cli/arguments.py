@@ -14,7 +14,7 @@ from harness.search import TRIALS
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
-    "data, check, report, grade, doctor; each has its own --help.",
+    "data, check, report, grade, merge, push, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
@@ -22,6 +22,8 @@ COMMANDS = {
     "check": "Tries what every method must hold on one of your own, trained on the demo for some steps.",
     "report": "Renders the report again from cached results. Needs no torch.",
     "grade": "Serves a page, to this machine alone, on which people grade answers without knowing whose.",
+    "merge": "Makes a plain model folder, as transformers loads it, of what a finished run has saved.",
+    "push": "Uploads the model of a finished run to the hub, with its card; private unless --public.",
     "doctor": "What this machine has, what is wrong with it, and the remedy.",
 }
 EPILOG = """examples:
@@ -166,9 +168,12 @@ def flag(help: str) -> dict:
     return {"action": "store_true", "help": help}
 
 
-ASKING, WITHIN, LISTS = ("run", "plan"), ("run", "report"), ("methods", "datasets", "presets", "results")
+ASKING, WITHIN, KEPT = ("run", "plan"), ("run", "report"), ("merge", "push")
+LISTS = ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 PROMPTS = 10  # whose answers people grade: what the brief asks for
+# As accelerate calls them, and pip.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 FORMATS = ("md", "html", "pdf", "csv", "json", "tex")
 DATASET = "a spec (see: list datasets), or a file or folder of rows"
 ARGUMENTS = (
@@ -176,6 +181,12 @@ ARGUMENTS = (
     ("name", ["data"], {"nargs": "?", "metavar": "NAME|FILE|DIR",
                         "help": f"{DATASET}; none: all specs' fields"}),
     ("method", ["check"], {"metavar": "FILE|NAME", "help": "a file that defines a method, or its name"}),
+    ("run", KEPT, {"metavar": "RUN", "help": "a finished run, or how its name begins (see: list results)"}),
+    ("repo", ["push"], {"metavar": "OWNER/NAME", "help": "of the repository on the hub"}),
+    ("--to", ["merge"], once("DIR", "the new folder (default: merged, beside the run's model)", type=folder)),
+    ("--merged", ["push"], flag("the merged model, made first where it is not there, in place of what the "
+                                "run saved")),
+    ("--public", ["push"], flag("everybody may see the repository")),
     ("--methods", ASKING, several("NAME", "methods to compare (see: list methods)")),
     ("--preset", ASKING, once("NAME|FILE", "a whole comparison (see: list presets); demo if no model or "
                               "dataset is named")),
@@ -183,6 +194,8 @@ ARGUMENTS = (
     ("--model", ASKING, once("ID|DIR", "hub id or folder; random:DIR draws the weights, to measure cost "
                              "alone")),
     ("--model", ["data"], once("ID|DIR", "whose tokenizer; the preset's or the demo's by default")),
+    ("--model", KEPT, once("ID|DIR", "the run's base, where the run knows it as a folder that lies elsewhere "
+                           "now: that folder, or its hub id")),
     ("--dataset", ASKING, once("NAME|FILE|DIR", DATASET)),
     ("--source", (*ASKING, "data"), several("NAME=PATH", "a local copy in place of the hub, for a part of "
                                             "the dataset", default=[])),
@@ -192,6 +205,9 @@ ARGUMENTS = (
     ("--set", ["check"], several("KEY=VALUE", "METHOD.OPTION, hp.NAME or data.NAME", default=[])),
     ("--sweep", ASKING, several("METHOD.NAME=VALUE,VALUE", "a row for each value of an option or a "
                                 "hyperparameter of one method", default=[])),
+    ("--ensemble", ASKING, several("METHOD+METHOD", "rows of their own for the finished runs of these "
+                                   "methods together: outputs averaged, and weights where all can be merged",
+                                   default=[])),
     ("--track", ASKING, {"action": Once, "nargs": "+", "choices": ("identical", "tuned"),
                          "default": ["identical"], "help": "identical: the same hyperparameters for all (the "
                          "default); tuned: each method's own best, by as many trials each on the validation "
@@ -202,7 +218,7 @@ ARGUMENTS = (
                               "is the noise floor (default: 0)", type=count, default=0)),
     ("--set", ["data"], several("KEY=VALUE", "data.NAME or hp.NAME", default=[])),
     ("--rows", ["data"], once("N", f"rows to show (default: {ROWS})", type=count, default=ROWS)),
-    ("--plugins", (*ASKING, "list"), several("FILE", "files that each define a method", default=[])),
+    ("--plugins", (*ASKING, "list", *KEPT), several("FILE", "files that each define a method", default=[])),
     ("--force", ASKING, flag("run again what is cached")),
     ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
                                "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
@@ -218,13 +234,16 @@ ARGUMENTS = (
                               "24GiB (of 1024)", type=memory)),
     ("--hours", WITHIN, once("N", "decide which to take within so many hours a run, as 4, 0.5, 4h or 30min",
                              type=hours)),
-    ("--results", (*ASKING, "list", "report", "grade"), once(
+    ("--results", (*ASKING, "list", "report", "grade", *KEPT), once(
         "DIR", "where records are kept (default: results)", type=folder, default=Path("results"))),
     ("--reports", (*ASKING, "report"), once(
         "DIR", "where reports are written (default: reports)", type=folder, default=Path("reports"))),
     ("--format", ["run", "report"], {"action": Once, "nargs": "+", "choices": FORMATS,
                                      "default": ["md", "html"], "help": "of the report, any of "
                                      f"{', '.join(FORMATS)} (default: md html)"}),
+    ("--track-with", ["run"], {"action": Once, "nargs": "+", "choices": TRACKERS, "metavar": "NAME",
+                               "default": [], "help": "tell these of each run when it has ended: its curves, "
+                               f"costs and scores; any of {', '.join(TRACKERS)} (default: none)"}),
     ("--json", COMMANDS, flag("print one JSON value on standard output, progress on standard error")),
     ("--version", ["run"], {"action": "version", "version": f"tuneoff {__version__}"}),
 )  # fmt: skip

@@ -18,17 +18,21 @@ RUNS_AGAIN = "its method's code has changed; --force runs it again"
 
 def run_command(options, typed: list[str]) -> int:
     from harness import bench
-    from harness.cli import progress
+    from harness.cli import models, progress
     from harness.store import Store
+    from harness.tracking import Tracking
 
     specs, store = planned(options, keep=True), Store(options.results)
     watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
+    tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
     done: list = []
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
+                if not ended.cached:
+                    tracking.tell(store.path(ended.record.spec).name)
     except BadRequest:
         raise
     except KeyboardInterrupt as signalled:
@@ -37,9 +41,12 @@ def run_command(options, typed: list[str]) -> int:
         return unfinished(error, done, specs)
     finally:
         watcher.close()
+        for note in tracking.close():
+            complain(f"note: {note}")
     try:
         if done or not stopped:
             tell(done, store, options)
+            models.describe_all(store, specs, done)
     except (OSError, ValueError) as error:
         return unfinished(error, done, specs)
     finally:
@@ -68,16 +75,19 @@ def tell(done: list, store, options) -> None:
 def planned(options, keep: bool = False):
     """The plan of a request, or every problem, those of the folders included."""
     from harness.plan import Request, plan
+    from harness.tracking import missing as untracked
 
     typed = ("methods", "preset", "model", "dataset", "seeds", "plugins")
     request = Request(**{name: getattr(options, name) for name in typed},
                       sources=options.source, settings=options.set, sweeps=options.sweep,
-                      tracks=options.track, trials=options.trials, repeat=options.repeat)  # fmt: skip
+                      tracks=options.track, trials=options.trials, repeat=options.repeat,
+                      ensembles=options.ensemble)  # fmt: skip
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
     for name in ("results", "reports"):
         problems.add(f"--{name}", unwritable(getattr(options, name)))
+    problems.extend(untracked(getattr(options, "track_with", ())))
     if "pdf" in getattr(options, "format", ()):
         from harness.report import REMEDY, missing
 
@@ -121,13 +131,15 @@ def failed(done: list) -> list:
 
 def plan_command(options, typed: list[str]) -> int:
     from harness.cli import listing
-    from harness.data import describe
+    from harness.cli.progress import describe
+    from harness.data import describe as sized
     from harness.store import Store
 
     specs, store = planned(options), Store(options.results)
     runs = [
         {"run": spec.folder, "method": spec.method, "seed": spec.seed,
          "state": state(spec, specs, store, options.force)}
+        | ({"ensemble": describe(spec)} if spec.members else {})
         for spec in known(specs, store, options.force)
     ]  # fmt: skip
     if options.json:
@@ -135,7 +147,7 @@ def plan_command(options, typed: list[str]) -> int:
         return OK
     spec = specs.methods()[-1]
     parts = ", ".join(part["name"] for part in spec.dataset["parts"])
-    rows = f"{describe(spec.dataset)} rows of each of {parts}"
+    rows = f"{sized(spec.dataset)} rows of each of {parts}"
     hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
     print(listing.paragraph(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}", 2))
     print(listing.paragraph("hyperparameters: " + ", ".join(hp), 2))
@@ -143,7 +155,7 @@ def plan_command(options, typed: list[str]) -> int:
         if columns:
             print(listing.paragraph(f"not used of {part}: {', '.join(columns)}", 2))
     for run in runs:
-        print(plain(f"  {run['state']:12} {run['run']}"))
+        print(plain(f"  {run['state']:12} {run['run']}  {run.get('ensemble', '')}".rstrip()))
     if specs.tunings:
         print(listing.paragraph(tuned(specs), 2))
     return OK
@@ -184,6 +196,8 @@ def state(spec, specs, store, force: bool) -> str:
         return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
     if not earlier.ok:
         return f"will run again ({earlier.status})"
+    if spec.members:
+        return "will run again (a member has other answers now)"
     return "will run again (the untouched model has answers now)"
 
 
@@ -329,6 +343,18 @@ def grade_command(options, typed: list[str]) -> int:
     return OK
 
 
+def merge_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.merge(options)
+
+
+def push_command(options, typed: list[str]) -> int:
+    from harness.cli import models
+
+    return models.push(options)
+
+
 def doctor_command(options, typed: list[str]) -> int:
     from harness.doctor import examine
 
@@ -383,7 +409,8 @@ def one_run(text: str, settings: list[str]):
 
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
-    "check": check_command, "report": report_command, "grade": grade_command, "doctor": doctor_command,
+    "check": check_command, "report": report_command, "grade": grade_command, "merge": merge_command,
+    "push": push_command, "doctor": doctor_command,
 }  # fmt: skip
 
 

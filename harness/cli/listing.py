@@ -5,6 +5,7 @@ import textwrap
 from dataclasses import asdict
 from io import StringIO
 
+from harness.cli.progress import describe
 from harness.metrics import compared
 from harness.plain import plain, shorten
 from harness.record import RunRecord
@@ -95,7 +96,9 @@ def table(group: list[RunRecord]) -> str:
 
 
 def named(spec: RunSpec, varied: set[str]) -> str:
-    """`lora (rank 8)`: with what the runs of the method differ in."""
+    """`lora (rank 8)`: with what the runs of the method differ in; an ensemble by its members."""
+    if spec.members:
+        return describe(spec).partition(", seed")[0]
     chosen = {name: value for name, value in values(spec).items() if name in varied}
     told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
     return f"{spec.method} ({told})" if told else spec.method

@@ -88,7 +88,7 @@ def preview(request: Request, rows: int) -> dict:
         "splits": {},
         "study": study(tokenizer, read.sample, template.loss),
     }
-    for split in reversed(SPLITS):
+    for split in reversed(read.rows):
         made = read.rows[split]
         counts = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
         found["splits"][split] = {"hash": examples_hash(made), **lengths(made), **counts}

@@ -44,10 +44,12 @@ def describe(spec) -> str:
     }
     changed = spec.changes | chosen
     own = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changed.items())
-    method = f"{spec.method} ({own})" if own else spec.method
+    name = "+".join(member.method for member in spec.members) or spec.method
+    own = f"{spec.options['average']} averaged" if spec.members else own
+    method = f"{name} ({own})" if own else name
     if spec.trial:
         return f"trial of {method}"
-    return f"{method}, seed {spec.seed}{', again' * bool(spec.repeat)}" if spec.trains else method
+    return f"{method}, seed {spec.seed}{', again' * bool(spec.repeat)}" if not spec.untouched else method
 
 
 def outcome(record, cached: bool) -> str:

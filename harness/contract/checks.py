@@ -4,7 +4,7 @@ Each says in its docstring what it holds. It returns None where that is so, else
 numbers and names, and what to change.
 """
 
-import copy
+import json
 import os
 import re
 import subprocess
@@ -17,9 +17,8 @@ import torch
 from harness import ROOT
 from harness import method as methods
 from harness.contract.stage import STEPS, NotTried, Stage, Wrong, a_model, log_probabilities, outputs
-from harness.errors import brief
 from harness.method import Unsupported
-from harness.training import Loop, Reading, prepare_model
+from harness.training import Reading, packed, prepare_model, resume, snapshot, unpacked
 
 STOP = 3  # steps before a stop: in the middle of what goes by twos
 SAME = 1e-4  # in fp32, of log-probabilities and losses: what differs by less, differs by rounding alone
@@ -231,7 +230,7 @@ def drawn_at_random(stage: Stage) -> bool:
 def continues(stage: Stage) -> str | None:
     """stopped and continued in fresh objects, it has the same losses and weights, to the bit"""
     whole, stopped = stage.trained(), stage.begun().go(STOP)
-    kept = snapshot(stopped.loop)
+    kept = carried(snapshot(stopped.loop))
     fresh = stage.begun()
     resume(fresh.loop, kept)
     loss = fresh.go(STEPS).losses[-1]
@@ -246,44 +245,17 @@ def continues(stage: Stage) -> str | None:
         return f"stopped after step {STOP}, the next step moves {some(moved)} otherwise. {remedy}"
 
 
-def snapshot(loop: Loop) -> dict:
-    """All that a training is continued from, in objects of its own."""
-    model = {n: value.clone() for n, value in loop.model.state_dict().items() if value.is_floating_point()}
-    everywhere = torch.get_rng_state()
-    states = {"optimizer": loop.optimizer.state_dict(), "scheduler": loop.scheduler.state_dict()}
-    return {
-        "model": model, **copy.deepcopy(states), "own": carried(loop.run.method.state(), "state()"),
-        "rng": loop.run.rng.get_state(), "everywhere": everywhere, "done": loop.done,
-    }  # fmt: skip
+NAMES = {"method": "state()"}  # of what a method is asked for itself
 
 
-def resume(loop: Loop, kept: dict) -> None:
-    loop.done = kept["done"]
-    with torch.no_grad():
-        for name, value in loop.model.state_dict().items():
-            if name in kept["model"]:
-                value.copy_(kept["model"][name])
-    loop.optimizer.load_state_dict(kept["optimizer"])
-    loop.scheduler.load_state_dict(kept["scheduler"])
-    loop.run.method.restore_state(kept["own"], loop.model, loop.run)
-    loop.run.rng.set_state(kept["rng"])
-    torch.set_rng_state(kept["everywhere"])
-
-
-def carried(value, where: str):
+def carried(state: dict) -> dict:
     """As safetensors and JSON give a state back."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: carried(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [carried(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise Wrong(
-        f"{where} is {brief(value)}: a state is written without pickle. Give tensors, texts, numbers, and "
-        "lists and dicts of them whose keys are texts"
-    )
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        text = json.dumps({"dict": [[k, packed(v, tensors, NAMES.get(k, k))] for k, v in state.items()]})
+    except TypeError as error:
+        raise Wrong(f"{error}. Give tensors, texts, numbers, and lists and dicts of them") from error
+    return unpacked(json.loads(text), tensors)
 
 
 def saved(stage: Stage) -> str | None:

@@ -50,10 +50,10 @@ def token_rows(dataset: dict, locations: dict, template: Template, max_length: i
             pass
     drawn = splits_of(dataset, locations)
     left_out, made = dict(drawn.left_out), {}
-    for split in splits.SPLITS:
+    for split in drawn.rows:
         made[split], counts = tokenize(drawn.rows[split], template, max_length)
         left_out |= {f"{split}_{name}": count for name, count in counts.items()}
-    for split in splits.SPLITS[:-1]:
+    for split in [split for split in made if split != "train"]:
         scored = unanswered(made[split], made["train"])
         left_out[f"{split}_answered"] = len(made[split]) - len(scored)
         made[split] = scored
@@ -70,7 +70,7 @@ def splits_of(dataset: dict, locations: dict, kept: bool = True) -> splits.Split
     if found := load(key, kept):
         try:
             value = found[0]
-            read = {name: [Conversation(**row) for row in value["rows"][name]] for name in splits.SPLITS}
+            read = {name: [Conversation(**row) for row in value["rows"][name]] for name in value["rows"]}
             return splits.Splits(**{**value, "rows": read})
         except (KeyError, TypeError):
             pass

@@ -34,6 +34,7 @@ class PartSpec:
     format: Literal[tuple(FORMATS)] = "instruction"
     fields: dict[str, str] = field(default_factory=dict)  # the format's field -> the source's column
     mapping: str = ""  # in words
+    unseen: bool = False  # only tested: no row of it is trained on, nor validated
 
 
 @dataclass
@@ -57,8 +58,10 @@ class DatasetSpec:
 
 OF_PART = get_type_hints(PartSpec, include_extras=True)
 OF_DATASET = get_type_hints(DatasetSpec, include_extras=True)
-OF_FILE = {**OF_DATASET, "part": dict, "parts": list[dict], "mixture": list[str]}
+UNSEEN = {"unseen": str | list[str]}  # parts of it, or other datasets, that are only tested
+OF_FILE = {**OF_DATASET, **UNSEEN, "part": dict, "parts": list[dict], "mixture": list[str]}
 SETTABLE = {name: kind for name, kind in OF_DATASET.items() if name not in ("name", "title", "notice")}
+SETTABLE |= UNSEEN
 
 
 def dataset_names() -> list[str]:
@@ -77,7 +80,7 @@ def load(name: str, settings: dict, within: tuple[str, ...]) -> dict:
     file = with_off(spec_of_rows(path) if path else read_spec(name))
     said = fitting(file, OF_FILE, f"key in {what}", f"{what}: ", problems)
     said |= fitting(with_off(settings), SETTABLE, "data option", "data.", problems)
-    listed, mixture = said.pop("parts", []), said.pop("mixture", [])
+    listed, mixture, unseen = said.pop("parts", []), said.pop("mixture", []), said.pop("unseen", [])
     listed = [*listed, said.pop("part")] if "part" in said else listed
     parts = [part_spec(part, f"part {n} of {what}", problems) for n, part in enumerate(listed, 1)]
     for mixed in mixture:
@@ -86,15 +89,29 @@ def load(name: str, settings: dict, within: tuple[str, ...]) -> dict:
         else:
             with problems.caught():
                 parts += load(mixed, {}, (name, *within))["parts"]
+    parts = with_unseen(parts, unseen.split(",") if isinstance(unseen, str) else unseen, problems)
     names = [part["name"] for part in parts if part["name"]]
     for twice in sorted({name for name in names if names.count(name) > 1}):
         problems.add(what, f"two parts are named {shown(twice)}")
     if not parts and not problems:
         problems.add(what, "it has no part", "write [part] or mixture = [...]")
+    elif not problems and all(part.get("unseen") for part in parts):
+        problems.add(what, "all of its parts are unseen: nothing is left to train on")
     problems.refuse()
     spec = asdict(DatasetSpec(**{"name": name if path is None else path.stem, **said}))
     near = spec["near_duplicates"]
     return {**spec, "near_duplicates": 0.0 if near == "off" else float(near), "parts": parts}
+
+
+def with_unseen(parts: list[dict], names: list[str], problems: Problems) -> list[dict]:
+    """The parts, of which those named are only tested; so are those of other datasets that are named."""
+    own, names = {part["name"] for part in parts}, [name.strip() for name in names]
+    for name in names:
+        if name not in own and name not in dataset_names():
+            problems.append(unknown("unseen part or dataset", name, sorted({*own, *dataset_names()})))
+        elif name not in own:
+            parts = parts + [part | {"unseen": True} for part in load(name, {}, ())["parts"]]
+    return [part | {"unseen": True} if part["name"] in names else part for part in parts]
 
 
 def with_off(values: dict) -> dict:
@@ -106,6 +123,8 @@ def with_off(values: dict) -> dict:
 def part_spec(part: dict, what: str, problems: Problems) -> dict:
     known = len(problems)
     said = asdict(PartSpec(**fitting(part, OF_PART, f"key in {what}", f"{what}: ", problems)))
+    if not said["unseen"]:  # as earlier versions had it, whose runs are found by what they asked
+        del said["unseen"]
     if not said["name"] and len(problems) == known:
         problems.add(what, "it has no name")
     fields = FORMATS[said["format"]]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import repeat
@@ -15,7 +16,9 @@ from harness.data.rows import USUAL, holds, labelled, rows_of_dataset, rows_of_f
 from harness.data.spec import PartSpec
 from harness.errors import BadRequest
 
-SPLITS = ("test", "validation", "train")  # drawn in this order: more training rows leave the test alone
+# Drawn in this order: more training rows leave the test alone.
+SPLITS = ("test", "unseen", "validation", "train")
+SIZES = {split: split for split in SPLITS} | {"unseen": "test"}  # split -> the key of its rows of each part
 SHOWN = 10  # refused rows that are named
 COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 
@@ -24,7 +27,7 @@ COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 class Splits:
     """A dataset's rows, drawn, and what was not used of it."""
 
-    rows: dict[str, list[Conversation]]
+    rows: dict[str, list[Conversation]]  # by split, in the order of SPLITS; unseen where a part is
     left_out: dict[str, int]  # rows, by why: duplicates, each of leaks.LEAKS, and each reason of a refusal
     refused: list[dict]  # the first few of the refused: part, row (from 1), reason
     revisions: dict[str, str]  # part -> the commit that was read, of those from the hub
@@ -65,7 +68,9 @@ def make_splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
         fill(pool, dataset, locations.get(pool.part["name"]), room, seen, found)
     earlier: list[Conversation] = []
     for split in SPLITS:
-        count, from_pools = dataset[split], [pool for pool in pools if split in pool.draws]
+        count, from_pools = dataset[SIZES[split]], [pool for pool in pools if split in pool.draws]
+        if not from_pools:  # nothing is unseen
+            continue
         among = [row for pool in from_pools for row in pool.rows[:count]]
         held = Held(earlier, among, dataset["near_duplicates"]) if earlier else None
         drawn = []
@@ -89,7 +94,7 @@ def sources(part: dict, location: str | None) -> dict[str, list[str]]:
     What the source holds out itself, under the name that the spec gives or a usual one, is taken from there;
     what it lacks is cut from the training rows. A folder without training rows is one source for all.
     """
-    own = {"train": part["split"], **{s: part[f"{s}_split"] for s in SPLITS if s != "train"}}
+    own = {"train": part["split"], **{s: part[f"{s}_split"] for s in USUAL if s != "train"}}
     if location:
         path = Path(location)
         named = {name for name in own.values() if part["path"]} - {"", PartSpec.split}
@@ -97,21 +102,23 @@ def sources(part: dict, location: str | None) -> dict[str, list[str]]:
             there = sorted({name for labels in labelled(path).values() for name in labels.begins})
             there = ", ".join(there) or "none"
             raise BadRequest(f"part {part['name']}: {path} has no split {lacks[0]!r}. There are: {there}")
-        own = {s: next((n for n in (own[s], *USUAL[s]) if n and holds(path, n)), "") for s in SPLITS}
+        own = {s: next((n for n in (own[s], *USUAL[s]) if n and holds(path, n)), "") for s in USUAL}
         own = own if own["train"] or holds(path) else {}
     else:
         offered = from_hub(part["hub"], part["config"], part["split"], part["revision"]).info.splits or {}
-        own = {s: own[s] or next((n for n in USUAL[s] if n in offered), "") for s in SPLITS}
+        own = {s: own[s] or next((n for n in USUAL[s] if n in offered), "") for s in USUAL}
     train = own.get("train") or part["split"]
-    names = {split: own.get(split) or train for split in SPLITS}
-    return {name: [s for s in SPLITS if names[s] == name] for name in dict.fromkeys(names.values())}
+    names = {split: own.get(SIZES[split]) or train for split in SPLITS}
+    splits = [split for split in SPLITS if (split == "unseen") == bool(part.get("unseen"))]
+    names = {split: names[split] for split in splits}
+    return {name: [s for s in names if names[s] == name] for name in dict.fromkeys(names.values())}
 
 
 def fill(pool: Pool, dataset: dict, location: str | None, room: int, seen: dict, found: Splits) -> None:
     """Reads a pool's rows. `seen`: the prompts of those before it, each with its part."""
     part = pool.part
     name = part["name"]
-    wanted = room * sum(dataset[split] for split in pool.draws)
+    wanted = room * sum(dataset[SIZES[split]] for split in pool.draws)
     best = {}  # prompt -> the least place of its rows
     held = {}  # prompt -> that row, if its place is below the limit
     limit = "~"  # above every place
@@ -206,15 +213,15 @@ def revision_of(dataset) -> str | None:
 
 
 def too_few(pool: Pool, split: str, drawn: int, dataset: dict, found: Splits) -> str:
-    name, wanted = pool.part["name"], sum(dataset[split] for split in pool.draws)
+    name, wanted = pool.part["name"], sum(dataset[SIZES[split]] for split in pool.draws)
     own = f"its split {pool.source!r}" if set(found.origins[name].values()) != {pool.source} else "it"
     left_out = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in pool.left_out.items())
     first = {r["reason"]: r["row"] for r in reversed(found.refused) if r["part"] == name}
     refused = "; ".join(f"row {row}: {reason}" for reason, row in list(first.items())[-3:][::-1])
     copies = ", ".join(f"{n} of them of part {part}" for part, n in pool.copies.items() if part != name)
-    fewer = " ".join(f"--set data.{s}={n}" for s, n in enough(pool, split, drawn, dataset).items())
+    fewer = " ".join(f"--set data.{SIZES[s]}={n}" for s, n in enough(pool, split, drawn, dataset).items())
     remedies = [f"ask for fewer with {fewer}"] if fewer else []
-    if dataset[split] - drawn <= pool.left_out["near_duplicates"]:
+    if dataset[SIZES[split]] - drawn <= pool.left_out["near_duplicates"]:
         remedies.append("take near ones too with --set data.near_duplicates=off")
     return (
         f"part {name}: {wanted} rows are asked for ({describe(dataset, pool.draws)}), but {own} has "
@@ -230,15 +237,15 @@ def enough(pool: Pool, split: str, drawn: int, dataset: dict) -> dict[str, int]:
     """Rows of each split that a pool has enough for, where it has but `drawn` for one of them: fewer of that
     one; where nothing of it would be left, fewer of all."""
     at = pool.draws.index(split)
-    left = drawn - sum(dataset[later] for later in pool.draws[at + 1 :])
+    left = drawn - sum(dataset[SIZES[later]] for later in pool.draws[at + 1 :])
     if left > 0:
         return {split: left}
-    asked = {s: dataset[s] for s in pool.draws if dataset[s]}
-    rows = drawn + sum(dataset[earlier] for earlier in pool.draws[:at])
+    asked = {s: dataset[SIZES[s]] for s in pool.draws if dataset[SIZES[s]]}
+    rows = drawn + sum(dataset[SIZES[earlier]] for earlier in pool.draws[:at])
     found = {s: max(1, n * rows // sum(asked.values())) for s, n in asked.items()}
     found[max(found, key=found.get)] += rows - sum(found.values())
     return found if min(found.values(), default=0) > 0 else {}
 
 
-def describe(dataset: dict, draws: list[str] = SPLITS) -> str:
-    return ", ".join(f"{dataset[split]} {split}" for split in reversed(draws))
+def describe(dataset: dict, draws: Iterable[str] = USUAL) -> str:
+    return ", ".join(f"{dataset[SIZES[split]]} {split}" for split in sorted(draws, key=SPLITS.index)[::-1])

@@ -11,11 +11,12 @@ from harness.data import splits_of
 from harness.errors import BadRequest, Problem, Problems
 from harness.plan.arms import Arm, untunable
 from harness.plan.dataset import find_dataset, find_sources
+from harness.plan.ensembles import find_ensembles
 from harness.plan.methods import find_methods
 from harness.plan.model import DRAWN, find_model, local_folder, unreachable
 from harness.plan.request import Request, find_plugins, load_preset, preset_names, read_request
 from harness.plan.schedule import Plan
-from harness.spec import Hyperparams, RunSpec, fingerprint
+from harness.spec import ENSEMBLE, Hyperparams, RunSpec, fingerprint
 from harness.tuning import SEED, Tuning
 
 __all__ = [
@@ -43,6 +44,7 @@ def plan(request: Request, keep: bool = False) -> Plan:
         arms = [arm for arm in arms if not arm.cls.trains or arm.cls.name in wanted.sweeps]
         if request.repeat and not any(arm.cls.trains for arm in arms):
             problems.add("--repeat", "what is run first is a search", "add --track identical tuned")
+    together = ensembles(request, arms, problems) if arms else []
     problems.refuse()
     unused, prints = {}, {}
     try:
@@ -58,6 +60,7 @@ def plan(request: Request, keep: bool = False) -> Plan:
     specs = [arm.spec(blank, seed) for seed in wanted.seeds for arm in arms]
     first = next((spec for spec in specs if spec.trains), None)
     specs += [replace(first, repeat=number) for number in range(1, request.repeat + 1) if first]
+    specs += [replace(blank, method=ENSEMBLE, seed=n, options=it) for it in together for n in wanted.seeds]
     searches = tunings(methods, blank, wanted.seeds) if "tuned" in request.tracks else []
     if searches and any(arm.cls.aim == "preference_accuracy" for arm in methods):
         base = next(spec for spec in specs if spec.method == "base")
@@ -65,6 +68,13 @@ def plan(request: Request, keep: bool = False) -> Plan:
     found = Plan(specs, wanted.seeds, searches, request.trials)
     found.unused = unused
     return found
+
+
+def ensembles(request: Request, arms: list[Arm], problems: Problems) -> list[dict]:
+    if request.ensembles and "identical" not in request.tracks:
+        problems.add("--ensemble", "its members are of the identical track", "add --track identical tuned")
+        return []
+    return find_ensembles(request.ensembles, arms, problems)
 
 
 def unsearchable(methods: list[Arm], hp: Hyperparams, dataset: dict) -> Iterator[Problem]:

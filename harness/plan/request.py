@@ -33,6 +33,7 @@ class Request:
     sweeps: Sequence[str] = ()
     tracks: Sequence[str] = ("identical",)  # or tuned, or both
     trials: int = TRIALS
+    ensembles: Sequence[str] = ()  # qlora+galore
     repeat: int = 0  # how often the first run is run again, unchanged
 
 

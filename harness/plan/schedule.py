@@ -9,38 +9,45 @@ from harness.tuning import Tuning, record_in, tuned
 
 
 class Plan(list):
-    """Of RunSpec: the runs that are known beforehand. `tunings`: the searches that find the others, of so
-    many `trials` each. `unused`: part of the dataset -> its columns that no row is made of, where all parts
-    lie here."""
+    """Of RunSpec: the runs that are known beforehand, ensembles behind their members. `tunings`: the searches
+    that find the others, of so many `trials` each. `unused`: part of the dataset -> its columns that no row
+    is made of, where all parts lie here."""
 
     def __init__(
         self, specs: list[RunSpec], seeds: list[int], tunings: Sequence[Tuning] = (), trials: int = 0
     ):
-        super().__init__(sorted(once(specs), key=lambda spec: spec.trains))
+        super().__init__(sorted(once(specs), key=lambda spec: (not spec.untouched, bool(spec.members))))
         self.seeds, self.tunings, self.trials = seeds, tunings, trials
         self.unused: dict[str, list[str]] = {}
 
     def upcoming(self, done: dict[str, RunRecord]) -> list[RunSpec]:
         """The runs whose turn it is, those of `done`, by digest, having ended; none when all have. First the
-        untouched models; then a trial of each method, again and again; at last all others, seed by seed, so
-        that drift of the machine hits every method and both tracks alike."""
+        untouched models; then a trial of each method, again and again; then all others, seed by seed, so
+        that drift of the machine hits every method and both tracks alike; at last what is made of these."""
         walks = [tuning.walk(partial(record_in, done), self.trials) for tuning in self.tunings]
         best = [(found.spec, len(found.trials)) for found, _ in walks if found.spec]
         chosen = [tuned(spec, seed, trials) for spec, trials in best for seed in self.seeds]
         trained = [spec for spec in self if spec.trains] + chosen
         stages = (
-            [spec for spec in self if not spec.trains],
+            [spec for spec in self if spec.untouched],
             [trial for _, trial in walks if trial],
             sorted(trained, key=lambda spec: (spec.repeat, self.seeds.index(spec.seed))),
+            self.ensembles,
         )
         pending = ([spec for spec in once(stage) if spec.digest not in done] for stage in stages)
         return next(filter(None, pending), [])
 
     def total(self, done: dict[str, RunRecord], stage: list[RunSpec]) -> int:
         """How many runs there are: at most, until all searches have ended."""
-        if stage[0].trains and not stage[0].trial:
+        if stage[0].members:
             return len(done) + len(stage)
+        if stage[0].trains and not stage[0].trial:
+            return len(done) + len(stage) + len(self.ensembles)
         return len(self) + len(self.tunings) * (self.trials + len(self.seeds))
+
+    @property
+    def ensembles(self) -> list[RunSpec]:
+        return [spec for spec in self if spec.members]
 
     def methods(self) -> list[RunSpec]:
         """One run of each, at the least."""

@@ -25,14 +25,16 @@ from harness.report.document import document
 from harness.report.export import write_csv, write_json, write_latex
 from harness.report.grades import contestants
 from harness.report.handin import pages
+from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
 from harness.report.terminal import results
 from harness.report.text import markdown
 from harness.report.verdicts import Verdicts, judged
-from harness.store import Store, save
+from harness.store import MODEL, Store, save
 
 __all__ = [
-    "REMEDY", "Budget", "Report", "Unwritten", "conclusion", "contestants", "missing", "render", "write",
+    "REMEDY", "Budget", "Report", "Unwritten", "conclusion", "contestants", "missing", "model_cards",
+    "render", "write",
 ]  # fmt: skip
 USUAL = ("md", "html")
 READABLE = 100  # characters of a line of words
@@ -132,6 +134,25 @@ def conclusion(report: Report, records: list[RunRecord] | None = None, width: in
         said += [write_terminal([Title(comparison.title)], width)] * (len(report.comparisons) > 1)
         said += ["", results(comparison, width), write_terminal(blocks, min(width, READABLE))]
     return "\n".join(said)
+
+
+def model_cards(
+    store: Store, folders: dict[str, Path], base: str | None = None, licence: str | None = None,
+    address: str = "",
+) -> dict[str, str]:  # fmt: skip
+    """Run -> the README.md of its model in a folder, as the hub wants it. `base`: the id of a base that the
+    records know as a folder alone; `licence`: the base's; `address`: the model's own on the hub."""
+    made = {}
+    for comparison in comparisons(store.load()[0]) if folders else []:
+        for technique in comparison.trained:
+            for record in technique.records + technique.repeats:
+                if folder := folders.get(record.folder):
+                    known = base or record.spec.hub_model, licence, address or "FOLDER", form_of(folder)
+                    told = comparison, technique, record, Origin(*known, folder.name != MODEL)
+                    text = write_markdown(card(*told, judged(comparison, store)), "")
+                    head = markdown(title(technique, record))
+                    made[record.folder] = f"{metadata(*told)}\n# {head}\n\n{text}"
+    return made
 
 
 def write_markdown(blocks: list[Block], now: str) -> str:

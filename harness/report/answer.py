@@ -6,6 +6,7 @@ from harness.metrics import METRICS
 from harness.record import RunRecord
 from harness.report.comparison import SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique
 from harness.report.differences import inside
+from harness.report.ensembles import against_members
 from harness.report.stats import CONFIDENCE
 from harness.report.text import duration, listed, number, size
 from harness.report.tuning import title, turned
@@ -37,6 +38,7 @@ def answer(comparison: Comparison, verdicts: Verdicts) -> list[str]:
         if (rows := len(comparison.parts)) < ROWS_TO_RANK:
             first.append(f"{count(rows, 'test row')}: no ranking by scores, which takes {ROWS_TO_RANK}.")
     last = [overturned(comparison, verdicts), edges(comparison), disturbed(comparison)]
+    last.append(against_members(comparison, verdicts))
     last += [f"{t.label} has no result: {t.status}." for t in comparison.techniques if not t.done]
     others = [t for t in done if t.objective != "sft"]
     if others and not comparison.random_weights:

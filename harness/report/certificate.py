@@ -14,7 +14,7 @@ DECISIVE = ("precision", "attention", "device", "code")  # of the provenance: a 
 def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     """(what should be the same, whether it is or null where nobody noted it, details) a check."""
     names = {
-        f"{technique.label} (seed {r.spec.seed})" if technique.spec.trains else technique.label: r
+        f"{technique.label} (seed {r.spec.seed})" if not technique.spec.untouched else technique.label: r
         for technique in comparison.techniques
         for r in technique.done
     }

@@ -124,17 +124,36 @@ class Comparison:
 
     @property
     def bases(self) -> list[Technique]:
-        return [t for t in self.techniques if not t.spec.trains]
+        return [t for t in self.techniques if t.spec.untouched]
 
     @property
     def trained(self) -> list[Technique]:
         return [t for t in self.techniques if t.spec.trains]
 
     @property
+    def ensembles(self) -> list[Technique]:
+        """Made of others: they stand beside these, and are ranked with nothing."""
+        return [t for t in self.techniques if t.spec.members]
+
+    def members(self, technique: Technique) -> list[Technique]:
+        """Those that an ensemble is made of, as far as they are here."""
+        return list(filter(None, (arm(self.techniques, member) for member in technique.spec.members)))
+
+    @property
     def objectives(self) -> dict[str, list[Technique]]:
         """Objective -> its techniques: likelihood of references first, as most have it."""
         names = sorted({t.objective for t in self.trained}, key=lambda name: (name != "sft", name))
         return {name: [t for t in self.trained if t.objective == name] for name in names}
+
+    @property
+    def tables(self) -> dict[str, list[Technique]]:
+        """Objective -> what stands in its table: an ensemble behind its members, or else in the first."""
+        found = self.objectives
+        for ensemble in self.ensembles:
+            names = dict.fromkeys(member.objective for member in self.members(ensemble))
+            name = next(iter(names if len(names) == 1 else found), "sft")
+            found.setdefault(name, []).append(ensemble)
+        return found
 
     @property
     def groups(self) -> dict[str, list[Technique]]:
@@ -188,7 +207,8 @@ class Comparison:
     @property
     def pairs(self) -> bool:
         """The data say which answer is the worse one; else it is the untouched model's own."""
-        return all(part.get("format") == "pairs" for part in self.spec.dataset.get("parts", []))
+        parts = self.spec.dataset.get("parts", [])
+        return all(part.get("format") == "pairs" for part in parts if not part.get("unseen"))
 
     @property
     def preferred_to(self) -> dict[str, list[str]]:
@@ -247,7 +267,7 @@ class Comparison:
 
     def before(self, technique: Technique) -> Technique | None:
         """The untouched model; an untouched model is its own before."""
-        return self.base(UNTOUCHED) if technique.spec.trains else technique
+        return technique if technique.spec.untouched else self.base(UNTOUCHED)
 
     def own_base(self, technique: Technique) -> Technique | None:
         """The model a method starts from, where that is not the untouched one: a 4-bit one. A method that
@@ -264,6 +284,16 @@ class Comparison:
             return own.values(lambda r: score(r, metric))
         return technique.values(lambda r: scores(r.start).get(metric))
 
+    def spent(self, technique: Technique, of: Callable, together: Callable = sum) -> list[float]:
+        """One a finished seed of what a training took; of an ensemble, those of its members together."""
+        if not technique.spec.members:
+            return technique.values(of)
+        members = self.members(technique)
+        own = [{record.spec.seed: of(record) for record in member.done} for member in members]
+        seeds = [[costs.get(r.spec.seed) for costs in own] for r in technique.done]
+        whole = len(members) == len(technique.spec.members)
+        return [together(costs) for costs in seeds if whole and None not in costs]
+
     def peak_memory(self, record: RunRecord) -> float | None:
         """GiB over attach and train; null for a model that was not trained."""
         peak = record.peak("peak_allocated" if self.counted else "peak_host")
@@ -276,18 +306,19 @@ def comparisons(records: list[RunRecord]) -> list[Comparison]:
     records = [record for record in records if not record.spec.trial]
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
-        if record.spec.trains:
+        if not record.spec.untouched:
             groups.setdefault(record.spec.comparison, []).append(record)
     evaluated = {group[0].spec.evaluation for group in groups.values()}
     for record in records:
-        if not record.spec.trains and record.spec.evaluation not in evaluated:
+        if record.spec.untouched and record.spec.evaluation not in evaluated:
             groups.setdefault(record.spec.evaluation, []).append(record)
     found = []
     for group in groups.values():
         evaluation = group[0].spec.evaluation
-        bases = [r for r in records if not r.spec.trains and r.spec.evaluation == evaluation]
+        bases = [r for r in records if r.spec.untouched and r.spec.evaluation == evaluation]
         bases.sort(key=lambda r: r.spec.method != UNTOUCHED)
-        trained = [r for r in group if r.spec.trains]
+        trained = [r for r in group if not r.spec.untouched]
+        trained.sort(key=lambda r: bool(r.spec.members))
         searched = searches([r for r in trials if r.spec.comparison == group[0].spec.comparison])
         techniques = techniques_of(bases + trained, searched)
         found.append((max(r.started for r in group), Comparison(techniques, searches=searched)))
@@ -331,7 +362,12 @@ def run_and_repeats(records: list[RunRecord]) -> tuple[RunRecord, list[RunRecord
 
 
 def label(technique: Technique, techniques: list[Technique]) -> str:
-    """A method's title, with the options and hyperparameters in which its techniques of a track differ."""
+    """A method's title, with the options and hyperparameters in which its techniques of a track differ; of an
+    ensemble, the labels of its members, which stand before it."""
+    if technique.spec.members:
+        found = [(arm(techniques, member), member.method) for member in technique.spec.members]
+        names = " + ".join(member.label if member else name for member, name in found)
+        return f"{names} ({technique.spec.options['average']} averaged)"
     track = [t for t in techniques if (t.spec.method, t.tuned) == (technique.spec.method, technique.tuned)]
     changed = {name for t in track for name in t.spec.changes}
     values = {id(t): t.spec.options | {n: getattr(t.spec.own_hp, n) for n in changed} for t in track}

@@ -11,11 +11,13 @@ from harness.report.answer import answer, too_long
 from harness.report.certificate import certificate, facts
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, Technique, score
 from harness.report.decision import Budget, decision
+from harness.report.ensembles import together
 from harness.report.grades import graded
 from harness.report.outputs import endings
 from harness.report.stats import CONFIDENCE, POWER
-from harness.report.text import UNKNOWN, listed, number, shorten
+from harness.report.text import UNKNOWN, duration, listed, number, shorten
 from harness.report.tuning import tracks
+from harness.report.unseen import unseen
 from harness.report.verdicts import Verdicts, judged
 from harness.spec import EVALUATION, RunSpec
 from harness.store import Store
@@ -93,6 +95,10 @@ RATES = (
     "was asked for; hollow: at another value of the further option; a cross: it broke; a ring: chosen), and "
     "the scores of all arms on the test rows (means over as many seeds as is said; hollow: other options)."
 )
+WENT_ON = (
+    "From a checkpoint, in another process. Their times, energy and peaks are those of the steps that count; "
+    "what was lost, and what it took to go on, stands here alone."
+)
 ENERGY = "Energy: of the whole card while attaching and training, nothing else of the machine."
 
 
@@ -124,7 +130,9 @@ def section(
         *significance(comparison, verdicts),
         *tracks(comparison, verdicts),
         *hybrids(comparison),
+        *together(comparison, verdicts),
         *more(comparison),
+        *unseen(comparison, store),
         *endings(comparison, verdicts, store),
         b.Heading("Cost of each phase"),
         phases(comparison),
@@ -191,7 +199,7 @@ def local_copies(spec: RunSpec) -> list[str]:
 def results(comparison: Comparison) -> list[b.Block]:
     marks, notes = deviations(comparison)
     found = [b.Heading("Results")]
-    objectives = comparison.objectives
+    objectives = comparison.tables
     if "sft" in objectives or not objectives:
         found.append(tables.brief(comparison, [*comparison.bases, *objectives.pop("sft", [])], marks))
     for name, techniques in objectives.items():
@@ -236,7 +244,16 @@ def more(comparison: Comparison) -> list[b.Block]:
         for r in technique.records
         if not r.ok
     ]
-    return found + ([b.Heading("Runs without a result"), b.Listing(lost)] if lost else [])
+    went_on = [
+        f"{technique.label} (seed {r.spec.seed}): after step {one.step:,}, {duration(one.lost)} of steps "
+        f"lost, {duration(one.spent)} until it went on"
+        for technique in comparison.techniques
+        for r in technique.done
+        for one in r.resumed
+    ]
+    found += [b.Heading("Runs without a result"), b.Listing(lost)] if lost else []
+    return found + ([b.Heading("Runs that were stopped, and went on"), b.Prose(WENT_ON), b.Listing(went_on)]
+                    if went_on else [])  # fmt: skip
 
 
 def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
@@ -353,7 +370,8 @@ def setup(comparison: Comparison) -> list[b.Block]:
     templates = {"none: plain text"} if comparison.plain_text else templates
     rows = [["Model", spec.model], ["Data", dataset.get("title") or dataset.get("name") or UNKNOWN]]
     for part in dataset.get("parts", []):
-        said = [part.get(key) for key in ("title", "hub", "format", "mapping")]
+        said = ["only tested"] if part.get("unseen") else []
+        said += [part.get(key) for key in ("title", "hub", "format", "mapping")]
         said += [f"licence {part['licence']}" if part.get("licence") else None]
         if part.get("name") in local_copies(spec):
             said.append(f"read from a local copy, fingerprint {spec.fingerprints[part['name']]}")
@@ -375,7 +393,7 @@ def setup(comparison: Comparison) -> list[b.Block]:
     if padded := padding(comparison):
         rows.append(["Padding", padded])
     hp = asdict(spec.hp)
-    if not spec.trains:
+    if spec.untouched:
         hp = {name: hp[name] for name in EVALUATION}
     own = {name for technique in comparison.trained for name in technique.spec.changes}
     rows += [
@@ -436,7 +454,7 @@ def chat_template(comparison: Comparison) -> list[b.Block]:
 def cards(comparison: Comparison) -> list[b.Block]:
     found: list[b.Block] = []
     methods: dict[str, list[Technique]] = {}
-    for technique in comparison.trained:
+    for technique in (*comparison.trained, *comparison.ensembles):
         methods.setdefault(technique.spec.method, []).append(technique)
     for techniques in methods.values():
         technique, card = techniques[0], techniques[0].card
@@ -447,7 +465,8 @@ def cards(comparison: Comparison) -> list[b.Block]:
             return said[0] if len(set(said)) == 1 else "; ".join(labelled)
 
         options = of_each([
-            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items())) for t in techniques
+            ", ".join(f"{words(k)} {v}" for k, v in sorted(t.spec.options.items()) if not t.spec.members)
+            for t in techniques
         ])  # fmt: skip
         notes = of_each([
             ", ".join(f"{k}: {noted(v)}" for k, v in t.newest.notes.items()) for t in techniques

@@ -51,6 +51,7 @@ class Cost:
     unit: str
     better: str  # empty: neither
     of: Callable[[RunRecord], float | None]
+    together: Callable[[list], float] | None = None  # of an ensemble's members; none: it has its own
 
 
 def joules(record: RunRecord) -> float | None:
@@ -73,10 +74,10 @@ def costs(comparison: Comparison) -> list[Cost]:
         return record.peak("peak_device", tuple(record.phases)) if record.spec.trains else None
 
     return [
-        Cost("peak_memory", comparison.gauge.partition(" (")[0], "bytes", "lower", peak),
-        Cost("seconds", "Training time", "seconds", "lower", seconds),
-        Cost("device_memory", "Device memory, all phases", "bytes", "lower", device),
-        Cost("energy", "Energy of the card while training", "joules", "lower", joules),
+        Cost("peak_memory", comparison.gauge.partition(" (")[0], "bytes", "lower", peak, max),
+        Cost("seconds", "Training time", "seconds", "lower", seconds, sum),
+        Cost("device_memory", "Device memory, all phases", "bytes", "lower", device, max),
+        Cost("energy", "Energy of the card while training", "joules", "lower", joules, sum),
         Cost("step_seconds", "Step, median", "seconds", "lower", step_seconds),
         Cost("tokens_per_second", "Tokens per second", "tokens/second", "higher", tokens_per_second),
         Cost("trainable", "Trainable parameters", "parameters", "", trainable),
@@ -108,7 +109,12 @@ def quantities(comparison: Comparison, technique: Technique) -> list[dict[str, A
         if after or was:
             found.append({**said, **summary(after), "before": summary(was)})
     for cost in costs(comparison):
-        if values := technique.values(cost.of):
+        values = (
+            comparison.spent(technique, cost.of, cost.together)
+            if cost.together
+            else technique.values(cost.of)
+        )
+        if values:
             told = {name: getattr(cost, name) or None for name in ("label", "unit", "better")}
             found.append({"quantity": cost.name, **told, **summary(values), "before": None})
     return found
@@ -239,7 +245,7 @@ def write_latex(judged: Judged) -> str:
         "% Made by Tuneoff. Needs \\usepackage{booktabs,graphicx}; \\input it where the table shall stand."
     ]
     for number, (comparison, _) in enumerate(judged, 1):
-        for objective, members in comparison.objectives.items() or [("", [])]:
+        for objective, members in comparison.tables.items() or [("", [])]:
             label = f"tab:tuneoff-{number}" + f"-{objective}" * (objective not in ("", "sft"))
             found.append(tabular(comparison, members, label))
     return "\n".join(found)

@@ -198,7 +198,7 @@ def cut(text: str, limit: int = 60) -> str:
 def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
     first, *groups = answer(comparison, verdicts)
     found: list[b.Block] = [b.Prose(shorten(text, PARAGRAPH)) for text in (first, *groups)]
-    found += [table(comparison, verdicts, name, members) for name, members in comparison.objectives.items()]
+    found += [table(comparison, verdicts, name, members) for name, members in comparison.tables.items()]
     if image := scores_by_memory(comparison):
         labels = listed([metric.label for metric in shown(comparison)])
         tuned = any(comparison.untuned(technique) for technique in comparison.trained)
@@ -303,6 +303,11 @@ def hybrid(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
             *why,
         ]
         found.append(b.Prose(f"{shorten(' '.join(said), PARAGRAPH)} What it reached is in the table."))
+    if ensembles := comparison.ensembles:
+        why = [f"{k.capitalize()}: {sentence(v)}" for k, v in (ensembles[0].card.get("why") or {}).items()]
+        names = listed([short(ensemble) for ensemble in ensembles], 4)
+        text = " ".join([f"{names}, ensemble{'s' * (len(ensembles) > 1)} of finished runs.", *why])
+        found.append(b.Prose(f"{shorten(text, PARAGRAPH)} What was reached is in the table."))
     return found[:2] or [b.Prose(proposal(comparison, verdicts))]
 
 
@@ -353,7 +358,7 @@ def place(standings: list[Standing], technique: Technique) -> float:
 def challenges(comparison: Comparison) -> list[b.Block]:
     """What went otherwise than hoped, of what the records know, and what became of it. Most weighty first."""
     runs = [
-        (short(t) + f" (seed {r.spec.seed})" * t.spec.trains, r)
+        (short(t) + f" (seed {r.spec.seed})" * (not t.spec.untouched), r)
         for t in comparison.techniques
         for r in t.records
     ]

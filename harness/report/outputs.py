@@ -62,7 +62,11 @@ def references(comparison: Comparison, store: Store) -> list[str]:
 
 def changes(comparison: Comparison, verdicts: Verdicts) -> Table | None:
     """Against the untouched model, of the shares in which any technique is not nearly as it."""
-    pairs = [(t, before) for t in comparison.trained if t.sums and (before := comparison.before(t))]
+    pairs = [
+        (t, before)
+        for t in (*comparison.trained, *comparison.ensembles)
+        if t.sums and (before := comparison.before(t))
+    ]
     columns, cells = [], [[technique.label] for technique, _ in pairs]
     for standing in verdicts.faults:
         found = [standing.verdict(t.label, before.label).difference for t, before in pairs]

@@ -19,6 +19,9 @@ from harness.store import Store
 
 EXAMPLES = 10  # test rows shown side by side; the brief asks for 5 to 10
 LONGEST = 700  # characters of a shown text
+TOGETHER = (
+    "An ensemble's training time is the sum of its members', its peak memory the highest; it is not ranked."
+)
 DISTURBED = "* With a run that was disturbed; times of such runs are not ranked."
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -30,18 +33,22 @@ def brief(
     metric of another objective, shown first."""
     metrics = [*([METRICS[aim]] if aim else []), *comparison.metrics]
     rows = []
+
+    def disturbed(technique: Technique) -> bool:
+        return any(t.disturbed for t in (technique, *comparison.members(technique)) if technique.done)
+
     for technique in chosen:
         name = technique.label + (marks or {}).get(technique.label, "")
         cells = [f"{name} – {technique.status}" if technique.status else name]
         for metric in metrics:
             cells += before_and_after(comparison, technique, metric)
         cells += [
-            spread(technique.values(comparison.peak_memory)),
-            hours(technique.values(seconds)) + "*" * technique.disturbed,
+            spread(comparison.spent(technique, comparison.peak_memory, max)),
+            hours(comparison.spent(technique, seconds)) + "*" * disturbed(technique),
         ]
         rows.append(cells)
     scores = [f"{metric.label} ({when})" for metric in metrics for when in ("before", "after")]
-    notes = [DISTURBED] * any(technique.disturbed for technique in chosen)
+    notes = [DISTURBED] * any(map(disturbed, chosen)) + [TOGETHER] * any(t.spec.members for t in chosen)
     return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows, notes)
 
 

@@ -59,7 +59,7 @@ def drawn(names: list[str], columns: list[Column]) -> Table:
 
 def ordered(comparison: Comparison) -> list[Technique]:
     found = list(comparison.bases)
-    for members in comparison.objectives.values():
+    for members in comparison.tables.values():
         lead = comparison.metrics[0] if members[0].objective == "sft" else METRICS[members[0].aim]
         sign = -1 if lead.better == "higher" else 1
 

@@ -246,8 +246,10 @@ def paid(comparison: Comparison, of) -> list[Entrant]:
 
 
 def entrant(comparison: Comparison, technique: Technique, sample: Sample, befores: tuple = ()) -> Entrant:
-    if not technique.spec.trains:
+    if technique.spec.untouched:
         return Entrant(technique.label, sample)  # it has no seeds to vary, and is ranked with nothing
     unranked = "" if technique.ranked else technique.unranked_because
-    against = tuple(t.label for t in (*befores, comparison.asked_for(technique)) if t)
+    against = tuple(
+        t.label for t in (*befores, comparison.asked_for(technique), *comparison.members(technique)) if t
+    )
     return Entrant(technique.label, sample, tuple(comparison.groups_of(technique)), against, unranked)

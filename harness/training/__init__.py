@@ -1,7 +1,10 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
+from harness.training.checkpoint import packed, resume, snapshot, unpacked
+from harness.training.ensemble import Ensemble, outputs_of
 from harness.training.evaluation import likelihoods
 from harness.training.loop import Loop, prepare_model
+from harness.training.merging import PROMPTS, Trial, merge
 from harness.training.model import load_base, stop_tokens
 from harness.training.reading import Reading
 from harness.training.run import Run
@@ -9,6 +12,7 @@ from harness.training.stages import execute, read_data, seed_everything
 from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
 
 __all__ = [
-    "Loop", "Reading", "Run", "execute", "likelihoods", "load_base", "loaded_types", "master_weights",
-    "one_arithmetic", "prepare_model", "put_back", "read_data", "seed_everything", "stop_tokens",
+    "PROMPTS", "Ensemble", "Loop", "Reading", "Run", "Trial", "execute", "likelihoods", "load_base",
+    "loaded_types", "master_weights", "merge", "one_arithmetic", "outputs_of", "packed", "prepare_model",
+    "put_back", "read_data", "resume", "seed_everything", "snapshot", "stop_tokens", "unpacked",
 ]  # fmt: skip

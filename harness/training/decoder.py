@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from harness.data import Example
 from harness.record import EAGER
 from harness.spec import Hyperparams
-from harness.training.engine import Engine, distance, forced, tolerance
-from harness.training.head import causal_lm
+from harness.training.engine import Engine, distance, forced
+from harness.training.head import causal_lm, tolerance
 from harness.training.slots import slot_bytes
 
 READ = 2**14  # prompt tokens read at once: a device is busy with them, and they take a few GiB at most
@@ -171,7 +171,7 @@ class Decoder:
         except Exception as error:  # whatever an architecture does otherwise
             return f"{type(error).__name__}: {error}"
         far = distance(found, torch.stack(own.logits, 1))
-        return None if far <= tolerance(found) else f"its logits would differ by {far:.1%}"
+        return None if far <= tolerance(model) else f"its logits would differ by {far:.1%}"
 
 
 def room(model, length: int) -> int:

@@ -7,11 +7,13 @@ from itertools import product
 from types import FunctionType
 
 import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from harness.record import EAGER
 from harness.training import slot_attention
 from harness.training.graphs import recorded
-from harness.training.head import causal_lm, softcap_of
+from harness.training.head import causal_lm, softcap_of, tolerance
 from harness.training.kernels import decoder_layers
 from harness.training.slots import Slots
 
@@ -32,6 +34,9 @@ class Engine:
         causal = causal_lm(model)
         self.decoder, self.head = causal.get_decoder(), causal.get_output_embeddings()
         self.config, self.softcap = self.decoder.config, softcap_of(causal)
+        # Those that attention looks at: an ensemble has several.
+        self.configs = [m.config for m in self.decoder.modules() if isinstance(m, PreTrainedModel)]
+        self.tolerance = tolerance(model)
         self.layers = decoder_layers(causal)
         self.device, self.temperature, self.new_tokens = self.head.weight.device, temperature, new_tokens
         length = -(-(longest + new_tokens) // ROUND) * ROUND
@@ -96,7 +101,7 @@ class Engine:
 
     def logits(self) -> torch.Tensor:
         """(count, V): what follows each slot's last token."""
-        with self.cache.decoding(self.config):
+        with self.cache.decoding(self.configs):
             hidden = self.decoder(
                 input_ids=self.token[:, None],
                 position_ids=self.state.place[:, None],
@@ -167,7 +172,7 @@ class Engine:
                 except Exception as error:  # whatever cannot be compiled or captured
                     self.refused.append(f"{kernels}: {type(error).__name__}: {error}")
                     continue
-                if far <= tolerance(expected):
+                if far <= self.tolerance:
                     self.graph = graph
                     return kernels
                 self.refused.append(f"{kernels}: logits differ by {far:.1%}")
@@ -189,7 +194,7 @@ def compiled(layers, cache):
     is compiled is a copy of their forward: a training's own compiled code is another."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer, own in zip(layers, cache.layers, strict=True):
-        layer.forward = partial(alone, compiled_forward(layer.__class__), layer, cache, own)
+        layer.forward = partial(alone, compiled_forward(layer.__class__), layer, own)
     try:
         with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
             yield
@@ -214,11 +219,11 @@ def compiled_forward(kind) -> Callable:
     return torch.compile(copy, dynamic=False)
 
 
-def alone(function, layer, cache, own, *args, **kwargs):
+def alone(function, layer, own, *args, **kwargs):
     """A layer's forward with its own part of the cache in place of the whole: which layer it is, is then no
     constant of the compiled code, and one serves all."""
-    given = [own if x is cache else x for x in args]
-    return function(layer, *given, **{k: own if x is cache else x for k, x in kwargs.items()})
+    given = [own if isinstance(x, Cache) else x for x in args]
+    return function(layer, *given, **{k: own if isinstance(x, Cache) else x for k, x in kwargs.items()})
 
 
 def forced(prompts, tokens: torch.Tensor, model) -> torch.Tensor:
@@ -244,11 +249,6 @@ def distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
     expected = expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     return ((logits.float() - expected).norm() / spread.clamp(min=1e-6)).item()
-
-
-def tolerance(logits: torch.Tensor) -> float:
-    """Of `distance`: rounding in 16 bits through a whole model, or in 32."""
-    return 1e-3 if logits.dtype == torch.float32 else 0.05
 
 
 def right_padded(prompts, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,9 +49,8 @@ def validate(model, run: "Run") -> float | None:
         return mean_loss(likelihoods(model, run.splits["validation"], run))
 
 
-def test(model, run: "Run") -> list[dict]:
-    """An output of the model as it is for each scored example, with its likelihood and scores."""
-    examples = run.scored
+def test(model, run: "Run", examples: list[Example]) -> list[dict]:
+    """An output of the model as it is for each example, with its likelihood and scores."""
     with run.meter.phase("evaluate"), head.arithmetic(model) as types:
         scores = likelihoods(model, examples, run)
     run.record.arithmetic["scoring"] = types

@@ -216,7 +216,8 @@ def arithmetic(model):
         types["products"].add(output.dtype)
 
     hooks = [layer.register_forward_pre_hook(given, with_kwargs=True) for layer in layers]
-    hooks += [m.register_forward_hook(made) for m in [*matrices, causal.get_output_embeddings()]]
+    output = causal.get_output_embeddings()
+    hooks += [m.register_forward_hook(made) for m in [*matrices, *getattr(output, "heads", [output])]]
     found: dict[str, str | None] = {}
     try:
         yield found
@@ -232,6 +233,7 @@ def check(model, tokens: torch.Tensor) -> None:
     """Raises ValueError unless this path equals the model's own logits on tokens (B, T): an
     architecture that does something else after its head must not be measured wrongly."""
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    batch["prompt_lengths"] = batch["attention_mask"].sum(1)  # all of it: as who is given no batch takes it
     own = model(input_ids=tokens, attention_mask=batch["attention_mask"]).logits.float()
     own = own[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     difference = (token_logps(model, batch) - own).abs().max().item()

@@ -35,7 +35,10 @@ GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone giv
 LOSS = 0.02  # nats a token, as much
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
-KEPT = {"autograd_cache_allow_custom_autograd_functions": True}  # the adapters' own are in the cache's key
+GRADED = {
+    "autograd_cache_allow_custom_autograd_functions": True,  # the adapters' own are in the cache's key
+    "activation_memory_budget": 0.85,  # of what is kept for backward: less takes as long on an H200
+}
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
     "skip_nnmodule_hook_guards": False,
@@ -223,7 +226,7 @@ class Kernels:
         layers = list(self.forwards)
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(TRACED))
-            stack.enter_context(torch._functorch.config.patch(KEPT))
+            stack.enter_context(torch._functorch.config.patch(GRADED))
             stack.enter_context(self.adapters.installed())
             asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
             stack.callback(asking.remove)

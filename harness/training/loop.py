@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from harness.measuring import LiveTensors, StepClock, rehearse
 from harness.record import Memory
 from harness.spec import Hyperparams
 from harness.training import evaluation, head
+from harness.training.checkpoint import resume, take_record, to
 from harness.training.kernels import Kernels
 from harness.training.reading import Reading
 from harness.training.weights import Diverged
@@ -23,18 +25,30 @@ if TYPE_CHECKING:
 WARMUP_STEPS = 5  # first steps pay for lazy initialisation; a quarter of the steps if there are few
 
 
-def train(model, run: "Run") -> "Loop":
-    """Trains in place. Fills the record as it goes, so that a run that breaks keeps its curves: training,
-    validation, step_seconds, warmup_steps, arithmetic, tokens and hashes. Raises Diverged at a loss or a
-    gradient norm that is not finite."""
+def train(model, run: "Run", kept: dict | None = None) -> "Loop":
+    """Trains in place, from its first step on or from what a checkpoint has `kept`. Fills the record as it
+    goes, so that a run that breaks keeps its curves: training, validation, step_seconds, warmup_steps,
+    arithmetic, tokens and hashes. Raises Diverged at a loss or a gradient norm that is not finite."""
     record = run.record
     record.warmup_steps = min(WARMUP_STEPS, run.steps // 4)
     points = validation_points(run.steps, run.hp.validations)
-    with run.meter.phase("train"):
+    checkpoints = run.checkpoints
+    with run.meter.phase("train"), checkpoints.waiting() if checkpoints else nullcontext():
         loop, clock = Loop(model, run), StepClock(run.device)
+        earlier = []  # seconds of steps that were made before it was stopped
         compiling = []  # seconds of it in each step
         unsettled = None  # a step is settled one late, so that the device never waits for the host
-        for examples in run.batches:
+
+        def seconds() -> list[float]:
+            return earlier + [max(0.0, s - c) for s, c in zip(clock.read(), compiling, strict=True)]
+
+        if kept:
+            with run.meter.phase("checkpoint"):
+                resume(loop, kept)
+                loop.reading.restore(to(kept["steps"]["reading"], run.device))
+                take_record(run, kept)
+            earlier = kept["steps"]["seconds"]
+        for examples in islice(run.batches, loop.done, None):
             before = loop.kernels.seconds
             with clock.step():
                 entry = loop.step(examples)
@@ -46,8 +60,12 @@ def train(model, run: "Run") -> "Loop":
                 unsettled = None
                 record.validation.append({"step": loop.done, "loss": evaluation.validate(model, run)})
                 model.train()
+            if checkpoints and checkpoints.due and loop.done < run.steps:
+                settle(unsettled, run)
+                unsettled = None
+                checkpoints.write(loop, {"seconds": seconds(), "reading": loop.reading.state()})
         settle(unsettled, run)
-        record.step_seconds = [max(0.0, s - c) for s, c in zip(clock.read(), compiling, strict=True)]
+        record.step_seconds = seconds()
         record.tokens = replace(record.tokens, **loop.reading.tokens())
         record.hashes |= loop.reading.hashes()
         run.reading, run.shapes = None, None

@@ -81,7 +81,7 @@ def stop_tokens(template: Template, model, examples: list[Example]) -> list[int]
     tokenizer, configured = template.tokenizer, model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     ends = [example.response_ids[-1] for example in examples]
-    last = max(set(ends), key=ends.count)
+    last = max(set(ends), key=ends.count, default=None)
     if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder:
         stops.add(last)
     return sorted(stop for stop in stops if stop is not None)

@@ -28,6 +28,13 @@ class Reading:
         self.now.append(torch.cat([hashes, counts, mask.numel() - counts[:1]]))
         self.rows |= {example.id for example in batch.get("examples", ())}
 
+    def state(self) -> dict:
+        """Of the steps that are done."""
+        return {"steps": torch.stack(self.steps), "rows": sorted(self.rows), "seen": self.seen}
+
+    def restore(self, state: dict) -> None:
+        self.steps, self.rows, self.seen = [*state["steps"]], {*state["rows"]}, state["seen"]
+
     def end_step(self, micro_batches: list[dict]) -> None:
         """A loss that goes its own way past Run.token_logps is taken to read what it was handed: that is
         counted, but not certified."""

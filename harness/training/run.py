@@ -16,6 +16,7 @@ from harness.record import RunRecord, finite
 from harness.shape import check, parse
 from harness.spec import Dataset, Hyperparams
 from harness.training import head, loop
+from harness.training.checkpoint import Checkpoints
 from harness.training.decoder import Decoder
 from harness.training.kernels import plain_gradients
 
@@ -51,6 +52,7 @@ class Run:
         self.shapes: Shapes | None = None  # of micro-batches, where steps need them fixed
         self.fused = False  # what computes at the moment may use kernels of its own
         self.loader = load_base
+        self.checkpoints: Checkpoints | None = None  # of a training that could be stopped
 
     @property
     def scored(self) -> list[Example]:

@@ -48,15 +48,17 @@ class Slots(Cache):
             self.state.reading = None
 
     @contextmanager
-    def decoding(self, config):
-        """Within, the model of this config attends to slots."""
+    def decoding(self, configs):
+        """Within, the models of these configs attend to slots."""
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, self.mask)
-        config._attn_implementation = NAME
+        for config in configs:
+            config._attn_implementation = NAME
         try:
             yield
         finally:
-            config._attn_implementation = self.own
+            for config in configs:
+                config._attn_implementation = self.own
             del AttentionMaskInterface._global_mapping[NAME]  # it holds this cache
 
     def mask(self, mask_function, kv_length, use_vmap=False, **_):

@@ -16,15 +16,17 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
 from harness import machine, metrics
-from harness.data import COUNTED, SPLITS, Example, Template, answered, examples_hash, study, token_rows
+from harness.data import COUNTED, Example, Template, answered, examples_hash, study, token_rows
 from harness.errors import BadRequest
+from harness.keeping import nameless
 from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
 from harness.record import Data, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
-from harness.store import EVENTS, MODEL, OUTPUTS, append, leave
+from harness.store import CHECKPOINTS, EVENTS, MODEL, OUTPUTS, UNSEEN, append, leave
 from harness.training import evaluation, weights
+from harness.training.checkpoint import Checkpoints
 from harness.training.loop import rehearsed, train
 from harness.training.model import (
     check_model,
@@ -43,13 +45,14 @@ from harness.training.run import Run
 def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> None:
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder."""
     model, run = opened(spec, method, record, folder)
+    run.checkpoints = Checkpoints(folder / CHECKPOINTS, run)
     if spec.trains:
         model = trained(model, run)
     else:
         record.sizes = Sizes(**sizes(model.requires_grad_(False)))
     if record.judged_by_loss:
         return
-    outputs = evaluation.test(model, run)
+    outputs = evaluation.test(model, run, run.scored)
     before = outputs if spec.method == "base" else evaluation.outputs_before(spec.locations.get("before"))
     if any(example.prompt and not example.rejected_ids for example in run.scored):
         record.hashes["before"] = answers_hash(before)
@@ -57,7 +60,11 @@ def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> N
     for output in outputs:
         append(folder / OUTPUTS, output)
     record.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    if spec.trains and not spec.trial:
+    if unseen := run.splits.get("unseen"):
+        for output in evaluation.test(model, run, unseen):
+            append(folder / UNSEEN, output)
+        record.hashes["unseen_outputs"] = content_hash(folder / UNSEEN)
+    if spec.leaves_model and not spec.trial:
         save_model(model, run, folder)
 
 
@@ -109,9 +116,9 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
     """-> the template of this model, and the examples of each split."""
     template = Template(load_tokenizer(spec), spec.dataset["template"], spec.dataset.get("loss", "all"))
     read = token_rows(spec.dataset, spec.locations.get("sources", {}), template, hp.max_length)
-    for split in SPLITS:
-        record.hashes[split] = examples_hash(read.rows[split])
-        if spec.dataset[split] and not read.rows[split]:
+    for split, rows in read.rows.items():
+        record.hashes[split] = examples_hash(rows)
+        if spec.dataset.get(split, True) and not rows:
             why = {what: read.left_out.get(f"{split}_{what}", 0) for what in COUNTED}
             raise BadRequest(
                 f"no {split} row is left: {why['too_long']} prompts fill "
@@ -120,10 +127,10 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
             )
     train = read.rows["train"]
     record.data = Data(
-        rows={split: len(read.rows[split]) for split in SPLITS},
+        rows={split: len(rows) for split, rows in read.rows.items()},
         left_out={what: count for what, count in read.left_out.items() if count},
         refused=read.refused,
-        answered={split: answered(read.rows[split], train) for split in SPLITS[:-1]},
+        answered={split: answered(rows, train) for split, rows in read.rows.items() if split != "train"},
         unused=read.unused,
         revisions=read.revisions,
         origins=read.origins,
@@ -132,7 +139,8 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
         plain_text=all(not example.prompt for example in train),
     )
     record.study = study(template.tokenizer, read.sample, template.loss)
-    return template, {**read.rows, "test": []} if spec.trial else read.rows  # none that a search could see
+    shown = ("train", "validation") if spec.trial else read.rows  # to a search
+    return template, {split: read.rows[split] if split in shown else [] for split in read.rows}
 
 
 def trained(model, run: Run):
@@ -148,15 +156,17 @@ def trained(model, run: Run):
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
     record.tokens.attach = int(sum(read))
-    if not method.starts_at_base and not record.spec.trial:
-        record.start = metrics.total(evaluation.test(model, run), run.dataset)
-    record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
     start = weights.fingerprints(types)
-    record.memory = rehearsed(model, run)
-    if run.device.type == "cpu" and not record.memory:
+    kept = run.checkpoints.newest(model) if run.checkpoints else None
+    if not kept:
+        if not method.starts_at_base and not record.spec.trial:
+            record.start = metrics.total(evaluation.test(model, run, run.scored), run.dataset)
+        record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
+        record.memory = rehearsed(model, run)
+    if run.device.type == "cpu" and not (kept or record.memory):
         record.warnings.append("live tensors could not be counted here: peak memory is unknown")
     run.report = with_progress(run)
-    loop = train(model, run)
+    loop = train(model, run, kept)
     if record.memory:  # where no allocator counts
         record.phases["train"].peak_allocated = record.memory.peak
     alike = [] if record.tokens.sampled else record.step_seconds[record.warmup_steps :]
@@ -196,6 +206,7 @@ def save_model(model, run: Run, folder: Path) -> None:
             (folder / MODEL).mkdir()
             run.method.save(model, folder / MODEL)
             run.template.tokenizer.save_pretrained(folder / MODEL)
+            nameless(folder / MODEL, record.spec.hub_model)
         sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
         if sizes:
             record.sizes.saved_bytes = sum(sizes)

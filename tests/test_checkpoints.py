@@ -1,0 +1,150 @@
+"""A training that was stopped goes on as if it had not been: to the bit, on the CPU. Of every method
+tests/test_contract.py holds it."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_cli import BITFIT, SMALL, bench, records
+
+from harness.store import CHECKPOINTS, OUTPUTS
+from harness.training.checkpoint import STATE, TENSORS, Checkpoints
+from harness.training.loop import train
+from methods.galore import GaLore
+from methods.lora import LoRA
+
+HP = tiny.hyperparams(max_steps=7, batch_size=4, micro_batch_size=2, validations=2)
+OFTEN = replace(HP, checkpoint_minutes=1e-9)  # after each step
+ROWS = tiny.rows(40)
+
+
+class Killed(Exception):
+    pass
+
+
+def training(method, folder, hp=HP, on_step=lambda **_: None):
+    """As a run has it, with checkpoints in a folder. -> record, trained weights."""
+    model, run = tiny.attached(method, None, ROWS, hp)
+    run.splits["validation"], run.report = tiny.rows(4, seed=1), on_step
+    run.checkpoints, run.record.phases = Checkpoints(folder, run), run.meter.phases
+    train(model, run, run.checkpoints.newest(model))
+    return run.record, tiny.trained_weights(model)
+
+
+def at(step: int, does):
+    def told(**values):
+        if values.get("step") == step:
+            does()
+
+    return told
+
+
+def killed():
+    raise Killed
+
+
+@pytest.mark.parametrize("method", [LoRA, lambda: GaLore(rank=4, gap=2)], ids=["LoRA", "GaLore"])
+def test_a_killed_training_goes_on_to_the_bit(method, tmp_path):
+    whole, expected = training(method(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        training(method(), tmp_path / "killed", OFTEN, at(5, killed))
+    record, weights = training(method(), tmp_path / "killed", OFTEN)
+    assert [one.step for one in record.resumed] == [4] and not whole.resumed
+    assert tiny.losses(record) == tiny.losses(whole) and record.validation == whole.validation
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+    assert record.hashes == whole.hashes and record.tokens == whole.tokens
+    assert len(record.step_seconds) == 7
+    assert not list((tmp_path / "whole").iterdir() if (tmp_path / "whole").exists() else [])  # five minutes
+    assert len(list((tmp_path / "killed").glob("[0-9]*"))) == 2
+
+
+def test_asked_to_end_it_writes_down_its_last_step(tmp_path):
+    """And what a run had cost before counts on: seconds, peaks, and the steps' own."""
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            training(LoRA(), tmp_path, on_step=at(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    (folder,) = tmp_path.iterdir()
+    kept = json.loads((folder / STATE).read_text())
+    earlier = json.loads(dict(kept["kept"]["dict"])["record"])["phases"]["train"]
+    record, _ = training(LoRA(), tmp_path)
+    assert record.resumed[0].step == int(folder.name) >= 3
+    assert record.phases["train"].seconds > earlier["seconds"] > 0
+    assert (record.phases["train"].peak_host or 0) >= (earlier["peak_host"] or 0)
+
+
+def changed(folder):
+    with (folder / TENSORS).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
+def test_what_is_broken_is_told_and_the_one_before_is_taken(tmp_path):
+    with pytest.raises(Killed):
+        training(LoRA(), tmp_path, OFTEN, at(5, killed))
+    changed(tmp_path / "000000004")
+    record, _ = training(LoRA(), tmp_path, OFTEN)
+    assert record.resumed[0].step == 3
+    assert any(
+        "step 4 is not used: tensors.safetensors was changed" in warning for warning in record.warnings
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "hp", "said"),
+    [(LoRA(rank=4), HP, "other weights"), (LoRA(), replace(HP, learning_rate=1e-2), "it was made with spec")],
+    ids=["rank", "spec"],
+)  # fmt: skip
+def test_another_training_does_not_go_on_from_it(other, hp, said, tmp_path):
+    with pytest.raises(Killed):
+        training(LoRA(), tmp_path, OFTEN, at(3, killed))
+    fresh, _ = training(other, tmp_path / "fresh", hp)
+    record, _ = training(other, tmp_path, hp)
+    assert not record.resumed and tiny.losses(record) == tiny.losses(fresh)
+    assert any(said in warning for warning in record.warnings)
+
+
+KILLS = """
+    def optimizer(self, model, run):
+        import os, pathlib, signal
+
+        made, mark, done = super().optimizer(model, run), pathlib.Path(__file__).with_suffix(".killed"), [0]
+
+        def count(*_):
+            done[0] += 1
+            if done[0] == 6 and not mark.exists() and "sturdy" in __file__:
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        made.register_step_post_hook(count)
+        return made
+"""
+
+
+def test_a_killed_run_is_gone_on_from_by_the_same_command(tmp_path):
+    for name in ("sturdy", "calm"):
+        (tmp_path / f"{name}.py").write_text(BITFIT + KILLS)
+    often = ["hp.checkpoint_minutes=1e-9", "hp.max_steps=8", "hp.batch_size=4", "hp.micro_batch_size=4"]
+    asked = ["--seeds", 0, "--plugins", "sturdy.py", "calm.py", *SMALL, *often]
+    first = bench("--methods", "sturdy", *asked, cwd=tmp_path)
+    assert first.returncode == 1 and records(tmp_path)["sturdy-0"]["status"] == "interrupted"
+    second = bench("--methods", "sturdy", "calm", *asked, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    found = records(tmp_path)
+    sturdy, calm = found["sturdy-0"], found["calm-0"]
+    (resumed,) = sturdy["resumed"]
+    assert 0 < resumed["step"] < 8 and resumed["spent"] > 0 and not calm["resumed"]
+    for name in ("training", "validation", "tokens"):
+        assert sturdy[name] == calm[name]
+    outputs = [next(tmp_path.glob(f"results/{name}-*")) / OUTPUTS for name in ("sturdy", "calm")]
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert not list(tmp_path.glob(f"results/*/{CHECKPOINTS}")) and not list(tmp_path.glob("results/.s*"))
