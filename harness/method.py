@@ -337,6 +337,13 @@ def summary(source: Path | EntryPoint) -> str:
     return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
+def variants(name: str, source: Path | EntryPoint) -> list[str]:
+    """What can follow the dot of a family's name, where its file says so; no other file is imported."""
+    if isinstance(source, EntryPoint) or b"def variants(" not in source.read_bytes():
+        return []
+    return [f"{name}.{variant}" for variant in resolve(name, source).variants()]
+
+
 def code_hash(cls: type[Method]) -> str:
     """Of the source files of a method, its parents, and what it takes from other methods: a change
     marks earlier records as stale."""

@@ -96,7 +96,7 @@ JSON = json.JSONDecoder(parse_constant=number, parse_float=number)  # made once:
 
 def check(value, kind, where: str = "it") -> None:
     """Raises ValueError, which names the place, unless the value is of the kind."""
-    for problem in misfits(value, kind, where):
+    for problem in () if all_fit([value], kind) else misfits(value, kind, where):
         raise ValueError(f"{problem.where} {problem.what}")
 
 

@@ -14,7 +14,9 @@ import re
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
+from importlib.util import find_spec
 from math import gcd
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from harness.method import Method, Unsupported, unknown
@@ -29,6 +31,7 @@ REFUSED = [  # option, the values that cannot be (None: any), and why
     ("init_lora_weights", ("eva", "corda", "lora_ga"), LEFT_OUT),
     ("init_lora_weights", ("loftq",), "fits the adapter without its scale alpha / r (peft#1982)"),
 ]
+REGISTERED = r'register_peft_method\(\s*name="(\w+)"'
 DIVISORS = ("block_size", "vector_length", "group_size")  # options that must divide a layer's sizes
 SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # AdaLoRA's running means over its parameters
@@ -77,7 +80,13 @@ class Peft(Method):
 
     @classmethod
     def variants(cls) -> list[str]:
-        return sorted(name for name, kind in kinds().items() if not refusal(kind))
+        """What has no `refusal`, as the installed PEFT's files tell it: to import it takes seconds."""
+        package = find_spec("peft")
+        folders = Path(package.origin).parent.glob("tuners/*/") if package and package.origin else ()
+        files = ([folder / f"{name}.py" for name in ("__init__", "config", "model")] for folder in folders)
+        texts = ([file.read_text("utf-8") if file.is_file() else "" for file in each] for each in files)
+        named = ((re.search(REGISTERED, registered), *rest) for registered, *rest in texts)
+        return sorted(found[1].replace("_", "") for found, *rest in named if found and measurable(*rest))
 
     @classmethod
     @cache
@@ -100,7 +109,8 @@ class Peft(Method):
 
     def __post_init__(self):
         if not self.kind:
-            raise ValueError(f"name a type, as in peft.vera. Available: {', '.join(self.variants())}")
+            available = ", ".join(self.variants() or kinds())
+            raise ValueError(f"name a type, as in peft.vera. Available: {available}")
         if any(value is False and name.startswith("init_") for name, value in self.chosen().items()):
             self.starts_at_base = False
         for option, values, reason in REFUSED:
@@ -219,6 +229,13 @@ def kinds() -> dict[str, str]:
     except ImportError as error:
         raise ValueError(f"the names and options of peft.* come from the peft package: {error}") from error
     return {kind.value.replace("_", "").lower(): kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def measurable(config: str, model: str) -> bool:
+    """What `refusal` asks of classes, of the sources of a type's configuration and of its model."""
+    tuner = re.search(r"^class \w+\((\w+Tuner|\w+Model)\):.*?(?=^\S|\Z)", model, re.M | re.S)
+    forward = tuner and "\n    def forward(" in tuner[0] and "orth_reg_weight" not in config
+    return bool(tuner) and not forward and not re.search(r"\(Prompt\w+Config\)", config)
 
 
 def config_class(kind: str) -> type:

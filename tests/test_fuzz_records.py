@@ -25,8 +25,10 @@ pytest.importorskip("matplotlib")
 from harness import report
 from harness.bench import follow
 from harness.cli.progress import Lines, outcome
+from harness.cli.remaining import Remaining
+from harness.plan import Plan
 from harness.record import RunRecord
-from harness.report import brief_table, comparisons, documents
+from harness.report import comparisons, documents, results
 from harness.spec import content_hash, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
@@ -142,10 +144,10 @@ def written(store: Store) -> str:
     said = report.Report(comparisons(records), store, corrupt, "now")
     for record in records:
         outcome(record, True)
-    brief_table(records)
+    table = "".join(results(comparison, 80) for comparison in said.comparisons)
     page = "".join(report.WRITERS["html"](said).values())
     text = "".join(report.WRITERS["md"](said).values())
-    assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text}
+    assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text, *table}
     page.encode(), text.encode()
     return text
 
@@ -240,7 +242,7 @@ def test_damaged_events_end_no_bench(tmp_path):
         {"phase": "train"}, {"step": 3, "steps": 10, "loss": 1.5, "tokens": 99, "seconds": 2.5, "peak": 9},
         {"step": 4, "steps": 10, "loss": None}, {"answered": 5, "rows": 40},
     ]  # fmt: skip
-    draw, progress = random.Random(0), Lines(StringIO())
+    draw, progress = random.Random(0), Lines(StringIO(), Remaining(Plan([], [0])))
     spec = fabricate.record("lora").spec
     progress.start(spec, 1, 1)
     events = tmp_path / "events.jsonl"

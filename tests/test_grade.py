@@ -19,6 +19,7 @@ from harness.errors import BadRequest
 from harness.grade import CRITERIA, Grades, Sheet, key, serving
 from harness.report import contestants, render
 from harness.report import grades as told
+from harness.spec import Hyperparams
 from harness.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -334,6 +335,15 @@ def test_no_grades_no_section(store, tmp_path, undrawn):
     assert "Graded" not in report(store, tmp_path)
 
 
+def test_a_comparison_of_which_only_the_shared_base_was_graded_has_no_section(store, tmp_path, undrawn):
+    grade(store, "Ann", drawn(store, 4), lambda *_: 3)
+    other = fabricate.record("lora", hp=Hyperparams(learning_rate=1e-3), started="2024")
+    fabricate.keep(store.folder, other)
+    text = report(store, tmp_path)
+    assert text.count("\n## Decision") == 2 and text.count("\n## Graded samples") == 1
+    assert cells(section(text), "GaLore")
+
+
 def test_means_differences_and_counts_by_hand(store, tmp_path, undrawn):
     sheet = drawn(store, prompts=4)
     texts = {
@@ -375,9 +385,10 @@ def test_a_text_that_several_wrote_counts_for_each_and_one_that_was_changed_for_
     assert cells(found, "Fluency")[1] == "–", "one rater agrees with nobody"
     grade(store, "Ben", drawn(store), lambda question, text: 2 if question.row[0] == "a" else 4)
     assert cells(section(report(store, tmp_path)), "Fluency")[1:] == ["1.00", "10"]
+    fabricate.keep(folder, fabricate.record("lora"), same)
     fabricate.keep(folder, fabricate.record("qlora"), [o | {"output": o["output"] + " indeed"} for o in same])
     found = section(report(Store(folder), tmp_path))
-    assert cells(found, "Base") and "| QLoRA |" not in found
+    assert cells(found, "Base") and cells(found, "LoRA") and "| QLoRA |" not in found
 
 
 def test_a_raters_name_is_text(store, tmp_path, undrawn):

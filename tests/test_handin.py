@@ -22,6 +22,7 @@ from harness.cli import main
 from harness.cli.arguments import FORMATS
 from harness.report import WRITERS, Unwritten, handin, plots, render
 from harness.report.comparison import comparisons
+from harness.report.decision import Budget, decision
 from harness.report.handin import pages
 from harness.report.text import latex, spreadsheet
 from harness.report.verdicts import judged
@@ -135,9 +136,19 @@ def test_the_main_part_has_the_briefs_sections_on_two_pages_for_twelve_methods(p
         assert f"{title} (" in main_part  # the reasons, with their source
     assert len(texts) < 30  # a megabyte of a stranger is no book
     assert "Before: the untouched model" in main_part and "NaN at step 37" in main_part
-    assert "more, in the appendix" in main_part
+    assert "more, in the appendix" in main_part and "Decision. " in main_part
     examples = re.findall(r"(\d+)\. (?:alpaca|tulu|ultrachat):0", " ".join(texts[2:]))
     assert examples == [str(i + 1) for i in range(10)]
+
+
+def test_the_conclusion_begins_with_the_decision_within_its_budget(usual):
+    for budget in (None, Budget(9 * 2**30)):
+        comparison, verdicts = one(usual)
+        first = pages(comparison, verdicts, budget)[-1].items[0]
+        assert first.startswith(
+            f"Decision. {decision(comparison, verdicts, budget)[1].text} What would change"
+        )
+        assert ("Within 9 GiB: QLoRA" in first) == bool(budget)
 
 
 def test_what_is_read_is_never_tiny(printed):
@@ -278,6 +289,12 @@ def test_the_json_has_the_same_numbers_and_verdicts_that_follow_from_their_inter
         (t["technique"], q["quantity"], q["mean"]) for t in comparison["techniques"] for q in t["quantities"]
     ]
     assert flat == [(r["technique"], r["quantity"], float(r["mean"])) for r in rows_of(tmp_path)]
+    [choice] = comparison["decision"]
+    [told] = decision(*one(usual))[1:2]
+    assert (choice["lead"], choice["budget"]) == (told.text, {"memory": None, "seconds": None})
+    beaten = {v[side] for v in comparison["verdicts"] for side, word in (("a", "lower"), ("b", "higher"))
+              if v["quantity"] == "bleu4" and v["verdict"] == word}  # fmt: skip
+    assert {*choice["take"]} == {"QLoRA", "GaLore"} - beaten != set()
     for verdict in comparison["verdicts"]:
         none = 1 if verdict["ratio"] else 0
         assert verdict["low"] <= verdict["difference"] <= verdict["high"]

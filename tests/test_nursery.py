@@ -19,8 +19,10 @@ from test_bench import begin, child, nursery, stub, until  # noqa: F401
 from harness import bench, machine
 from harness import nursery as nurseries
 from harness.cli.progress import Lines
+from harness.cli.remaining import Remaining
 from harness.forks import in_a_copy
 from harness.nursery import Fresh, Nursery
+from harness.plan import Plan
 from harness.record import RunRecord
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no process is copied elsewhere")
@@ -256,7 +258,7 @@ def test_a_run_keeps_to_the_cores_of_its_slot_and_its_record_says_how_many_went_
 
 def test_lines_of_runs_side_by_side_name_their_run():
     screen = StringIO()
-    lines = Lines(screen)
+    lines = Lines(screen, Remaining(Plan([], [0])))
     first, second = specs(2)
     lines.start(first, 1, 2)
     lines.start(second, 2, 2)
@@ -267,7 +269,7 @@ def test_lines_of_runs_side_by_side_name_their_run():
     said = screen.getvalue().splitlines()
     assert [line.partition(":")[0] for line in said] == [
         "[1/2] lora, seed 0", "[2/2] lora, seed 1", *["[2/2] lora, seed 1", "[1/2] lora, seed 0"] * 2,
-        "lora, seed 1",
+        "lora, seed 1", "1 of 2 runs done",
     ]  # fmt: skip
 
 

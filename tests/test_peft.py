@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.method import Unsupported, build, card, code_hash, known_methods, options, resolve
 from harness.training import head
-from methods.peft import SEEDS, Peft, config_class, kinds, options_of
+from methods.peft import SEEDS, Peft, config_class, kinds, options_of, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern")  # PEFT's, of its own file
 ROWS = tiny.rows(22, seed=1)
@@ -179,6 +179,7 @@ def test_another_seed_draws_other_projections_and_places(name):
 
 
 def test_every_type_of_peft_is_either_offered_or_refused_with_a_reason():
+    assert Peft.variants() == sorted(name for name, kind in kinds().items() if not refusal(kind))
     left = set(kinds()) - set(Peft.variants())
     assert {peft.PeftType(kind) for kind in kinds().values()} == set(peft.PeftType)
     assert {"vera", "ia3", "oft", "boft", "adalora", "lntuning", "fourierft"} <= set(Peft.variants())

@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
-pytest.importorskip("pandas")
 
 from harness.metrics import compared, row_sums, scores, total
 from harness.report import write_markdown

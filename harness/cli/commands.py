@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from math import inf
@@ -22,34 +23,53 @@ def run_command(options, typed: list[str]) -> int:
     from harness.tracking import Tracking
 
     specs, store = planned(options, keep=True), Store(options.results)
-    watcher = progress.make(sys.stderr if options.json else sys.stdout)
+    watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
     tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
-    done, command = [], command_line(typed)
+    done: list = []
+    command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
             for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
                 done.append(ended)
                 if not ended.cached:
                     tracking.tell(store.path(ended.record.spec).name)
-        files = render(store, options.reports, options.format, options)
-        models.describe_all(store, specs, done)
     except BadRequest:
         raise
+    except KeyboardInterrupt as signalled:
+        stopped = signalled
     except (OSError, ValueError) as error:  # a full disk, a record that was tampered with
-        complain(f"error: {error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
-        return SOME_FAILED
+        return unfinished(error, done, specs)
     finally:
         watcher.close()
         for note in tracking.close():
             complain(f"note: {note}")
+    try:
+        if done or not stopped:
+            tell(done, store, options)
+            models.describe_all(store, specs, done)
+    except (OSError, ValueError) as error:
+        return unfinished(error, done, specs)
+    finally:
+        if stopped:
+            raise stopped
+    return SOME_FAILED if failed(done) else OK
+
+
+def unfinished(error: Exception, done: list, specs: list) -> int:
+    complain(f"error: {error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
+    return SOME_FAILED
+
+
+def tell(done: list, store, options) -> None:
+    """Writes the report of what there is, and says what was found."""
+    report, files = reported(store, options)
     if options.json:
         runs = [as_json(ended) for ended in done]
-        print(json.dumps({"runs": runs, "reports": [str(file) for file in files]}, indent=1))
+        print(json.dumps({"runs": runs, "reports": files}, indent=1))
     else:
         print_runs(done)
-        print_conclusion(store, options, [ended.record for ended in done])
-        print("report: " + "  ".join(map(str, files)))
-    return SOME_FAILED if failed(done) else OK
+        print(conclusion(report, [ended.record for ended in done]))
+        print("report: " + "  ".join(files), flush=True)
 
 
 def planned(options, keep: bool = False):
@@ -88,14 +108,9 @@ def as_json(ended) -> dict:
 
 
 def print_runs(done: list) -> None:
-    from tabulate import tabulate
-
+    """What the table does not say of them."""
     from harness.bench import stale
-    from harness.report import brief_table
 
-    table = brief_table([ended.record for ended in done])
-    look = {"headers": "keys", "showindex": False, "disable_numparse": True, "maxheadercolwidths": 12}
-    print("\n".join([f"\n{tabulate(table, **look)}", *table.attrs["notes"], ""]))
     cached = [ended.record for ended in done if ended.cached]
     print(f"{len(cached)} of {len(done)} cached")
     for record in cached:
@@ -115,6 +130,7 @@ def failed(done: list) -> list:
 
 
 def plan_command(options, typed: list[str]) -> int:
+    from harness.cli import listing
     from harness.cli.progress import describe
     from harness.data import describe as sized
     from harness.store import Store
@@ -132,16 +148,16 @@ def plan_command(options, typed: list[str]) -> int:
     spec = specs.methods()[-1]
     parts = ", ".join(part["name"] for part in spec.dataset["parts"])
     rows = f"{sized(spec.dataset)} rows of each of {parts}"
-    print(plain(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}"))
     hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
-    print("hyperparameters: " + ", ".join(hp))
+    print(listing.paragraph(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}", 2))
+    print(listing.paragraph("hyperparameters: " + ", ".join(hp), 2))
     for part, columns in specs.unused.items():
         if columns:
-            print(plain(f"not used of {part}: {', '.join(columns)}"))
+            print(listing.paragraph(f"not used of {part}: {', '.join(columns)}", 2))
     for run in runs:
         print(plain(f"  {run['state']:12} {run['run']}  {run.get('ensemble', '')}".rstrip()))
     if specs.tunings:
-        print(plain(tuned(specs)))
+        print(listing.paragraph(tuned(specs), 2))
     return OK
 
 
@@ -187,35 +203,39 @@ def state(spec, specs, store, force: bool) -> str:
 
 def list_command(options, typed: list[str]) -> int:
     from harness import method
+    from harness.cli import listing
     from harness.data import dataset_names, load_spec
     from harness.plan import find_plugins, load_preset, preset_names
     from harness.store import Store
 
-    problems, found, asked = Problems(), {}, options.what
+    problems, asked = Problems(), options.what
+    found: dict[str, dict] = {}
     plugins = find_plugins(options.plugins, problems)
     problems.add("--results", unreadable(options.results))
     if asked in (None, "methods"):
         with problems.caught():
-            found["methods"] = {n: method.summary(s) for n, s in method.known_methods(plugins).items()}
+            sources = method.known_methods(plugins)
+            found["methods"] = {n: method.summary(s) for n, s in sources.items()}
+            found["variants"] = {n: own for n, s in sources.items() if (own := method.variants(n, s))}
     problems.refuse()
     if asked in (None, "datasets"):
         found["datasets"] = {n: title(lambda _, n=n: load_spec(n, {})["title"]) for n in dataset_names()}
     if asked in (None, "presets"):
         found["presets"] = {n: title(lambda said, n=n: load_preset(n, said).title) for n in preset_names()}
-    if asked in (None, "results"):
-        records, corrupt = Store(options.results).load()
-        found["results"] = {r.folder: r.status + (f": {r.error}" if r.error else "") for r in records}
-        for line in corrupt:
-            complain(f"error: corrupt: {line}")
+    records, corrupt = Store(options.results).load() if asked in (None, "results") else ([], [])
+    for line in corrupt:
+        complain(f"error: corrupt: {line}")
     if options.json:
-        print(json.dumps(found, indent=1))
+        results = (
+            {"results": {r.folder: listing.run(r) for r in records}} if asked in (None, "results") else {}
+        )
+        print(json.dumps(found | results, indent=1))
         return OK
+    of_family = found.pop("variants", {})
     for what, items in found.items():
-        print(f"{what}:")
-        for name, text in items.items():
-            print(plain(f"  {name:24} {text}"))
-        if not items:
-            print("  none")
+        print(listing.names(what, items, of_family if what == "methods" else {}))
+    if asked in (None, "results"):
+        print(listing.results(records))
     return OK
 
 
@@ -254,34 +274,35 @@ def report_command(options, typed: list[str]) -> int:
     problems.add("--reports", unwritable(options.reports))
     problems.refuse()
     try:
-        store = Store(options.results)
-        files = [str(file) for file in render(store, options.reports, options.format, options)]
+        report, files = reported(Store(options.results), options)
     except (OSError, ValueError) as error:
         raise BadRequest(str(error)) from error
     if options.json:
         print(json.dumps(files, indent=1))
     else:
-        print_conclusion(store, options)
+        print(conclusion(report))
         print("report: " + "  ".join(files))
     return OK if len(files) == len(dict.fromkeys(options.format)) else SOME_FAILED
 
 
-def render(store, folder: Path, formats, options) -> list[Path]:
-    """-> the documents that were written; of what cannot be written here, the reason is told."""
-    from harness.report import Unwritten
-    from harness.report import render as made
+def reported(store, options) -> tuple:
+    """-> the report, and the documents that were written; of what cannot be written here, the reason is
+    told. Raises OSError, ValueError."""
+    from harness.report import Report, Unwritten, write
 
+    report = Report.of(store, budget(options))
     try:
-        return made(store, folder, tuple(dict.fromkeys(formats)), budget=budget(options))
+        files = write(report, options.reports, tuple(dict.fromkeys(options.format)))
     except Unwritten as error:
         complain(f"error: {error}")
-        return error.written
+        files = error.written
+    return report, [str(file) for file in files]
 
 
-def print_conclusion(store, options, records: list | None = None) -> None:
-    from harness.report import conclusion
+def conclusion(report, records: list | None = None) -> str:
+    from harness import report as reports
 
-    print(conclusion(store, records, budget(options)) + "\n")
+    return reports.conclusion(report, records, shutil.get_terminal_size().columns) + "\n"
 
 
 def budget(options):

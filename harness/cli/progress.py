@@ -3,18 +3,21 @@
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from harness.cli.remaining import Remaining, amount
 from harness.metrics import compared
 from harness.plain import plain
+from harness.plan import Plan
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 GIB = 2**30
+WIDE = 110  # columns, at which bars, rates and peaks have room
 
 
-def make(stream):
-    """The progress for a stream: live if it is a terminal."""
-    return Live(Steady(stream)) if stream.isatty() else Lines(Steady(stream))
+def make(stream, plan: Plan):
+    """The progress of a plan's runs for a stream: live if it is a terminal."""
+    return (Live if stream.isatty() else Lines)(Steady(stream), Remaining(plan))
 
 
 class Steady:
@@ -68,10 +71,10 @@ def outcome(record, cached: bool) -> str:
 
 
 class Lines:
-    """A line at each start, phase, tenth of the steps, and end."""
+    """A line at each start, phase, tenth of the steps, and end, and what is left."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, stream, remaining: Remaining):
+        self.stream, self.remaining = stream, remaining
         self.names: dict[str, str] = {}  # of the runs under way
         self.shown: dict[str, int] = {}
 
@@ -80,6 +83,7 @@ class Lines:
         self.stream.flush()
 
     def start(self, spec, number: int, total: int) -> None:
+        self.remaining.start(spec, total)
         self.names[spec.digest], self.shown[spec.digest] = f"[{number}/{total}] {describe(spec)}", 0
         self.say(f"{self.names[spec.digest]}: started")
 
@@ -89,43 +93,52 @@ class Lines:
             self.say(f"{self.names[spec.digest]}: {step_text(values)}")
 
     def end(self, record, cached: bool) -> None:
+        self.remaining.end(record, cached)
         self.say(f"{describe(record.spec)}: {outcome(record, cached)}")
+        if not cached:
+            self.say(str(self.remaining))
 
     def close(self) -> None:
         pass
 
 
 class Live:
-    """A bar for each run under way, and a line for each that ended."""
+    """A bar for each run under way and one for the bench, and a line for each that ended."""
 
-    def __init__(self, stream):
+    def __init__(self, stream, remaining: Remaining):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+        console = Console(file=stream)
+        self.wide = console.width >= WIDE
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            *[BarColumn(bar_width=20)] * self.wide,
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
-            console=Console(file=stream),
+            console=console,
             refresh_per_second=4,
             transient=True,
         )
+        self.remaining = remaining
+        self.bench = self.progress.add_task("bench", total=None, text="")
         self.progress.start()
         self.names: dict[str, str] = {}  # of the runs under way
         self.tasks: dict[str, TaskID] = {}
 
     def start(self, spec, number: int, total: int) -> None:
+        self.remaining.start(spec, total)
         name = self.names[spec.digest] = rf"\[{number}/{total}] {describe(spec)}"
         self.tasks[spec.digest] = self.progress.add_task(name, total=None, text="starting")
 
     def event(self, spec, values: dict) -> None:
+        self.show()
         task = self.tasks[spec.digest]
         if "phase" in values:
             self.progress.update(task, description=f"{self.names[spec.digest]}: {values['phase']}")
         elif "step" in values:
             self.progress.update(
-                task, total=values["steps"], completed=values["step"], text=step_text(values)
+                task, total=values["steps"], completed=values["step"], text=step_text(values, self.wide)
             )
         elif "answered" in values:
             text = f"{values['answered']} of {values['rows']} answers"
@@ -134,6 +147,8 @@ class Live:
     def end(self, record, cached: bool) -> None:
         from rich.markup import escape
 
+        self.remaining.end(record, cached)
+        self.show()
         if (task := self.tasks.pop(record.spec.digest, None)) is not None:
             self.progress.remove_task(task)
         mark = "[green]ok[/]" if record.ok else "[red]--[/]"
@@ -141,17 +156,23 @@ class Live:
             f"{mark} {describe(record.spec)}: {escape(plain(outcome(record, cached)))}", highlight=False
         )
 
+    def show(self) -> None:
+        self.progress.update(
+            self.bench, total=self.remaining.total, completed=self.remaining.done, text=str(self.remaining)
+        )
+
     def close(self) -> None:
         self.progress.stop()
 
 
-def step_text(values: dict) -> str:
+def step_text(values: dict, whole: bool = True) -> str:
+    """`whole`: with rate and peak, for which a narrow terminal has no room."""
     loss = "not finite" if values["loss"] is None else f"{values['loss']:.3f}"
     text = f"step {values['step']}/{values['steps']}, loss {loss}"
     if values.get("seconds"):
         rate = values["tokens"] / values["seconds"]
         left = values["seconds"] / values["step"] * (values["steps"] - values["step"])
-        text += f", {rate:,.0f} tokens/s, {left:.0f} s left"
-    if values.get("peak"):
+        text += f", {rate:,.0f} tokens/s" * whole + f", {amount(left, left)} left"
+    if values.get("peak") and whole:
         text += f", peak {values['peak'] / GIB:.2f} GiB"
     return text

@@ -1,7 +1,7 @@
 """`reports/`: the records of a store as one document, in Markdown, HTML and PDF, with its plots, and as data.
 
 A pure function of the store: rendered again it is the same bytes, but for the line with the time.
-Torch is not needed; numpy, pandas, matplotlib and jinja2 are, and typst for a PDF.
+Torch is not needed; numpy, matplotlib, jinja2 and rich are, and typst for a PDF.
 """
 
 import textwrap
@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
@@ -29,19 +28,17 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
-from harness.report.tables import brief
+from harness.report.terminal import results
 from harness.report.text import markdown
 from harness.report.verdicts import Verdicts, judged
 from harness.store import MODEL, Store, save
 
-if TYPE_CHECKING:
-    import pandas
-
 __all__ = [
-    "REMEDY", "Budget", "Unwritten", "brief_table", "conclusion", "contestants", "missing", "model_cards",
-    "render",
+    "REMEDY", "Budget", "Report", "Unwritten", "conclusion", "contestants", "missing", "model_cards",
+    "render", "write",
 ]  # fmt: skip
 USUAL = ("md", "html")
+READABLE = 100  # characters of a line of words
 
 
 class Unwritten(ValueError):
@@ -54,13 +51,23 @@ class Unwritten(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """What the writers are handed; each part is made once, when the first asks for it."""
+    """The comparisons of a store, newest first; each part is made once, when somebody first asks for it."""
 
     comparisons: list[Comparison]
     store: Store
     corrupt: list[str]  # a line for each record that could not be read
     now: str
     budget: Budget | None = None
+
+    @classmethod
+    def of(cls, store: Store, budget: Budget | None = None, now: str | None = None) -> "Report":
+        """`budget`: within which it decides. `now` stands in the one line that differs from one rendering to
+        the next; null: this minute. Raises ValueError for a store without a readable record."""
+        records, corrupt = store.load()
+        if not (found := comparisons(records)):
+            unreadable = f": {len(corrupt)} could not be read, such as {corrupt[0]}" if corrupt else ""
+            raise ValueError(f"no run to report in {store.folder}{unreadable}")
+        return cls(found, store, corrupt, now or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), budget)
 
     @cached_property
     def judged(self) -> list[tuple[Comparison, Verdicts]]:
@@ -84,24 +91,20 @@ def render(
     now: str | None = None,
     budget: Budget | None = None,
 ) -> list[Path]:
+    """The report of a store, written into a folder: see `Report.of` and `write`."""
+    return write(Report.of(store, budget, now), folder, formats)
+
+
+def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> list[Path]:
     """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
     document plots: *.png for Markdown, *.svg for HTML and PDF. Of several comparisons report.md and
     report.html are an index of one file for each. -> the paths of the files that are called report.
 
-    `now` stands in the one line that differs from one rendering to the next; null: this minute. `budget`:
-    within which it decides.
-    Raises ValueError for an unknown format and for a store without a readable record, and Unwritten, when all
-    else is written, for a format that cannot be written here.
+    Raises ValueError for an unknown format, and Unwritten, when all else is written, for one that cannot be
+    written here.
     """
     if unknown := set(formats) - set(WRITERS):
         raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(WRITERS)}")
-    records, corrupt = store.load()
-    found = comparisons(records)
-    if not found:
-        unreadable = f": {len(corrupt)} could not be read, such as {corrupt[0]}" if corrupt else ""
-        raise ValueError(f"no run to report in {store.folder}{unreadable}")
-    now = now or datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    report = Report(found, store, corrupt, now, budget)
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     for block in chain(*report.sections) if set(formats) & set(DRAWINGS) else []:
@@ -123,22 +126,23 @@ def render(
     return written
 
 
-def conclusion(
-    store: Store, records: list[RunRecord] | None = None, budget: Budget | None = None, width: int = 80
-) -> str:
-    """What was found and the decision, for a terminal of this width: of the comparisons that any of these
-    records is in, else of the newest; all runs of the store that belong to one count, as in its report."""
-    found = comparisons(store.load()[0])
+def conclusion(report: Report, records: list[RunRecord] | None = None, width: int = 80) -> str:
+    """Table, what was found and the decision, for a terminal of this width: of the comparisons that any of
+    these records trained in, else of the newest; all runs of the store that belong to one count."""
+    found = report.judged[:1]
     if records is not None:
         asked = {record.spec.digest for record in records}
-        found = [c for c in found if asked & {r.spec.digest for t in c.trained for r in t.records}]
-    blocks: list[Block] = []
-    for comparison in found if records is not None else found[:1]:
-        verdicts = judged(comparison, store)
-        blocks += [Title(comparison.title)] * (len(found) > 1)
-        blocks += [Prose(paragraph) for paragraph in answer(comparison, verdicts)]
-        blocks += decision(comparison, verdicts, budget)
-    return write_terminal(blocks, width)
+        found = [
+            pair for pair in report.judged
+            if asked & {r.spec.digest for t in pair[0].trained or pair[0].bases for r in t.records}
+        ]  # fmt: skip
+    said = []
+    for comparison, verdicts in found:
+        blocks: list[Block] = [Prose(paragraph) for paragraph in answer(comparison, verdicts)]
+        blocks += decision(comparison, verdicts, report.budget)
+        said += [write_terminal([Title(comparison.title)], width)] * (len(report.comparisons) > 1)
+        said += ["", results(comparison, width), write_terminal(blocks, min(width, READABLE))]
+    return "\n".join(said)
 
 
 def model_cards(
@@ -158,18 +162,6 @@ def model_cards(
                     head = markdown(title(technique, record))
                     made[record.folder] = f"{metadata(*told)}\n# {head}\n\n{text}"
     return made
-
-
-def brief_table(records: list[RunRecord]) -> "pandas.DataFrame":
-    """The brief's table as text, a row a technique; of several comparisons, the newest first. Its notes are
-    `attrs["notes"]`."""
-    import pandas  # which no report needs, and takes half a second
-
-    tables = [brief(c, [*c.bases, *chain(*c.tables.values())]) for c in comparisons(records)]
-    rows = [[plain(cell) for cell in row] for table in tables for row in table.rows]
-    table = pandas.DataFrame(rows, columns=tables[0].columns if tables else None)
-    table.attrs["notes"] = list(dict.fromkeys(note for table in tables for note in table.notes))
-    return table
 
 
 def write_markdown(blocks: list[Block], now: str) -> str:
@@ -217,7 +209,7 @@ def write_pdf(report: Report) -> bytes:
     parts = report.sections
     if len(parts) > 1:
         parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
-    firsts = [pages(comparison, verdicts) for comparison, verdicts in report.judged]
+    firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
     return typeset(list(zip(firsts, parts, strict=True)), report.now)
 
 
@@ -227,6 +219,6 @@ WRITERS: dict[str, Callable[[Report], Mapping[str, str | bytes]]] = {  # -> a fi
     "html": write_pages,
     "pdf": lambda report: {"report": write_pdf(report)},
     "csv": lambda report: {"report": write_csv(report.judged)},
-    "json": lambda report: {"report": write_json(report.judged, report.corrupt, report.now)},
+    "json": lambda report: {"report": write_json(report.judged, report.corrupt, report.now, report.budget)},
     "tex": lambda report: {"report": write_latex(report.judged)},
 }

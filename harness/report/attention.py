@@ -9,7 +9,7 @@ from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.blocks import Block, Heading, Plot, Prose
 from harness.report.comparison import Comparison
-from harness.report.plots import drawn, safe
+from harness.report.plots import drawn, lay_out, safe
 from harness.shape import check, parse
 from harness.store import ATTENTION, Store
 
@@ -59,7 +59,7 @@ def draw(maps: Maps) -> Figure:
     tokens = [plain(token).strip()[:9] or "\u2423" for token in maps["tokens"]]
     before, after = (np.array(maps[name]) for name in ("before", "after"))
     groups, size = len(before), len(tokens)
-    figure = Figure(figsize=(2.6 * groups + 1.2, 8.4), layout="constrained")
+    figure = Figure(figsize=(3.5 * groups + 1.2, 11.4), layout="constrained")
     axes: Any = figure.subplots(3, groups, sharex=True, sharey=True, squeeze=False)
     above: np.ndarray = np.triu(np.ones((size, size), dtype=bool), 1)  # what comes later nobody attends to
     rows = (("before", np.sqrt(before), "viridis", 0, 1), ("after", np.sqrt(after), "viridis", 0, 1),
@@ -78,7 +78,8 @@ def draw(maps: Maps) -> Figure:
         ticks = (0, 0.01, 0.05, 0.2, 0.5, 1) if i < 2 else (-MOST, 0, MOST)
         bar.set_ticks(np.sqrt(ticks) if i < 2 else ticks, labels=[f"{100 * tick:.0f}%" for tick in ticks])
     for ax in axes[:, 0]:
-        ax.set_yticks(range(size), tokens, fontsize=min(6, 200 / size))
+        ax.set_yticks(range(size), tokens, fontsize=min(6, 215 / size))
     for ax in axes[-1]:
-        ax.set_xticks(range(size), tokens, fontsize=min(6, 200 / size), rotation=90)
+        ax.set_xticks(range(size), tokens, fontsize=min(6, 215 / size), rotation=90)
+    lay_out(figure)
     return figure

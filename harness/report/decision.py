@@ -102,7 +102,7 @@ class Need:
 def decision(comparison: Comparison, verdicts: Verdicts, budget: Budget | None = None) -> list[Block]:
     """A lead and its reasons, and what would change them, for each group; what a budget is measured by."""
     budget = budget or Budget()
-    choices = [Choice(comparison, verdicts, budget, group) for group in comparison.groups]
+    choices = choices_of(comparison, verdicts, budget)
     found: list[Block] = []
     for choice in choices:
         found.append(Lead(choice.lead()))
@@ -113,6 +113,11 @@ def decision(comparison: Comparison, verdicts: Verdicts, budget: Budget | None =
     if found and budget and any(choice.done for choice in choices):
         found.append(Prose(measured(comparison, budget)))
     return [Heading("Decision"), *found] if found else []
+
+
+def choices_of(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -> list["Choice"]:
+    """One a group."""
+    return [Choice(comparison, verdicts, budget or Budget(), group) for group in comparison.groups]
 
 
 def measured(comparison: Comparison, budget: Budget) -> str:
@@ -194,6 +199,13 @@ class Choice:
         return any(s.beats(by, name) for s in standings) and not any(s.beats(name, by) for s in standings)
 
     # Who to take
+
+    @property
+    def take(self) -> list[str]:
+        """Any of these; none where nothing decides."""
+        if len(self.fit) < 2:
+            return self.fit
+        return self.best_of_both if len(self.ranked) > 1 else []
 
     def lead(self) -> str:
         scope = ", ".join(filter(None, (self.group[1:], f"within {self.budget}" if self.budget else "")))

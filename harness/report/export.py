@@ -28,6 +28,7 @@ from harness.report.comparison import (
     tokens_per_second,
     watt_hours,
 )
+from harness.report.decision import Budget, Choice, choices_of
 from harness.report.tables import brief
 from harness.report.text import latex, spreadsheet
 from harness.report.verdicts import Verdicts
@@ -159,19 +160,19 @@ def about(technique: Technique) -> dict[str, Any]:
     }
 
 
-def write_json(judged: Judged, corrupt: list[str], now: str) -> str:
+def write_json(judged: Judged, corrupt: list[str], now: str, budget: Budget | None = None) -> str:
     """ASCII alone, so that no character of it acts on a terminal."""
     value = {
         "schema": SCHEMA,
         "tuneoff": __version__,
         "rendered": now,
-        "comparisons": [as_json(comparison, verdicts) for comparison, verdicts in judged],
+        "comparisons": [as_json(comparison, verdicts, budget) for comparison, verdicts in judged],
         "corrupt": corrupt,
     }
     return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
 
 
-def as_json(comparison: Comparison, verdicts: Verdicts) -> dict[str, Any]:
+def as_json(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -> dict[str, Any]:
     spec = comparison.spec
     return {
         "title": comparison.title,
@@ -180,6 +181,7 @@ def as_json(comparison: Comparison, verdicts: Verdicts) -> dict[str, Any]:
         "hyperparameters": asdict(spec.hp),
         "test_rows": len(comparison.parts) or None,
         "answer": answer(comparison, verdicts),
+        "decision": [decided(choice) for choice in choices_of(comparison, verdicts, budget)],
         "warnings": comparison.warnings,
         "techniques": [
             {
@@ -200,6 +202,24 @@ def as_json(comparison: Comparison, verdicts: Verdicts) -> dict[str, Any]:
         ],
         "verdicts": [verdict for standing in verdicts.standings.values() for verdict in pairs(standing)],
     }  # fmt: skip
+
+
+def decided(choice: Choice) -> dict[str, Any]:
+    """Of one group; `take`: any of these is the answer, `tied`: for the best score. Bytes and seconds, null:
+    no limit."""
+    budget = choice.budget
+    return {
+        "group": choice.group.strip(),
+        "budget": {"memory": budget.memory, "seconds": budget.seconds},
+        "lead": choice.lead(),
+        "take": choice.take,
+        "tied": choice.top,
+        "dominated": choice.beaten,
+        "does_not_fit": choice.over,
+        "not_measured": choice.unknown,
+        "reasons": choice.reasons(),
+        "changes": choice.changes(),
+    }
 
 
 def pairs(standing) -> list[dict[str, Any]]:

@@ -79,7 +79,8 @@ def graded(comparison: Comparison, store: Store) -> list[b.Block]:
     ]).reshape(len(raters), len(keys), len(techniques), len(CRITERIA))  # fmt: skip
     heard = [rater for rater, own in zip(raters, given, strict=True) if np.isfinite(own).any()]
     found: list[b.Block] = []
-    if heard:  # of this comparison's answers
+    trained = np.array([t.spec.trains or not comparison.trained for t in techniques], bool)
+    if np.isfinite(given[:, :, trained]).any():  # and not the untouched model's alone, which others share
         given = given[np.isfinite(given).any((1, 2, 3))]
         named = f"{len(heard)} rater{'s' * (len(heard) > 1)}: {listed([rater['rater'] for rater in heard])}."
         found = [b.Prose(f"{HOW} {named}"), means(techniques, given), agreement(keys, given)]

@@ -23,6 +23,7 @@ from harness.report.answer import answer, count, data_title, too_long
 from harness.report.appendix import setup
 from harness.report.certificate import facts
 from harness.report.comparison import STATUS, Comparison, Technique
+from harness.report.decision import Budget, choices_of
 from harness.report.differences import inside
 from harness.report.results import ARROW, left, legend, table, words
 from harness.report.text import listed, shorten
@@ -39,7 +40,7 @@ CHANGES = {  # axis -> what a method of it changes, in a sentence
 }
 
 
-def pages(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
+def pages(comparison: Comparison, verdicts: Verdicts, budget: Budget | None = None) -> list[b.Block]:
     """The two pages, `judged` before. Texts of strangers are shortened, so that none fills a page."""
     return [
         b.Title(shorten(comparison.title, CLAUSE)),
@@ -58,7 +59,7 @@ def pages(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
         b.Heading("Challenges met"),
         *challenges(comparison),
         b.Heading("Conclusion"),
-        *conclusion(comparison, verdicts),
+        *conclusion(comparison, verdicts, budget),
     ]
 
 
@@ -364,9 +365,13 @@ def challenges(comparison: Comparison) -> list[b.Block]:
 # Conclusion
 
 
-def conclusion(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
-    """The best of each quantity, what trades one for the other, and what it does not say."""
+def conclusion(comparison: Comparison, verdicts: Verdicts, budget: Budget | None = None) -> list[b.Block]:
+    """Which to take and what would change it, the best of each quantity, what trades one for the other, and
+    what it does not say."""
     said = []
+    for choice in choices_of(comparison, verdicts, budget):
+        changes = [f"What would change it: {change}" for change in choice.changes()[:1]]
+        said.append(" ".join((f"Decision. {choice.lead()}", *changes)))
     for group in comparison.groups:
         best = []
         for s in (*verdicts.metrics, *verdicts.costs):

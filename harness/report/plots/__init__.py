@@ -6,12 +6,12 @@ from harness.report.comparison import Comparison
 from harness.report.plots.cost import cost_alone, draw_level, scatter, scores_by_cost
 from harness.report.plots.curves import by_learning_rate, criterion, loss_curves
 from harness.report.plots.memory import memory_by_part
-from harness.report.plots.style import STYLE, Images, drawn, looks
+from harness.report.plots.style import STYLE, Images, drawn, lay_out, looks
 from harness.report.reaching import SHARE, cost_to_reach, goal_of
 from harness.report.text import listed, number
 from harness.report.verdicts import Verdicts
 
-__all__ = ["STYLE", "criterion", "draw_level", "drawn", "figures", "looks", "safe", "scatter"]
+__all__ = ["STYLE", "criterion", "draw_level", "drawn", "figures", "lay_out", "looks", "safe", "scatter"]
 
 BARS = " Markers are means over seeds, bars ± one sample standard deviation in both directions."
 SCATTER = (
