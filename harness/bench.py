@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ LOG = "log.txt"
 LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
 PIECE_BYTES = 2**16  # read at once: as much as a pipe holds
 POLL_SECONDS = 0.2  # often enough for a progress bar, seldom enough not to disturb the run
+CHECKPOINT_SECONDS = 300  # between two of a training: so much is lost at most, for seconds of writing
 GRACE_SECONDS = 10  # to write a record when asked to end, before the child is killed
 # Ctrl-C, a scheduler's end, a closed terminal, which not every system has.
 STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
@@ -81,12 +82,14 @@ def bench(
     progress,
     force: bool = False,
     limit: float | None = None,
+    every: float = CHECKPOINT_SECONDS,
 ) -> Iterator[Done]:
     """Runs what is not cached. Only a run that ended ok counts as cached: others are tried again.
 
     `progress` is told `start(spec, number, total)`, `event(spec, values)` and `end(record, cached)`. A run
-    that takes longer than `limit` seconds is ended. A signal that asks the bench to end reaches the runs
-    under way, is recorded, and is raised again. Raises Missing before the first run.
+    that takes longer than `limit` seconds is ended; `every` so many it leaves a checkpoint, to go on from
+    after whatever ends it. A signal that asks the bench to end reaches the runs under way, is recorded, and
+    is raised again. Raises Missing before the first run.
     """
     store.recover()
     done: dict[str, RunRecord] = {}
@@ -107,7 +110,7 @@ def bench(
 
             def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):
                 progress.start(spec, numbers[spec.digest], total)
-                return run(spec, store, command, progress, limit, slot, signals, force)
+                return run(spec, store, command, progress, limit, slot, signals, force, every)
 
             for spec, record in together(pending, places, one):
                 done[spec.digest] = record
@@ -248,15 +251,17 @@ def run(
     slot: Slot = Slot(),
     signals: Sequence[int] = (),
     anew: bool = False,
+    every: float = CHECKPOINT_SECONDS,
 ) -> RunRecord:
     """`signals`: those that ask the bench to end; it grows meanwhile. `anew`: from its first step, whatever
-    an earlier attempt has left."""
+    an earlier attempt has left. `every`: seconds between two checkpoints of a training; 0: there are none."""
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
     folder, kills = store.attempt(spec, anew), oom_kills()
-    own = {"reason": spec.reason, "locations": spec.locations, "hp": asdict(spec.hp)}
-    job = {"spec": spec.asked() | own, "command": command, "started": started}
-    save(folder / SPEC, json.dumps(job | {"cores": slot.cores, "at_once": slot.of}, indent=1))
+    own = {"reason": spec.reason, "locations": spec.locations}
+    job: dict = {"spec": spec.asked() | own, "command": command, "started": started}
+    job |= {"cores": slot.cores, "at_once": slot.of, "checkpoint_seconds": every}
+    save(folder / SPEC, json.dumps(job, indent=1))
     end = time.monotonic() + (limit or float("inf"))
 
     def asked() -> str | None:

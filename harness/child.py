@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         chosen = chosen_method(spec, record)
         from harness.training import execute
 
-        execute(spec, chosen, record, folder)
+        execute(spec, chosen, record, folder, job["checkpoint_seconds"])
         record.status = "ok"
     except BaseException as error:  # whatever ends a run is its status, never its absence
         record.status, record.error = diagnose(error)

@@ -33,7 +33,6 @@ class Hyperparams:
     validations: Count = 4  # points of the validation curve after the first
     # Of the steps on a GPU; auto: captured as graphs where they can be, and compiled where that pays.
     kernels: Literal["auto", "compiled", "eager"] = "auto"
-    checkpoint_minutes: NotNegative = 5.0  # between two of a training, which then can go on; 0: none
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -48,9 +47,8 @@ class Hyperparams:
 
 
 def hashed(hp: Hyperparams) -> dict:
-    """As a spec is hashed: without what came later and is as it was before, and what changes no result."""
-    left_out = {"checkpoint_minutes"} | ({"kernels"} if hp.kernels == "auto" else set())
-    return {name: value for name, value in asdict(hp).items() if name not in left_out}
+    """As a spec is hashed: without what came later and is as it was before."""
+    return {name: value for name, value in asdict(hp).items() if (name, value) != ("kernels", "auto")}
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")

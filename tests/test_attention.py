@@ -16,7 +16,7 @@ from harness.record import Data, Provenance, RunRecord
 from harness.report.attention import attended
 from harness.report.comparison import comparisons
 from harness.store import ATTENTION, Store
-from harness.training import attention
+from harness.training import attention_maps
 from methods.full import Full
 
 TALK = [("the cat sat on the mat", "the dog ran"), ("a cat", "a dog")]
@@ -36,7 +36,7 @@ def maps(tmp_path_factory):
     model.save_pretrained(folder / "trained")
     spec = replace(plan(Request(["full"], "demo", seeds=[0]))[-1], locations={"model": str(folder / "base")})
     record = RunRecord(spec, "ok", data=Data(template="instruction"), provenance=Provenance(precision="fp32"))
-    found = attention(spec, record, build(Full, {}), folder / "trained", TALK)
+    found = attention_maps(spec, record, build(Full, {}), folder / "trained", TALK)
     return folder, record, json.loads(json.dumps(found))
 
 

@@ -18,7 +18,7 @@ from methods.galore import GaLore
 from methods.lora import LoRA
 
 HP = tiny.hyperparams(max_steps=7, batch_size=4, micro_batch_size=2, validations=2)
-OFTEN = replace(HP, checkpoint_minutes=1e-9)  # after each step
+OFTEN = 1e-9  # seconds: after each step
 ROWS = tiny.rows(40)
 
 
@@ -26,11 +26,11 @@ class Killed(Exception):
     pass
 
 
-def training(method, folder, hp=HP, on_step=lambda **_: None):
+def training(method, folder, every=300.0, on_step=lambda **_: None, hp=HP):
     """As a run has it, with checkpoints in a folder. -> record, trained weights."""
     model, run = tiny.attached(method, None, ROWS, hp)
     run.splits["validation"], run.report = tiny.rows(4, seed=1), on_step
-    run.checkpoints, run.record.phases = Checkpoints(folder, run), run.meter.phases
+    run.checkpoints, run.record.phases = Checkpoints(folder, run, every), run.meter.phases
     train(model, run, run.checkpoints.newest(model))
     return run.record, tiny.trained_weights(model)
 
@@ -107,8 +107,8 @@ def test_what_is_broken_is_told_and_the_one_before_is_taken(tmp_path):
 def test_another_training_does_not_go_on_from_it(other, hp, said, tmp_path):
     with pytest.raises(Killed):
         training(LoRA(), tmp_path, OFTEN, at(3, killed))
-    fresh, _ = training(other, tmp_path / "fresh", hp)
-    record, _ = training(other, tmp_path, hp)
+    fresh, _ = training(other, tmp_path / "fresh", hp=hp)
+    record, _ = training(other, tmp_path, hp=hp)
     assert not record.resumed and tiny.losses(record) == tiny.losses(fresh)
     assert any(said in warning for warning in record.warnings)
 
@@ -133,8 +133,8 @@ KILLS = """
 def test_a_killed_run_is_gone_on_from_by_the_same_command(tmp_path):
     for name in ("sturdy", "calm"):
         (tmp_path / f"{name}.py").write_text(BITFIT + KILLS)
-    often = ["hp.checkpoint_minutes=1e-9", "hp.max_steps=8", "hp.batch_size=4", "hp.micro_batch_size=4"]
-    asked = ["--seeds", 0, "--plugins", "sturdy.py", "calm.py", *SMALL, *often]
+    steps = ["hp.max_steps=8", "hp.batch_size=4", "hp.micro_batch_size=4", "--checkpoints", "0.001s"]
+    asked = ["--seeds", 0, "--plugins", "sturdy.py", "calm.py", *SMALL, *steps]
     first = bench("--methods", "sturdy", *asked, cwd=tmp_path)
     assert first.returncode == 1 and records(tmp_path)["sturdy-0"]["status"] == "interrupted"
     second = bench("--methods", "sturdy", "calm", *asked, cwd=tmp_path)

@@ -56,8 +56,10 @@ def grade(store, rater: str, sheet: Sheet, of) -> None:
 
 
 def report(store, folder) -> str:
+    """Of several comparisons, which are a file each, all of them."""
     render(store, folder, ("md",), now="now")
-    return (folder / "report.md").read_text("utf-8")
+    files = sorted(folder.glob("report-*.md")) or [folder / "report.md"]
+    return "".join(file.read_text("utf-8") for file in files)
 
 
 def section(text: str) -> str:

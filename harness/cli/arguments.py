@@ -122,6 +122,11 @@ def duration(text: str) -> float:
     raise argparse.ArgumentTypeError(f"write it as 90s, 30m or 2h, not {text!r}")
 
 
+def often(text: str) -> float:
+    """As a duration, or 0."""
+    return 0.0 if text == "0" else duration(text)
+
+
 DECIMAL = {"GB": 10**9, "MB": 10**6, "TB": 10**12}
 BINARY = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40}
 TIMES = {"h": 3600, "hour": 3600, "hours": 3600, "min": 60, "minutes": 60, "m": 60, "s": 1}
@@ -182,7 +187,7 @@ ARGUMENTS = (
     ("name", ["data"], {"nargs": "?", "metavar": "NAME|FILE|DIR",
                         "help": f"{DATASET}; none: all specs' fields"}),
     ("method", ["check"], {"metavar": "FILE|NAME", "help": "a file that defines a method, or its name"}),
-    ("run", KEPT[:2], {"metavar": "RUN", "help": "a finished run, or how its name begins: see list results"}),
+    ("run", KEPT[:2], {"metavar": "RUN", "help": "a finished run: its id (see list results), or method"}),
     ("runs", ["attention"], {"nargs": "+", "metavar": "RUN", "help": "as merge takes it"}),
     ("repo", ["push"], {"metavar": "OWNER/NAME", "help": "of the repository on the hub"}),
     ("--to", ["merge"], once("DIR", "the new folder (default: merged, beside the run's model)", type=folder)),
@@ -224,6 +229,9 @@ ARGUMENTS = (
     ("--force", ASKING, flag("run again what is cached")),
     ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
                                "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
+    ("--checkpoints", ["run"], {"type": often, "metavar": "TIME", "default": 300.0,
+                                "help": "between two of a training, from which it goes on if it is stopped; "
+                                "0: none (default: 5m)"}),
     ("--methods", ["grade"], several("NAME", "whose answers, beside the untouched model's (default: all)")),
     ("--comparison", ["grade"], once("N", "as the report has them, the newest first (default: 1)",
                                      type=natural, default=1)),

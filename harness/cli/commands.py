@@ -29,7 +29,8 @@ def run_command(options, typed: list[str]) -> int:
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
-            for ended in bench.bench(specs, store, command, watcher, options.force, options.time_limit):
+            terms = options.force, options.time_limit, options.checkpoints
+            for ended in bench.bench(specs, store, command, watcher, *terms):
                 done.append(ended)
                 if not ended.cached:
                     tracking.tell(store.path(ended.record.spec).name)

@@ -164,7 +164,7 @@ def attention(options) -> int:
         found.append((record, cls, source))
     problems.refuse()
     hush()
-    from harness.training import attention as attended
+    from harness.training import attention_maps
 
     written = []
     for record, cls, source in found:
@@ -172,7 +172,9 @@ def attention(options) -> int:
         conversations = [(output["prompt"], output["reference"]) for output in outputs]
         spec, folder = replace(record.spec, locations={"model": source}), store.folder / record.folder
         try:
-            value = attended(spec, record, method.build(cls, spec.options), folder / MODEL, conversations)
+            value = attention_maps(
+                spec, record, method.build(cls, spec.options), folder / MODEL, conversations
+            )
         except (ValueError, method.Unsupported) as error:
             raise BadRequest(Problem(str(error), record.folder)) from error
         save(folder / ATTENTION, json.dumps(value, ensure_ascii=False))

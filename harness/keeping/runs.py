@@ -11,24 +11,28 @@ MERGED = "merged"  # beside the model, as a run saved it, where the merged one i
 
 
 def kept_run(store: Store, text: str) -> RunRecord:
-    """The finished run with a saved model that `text` names: its name as `list results` has it, or the
-    beginning of it up to a dash (lora-s0, lora), where that is one run. Raises BadRequest."""
+    """The finished run with a saved model that `text` names: its id in `list results`, its folder's name, or the
+    beginning of that up to a dash (lora-s0, lora), where it is one run. Raises BadRequest."""
     records, _ = store.load()
     trained = [record for record in records if record.spec.trains and not record.spec.trial]
     kept = {record.folder: record for record in trained if record.ok}
-    meant = [name for name in kept if name == text or name.startswith(f"{text}-")]
+    meant = [name for name in kept if called(name, text)]
     if len(meant) == 1:
         return with_model(store, kept[meant[0]])
     if meant:
         what = f"{brief(text)} is {len(meant)} runs"
         raise BadRequest(Problem(what, available=tuple(meant), remedy="name one of them"))
     for record in records:
-        if record.folder == text or record.folder.startswith(f"{text}-"):
+        if called(record.folder, text):
             raise BadRequest(Problem(f"{record.folder} {why_not(record)}", available=tuple(kept)))
     names = [*kept, *dict.fromkeys(record.spec.method for record in kept.values())]
     near = difflib.get_close_matches(text, names, n=1)
     what = f"no finished run {brief(text)} in {store.folder}"
     raise BadRequest(Problem(what, nearest="".join(near), available=tuple(kept)))
+
+
+def called(name: str, text: str) -> bool:
+    return name == text or name.startswith(f"{text}-") or name.endswith(f"-{text}")
 
 
 def why_not(record: RunRecord) -> str:

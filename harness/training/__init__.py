@@ -1,6 +1,6 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
-from harness.training.attending import attention
+from harness.training.attending import attention_maps
 from harness.training.checkpoint import packed, resume, snapshot, unpacked
 from harness.training.ensemble import Ensemble, outputs_of
 from harness.training.evaluation import likelihoods
@@ -13,7 +13,7 @@ from harness.training.stages import execute, read_data, seed_everything
 from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
 
 __all__ = [
-    "PROMPTS", "Ensemble", "Loop", "Reading", "Run", "Trial", "attention", "execute", "likelihoods",
+    "PROMPTS", "Ensemble", "Loop", "Reading", "Run", "Trial", "attention_maps", "execute", "likelihoods",
     "load_base", "loaded_types", "master_weights", "merge", "one_arithmetic", "outputs_of", "packed",
     "prepare_model", "put_back", "read_data", "resume", "seed_everything", "snapshot", "stop_tokens",
     "unpacked",

@@ -20,7 +20,7 @@ TOKENS = 48  # of the conversation, at most: more labels than that nobody reads
 DIGITS = 4  # of a share
 
 
-def attention(
+def attention_maps(
     spec: RunSpec, record: RunRecord, method: Method, folder: Path, conversations: list[tuple[str, str]]
 ) -> dict:
     """Of the first conversation (prompt, answer) that has room in TOKENS, or the beginning of the shortest.

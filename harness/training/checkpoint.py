@@ -43,10 +43,10 @@ class Unfit(Exception):
 
 
 class Checkpoints:
-    """Those of one run, in a folder."""
+    """Those of one run, in a folder; `every` so many seconds, or, if that is 0, never."""
 
-    def __init__(self, folder: Path, run: "Run"):
-        self.folder, self.run, self.every = folder, run, 60 * run.hp.checkpoint_minutes
+    def __init__(self, folder: Path, run: "Run", every: float):
+        self.folder, self.run, self.every = folder, run, every
         self.last = time.monotonic()
         self.ending: list[int] = []  # signals that ask the training to end
         self.writer: threading.Thread | None = None

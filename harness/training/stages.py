@@ -42,10 +42,11 @@ from harness.training.reading import tokens_read
 from harness.training.run import Run
 
 
-def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path) -> None:
-    """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder."""
+def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path, every: float = 0.0) -> None:
+    """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder, and
+    checkpoints `every` so many seconds of a training."""
     model, run = opened(spec, method, record, folder)
-    run.checkpoints = Checkpoints(folder / CHECKPOINTS, run)
+    run.checkpoints = Checkpoints(folder / CHECKPOINTS, run, every)
     if spec.trains:
         model = trained(model, run)
     else:
