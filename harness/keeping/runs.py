@@ -11,7 +11,7 @@ MERGED = "merged"  # beside the model, as a run saved it, where the merged one i
 
 
 def kept_run(store: Store, text: str) -> RunRecord:
-    """The finished run with a saved model that `text` names: its id in `list results`, its folder's name, or the
+    """The finished run with a saved model that `text` names: its id in `list results`, its folder, or the
     beginning of that up to a dash (lora-s0, lora), where it is one run. Raises BadRequest."""
     records, _ = store.load()
     trained = [record for record in records if record.spec.trains and not record.spec.trial]
