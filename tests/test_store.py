@@ -15,10 +15,11 @@ import fabricate
 import pytest
 
 from harness import bench
+from harness.cli import main
 from harness.plan import Plan
 from harness.record import RunRecord
 from harness.spec import content_hash
-from harness.store import MODEL, OUTPUTS, RECORD, Store, append, save
+from harness.store import CHECKPOINTS, MODEL, OUTPUTS, RECORD, Store, append, save
 
 ROOT = Path(__file__).parents[1]
 SAVED = 4096  # bytes
@@ -321,3 +322,23 @@ def test_a_lone_surrogate_costs_no_record(tmp_path):
     assert RunRecord.from_json((tmp_path / RECORD).read_text("utf-8")).error == found.error
     append(tmp_path / "events.jsonl", {"error": "\udce9"})
     assert json.loads((tmp_path / "events.jsonl").read_text("utf-8")) == {"error": "\udce9"}
+
+
+def test_the_command_check_names_what_is_not_whole_and_changes_nothing(tmp_path, capsys):
+    folder, kept = tmp_path / "results", []
+    for seed in range(3):
+        found = fabricate.record("lora", seed)
+        found.sizes.saved_bytes = 5 if seed == 1 else None
+        kept.append(folder / fabricate.keep(folder, found).spec.folder)
+    first, second, third = kept
+    (second / MODEL).mkdir()
+    (second / MODEL / "model.safetensors").write_bytes(b"whole")
+    assert main(["check", str(folder)]) == 0 and "3 of 3 runs" in capsys.readouterr().out
+    (first / OUTPUTS).write_text((first / OUTPUTS).read_text()[:-40])
+    (second / MODEL / "model.safetensors").write_bytes(b"half")
+    (folder / f".{third.name}" / CHECKPOINTS).mkdir(parents=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, said = main(["check", str(folder)]), capsys.readouterr().out
+    assert code == 1 and f"FIX  {first}: {OUTPUTS}, line" in said
+    assert f"FIX  {second}: its model" in said and f"note {folder / ('.' + third.name)}: goes on" in said
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -19,7 +19,8 @@ COMMANDS = {
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
-    "check": "Tries what every method must hold on one of your own, trained on the demo for some steps.",
+    "check": "Tries what every method must hold on one of your own, trained on the demo for some steps; or "
+    "reads a folder of results, and says what in it is not whole.",
     "report": "Renders the report again from cached results. Needs no torch.",
     "grade": "Serves a page, to this machine alone, on which people grade answers without knowing whose.",
     "merge": "Makes a plain model folder, as transformers loads it, of what a finished run has saved.",
@@ -186,7 +187,8 @@ ARGUMENTS = (
     ("what", ["list"], {"nargs": "?", "choices": LISTS, "help": "default: all"}),
     ("name", ["data"], {"nargs": "?", "metavar": "NAME|FILE|DIR",
                         "help": f"{DATASET}; none: all specs' fields"}),
-    ("method", ["check"], {"metavar": "FILE|NAME", "help": "a file that defines a method, or its name"}),
+    ("what", ["check"], {"metavar": "FILE|NAME|DIR", "help": "a file that defines a method, its name, or a "
+                         "folder of results"}),
     ("run", KEPT[:2], {"metavar": "RUN", "help": "a finished run: its id (see list results), or method"}),
     ("runs", ["attention"], {"nargs": "+", "metavar": "RUN", "help": "as merge takes it"}),
     ("repo", ["push"], {"metavar": "OWNER/NAME", "help": "of the repository on the hub"}),

@@ -7,7 +7,6 @@ import shutil
 import sys
 from contextlib import suppress
 from math import inf
-from pathlib import Path
 
 from harness.cli.arguments import OK, SOME_FAILED, program
 from harness.errors import BadRequest, Problems, absent, unreadable, unwritable
@@ -376,42 +375,9 @@ def doctor_command(options, typed: list[str]) -> int:
 
 
 def check_command(options, typed: list[str]) -> int:
-    spec = one_run(options.method, options.set)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported: a check is on the CPU
-    import warnings
+    from harness.cli import checking
 
-    from transformers.utils import logging as hints
-
-    from harness.contract import Stage, examine
-
-    warnings.simplefilter("ignore")  # the libraries' own, on what the harness calls
-    hints.set_verbosity_error()
-    hints.disable_progress_bar()
-    findings, marks = [], {True: "ok  ", False: "FIX ", None: "-   "}
-    for finding in examine(Stage.of(spec)):
-        findings.append(finding)
-        if not options.json:
-            print(plain(f"{marks[finding.ok]} {finding.holds}"))
-            if finding.says:
-                print(plain(f"     -> {finding.says}"))
-    if options.json:
-        print(json.dumps([vars(finding) for finding in findings], indent=1))
-    return SOME_FAILED if any(finding.ok is False for finding in findings) else OK
-
-
-def one_run(text: str, settings: list[str]):
-    """The spec of a run of one method, by its name or its file, on the demo."""
-    from harness.plan import Request, plan
-
-    file = Path(os.path.expanduser(text))
-    own = file.suffix == ".py" or os.sep in text
-    if own and (reason := absent(file, "file")):
-        raise BadRequest(reason)
-    name = file.stem if own else text
-    spec = plan(Request(methods=[name], plugins=[text] * own, seeds=[0], settings=settings))[-1]
-    if not spec.trains:
-        raise BadRequest(f"{name} trains nothing: there is nothing to check")
-    return spec
+    return checking.check(options)
 
 
 COMMANDS = {

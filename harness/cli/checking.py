@@ -1,0 +1,81 @@
+"""The command check: of a method what every one must hold, of results whether they are whole."""
+
+import json
+import os
+from pathlib import Path
+
+from harness.cli.arguments import OK, SOME_FAILED
+from harness.errors import BadRequest, absent
+from harness.plain import plain
+from harness.store import CHECKPOINTS, RUN, Store
+
+AGAIN = "the command that made it runs it again"
+
+
+def check(options) -> int:
+    folder = Path(os.path.expanduser(options.what))
+    return check_results(folder, options.json) if folder.is_dir() else check_method(options)
+
+
+def check_results(folder: Path, as_json: bool) -> int:
+    """Reads all that is there, as a report would, and changes nothing."""
+    store = Store(folder)
+    records, wrong = store.load()
+    saved = [record for record in records if record.ok and record.sizes.saved_bytes is not None]
+    broken = [record for record in saved if not store.find(record.spec)]
+    wrong += [f"{folder / record.folder}: its model is not as it was saved" for record in broken]
+    whole = len(records) - len(broken)
+    notes = [f"{folder / r.folder}: {r.status}: {r.error}" for r in records if not r.ok]
+    stopped = [path.parent for path in sorted(folder.glob(f".*/{CHECKPOINTS}"))]
+    notes += [
+        f"{path}: goes on when it is asked for again" for path in stopped if RUN.fullmatch(path.name[1:])
+    ]
+    notes += [f"{path}: was set aside, and is in no report" for path in sorted(folder.glob("*.aside-*"))]
+    if as_json:
+        print(json.dumps({"whole": whole, "wrong": wrong, "notes": notes}, indent=1))
+        return SOME_FAILED if wrong else OK
+    print(f"ok   whole, in record, outputs, hashes and model: {whole} of {whole + len(wrong)} runs")
+    for line in notes:
+        print(plain(f"note {line}"))
+    for line in wrong:
+        print(plain(f"FIX  {line}\n     -> {AGAIN}"))
+    return SOME_FAILED if wrong else OK
+
+
+def check_method(options) -> int:
+    spec = one_run(options.what, options.set)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch is imported: a check is on the CPU
+    import warnings
+
+    from transformers.utils import logging as hints
+
+    from harness.contract import Stage, examine
+
+    warnings.simplefilter("ignore")  # the libraries' own, on what the harness calls
+    hints.set_verbosity_error()
+    hints.disable_progress_bar()
+    findings, marks = [], {True: "ok  ", False: "FIX ", None: "-   "}
+    for finding in examine(Stage.of(spec)):
+        findings.append(finding)
+        if not options.json:
+            print(plain(f"{marks[finding.ok]} {finding.holds}"))
+            if finding.says:
+                print(plain(f"     -> {finding.says}"))
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    return SOME_FAILED if any(finding.ok is False for finding in findings) else OK
+
+
+def one_run(text: str, settings: list[str]):
+    """The spec of a run of one method, by its name or its file, on the demo."""
+    from harness.plan import Request, plan
+
+    file = Path(os.path.expanduser(text))
+    own = file.suffix == ".py" or os.sep in text
+    if own and (reason := absent(file, "file")):
+        raise BadRequest(reason)
+    name = file.stem if own else text
+    spec = plan(Request(methods=[name], plugins=[text] * own, seeds=[0], settings=settings))[-1]
+    if not spec.trains:
+        raise BadRequest(f"{name} trains nothing: there is nothing to check")
+    return spec
