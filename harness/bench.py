@@ -37,7 +37,8 @@ LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 
 PIECE_BYTES = 2**16  # read at once: as much as a pipe holds
 POLL_SECONDS = 0.2  # often enough for a progress bar, seldom enough not to disturb the run
 CHECKPOINT_SECONDS = 300  # between two of a training: so much is lost at most, for seconds of writing
-GRACE_SECONDS = 10  # to write a record when asked to end, before the child is killed
+GRACE_SECONDS = 60  # when asked to end, for a step, a checkpoint and a record, before the child is killed
+READ_SECONDS = 10  # for what it still says, when it has ended
 # Ctrl-C, a scheduler's end, a closed terminal, which not every system has.
 STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 AT_ONCE = (
@@ -277,7 +278,7 @@ def run(
             stop(child, signals)
     finally:
         code = child.clear()
-        reader.join(GRACE_SECONDS)
+        reader.join(READ_SECONDS)
     try:
         record = RunRecord.from_json(store.text(folder.name, RESULT))
         (folder / RESULT).unlink()

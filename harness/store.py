@@ -45,7 +45,7 @@ class Tested:
         return cls(sums, [o["part"] for o in outputs], np.array([o["tokens"] for o in outputs]), rows)
 
 
-FINAL = ("ok", "diverged", "unsupported", "oom_gpu")  # it would end so again, whatever it went on from
+FINAL = ("ok", "diverged", "unsupported")  # it would end so again, whatever it went on from
 
 
 class Store:
@@ -177,9 +177,12 @@ class Store:
         aside = self.folder / STOPPED.format(spec.folder)
         if kept and not anew:
             shutil.rmtree(aside, ignore_errors=True)
-            with suppress(OSError):
-                (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
+            with suppress(OSError):  # of an attempt that had trained
+                if '"step"' in (kept / EVENTS).read_text("utf-8", "replace"):
+                    (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
             (kept / CHECKPOINTS).rename(aside)
+        if anew:
+            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if aside.is_dir():

@@ -64,7 +64,8 @@ def make_splits(dataset: dict, locations: dict, room: int = 2) -> Splits:
         found.origins[part["name"]] = {split: pool.source for pool in own for split in pool.draws}
         pools += own
     seen: dict[bytes, str] = {}
-    for pool in sorted(pools, key=lambda pool: SPLITS.index(pool.draws[0])):  # a test's own source first
+    # A test's own source first, and before it what is unseen: of a row in two parts one is left.
+    for pool in sorted(pools, key=lambda pool: ("unseen" not in pool.draws, SPLITS.index(pool.draws[0]))):
         fill(pool, dataset, locations.get(pool.part["name"]), room, seen, found)
     earlier: list[Conversation] = []
     for split in SPLITS:

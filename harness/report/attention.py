@@ -19,6 +19,7 @@ HOW = (
     "colours show the square root of a share. Below, the difference: red where the trained model attends "
     "more, blue where less, to five percentage points and beyond. The answer begins at the line."
 )
+MOST_TOKENS = 128  # of a file that somebody may have changed
 MOST = 0.05  # of a difference, at the end of its colours
 
 
@@ -49,7 +50,8 @@ def read(store: Store, record: RunRecord) -> Maps | None:
         check(maps, Maps, ATTENTION)
         size = len(maps["tokens"])
         shapes = {np.shape(maps[name]) for name in ("before", "after")}
-        return maps if shapes == {(len(maps["layers"]), size, size)} and size else None
+        fine = 0 < size <= MOST_TOKENS and all(len(pair) == 2 for pair in maps["layers"])
+        return maps if fine and shapes == {(len(maps["layers"]), size, size)} else None
     except (OSError, ValueError):
         return None
 

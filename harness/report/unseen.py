@@ -16,9 +16,9 @@ from harness.report.verdicts import Quantity, Standing, entrant, sample_of
 from harness.store import UNSEEN, Store, Tested
 
 HOW = (
-    "Parts that are only tested: no row of them was trained or validated on, and what leaks from them into "
-    "the training was left out. A gain here generalises beyond the data; a perplexity of general text that "
-    "rises is what was forgotten."
+    "Parts that are only tested: no row of them was trained or validated on, and rows that ask the same, or "
+    "plain texts that hold the same passages, were left out of the training. A gain here generalises beyond "
+    "the data; a perplexity of general text that rises is what was forgotten."
 )
 NOTE = (
     f"Change: against the untouched model, with intervals of {CONFIDENCE:.0%} that hold for all of a "

@@ -3,7 +3,9 @@
 A checkpoint is written to the side and renamed, with a digest of each of its files; the last two are kept.
 """
 
+import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,10 +20,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness import __version__
 from harness.errors import brief
 from harness.record import Resumption, RunRecord
-from harness.spec import content_hash
 from harness.store import EARLIER_EVENTS, save
 
 if TYPE_CHECKING:
@@ -83,10 +83,13 @@ class Checkpoints:
         with self.run.meter.phase("checkpoint"):
             self.settle()
             tensors: dict[str, torch.Tensor] = {}
-            kept = snapshot(loop) | {"steps": steps, "record": self.run.record.to_json()}
-            state = {"made by": made_by(self.run), "kept": packed(kept, tensors)}
-            self.writer = threading.Thread(target=self.put, args=(f"{loop.done:09}", state, tensors))
-            self.writer.start()
+            try:
+                kept = snapshot(loop) | {"steps": steps, "record": self.run.record.to_json()}
+                state = {"made by": made_by(self.run), "kept": packed(kept, tensors)}
+                self.writer = threading.Thread(target=self.put, args=(f"{loop.done:09}", state, tensors))
+                self.writer.start()
+            except Exception as error:  # of a method's state, or of memory: it costs the checkpoint alone
+                self.failed = f"no checkpoint of step {loop.done}: {error}"
             if self.ending or self.run.device.type != "cuda":  # on a CPU it would slow the next steps
                 self.settle()
         self.last = time.monotonic()
@@ -101,7 +104,7 @@ class Checkpoints:
             part.mkdir(parents=True)
             save_file(tensors, part / TENSORS)
             save(part / STATE, json.dumps(state))
-            save(part / MARK, json.dumps({file: content_hash(part / file) for file in (STATE, TENSORS)}))
+            save(part / MARK, json.dumps({file: digest_of(part / file) for file in (STATE, TENSORS)}))
             shutil.rmtree(target, ignore_errors=True)
             part.rename(target)
             for earlier in whole(self.folder)[KEPT:]:
@@ -125,10 +128,10 @@ class Checkpoints:
             try:
                 kept = read(path, self.run)
                 fits(kept, model)
-                return kept
-            except (OSError, ValueError, KeyError, TypeError, Unfit) as error:
+                return kept | {"path": path}
+            except Exception as error:  # whatever stands there, a run begins
                 self.run.record.warnings.append(
-                    f"the checkpoint of step {int(path.name)} is not used: {error}"
+                    f"the checkpoint of step {path.name.lstrip('0')} is not used: {error}"
                 )
         return None
 
@@ -141,7 +144,7 @@ def whole(folder: Path) -> list[Path]:
 def read(path: Path, run: "Run") -> dict:
     """Raises OSError, ValueError or Unfit."""
     for name, expected in json.loads((path / MARK).read_text("utf-8")).items():
-        if content_hash(path / name) != expected:
+        if digest_of(path / name) != expected:
             raise Unfit(f"{name} was changed since it was written")
     state, now = json.loads((path / STATE).read_text("utf-8")), made_by(run)
     then = state["made by"]
@@ -153,12 +156,21 @@ def read(path: Path, run: "Run") -> dict:
     return kept
 
 
+def digest_of(file: Path) -> str:
+    """Of all of it, which is on the disk then."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def made_by(run: "Run") -> dict[str, Any]:
-    """What must be the same for a training to go on."""
+    """What must be the same for a training to go on, and for its times to be of one machine."""
+    record, here = run.record, run.record.provenance
     return {
-        "spec": run.record.spec.digest, "method's code": run.record.hashes.get("method_code"),
-        "Tuneoff": __version__, "torch": torch.__version__, "device": run.device.type,
-        "precision": run.accelerator.mixed_precision,
+        "spec": record.spec.digest, "method's code": record.hashes.get("method_code"), "code": here.code,
+        "packages": here.packages, "torch": torch.__version__, "device": here.device or run.device.type,
+        "precision": run.accelerator.mixed_precision, "model": here.model_revision,
+        "rows": [record.hashes.get(split) for split in ("train", "validation")],
     }  # fmt: skip
 
 
@@ -169,10 +181,10 @@ def lost(events: Path, done: int) -> float:
         for line in events.read_text("utf-8").splitlines():
             event = json.loads(line)
             times[event.get("step")] = event.get("seconds")
-    except (OSError, ValueError):  # the last line may be half of one
-        pass
-    later = [seconds for step, seconds in times.items() if step and step >= done and seconds]
-    return max(later) - min(later) if later else 0.0
+        later = [seconds for step, seconds in times.items() if step and step >= done and seconds]
+        return max(later) - min(later) if later else 0.0
+    except Exception:  # the last line may be half of one
+        return 0.0
 
 
 # What a training goes on from
@@ -189,7 +201,7 @@ def snapshot(loop: "Loop") -> dict:
         "method": run.method.state(),
         "random": {
             "python": random.getstate(), "numpy": numpy[1:], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if run.device.type == "cuda" else [],
+            "cuda": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
             "method": run.rng.get_state(),
         },
     }  # fmt: skip
@@ -210,7 +222,7 @@ def resume(loop: "Loop", kept: dict) -> None:
     np.random.set_state(("MT19937", *states["numpy"]))
     torch.set_rng_state(states["torch"])
     if run.device.type == "cuda":
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state(states["cuda"])
     run.rng.set_state(states["method"])
 
 

@@ -1,6 +1,7 @@
 """The one loop: every method's optimizer steps, under the same batches, schedule, clipping and clock."""
 
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -44,10 +45,16 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
 
         if kept:
             with run.meter.phase("checkpoint"):
-                resume(loop, kept)
-                loop.reading.restore(to(kept["steps"]["reading"], run.device))
+                try:
+                    resume(loop, kept)
+                    loop.reading.restore(to(kept["steps"]["reading"], run.device))
+                except Exception as error:
+                    shutil.rmtree(kept["path"], ignore_errors=True)  # else no run would ever begin again
+                    what = f"its checkpoint of step {kept['done']} cannot be gone on from, and was removed"
+                    raise RuntimeError(f"{what}. The same command goes on without it: {error}") from error
                 take_record(run, kept)
             earlier = kept["steps"]["seconds"]
+            kept.clear()  # its copies of the weights
         for examples in islice(run.batches, loop.done, None):
             before = loop.kernels.seconds
             with clock.step():
@@ -60,7 +67,7 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
                 unsettled = None
                 record.validation.append({"step": loop.done, "loss": evaluation.validate(model, run)})
                 model.train()
-            if checkpoints and checkpoints.due and loop.done < run.steps:
+            if checkpoints and checkpoints.due:
                 settle(unsettled, run)
                 unsettled = None
                 checkpoints.write(loop, {"seconds": seconds(), "reading": loop.reading.state()})

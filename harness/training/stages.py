@@ -159,12 +159,13 @@ def trained(model, run: Run):
     record.tokens.attach = int(sum(read))
     start = weights.fingerprints(types)
     kept = run.checkpoints.newest(model) if run.checkpoints else None
-    if not kept:
+    went_on = kept is not None
+    if not went_on:
         if not method.starts_at_base and not record.spec.trial:
             record.start = metrics.total(evaluation.test(model, run, run.scored), run.dataset)
         record.validation = [{"step": 0, "loss": evaluation.validate(model, run)}]
         record.memory = rehearsed(model, run)
-    if run.device.type == "cpu" and not (kept or record.memory):
+    if run.device.type == "cpu" and not (went_on or record.memory):
         record.warnings.append("live tensors could not be counted here: peak memory is unknown")
     run.report = with_progress(run)
     loop = train(model, run, kept)
