@@ -275,7 +275,7 @@ def test_a_training_by_graphs_learns_what_one_without_does(name, options, folder
     close(own, weights, atol=HP.learning_rate / 5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dora", "reft", "smt", "lora_ggpo"])
+@pytest.mark.parametrize("name", ["smt", "lora_ggpo"])
 def test_layers_share_one_program(name, tmp_path):
     """But the first, which need not give its input a gradient: for layers of its own each, a compiler would
     take as long as there are layers, and give up at the eighth."""
