@@ -124,6 +124,9 @@ def test_one_that_is_no_better_than_the_untouched_model_is_said_to_be():
     assert (
         worse == "a, with the highest BLEU-4, but not known to be better than the untouched model in BLEU-4."
     )
+    harmed = said(*bench(arms, base=40.0))
+    assert harmed[1] == "a, with the highest BLEU-4, but worse than the untouched model in BLEU-4: keep that."
+    assert not any("Best of both" in line for line in harmed)
 
 
 def test_all_is_held_against_the_worst_seed_and_whole_runs():

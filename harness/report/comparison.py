@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
@@ -157,7 +158,7 @@ class Comparison:
             found.setdefault(name, []).append(ensemble)
         return found
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, list[Technique]]:
         """Who is ranked with whom: the techniques of one objective and one track. By what tells a group from
         the others, in words. What was asked for stands in both tracks where it is a method's own best."""

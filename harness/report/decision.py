@@ -164,7 +164,7 @@ def whole_seconds(record: RunRecord) -> float | None:
 class Choice:
     """Of one group. `fit`: the labels of those that remain; `standing`: the verdicts in what leads, if there
     are any; `ranked`: who of `fit` has one, from the best mean on; `top`: the first and all that are tied
-    with it; `beaten`: who is dominated, and by whom; `best_of_both`: who of the top is not by another of it.
+    with it; `beaten`: who is dominated, and by whom; `best_of_both`: who of the top is not.
     """
 
     def __init__(self, comparison: Comparison, verdicts: Verdicts, budget: Budget, group: str):
@@ -184,7 +184,7 @@ class Choice:
         self.judged = [(standing, set(names)) for standing, names in ranked if names]
         order = self.ranked + [name for name in self.fit if name not in self.ranked]
         self.beaten = {n: by for n in order if (by := [o for o in order if self.dominates(o, n)])}
-        self.best_of_both = [n for n in self.top if not set(self.beaten.get(n, ())) & set(self.top)]
+        self.best_of_both = [name for name in self.top if name not in self.beaten] or self.top
 
     def among(self, standing: Standing | None) -> list[str]:
         """Who remains and has verdicts in a quantity, from the best on."""
@@ -238,23 +238,36 @@ class Choice:
         return listed(list(filter(None, why))) or "test outputs are missing"
 
     def caveat(self, labels: list[str]) -> str:
-        """Where a training is not known to have helped at all."""
+        """Where a training is not known to have helped at all, or is known to have harmed."""
         if not self.standing:
             return ""
-        found = self.unproven(labels)
+        worse, unproven = self.worse(labels), self.unproven(labels)
+        found, what = (worse, "worse") if worse else (unproven, "not known to be better")
         who = "" if len(found) == len(labels) else f"{listed(found)} {'is' if len(found) == 1 else 'are'} "
-        where = f"in {inside(self.standing.quantity.label)}"
-        return f", but {who}not known to be better than the untouched model {where}" if found else ""
+        text = f", but {who}{what} than the untouched model in {inside(self.standing.quantity.label)}"
+        return (text + ": keep that" * (len(worse) == len(labels))) if found else ""
+
+    def worse(self, labels: list[str]) -> list[str]:
+        """Who is known to be worse than the untouched model in what leads."""
+        before = self.comparison.base(UNTOUCHED)
+        standing = self.standing
+        return [n for n in labels if before and standing and standing.beats(before.label, n)]
 
     def unproven(self, labels: list[str]) -> list[str]:
-        """Who is not known to be better than the untouched model in what leads."""
-        before = self.comparison.base(UNTOUCHED)
-        return [
-            name for name in labels
-            if before and self.standing
-            and self.standing.verdict(name, before.label).word in ("higher", "lower", "tied")
-            and not self.standing.beats(name, before.label)
-        ]  # fmt: skip
+        """Who is not known to be better than the untouched model in what leads, nor to be worse; of those
+        without a verdict who did not come out better."""
+        before, standing = self.comparison.base(UNTOUCHED), self.standing
+        if not before or not standing:
+            return []
+        sign = 1 if standing.quantity.better == "higher" else -1
+
+        def no_better(name: str) -> bool:
+            verdict = standing.verdict(name, before.label)
+            return verdict.word == "tied" or (
+                verdict.word.startswith("no ranking") and not sign * verdict.difference.value > 0
+            )
+
+        return [name for name in labels if no_better(name)]
 
     # Why
 
@@ -267,7 +280,8 @@ class Choice:
             label = METRICS[aim].label.lower()
             found.append(f"What they aim at, {label}, has no verdicts: it is in the table alone.")
         if self.standing and len(self.ranked) > 1:
-            found += [self.both()] * bool(self.verdicts.costs) + [self.best(self.standing)]
+            harmed = len(self.worse(self.best_of_both)) == len(self.best_of_both)
+            found += [self.both()] * bool(self.verdicts.costs and not harmed) + [self.best(self.standing)]
         found += [self.least(cost) for cost in self.verdicts.costs if len(self.among(cost)) > 1]
         if self.beaten:
             why = "by one that is known to be better in a score or a cost, and to be worse in none"

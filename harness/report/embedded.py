@@ -79,6 +79,7 @@ def group(choice: Choice) -> dict[str, Any]:
         "tied": {name: first_of(standing, [name, *(o for o in order if o != name)])[1:] for name in order},
         "beaten": {name: by for name in done if (by := [o for o in done if choice.dominates(o, name)])},
         "unproven": choice.unproven(done),
+        "worse": choice.worse(done),
         "needs": {name: {"memory": n.memory, "seconds": n.seconds} for name, n in choice.needs.items()},
     }
 

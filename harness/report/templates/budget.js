@@ -50,13 +50,16 @@ function times({ memory, seconds }) {
 function lead(group, fit) {
   const ranked = group.order.filter((name) => fit.includes(name));
   const top = ranked.filter((name) => name === ranked[0] || group.tied[ranked[0]].includes(name));
-  const best = top.filter((name) => !(group.beaten[name] ?? []).some((by) => top.includes(by)));
+  const free = top.filter((name) => !(group.beaten[name] ?? []).some((by) => fit.includes(by)));
+  const best = free.length ? free : top;
   const is = (n) => (n === 1 ? "is" : "are");
   const caveat = (names) => {
-    const found = names.filter((name) => group.unproven.includes(name));
+    const worse = names.filter((name) => group.worse.includes(name));
+    const found = worse.length ? worse : names.filter((name) => group.unproven.includes(name));
     const who = found.length === names.length ? "" : `${listed(found)} ${is(found.length)} `;
-    const known = `known to be better than the untouched model in ${group.label}`;
-    return found.length ? `, but ${who}not ${known}` : "";
+    const what = worse.length ? "worse" : "not known to be better";
+    const text = `, but ${who}${what} than the untouched model in ${group.label}`;
+    return found.length ? text + (worse.length === names.length ? ": keep that" : "") : "";
   };
   if (!group.done.length) return "no technique has a result, and there is nothing to choose";
   if (!fit.length) return `none of ${count(group.done.length, "technique")} is known to fit`;
