@@ -61,14 +61,15 @@ def tasks(comparison: Comparison, store: Store) -> list[Block]:
     for technique in comparison.techniques if not comparison.random_weights else []:
         for record in technique.done:
             try:
-                for score in task_scores(store, record):
-                    read.setdefault(key(score), {}).setdefault(technique, []).append(score)
+                once = {key(score): score for score in task_scores(store, record)}  # asked in two ways
+                for column, score in once.items():
+                    read.setdefault(column, {}).setdefault(technique, []).append(score)
             except (OSError, ValueError) as error:
                 corrupt.append(f"{record.folder} ({error})")
     trained = [technique for by in read.values() for technique in by if technique.spec.trains]
     found: list[Block] = []
     if trained or not comparison.trained:  # and not the untouched model's alone, which others share
-        columns = sorted(read, key=lambda column: column[:3])
+        columns = sorted(read)
         parts = [columns[i : i + WIDE] for i in range(0, len(columns), WIDE)]
         found = [table(comparison, {column: read[column] for column in part}) for part in parts]
     if corrupt:
@@ -78,8 +79,8 @@ def tasks(comparison: Comparison, store: Store) -> list[Block]:
 
 def key(score: TaskScore) -> tuple:
     """Equal for scores that can be compared."""
-    asked = (score["shots"], score["samples"], score["version"], score["lm_eval"], score["content"])
-    return (score["task"], score["metric"], score["filter"], *map(str, asked))
+    names = ("task", "shots", "samples", "metric", "filter", "version", "lm_eval", "content")
+    return tuple(str(score[name]) for name in names)  # type: ignore[literal-required]
 
 
 def table(comparison: Comparison, read: dict[tuple, dict[Technique, Seeds]]) -> Table:
@@ -111,9 +112,8 @@ def asked(score: TaskScore) -> str:
 
 def described(score: TaskScore) -> str:
     """What tells two columns of one head apart, and what to ask for to have the same again."""
-    own, program = shorten(score["version"], NAME), shorten(score["lm_eval"], NAME)
-    of = f"{score['samples']:,} rows, version {own}, lm_eval {program}, content {shorten(score['content'], NAME)}"
-    return f"{asked(score)}: {of}"
+    own, program, content = (shorten(score[name], NAME) for name in ("version", "lm_eval", "content"))
+    return f"{asked(score)}: {score['samples']:,} rows, version {own}, lm_eval {program}, hash {content}"
 
 
 def cell(seeds: Seeds, done: int) -> str:
