@@ -18,7 +18,7 @@ NOTE = (
     "↑: higher is better, ↓: lower. ± is the standard deviation over seeds. SE, of one run, is lm_eval's "
     "standard error: it speaks of other rows alone, not of other seeds."
 )
-WIDE = 6  # scores beside each other, which a page has room for
+WIDE = 4  # scores beside each other, which a page has room for
 NAME = 60  # characters
 Value = Annotated[float, (-1e100, 1e100)]
 
@@ -94,7 +94,7 @@ def table(comparison: Comparison, read: dict[tuple, dict[Technique, Seeds]]) -> 
             cells = [cell(by.get(technique, []), len(technique.done)) for by in read.values()]
             rows.append([technique.label, *cells])
     which = dict.fromkeys(described(score) for score in firsts.values())
-    return Table(["Technique", *told], rows, [f"{NOTE} {'; '.join(which)}."])
+    return Table(["Technique", *told], rows, [NOTE, *which])
 
 
 def head(score: TaskScore) -> str:
@@ -113,7 +113,7 @@ def asked(score: TaskScore) -> str:
 def described(score: TaskScore) -> str:
     """What tells two columns of one head apart, and what to ask for to have the same again."""
     own, program, content = (shorten(score[name], NAME) for name in ("version", "lm_eval", "content"))
-    return f"{asked(score)}: {score['samples']:,} rows, version {own}, lm_eval {program}, hash {content}"
+    return f"{asked(score)}: {score['samples']:,} rows, version {own}, lm_eval {program}, hash {content}."
 
 
 def cell(seeds: Seeds, done: int) -> str:
