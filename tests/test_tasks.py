@@ -131,6 +131,11 @@ def test_the_scores_are_those_of_the_untouched_model_and_of_the_runs_own(home, c
     asked = [json.loads(file.read_text())[-1] for file in written]
     assert status == OK and set(json.loads(out)["files"]) == set(map(str, written))
     assert {(s["samples"], s["shots"], s["limit"], s["num_fewshot"]) for s in asked} == {(5, 1, 5, 1)}
+    status, out, _ = command("colours", "--force")
+    assert status == OK and "kept" not in out
+    assert [len(json.loads(file.read_text())) for file in written] == [4, 4], (
+        "in the place of the earlier ones"
+    )
 
 
 @needed
