@@ -22,6 +22,7 @@ from harness.spec import RunSpec, content_hash
 RECORD, OUTPUTS, UNSEEN = "record.json", "outputs.jsonl", "unseen.jsonl"
 EVENTS, MODEL = "events.jsonl", "model"
 ATTENTION = "attention.json"  # where somebody has asked what a model attends to
+LM_EVAL = "lm-eval.json"  # where tasks of lm-evaluation-harness were asked
 CHECKPOINTS, EARLIER_EVENTS = "checkpoints", "events.jsonl"  # the second in the first: of the stopped run
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs

@@ -14,7 +14,7 @@ from harness.search import TRIALS
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
-    "data, check, report, grade, merge, push, attention, doctor; each has its own --help.",
+    "data, check, report, grade, merge, push, attention, lm-eval, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
@@ -25,6 +25,8 @@ COMMANDS = {
     "grade": "Serves a page, to this machine alone, on which people grade answers without knowing whose.",
     "merge": "Makes a plain model folder, as transformers loads it, of what a finished run has saved.",
     "attention": "What a run's model attends to in one test conversation, before and after: for its report.",
+    "lm-eval": "Asks the models of finished runs, and the untouched one, tasks of lm-evaluation-harness: for "
+    "the report.",
     "push": "Uploads the model of a finished run to the hub, with its card; private unless --public.",
     "doctor": "What this machine has, what is wrong with it, and the remedy.",
 }
@@ -175,7 +177,7 @@ def flag(help: str) -> dict:
     return {"action": "store_true", "help": help}
 
 
-ASKING, WITHIN, KEPT = ("run", "plan"), ("run", "report"), ("merge", "push", "attention")
+ASKING, WITHIN, KEPT = ("run", "plan"), ("run", "report"), ("merge", "push", "attention", "lm-eval")
 LISTS = ("methods", "datasets", "presets", "results")
 ROWS = 3  # of a dataset that are shown: more than one, and they fit a screen
 PROMPTS = 10  # whose answers people grade: what the brief asks for
@@ -191,6 +193,14 @@ ARGUMENTS = (
                          "folder of results"}),
     ("run", KEPT[:2], {"metavar": "RUN", "help": "a finished run: its id (see list results), or method"}),
     ("runs", ["attention"], {"nargs": "+", "metavar": "RUN", "help": "as merge takes it"}),
+    ("tasks", ["lm-eval"], {"nargs": "+", "metavar": "TASK", "help": "a task or a group of lm_eval"}),
+    ("--runs", ["lm-eval"], several("RUN", "as merge takes it (default: all that have kept a model)",
+                                    default=[])),
+    ("--include-path", ["lm-eval"], once("DIR", "a folder of further tasks, your own", type=folder)),
+    ("--num-fewshot", ["lm-eval"], once("N", "examples before each question (default: the task's own)",
+                                        type=count)),
+    ("--limit", ["lm-eval"], once("N", "the first so many rows of each task (default: all)", type=natural)),
+    ("--force", ["lm-eval"], flag("ask again what was asked before")),
     ("repo", ["push"], {"metavar": "OWNER/NAME", "help": "of the repository on the hub"}),
     ("--to", ["merge"], once("DIR", "the new folder (default: merged, beside the run's model)", type=folder)),
     ("--merged", ["push"], flag("the merged model, made first where it is not there, in place of what the "

@@ -361,6 +361,12 @@ def attention_command(options, typed: list[str]) -> int:
     return models.attention(options)
 
 
+def lm_eval_command(options, typed: list[str]) -> int:
+    from harness.cli import tasks
+
+    return tasks.lm_eval(options)
+
+
 def doctor_command(options, typed: list[str]) -> int:
     from harness.doctor import examine
 
@@ -383,7 +389,8 @@ def check_command(options, typed: list[str]) -> int:
 COMMANDS = {
     "run": run_command, "plan": plan_command, "list": list_command, "data": data_command,
     "check": check_command, "report": report_command, "grade": grade_command, "merge": merge_command,
-    "push": push_command, "attention": attention_command, "doctor": doctor_command,
+    "push": push_command, "attention": attention_command, "lm-eval": lm_eval_command,
+    "doctor": doctor_command,
 }  # fmt: skip
 
 

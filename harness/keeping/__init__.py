@@ -2,9 +2,9 @@
 
 from harness.keeping.folder import CARD, beside, licence_of, listed, nameless, taken
 from harness.keeping.hub import Place, place, upload
-from harness.keeping.runs import MERGED, kept_run
+from harness.keeping.runs import MERGED, kept_run, kept_runs
 
 __all__ = [
-    "CARD", "MERGED", "Place", "beside", "kept_run", "licence_of", "listed", "nameless", "place", "taken",
-    "upload",
+    "CARD", "MERGED", "Place", "beside", "kept_run", "kept_runs", "licence_of", "listed", "nameless", "place",
+    "taken", "upload",
 ]  # fmt: skip

@@ -31,6 +31,13 @@ def kept_run(store: Store, text: str) -> RunRecord:
     raise BadRequest(Problem(what, nearest="".join(near), available=tuple(kept)))
 
 
+def kept_runs(store: Store) -> list[RunRecord]:
+    """All finished runs whose saved model is there and whole."""
+    trained = [r for r in store.load()[0] if r.ok and r.spec.trains and not r.spec.trial]
+    return [r for r in trained if r.sizes.saved_bytes and (store.folder / r.folder / MODEL).is_dir()
+            and store.find(r.spec)]  # fmt: skip
+
+
 def called(name: str, text: str) -> bool:
     return name == text or name.startswith(f"{text}-") or name.endswith(f"-{text}")
 

@@ -28,14 +28,15 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
+from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
 from harness.report.text import markdown
 from harness.report.verdicts import Verdicts, judged
 from harness.store import MODEL, Store, save
 
 __all__ = [
-    "REMEDY", "Budget", "Report", "Unwritten", "conclusion", "contestants", "missing", "model_cards",
-    "render", "write",
+    "REMEDY", "Budget", "Report", "TaskScore", "Unwritten", "conclusion", "contestants", "missing",
+    "model_cards", "render", "task_scores", "write",
 ]  # fmt: skip
 USUAL = ("md", "html")
 READABLE = 100  # characters of a line of words

@@ -24,6 +24,7 @@ from harness.report.outputs import endings
 from harness.report.plots import figures
 from harness.report.results import results
 from harness.report.stats import CONFIDENCE, POWER
+from harness.report.tasks import tasks
 from harness.report.text import UNKNOWN, duration, listed
 from harness.report.tuning import tracks
 from harness.report.unseen import unseen
@@ -138,6 +139,7 @@ def section(
         *together(comparison, verdicts),
         *more(comparison),
         *unseen(comparison, store),
+        *tasks(comparison, store),
         *endings(comparison, verdicts, store),
         b.Heading("Cost of each phase"),
         phases(comparison),

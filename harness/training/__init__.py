@@ -10,11 +10,12 @@ from harness.training.model import load_base, stop_tokens
 from harness.training.reading import Reading
 from harness.training.run import Run
 from harness.training.stages import execute, read_data, seed_everything
+from harness.training.tasks import Asked, Tasks, ask
 from harness.training.weights import loaded_types, master_weights, one_arithmetic, put_back
 
 __all__ = [
-    "PROMPTS", "Ensemble", "Loop", "Reading", "Run", "Trial", "attention_maps", "execute", "likelihoods",
-    "load_base", "loaded_types", "master_weights", "merge", "one_arithmetic", "outputs_of", "packed",
-    "prepare_model", "put_back", "read_data", "resume", "seed_everything", "snapshot", "stop_tokens",
-    "unpacked",
+    "PROMPTS", "Asked", "Ensemble", "Loop", "Reading", "Run", "Tasks", "Trial", "ask", "attention_maps",
+    "execute", "likelihoods", "load_base", "loaded_types", "master_weights", "merge", "one_arithmetic",
+    "outputs_of", "packed", "prepare_model", "put_back", "read_data", "resume", "seed_everything",
+    "snapshot", "stop_tokens", "unpacked",
 ]  # fmt: skip
