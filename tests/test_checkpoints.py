@@ -143,8 +143,9 @@ def test_a_killed_run_is_gone_on_from_by_the_same_command(tmp_path):
     sturdy, calm = found["sturdy-0"], found["calm-0"]
     (resumed,) = sturdy["resumed"]
     assert 0 < resumed["step"] < 8 and resumed["spent"] > 0 and not calm["resumed"]
-    for name in ("training", "validation", "tokens"):
+    for name in ("training", "validation", "tokens", "signatures", "sizes"):  # two processes, the same bits
         assert sturdy[name] == calm[name]
+    assert all(sturdy["hashes"][name] == calm["hashes"][name] for name in ("batches", "given", "learned"))
     outputs = [next(tmp_path.glob(f"results/{name}-*")) / OUTPUTS for name in ("sturdy", "calm")]
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert not list(tmp_path.glob(f"results/*/{CHECKPOINTS}")) and not list(tmp_path.glob("results/.s*"))

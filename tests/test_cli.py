@@ -114,16 +114,6 @@ def test_again_reuses_what_is_ok_and_tries_the_rest_again(home):
     assert kept == {p: p.stat().st_mtime_ns for p in folder.glob("results/bitfit*/record.json")}
 
 
-def test_two_runs_of_one_spec_are_equal_to_the_bit(home):
-    folder, _ = home
-    first = records(folder)["bitfit-0"]
-    bench("--methods", "bitfit", "--seeds", 0, "--plugins", "bitfit.py", *SMALL, "--force", cwd=folder)
-    second = records(folder)["bitfit-0"]
-    assert second["started"] != first["started"]
-    for part in ("training", "validation", "signatures", "hashes", "tokens", "sizes"):
-        assert first[part] == second[part], part
-
-
 def test_a_changed_method_is_neither_reused_nor_run_again_in_silence(home):
     folder, _ = home
     arguments = ["--methods", "bitfit", "--seeds", 0, "--plugins", "bitfit.py", *SMALL]
