@@ -1,5 +1,6 @@
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -66,3 +67,14 @@ def pytest_collection_finish():
     through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip(f"none of {', '.join(names)} is here")
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=found, args=["--no-sandbox"])

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from harness.cli.arguments import parse_arguments
 from harness.report import Budget, Report, conclusion, render
 from harness.report.comparison import comparisons, read_outputs
-from harness.report.decision import decision, rounded_up
+from harness.report.decision import choices_of, decision, rounded_up
 from harness.report.stats import Sample
 from harness.report.verdicts import MEMORY, TIME, Entrant, Quantity, Standing, Verdicts
 from harness.store import Store
@@ -127,6 +127,7 @@ def test_one_that_is_no_better_than_the_untouched_model_is_said_to_be():
     harmed = said(*bench(arms, base=40.0))
     assert harmed[1] == "a, with the highest BLEU-4, but worse than the untouched model in BLEU-4: keep that."
     assert not any("Best of both" in line for line in harmed)
+    assert [choice.take for choice in choices_of(*bench(arms, base=40.0), None)] == [[]]
 
 
 def test_all_is_held_against_the_worst_seed_and_whole_runs():

@@ -4,7 +4,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -439,17 +438,6 @@ def command(folder: Path) -> tuple[subprocess.Popen, str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the suite may run behind an &
     )  # fmt: skip
     return process, json.loads(process.stdout.readline())["address"]
-
-
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found:
-        pytest.skip(f"none of {', '.join(names)} is here")
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
 
 
 def test_from_the_first_grade_to_the_report(tmp_path, browser, undrawn):

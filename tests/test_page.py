@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -141,17 +140,6 @@ def test_several_comparisons_are_several_files_and_an_index(tmp_path):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if not found:
-        pytest.skip(f"none of {', '.join(names)} is here")
-    with playwright.sync_playwright() as driver:
-        yield driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
 
 
 def opened(browser, report: Path, **options):

@@ -58,11 +58,11 @@ def opening(comparison: Comparison) -> str:
     ends = dict.fromkeys((seeds[0], seeds[-1]))
     tested = f"{len(comparison.parts):,} " if comparison.parts else ""
     scored = sum(bool(t.done) for t in techniques)
-    those = f"{scored} of them" * (scored < len(techniques))
+    those = f"{scored} of them " * (scored < len(techniques))
     return (
         f"{count(len(techniques), 'technique')} fine-tuned {spec.model} on {data_title(comparison)}{both}, "
         f"{' to '.join(map(str, ends))} seed{'s' * (seeds != [1])} each"
-        + (f", and {those} were scored on the same {tested}test rows.".replace("  ", " ") if scored else ".")
+        + (f", and {those}were scored on the same {tested}test rows." if scored else ".")
         if len(techniques) > 1 else
         f"{techniques[0].label} fine-tuned {spec.model} on {data_title(comparison)}{both} with "
         f"{count(seeds[0], 'seed')}" + (f" and was scored on {tested}test rows." if scored else ".")

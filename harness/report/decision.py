@@ -202,10 +202,12 @@ class Choice:
 
     @property
     def take(self) -> list[str]:
-        """Any of these; none where nothing decides."""
-        if len(self.fit) < 2:
-            return self.fit
-        return self.best_of_both if len(self.ranked) > 1 else []
+        """Any of these; none where nothing decides, or where all are worse than the untouched model."""
+        found = self.fit if len(self.fit) < 2 else self.best_of_both if len(self.ranked) > 1 else []
+        return [] if self.harmed(found) else found
+
+    def harmed(self, labels: list[str]) -> bool:
+        return bool(labels) and self.worse(labels) == labels
 
     def lead(self) -> str:
         scope = ", ".join(filter(None, (self.group[1:], f"within {self.budget}" if self.budget else "")))
@@ -245,7 +247,7 @@ class Choice:
         found, what = (worse, "worse") if worse else (unproven, "not known to be better")
         who = "" if len(found) == len(labels) else f"{listed(found)} {'is' if len(found) == 1 else 'are'} "
         text = f", but {who}{what} than the untouched model in {inside(self.standing.quantity.label)}"
-        return (text + ": keep that" * (len(worse) == len(labels))) if found else ""
+        return (text + ": keep that" * self.harmed(labels)) if found else ""
 
     def worse(self, labels: list[str]) -> list[str]:
         """Who is known to be worse than the untouched model in what leads."""
@@ -280,8 +282,8 @@ class Choice:
             label = METRICS[aim].label.lower()
             found.append(f"What they aim at, {label}, has no verdicts: it is in the table alone.")
         if self.standing and len(self.ranked) > 1:
-            harmed = len(self.worse(self.best_of_both)) == len(self.best_of_both)
-            found += [self.both()] * bool(self.verdicts.costs and not harmed) + [self.best(self.standing)]
+            known = self.verdicts.costs and not self.harmed(self.best_of_both)
+            found += [self.both()] * bool(known) + [self.best(self.standing)]
         found += [self.least(cost) for cost in self.verdicts.costs if len(self.among(cost)) > 1]
         if self.beaten:
             why = "by one that is known to be better in a score or a cost, and to be worse in none"
