@@ -128,10 +128,11 @@ class Wide(torch.autograd.Function):
         to_b = [grad.T @ joined[:, n:][:, r] for grad, (_, r) in zip(grads, places, strict=True)]
         to_joined = grads[0] @ both[places[0][0]]  # (T, n + R)
         for grad, (m, _) in zip(grads[1:], places[1:], strict=True):  # joined, they would be copied
-            to_joined = torch.addmm(to_joined, grad, both[m])
+            add_product(to_joined, grad, both[m])
         to_x, to_h = to_joined[:, :n], to_joined[:, n:]
         given = shared(to_h.T @ joined[:, :n], to_b, ctx.sizes, ctx.scales, factors)
-        return torch.addmm(to_x, to_h, a), None, None, None, None, *given
+        add_product(to_x, to_h, a)
+        return to_x, None, None, None, None, *given
 
 
 class Narrow(torch.autograd.Function):
@@ -143,7 +144,8 @@ class Narrow(torch.autograd.Function):
         y, h = product[:, : len(b)], product[:, len(b) :]
         ctx.save_for_backward(x, h, both, b, *factors)
         ctx.sizes, ctx.scales = sizes, scales
-        return (torch.addmm(y, h, b.T),)
+        add_product(y, h, b.T)
+        return (y,)
 
     @staticmethod
     def backward(ctx, grad):
@@ -152,6 +154,12 @@ class Narrow(torch.autograd.Function):
         to_b = [grad.T @ h[:, : ctx.sizes[0][1]]]
         given = shared(to_h.T @ x, to_b, ctx.sizes, ctx.scales, factors)
         return torch.cat([grad, to_h], 1) @ both, None, None, None, None, None, *given
+
+
+@torch.library.custom_op("tuneoff::add_product", mutates_args={"total"})
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """In place, also where layers are compiled: torch.addmm copies the total first."""
+    total.addmm_(left, right)
 
 
 def shared(to_a, to_b, sizes, scales, factors):

@@ -17,7 +17,8 @@ from harness.training.attention import flash
 
 CHUNK = 2**26  # logits at a time: 256 MiB in fp32, and still large matrix products
 ROWS = ("cu_seq_lens", "longest")  # of a batch: where rows lie, for attention that needs no mask
-FUSED_ROWS = 512  # at a time of a frozen head where slopes replace logits: 256 MiB in 16 bits
+FUSED_ROWS = 512  # at a time of a frozen head where slopes replace logits: 256 MiB in 16 bits; or
+FUSED_SHARE = 1 / 8  # of all rows, if that is more: larger products, beside layers that hold more, too
 TRAINED_ROWS = 2048  # of a trained one: each time, a gradient as large as the head is added up
 
 
@@ -103,7 +104,7 @@ class LogProbabilities(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, softcap, learning, fused):
         device, trained = hidden.device.type, weight.requires_grad
         ctx.fused = fused and device == "cuda" and head_kernel.triton is not None
-        most = TRAINED_ROWS if trained else FUSED_ROWS
+        most = TRAINED_ROWS if trained else max(FUSED_ROWS, int(FUSED_SHARE * len(labels)))
         ctx.rows, ctx.softcap = most if ctx.fused else max(1, CHUNK // weight.shape[0]), softcap
         autocast = torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype

@@ -37,7 +37,10 @@ COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
 GRADED = {
     "autograd_cache_allow_custom_autograd_functions": True,  # the adapters' own are in the cache's key
-    "activation_memory_budget": 0.85,  # of what is kept for backward: less takes as long on an H200
+    # For backward less is kept, and what is cheap is computed again: it takes as long on an H200.
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
 }
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
