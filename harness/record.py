@@ -117,6 +117,7 @@ class Steps:
     reason: str | None = None  # why no higher one
     packed: bool | None = None  # rows lay one behind another, attention apart
     shapes: Count | None = None  # graphs that were captured
+    apart: Amount | None = None  # after the last step: share by which gradients differ from plain ones
     decoding: str | None = None  # how answers to the test rows were decoded: a rung, or generate
 
 

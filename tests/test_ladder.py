@@ -110,13 +110,25 @@ def test_a_short_training_is_not_compiled(monkeypatch):
 
 def test_gradients_apart_by_more_than_rounding_differ():
     one, other = torch.ones(100), torch.ones(100)
-    assert kernels.differ((2.0, [one]), (2.01, [other])) is None
-    assert "loss" in kernels.differ((2.0, [one]), (2.1, [other]))
+    assert kernels.difference((2.0, [one]), (2.01, [other])) is None
+    assert "loss" in kernels.difference((2.0, [one]), (2.1, [other]))
     other[:2] = 0.0  # 14 % of their length
-    assert "gradients 14.1% apart" in kernels.differ((2.0, [one]), (2.0, [other]))
-    assert kernels.differ((2.0, [torch.zeros(3)]), (2.0, [None])) is None
-    assert "apart" in kernels.differ((2.0, [torch.zeros(3)]), (2.0, [torch.ones(3)]))
-    assert "loss" in kernels.differ((2.0, [one]), (float("nan"), [one]))
+    assert "gradients 14.1% apart" in kernels.difference((2.0, [one]), (2.0, [other]))
+    assert kernels.difference((2.0, [torch.zeros(3)]), (2.0, [None])) is None
+    assert "apart" in kernels.difference((2.0, [torch.zeros(3)]), (2.0, [torch.ones(3)]))
+    assert "loss" in kernels.difference((2.0, [one]), (float("nan"), [one]))
+    assert kernels.apart([one], [one * float("nan")]) == kernels.MOST
+
+
+def test_gradients_that_go_wrong_later_are_told(traced):
+    class Later(LoRA):
+        def loss(self, model, batch, run):
+            return super().loss(model, batch, run) * (0.1 if run.fused and run.record.training else 1.0)
+
+    _, _, record = trained(Later())
+    assert record.kernels.rung == "compiled" and 0.89 < record.kernels.apart < 0.91
+    _, _, sound = trained(LoRA())
+    assert sound.kernels.apart < 1e-4
 
 
 def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from harness.record import Data, Provenance, Sizes, Tokens
+from harness.record import Data, Provenance, Sizes, Steps, Tokens
 from harness.report import render
 from harness.report.certificate import certificate
 from harness.report.comparison import comparisons
@@ -275,6 +275,16 @@ def certified(*records) -> dict[str, tuple]:
     """What should be the same -> whether it is, and the details."""
     [comparison] = comparisons(list(records))
     return {what: (fine, details) for what, fine, details in certificate(comparison)}
+
+
+def test_steps_that_went_wrong_after_their_trial_are_told():
+    one, other = (fabricate.record(method) for method in ("qlora", "galore"))
+    one.kernels, other.kernels = (Steps("compiled + graph", apart=0.03) for _ in range(2))
+    assert certified(one, other)["Kernels of the steps"] == (True, "compiled + graph")
+    other.kernels.apart = 2.0
+    fine, details = certified(one, other)["Kernels of the steps"]
+    assert fine is False and "kernels=eager" in details
+    assert details.startswith("after its last step") and "GaLore" in details and "QLoRA" not in details
 
 
 def reading(method, given, learned, trained, supervised, rows, **more):

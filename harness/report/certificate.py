@@ -8,6 +8,7 @@ from harness.report.text import listed
 from harness.spec import digest
 
 UNKNOWN = "not recorded"
+ROUNDING = 0.5  # of the gradients' length, at most: beyond, they are not those of the same loss
 DECISIVE = ("precision", "attention", "device", "code")  # of the provenance: a check each
 
 
@@ -155,6 +156,9 @@ def kernels(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
         reasons = [f"{name}: {r.kernels.reason}" for name, r in runs.items() if r.kernels.reason]
         details += ". To compute all rows plainly: --set hp.kernels=eager"
         details += f" ({'; '.join(reasons)})" * bool(reasons)
+    if wrong := [name for name, r in runs.items() if (r.kernels.apart or 0) > ROUNDING]:
+        told = f"after its last step, gradients were no longer those of a plain one: {listed(wrong)}"
+        return what, False, f"{told}; run again with --set hp.kernels=eager. {details}"
     return what, alike, details
 
 

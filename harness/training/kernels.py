@@ -2,11 +2,11 @@
 
 A ladder: decoder layers compiled one by one, and forward and backward captured as a CUDA graph that is
 replayed; the same without the graph; the graph alone; plain. A run takes the highest rung that gives, on its
-first micro-batch, the loss and the gradients of the plain one.
+first micro-batch, the loss and the gradients of the plain one. After the last step both are compared again.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,14 +33,12 @@ RUNGS = {  # name -> what a method says that it cannot
 WORTH = 1e15  # parameters times tokens that a training reads: below, compiling takes longer than it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 LOSS = 0.02  # nats a token, as much
+MOST = 1e6  # of GRADIENTS, when they are of another world or no numbers
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
 GRADED = {
     "autograd_cache_allow_custom_autograd_functions": True,  # the adapters' own are in the cache's key
-    # For backward less is kept, and what is cheap is computed again: it takes as long on an H200.
-    "ban_recompute_used_far_apart": False,
-    "ban_recompute_long_fusible_chains": False,
-    "ban_recompute_materialized_backward": False,
+    # To keep less and compute more of it again was as fast on an H200, and wrong now and then: torch 2.11.
 }
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
@@ -73,6 +71,7 @@ class Kernels:
         self.rung, self.found.reason = EAGER, self.refusal()
         self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
+        self.latest: dict = {}  # micro-batch
         self.forwards: dict[torch.nn.Module, Callable] = {}
         self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
@@ -192,7 +191,7 @@ class Kernels:
                 found = self.outcome(partial(self.replay, captured, batch, 1.0))
             else:
                 found = self.outcome(partial(self.quick, batch, 1.0))
-            wrong = expected and differ(expected, found)
+            wrong = expected and difference(expected, found)
         except torch.cuda.OutOfMemoryError:
             if not expected:  # nor did the plain step fit
                 raise
@@ -250,6 +249,7 @@ class Kernels:
             for name in head.ROWS:  # the model's own attention has a mask
                 batch.pop(name, None)
             return plain_gradients(self.model, self.run, batch, share)
+        self.latest = dict(batch)  # to which a loss adds nothing
         if captured := self.graphs.get(self.key(batch)):
             if captured.read and self.run.reading:
                 self.run.reading(batch)
@@ -300,6 +300,18 @@ class Kernels:
         found = [p.grad.flatten()[:most].clone() if p.grad is not None else None for p in trained]
         self.zero_gradients()
         return loss, found
+
+    def verify(self) -> None:
+        """How far the gradients of the latest micro-batch are from plain ones stands in the record."""
+        if self.rung == EAGER or not self.latest:
+            return
+        own, self.run.reading, batch = self.run.reading, self.seen, self.latest
+        with self.run.meter.phase("compile"), suppress(torch.cuda.OutOfMemoryError):  # a plain one may
+            _, found = self.outcome(partial(self.gradients, batch, 1.0))
+            plain = partial(plain_gradients, self.model, self.run)
+            _, expected = self.outcome(partial(plain, plainly(self.latest), 1.0))
+            self.found.apart = apart(expected, found)
+        self.run.reading = own
 
     def zero_gradients(self) -> None:
         """In place where a graph adds to them."""
@@ -394,16 +406,20 @@ def decoder_layers(causal) -> list:
     return list(lists[0]) if len(lists) == 1 else []
 
 
-def differ(expected: Any, found: Any) -> str | None:
+def difference(expected: Any, found: Any) -> str | None:
     """What tells two outcomes of one micro-batch apart, beyond rounding."""
-    (loss, gradients), (other, others) = expected, found
-    if not abs(loss - other) <= LOSS:
-        return f"loss {other:.4f}, not {loss:.4f}"
-    apart = length = 0.0
-    for a, b in zip(gradients, others, strict=True):
+    if not abs(expected[0] - found[0]) <= LOSS:
+        return f"loss {found[0]:.4f}, not {expected[0]:.4f}"
+    far = apart(expected[1], found[1])
+    return f"gradients {far:.1%} apart" if far > GRADIENTS else None
+
+
+def apart(expected: list, found: list) -> float:
+    """How long the difference of two lists of gradients is, as a share of those expected; MOST at most."""
+    far = length = 0.0
+    for a, b in zip(expected, found, strict=True):
         if a is not None:
             length += a.float().square().sum().item()
-            apart += ((b if b is not None else torch.zeros_like(a)) - a).float().square().sum().item()
-    if not apart <= GRADIENTS**2 * length:
-        return f"gradients {(apart / length) ** 0.5 if length else float('inf'):.1%} apart"
-    return None
+            far += ((b if b is not None else torch.zeros_like(a)) - a).float().square().sum().item()
+    share = (far / length) ** 0.5 if length else MOST * bool(far)
+    return share if share <= MOST else MOST

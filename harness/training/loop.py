@@ -72,6 +72,7 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
                 unsettled = None
                 checkpoints.write(loop, {"seconds": seconds(), "reading": loop.reading.state()})
         settle(unsettled, run)
+        loop.kernels.verify()
         record.step_seconds = seconds()
         record.tokens = replace(record.tokens, **loop.reading.tokens())
         record.hashes |= loop.reading.hashes()
