@@ -38,7 +38,10 @@ COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
 GRADED = {
     "autograd_cache_allow_custom_autograd_functions": True,  # the adapters' own are in the cache's key
-    # To keep less and compute more of it again was as fast on an H200, and wrong now and then: torch 2.11.
+}
+GENERATED = {
+    # Leaves a part of some gradients unwritten from torch 2.10 on: github.com/pytorch/pytorch/issues/193061
+    "triton.mix_order_reduction": False,
 }
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
@@ -229,6 +232,7 @@ class Kernels:
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(TRACED))
             stack.enter_context(torch._functorch.config.patch(GRADED))
+            stack.enter_context(torch._inductor.config.patch(GENERATED))
             stack.enter_context(self.adapters.installed())
             asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
             stack.callback(asking.remove)
