@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_requests import told
 
-from harness.cli import BAD_REQUEST, main
+from harness.cli import BAD_REQUEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -205,17 +206,16 @@ BAD_REQUESTS = {
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path, monkeypatch, capsys):
-    arguments, told = BAD_REQUESTS[case]
+    arguments, texts = BAD_REQUESTS[case]
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instr')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     (tmp_path / "lora.py").write_text(BITFIT)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    status, (out, err) = main(arguments), capsys.readouterr()
-    assert status == BAD_REQUEST, (out, err)
-    for text in told:
-        assert text in err
+    said = told(capsys, *arguments)
+    for text in texts:
+        assert text in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
