@@ -14,12 +14,14 @@ from pathlib import Path
 import fabricate
 import pytest
 import tiny
+from huggingface_hub import HfApi, constants
 from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
 from harness import bench as running
 from harness import packages
 from harness.cli import progress
+from harness.forks import in_a_copy
 from harness.method import Method
 from harness.nursery import Fresh, Nursery, environment
 from harness.plain import redacted
@@ -27,6 +29,7 @@ from harness.plan import Plan, Request, plan
 from harness.record import RunRecord, Sizes
 from harness.spec import Hyperparams, RunSpec
 from harness.store import Store
+from harness.training import model
 from harness.training.stages import save_model
 
 FAULTS = {  # a method's own code, as it breaks -> the status that must stand in its record
@@ -43,18 +46,27 @@ FAULTS = {  # a method's own code, as it breaks -> the status that must stand in
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    """One bench of methods that each break in their own way, then the next goes on."""
+    """One bench of methods that each break in their own way, then the next goes on: the last is sound, of an
+    installed package. -> its folder, how it ended, and the environment with the package."""
     folder = tmp_path_factory.mktemp("faulty")
     for name, (code, _) in FAULTS.items():
         (folder / f"{name}.py").write_text(BITFIT.replace("model.requires_grad_(False)", code))
-    plugins = [f"{name}.py" for name in FAULTS]
-    run = bench("--methods", *FAULTS, "--seeds", 0, "--plugins", *plugins, *SMALL, "--json", cwd=folder)
-    return folder, run
+    about = folder / "site/stranger-1.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[tuneoff.methods]\nstrange = stranger\n")
+    (folder / "site/stranger.py").write_text(BITFIT)
+    env = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    plugins = ["--plugins", *(f"{name}.py" for name in FAULTS)]
+    run = bench(
+        "--methods", *FAULTS, "strange", "--seeds", 0, *plugins, *SMALL, "--json", cwd=folder, env=env
+    )
+    return folder, run, env
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty):
-    folder, run = faulty
+    folder, run, _ = faulty
     assert run.returncode == 1, run.stderr
     outcomes = {r["run"].partition("-")[0]: r["status"] for r in json.loads(run.stdout)["runs"]}
     assert outcomes[name] == FAULTS[name][1]
@@ -62,6 +74,15 @@ def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty)
     assert record["error"] and "outputs" not in record["hashes"]
     assert all(phase["peak_allocated"] != 0 for phase in record["phases"].values())
     assert name in (folder / "reports/report.md").read_text().replace("\\_", "_")
+
+
+def test_an_installed_package_adds_a_method_by_an_entry_point(faulty, tmp_path):
+    folder, _, env = faulty
+    assert (
+        "strange" in json.loads(bench("list", "methods", "--json", cwd=tmp_path, env=env).stdout)["methods"]
+    )
+    record = records(folder)["strange-0"]
+    assert record["status"] == "ok" and record["sizes"]["trainable"] > 0
 
 
 # One child each, which breaks before it has imported anything heavy
@@ -232,18 +253,18 @@ def test_a_key_that_is_printed_line_by_line_reaches_no_log(tmp_path):
     assert "Ab1" not in text.partition("Traceback")[0] and "-----END RSA PRIVATE KEY-----\nthen" in text
 
 
-def test_a_silent_hub_ends_a_run(tmp_path):
+def test_a_silent_hub_ends_a_run():
+    def asked() -> bytes:
+        model.HUB_SECONDS, constants.HF_HUB_OFFLINE = 1, False
+        model.limit_hub()
+        try:
+            HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}").model_info("some/model")
+        except Exception as error:
+            return type(error).__name__.encode()
+        return b"answered"
+
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        code = (
-            "from harness.training import model; model.HUB_SECONDS = 1; model.limit_hub()\n"
-            "from huggingface_hub import HfApi; HfApi().model_info('some/model')"
-        )
-        hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        asked = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60,
-            env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub},
-        )  # fmt: skip
-        assert b"ReadTimeout" in asked.stderr, asked.stderr
+        assert in_a_copy(asked, 60) == b"ReadTimeout"
 
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT"  # what the secret part of each of these is
@@ -540,18 +561,3 @@ def until(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
-
-
-def test_an_installed_package_adds_a_method_by_an_entry_point(tmp_path):
-    site = tmp_path / "site"
-    (site / "stranger-1.dist-info").mkdir(parents=True)
-    (site / "stranger-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1\n")
-    (site / "stranger-1.dist-info/entry_points.txt").write_text("[tuneoff.methods]\nstrange = stranger\n")
-    (site / "stranger.py").write_text(BITFIT)
-    env = {**os.environ, "PYTHONPATH": str(site)}
-    arguments = ["--methods", "strange", "--seeds", 0, *SMALL]
-    listed = json.loads(bench("list", "methods", "--json", cwd=tmp_path, env=env).stdout)
-    assert "strange" in listed["methods"]
-    run = bench(*arguments, cwd=tmp_path, env=env)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert records(tmp_path)["strange-0"]["sizes"]["trainable"] > 0

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_requests import told
+
+from harness.cli import BAD_REQUEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -120,29 +123,27 @@ def test_a_changed_method_is_neither_reused_nor_run_again_in_silence(home):
     (folder / "bitfit.py").write_text(BITFIT + "\n# changed\n")
     told = "its method's code has changed; --force runs it again"
     assert told in bench("plan", *arguments, cwd=folder).stdout
-    again = bench(*arguments, cwd=folder)
+    again = bench(*arguments, "--format", "json", cwd=folder)
     (folder / "bitfit.py").write_text(BITFIT)
     assert again.returncode == 0 and told in again.stdout
-    assert told not in bench(*arguments, cwd=folder).stdout
+    assert told not in bench("plan", *arguments, cwd=folder).stdout
 
 
 def test_a_report_needs_no_torch_and_is_the_same_but_for_the_time(home):
     folder, _ = home
+    hidden = ("torch", "transformers", "scipy", "peft", "accelerate", "sacrebleu", "rouge_score")
     code = (
-        "import sys\nfor name in ('torch', 'transformers', 'accelerate', 'peft'): sys.modules[name] = None\n"
+        f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
         f"sys.path.insert(0, {str(ROOT)!r})\nfrom harness.cli import main\n"
-        "raise SystemExit(main(['report', '--reports', sys.argv[1]]))"
+        "raise SystemExit(main(['report', '--reports', 'again']))"
     )
-    for name in ("one", "two"):
-        subprocess.run([sys.executable, "-P", "-c", code, name], cwd=folder, check=True)
-    files = sorted(p.relative_to(folder / "one") for p in (folder / "one").rglob("*") if p.is_file())
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, check=True)
+    files = sorted(p.relative_to(folder / "again") for p in (folder / "again").rglob("*") if p.is_file())
     assert any(p.suffix == ".html" for p in files) and any(p.suffix == ".svg" for p in files)
     stamp = re.compile(rb"20\d\d-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00|Z| UTC)?")
     for file in files:
-        of_the_run, *again = (
-            stamp.sub(b"", (folder / name / file).read_bytes()) for name in ("reports", "one", "two")
-        )
-        assert again == [of_the_run, of_the_run], file
+        of_the_run, again = (folder / name / file for name in ("reports", "again"))
+        assert stamp.sub(b"", again.read_bytes()) == stamp.sub(b"", of_the_run.read_bytes()), file
 
 
 BAD_REQUESTS = {
@@ -205,18 +206,17 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path):
-    arguments, told = BAD_REQUESTS[case]
+def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path, monkeypatch, capsys):
+    arguments, texts = BAD_REQUESTS[case]
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instr')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     (tmp_path / "lora.py").write_text(BITFIT)
     before = sorted(tmp_path.rglob("*"))
-    run = bench(*arguments, cwd=tmp_path)
-    assert run.returncode == 2, (run.stdout, run.stderr)
-    for text in told:
-        assert text in run.stderr
-    assert "Traceback" not in run.stderr
+    monkeypatch.chdir(tmp_path)
+    said = told(capsys, *arguments)
+    for text in texts:
+        assert text in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -252,7 +252,8 @@ def test_a_plan_writes_nothing_anywhere(tmp_path):
 
 def test_all_errors_are_told_at_once(tmp_path):
     run = bench("--methods", "qlor", "--set", "hp.epochs=-1", "--source", "x=y", cwd=tmp_path)
-    assert run.stderr.count("error: ") == 3
+    assert run.returncode == BAD_REQUEST and run.stderr.count("error: ") == 3
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(("script", "name"), [("run_bench.py", "run_bench.py"), ("tuneoff", "tuneoff")])

@@ -1,6 +1,4 @@
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -712,15 +710,3 @@ def test_plot_labels_do_not_overlap(count):
         boxes = [text.get_window_extent(renderer) for text in ax.texts]
         boxes = [type(b).from_bounds(b.x0, b.y0, b.width, b.height) for b in boxes]
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
-
-
-def test_the_report_needs_no_torch(usual, tmp_path):
-    hidden = ("torch", "transformers", "scipy", "peft", "accelerate", "sacrebleu", "rouge_score")
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
-        "from pathlib import Path; from harness.report import render; from harness.store import Store\n"
-        f"render(Store(Path({str(usual)!r})), Path({str(tmp_path)!r}))"
-    )
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """One run, in this process: what it takes to be ok, what of it is scored, counted and charged, and what its
 record says of it."""
 
-import gc
 import json
 import math
 import re
@@ -97,10 +96,8 @@ def run(files, tmp_path):
             score(record, lines(folder / OUTPUTS))
         return record, folder
 
-    gc.freeze()  # a run collects garbage at each phase: not all of pytest's
     with tiny.computing("no"):
         yield one
-    gc.unfreeze()
 
 
 def spec_of(method: str) -> RunSpec:
