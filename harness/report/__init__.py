@@ -40,6 +40,7 @@ __all__ = [
 ]  # fmt: skip
 USUAL = ("md", "html")
 READABLE = 100  # characters of a line of words
+Documents = dict[str, list[Block]]  # by their files' names, without suffix
 
 
 class Unwritten(ValueError):
@@ -74,15 +75,16 @@ class Report:
     def judged(self) -> list[tuple[Comparison, Verdicts]]:
         return [(comparison, judged(comparison, self.store)) for comparison in self.comparisons]
 
-    @cached_property
-    def documents(self) -> dict[str, list[Block]]:
-        """`report`, which is an index if there are several comparisons, then one for each of these."""
-        return documents(self.comparisons, self.store, self.corrupt, self.budget)
-
-    @property
-    def sections(self) -> list[list[Block]]:
-        """The documents without the index."""
-        return list(self.documents.values())[-len(self.comparisons) :]
+    def documents(self, kinds: set[str]) -> dict[str, list[Block]]:
+        """`report`, which is an index if there are several comparisons, then one for each of these. Their
+        plots are drawn as these kinds, svg or png, and no figure is kept."""
+        found = {}
+        for name, blocks in documents(self.comparisons, self.store, self.corrupt, self.budget):
+            for block in blocks:
+                if isinstance(block, Plot):
+                    block.images.draw(kinds)
+            found[name] = blocks
+        return found
 
 
 def render(
@@ -108,16 +110,18 @@ def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> lis
         raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(WRITERS)}")
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for block in chain(*report.sections) if set(formats) & set(DRAWINGS) else []:
+    kinds = {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}
+    made = report.documents(kinds) if kinds else {}
+    for block in chain(*made.values()):
         if isinstance(block, Plot):
             plots.mkdir(exist_ok=True)
-            for kind in {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}:
+            for kind in kinds:
                 save(plots / f"{block.name}.{kind}", block.images[kind])
     written, reasons = [], []
     for kind in formats:
         file = folder / f"report.{kind}"
         try:
-            for name, content in WRITERS[kind](report).items():
+            for name, content in WRITERS[kind](report, made).items():
                 save(folder / f"{name}.{kind}", content)
             written.append(file)
         except Unsettable as error:
@@ -197,17 +201,17 @@ def write_terminal(blocks: list[Block], width: int) -> str:
     return "\n".join(found)
 
 
-def write_pages(report: Report) -> dict[str, str]:
+def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
-    found: dict = dict.fromkeys(report.documents)
+    found: dict = dict.fromkeys(made)
     for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
         found[name] = embedded(comparison, verdicts, report.store)
-    return {name: write_html(report.documents[name], report.now, data) for name, data in found.items()}
+    return {name: write_html(made[name], report.now, data) for name, data in found.items()}
 
 
-def write_pdf(report: Report) -> bytes:
-    """Each comparison's two pages, then its appendix: what the other documents have of it."""
-    parts = report.sections
+def write_pdf(report: Report, made: Documents) -> bytes:
+    """Each comparison's two pages, then its appendix: what the other documents have of it, less the index."""
+    parts = list(made.values())[-len(report.comparisons) :]
     if len(parts) > 1:
         parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
     firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
@@ -215,11 +219,11 @@ def write_pdf(report: Report) -> bytes:
 
 
 DRAWINGS = {"md": "png", "html": "svg", "pdf": "svg"}  # document -> the kind of its plots
-WRITERS: dict[str, Callable[[Report], Mapping[str, str | bytes]]] = {  # -> a file's name and what it holds
-    "md": lambda report: {n: write_markdown(blocks, report.now) for n, blocks in report.documents.items()},
+WRITERS: dict[str, Callable[[Report, Documents], Mapping[str, str | bytes]]] = {  # -> files' names, content
+    "md": lambda report, made: {n: write_markdown(blocks, report.now) for n, blocks in made.items()},
     "html": write_pages,
-    "pdf": lambda report: {"report": write_pdf(report)},
-    "csv": lambda report: {"report": write_csv(report.judged)},
-    "json": lambda report: {"report": write_json(report.judged, report.corrupt, report.now, report.budget)},
-    "tex": lambda report: {"report": write_latex(report.judged)},
+    "pdf": lambda report, made: {"report": write_pdf(report, made)},
+    "csv": lambda report, _: {"report": write_csv(report.judged)},
+    "json": lambda report, _: {"report": write_json(report.judged, report.corrupt, report.now, report.budget)},
+    "tex": lambda report, _: {"report": write_latex(report.judged)},
 }

@@ -24,6 +24,7 @@ from harness.report.plots.style import (
 )
 from harness.report.verdicts import MEMORY, TIME, Verdicts
 
+NAMED = 80  # points of a panel: more names have no room
 WIDE = 3  # times the least: costs further apart are on a logarithmic axis, or all but one would be one spot
 
 
@@ -38,7 +39,8 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
     ]
     if not techniques:
         return None
-    figure = Figure(figsize=(9.4, (3.2 + 0.05 * len(techniques)) * len(metrics)), layout="constrained")
+    tall = 3.2 + 0.05 * min(len(techniques), 2 * NAMED)
+    figure = Figure(figsize=(9.4, tall * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
     for (i, metric), (j, (quantity, (unit, cost))) in product(enumerate(metrics), enumerate(costs.items())):
         before = comparison.before(techniques[0])
@@ -49,6 +51,7 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
             draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, group))
         draw_level(axes[i, j], level, metric.decimals)
         point_to_better(axes[i, j], metric.better)
+        name_best(axes[i, j], metric.better)
         if j == 0:
             axes[i, j].set_ylabel(f"{metric.label}{' (lower is better)' * (metric.better == 'lower')}")
         if i == len(metrics) - 1:
@@ -153,6 +156,15 @@ def point_to_better(ax, better: str) -> None:
     arrow = "↖" if better == "higher" else "↙"
     ax.annotate(f"{arrow} better", (0, 1), xycoords="axes fraction", xytext=(2, 2),
                 textcoords="offset points", ha="left", va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
+
+
+def name_best(ax, better: str) -> None:
+    """Alone, of more points than names have room."""
+    named = [item for item in ax.to_label if item[2]]
+    named.sort(key=lambda item: item[1], reverse=better == "higher")
+    bare = {id(item) for item in named[NAMED:]}
+    ax.to_label = [(x, y, "" if id(item) in bare else name, bars)
+                   for item in ax.to_label for x, y, name, bars in [item]]  # fmt: skip
 
 
 def name_missing(figure: Figure, comparison: Comparison) -> None:
