@@ -4,6 +4,7 @@ A pure function of the store: rendered again it is the same bytes, but for the l
 Torch is not needed; numpy, matplotlib, jinja2 and rich are, and typst for a PDF.
 """
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
+from harness.report.plots import Images
 from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
 from harness.report.text import markdown
@@ -35,11 +37,12 @@ from harness.report.verdicts import Verdicts, judged
 from harness.store import MODEL, Store, save
 
 __all__ = [
-    "REMEDY", "Budget", "Report", "TaskScore", "Unwritten", "conclusion", "contestants", "missing",
-    "model_cards", "render", "task_scores", "write",
+    "REMEDY", "Budget", "Report", "TaskScore", "Unwritten", "conclusion", "contestants", "earlier",
+    "missing", "model_cards", "render", "task_scores", "write",
 ]  # fmt: skip
 USUAL = ("md", "html")
 READABLE = 100  # characters of a line of words
+NAMED = re.compile(r"report(-[0-9a-f]{12})?")  # documents; what else lies beside them is not ours
 Documents = dict[str, list[Block]]  # by their files' names, without suffix
 
 
@@ -81,7 +84,7 @@ class Report:
         found = {}
         for name, blocks in documents(self.comparisons, self.store, self.corrupt, self.budget):
             for block in blocks:
-                if isinstance(block, Plot):
+                if isinstance(block, Plot) and isinstance(block.images, Images):
                     block.images.draw(kinds)
             found[name] = blocks
         return found
@@ -129,6 +132,16 @@ def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> lis
     if reasons:
         raise Unwritten(reasons, written)
     return written
+
+
+def earlier(report: Report, folder: Path, written: list[Path]) -> list[Path]:
+    """The documents in a folder that an earlier rendering wrote and this one, whose `written` have come back
+    from `write`, did not: they may be of other runs."""
+    several = len(report.comparisons) > 1
+    names = ["report", *(f"report-{c.name}" for c in report.comparisons if several)]
+    new = {folder / f"{name}{file.suffix}" for name in names for file in written}
+    documents = (file for kind in WRITERS for file in folder.glob(f"report*.{kind}"))
+    return sorted(file for file in documents if file not in new and NAMED.fullmatch(file.stem))
 
 
 def conclusion(report: Report, records: list[RunRecord] | None = None, width: int = 80) -> str:
@@ -223,7 +236,9 @@ WRITERS: dict[str, Callable[[Report, Documents], Mapping[str, str | bytes]]] = {
     "md": lambda report, made: {n: write_markdown(blocks, report.now) for n, blocks in made.items()},
     "html": write_pages,
     "pdf": lambda report, made: {"report": write_pdf(report, made)},
-    "csv": lambda report, _: {"report": write_csv(report.judged)},
-    "json": lambda report, _: {"report": write_json(report.judged, report.corrupt, report.now, report.budget)},
+    "csv": lambda report, _: {"report": write_csv(report.judged, report.store)},
+    "json": lambda report, _: {
+        "report": write_json(report.judged, report.store, report.corrupt, report.now, report.budget)
+    },
     "tex": lambda report, _: {"report": write_latex(report.judged)},
 }

@@ -174,7 +174,8 @@ class Family:
         many, or one."""
         found, (a, b) = np.full(len(self.pairs), np.inf), self.ends
         for n in set(self.seeds.tolist()) - {0, 1}:
-            values = np.array([s.values if len(s.values) == n else [np.nan] * n for s in self.samples.values()])
+            values = np.zeros((len(self.seeds), n))
+            values[self.seeds == n] = [s.values for s in self.samples.values() if len(s.values) == n]
             both = (self.seeds[a] == n) & (self.seeds[b] == n)
             found[both] = (values[a[both]] - values[b[both]]).var(1, ddof=1) / n
         return found
@@ -198,8 +199,8 @@ class Family:
         freedom, rows = np.maximum(self.seeds - 1, 1), max(self.rows - 1, 1)
         spread = of_seed * rng.chisquare(freedom, (draws, count)) / freedom
         row_part = rng.chisquare(rows, draws) / rows
-        by_technique = by_rows, by_seeds, self.beyond(self.larger(spread))
-        return Bench(*(np.ascontiguousarray(each.T) for each in by_technique), row_part)
+        beyond = self.beyond(self.larger(spread))
+        return Bench(*map(np.ascontiguousarray, (by_rows.T, by_seeds.T, beyond.T, row_part)))
 
     def simulated(self, bench: "Bench", pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Errors and their variances as the bench sees them, (pairs, draws)."""

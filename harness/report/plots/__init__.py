@@ -3,15 +3,22 @@
 from harness.report import blocks as b
 from harness.report import differences
 from harness.report.comparison import Comparison
-from harness.report.plots.cost import NAMED, cost_alone, draw_level, scatter, scores_by_cost
+from harness.report.plots.cost import (
+    NAMED,
+    cost_alone,
+    scores_by_cost,
+    scores_on_paper,
+)
 from harness.report.plots.curves import by_learning_rate, criterion, loss_curves
 from harness.report.plots.memory import memory_by_part
-from harness.report.plots.style import STYLE, Images, drawn, lay_out, looks
+from harness.report.plots.style import Images, drawn, lay_out, looks
 from harness.report.reaching import SHARE, cost_to_reach, goal_of
 from harness.report.text import listed, number
 from harness.report.verdicts import Verdicts
 
-__all__ = ["STYLE", "criterion", "draw_level", "drawn", "figures", "lay_out", "looks", "safe", "scatter"]
+__all__ = [
+    "Images", "cost_alone", "criterion", "drawn", "figures", "lay_out", "looks", "safe", "scores_on_paper",
+]  # fmt: skip
 
 BARS = " Markers are means over seeds, bars ± one sample standard deviation in both directions."
 SCATTER = (

@@ -65,8 +65,9 @@ class Label:
 
     def settle(self, taken: np.ndarray) -> np.ndarray:
         """Where it covers least. `taken`: (boxes, 5: weight, left, low, right, high). -> what it takes."""
+        # What is out of reach covers nothing
         low, high = self.spots[:, :2].min(0), self.spots[:, 2:].max(0)
-        taken = taken[(taken[:, 1:3] < high).all(1) & (taken[:, 3:] > low).all(1)]  # none that is out of reach
+        taken = taken[(taken[:, 1:3] < high).all(1) & (taken[:, 3:] > low).all(1)]
         covered = overlap(self.spots[:, None], taken[:, 1:]) @ taken[:, 0] + self.outside
         texts = taken[taken[:, 0] == TEXT][:, 1:][:, None, None]
         crossed = ((self.hairs >= texts[..., :2]) & (self.hairs <= texts[..., 2:])).all(-1).sum((0, 2))
