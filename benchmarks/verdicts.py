@@ -123,8 +123,8 @@ def judged(world: World, metric: str, benches: int, seed: int = 0) -> dict[str, 
         apart += any(seen[pair].sign for pair in equal)
         found += bool(seen[0, 1].sign)
         if (0, 1) not in equal:
-            stated.append(family.power(true[0] - true[1])[0])
-            smallest.append(family.detectable()[0])
+            stated.append(family.power(0, true[0] - true[1]))
+            smallest.append(family.detectable(np.arange(len(family.pairs)) == 0))
     shares = {"hold": hold / benches, "equal": apart / benches, "found": found / benches}
     return shares | ({"stated": np.mean(stated), "smallest": np.median(smallest)} if stated else {})
 

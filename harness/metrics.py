@@ -389,6 +389,10 @@ def row_sums(outputs: list[dict], dataset: Mapping) -> dict[str, np.ndarray]:
 def of_rows(metric: Metric, outputs: list[dict], dataset: Mapping) -> np.ndarray:
     if not metric.asked(dataset):
         return np.full((len(outputs), metric.width), np.nan)
+    if metric.kept:
+        kept = [output.get("sums", {}).get(metric.name, ()) for output in outputs]
+        if set(map(len, kept)) == {metric.width}:
+            return np.array(kept, dtype=float)
     return np.array([numbers(metric, output, dataset) for output in outputs], dtype=float)
 
 

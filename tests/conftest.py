@@ -50,7 +50,14 @@ def undrawn(request, monkeypatch):
     from harness.report import plots
 
     if not request.node.get_closest_marker("drawn"):
-        for name in ("scores_by_cost", "cost_alone", "memory_by_part", "by_learning_rate", "loss_curves"):
+        for name in (
+            "scores_by_cost",
+            "scores_on_paper",
+            "cost_alone",
+            "memory_by_part",
+            "by_learning_rate",
+            "loss_curves",
+        ):
             monkeypatch.setattr(plots, name, lambda *arguments: {"png": b"", "svg": b""})
 
 

@@ -252,7 +252,7 @@ def test_a_card_says_what_the_report_says(tmp_path):
     wanted = {"bleu": "bleu4", "rouge": "rouge_l", "perplexity": "perplexity", "accuracy": "token_accuracy"}
     assert values == {of: pytest.approx(record.scores[name], abs=1e-6) for of, name in wanted.items()}
     [comparison] = comparisons(store.load()[0])
-    verdicts = as_json(comparison, judged(comparison, store), None)["verdicts"]
+    verdicts = as_json(comparison, judged(comparison, store), store, None)["verdicts"]
     [bleu] = [v for v in verdicts if (v["quantity"], v["a"], v["b"]) == ("bleu4", "DoRA", "Base")]
     ends = [f"{bleu[name]:+.2f}".replace("-", "−") for name in ("difference", "low", "high")]
     assert "{} ({} to {})".format(*ends) in text and bleu["verdict"] in text

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on saved runs: its scores are the run's own model's, and the report has them."""
 
+import csv
 import json
 import random
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from harness.cli import BAD_REQUEST, OK, main, tasks
 from harness.plan import Request, plan
 from harness.record import Data, Provenance
+from harness.report import render
 from harness.report.comparison import comparisons
 from harness.report.tasks import tasks as reported
 from harness.store import LM_EVAL, MODEL, Store
@@ -198,6 +200,15 @@ def test_the_table_has_means_over_seeds_and_of_one_seed_the_standard_error(tmp_p
     mean, sd = fmean(values.values()), stdev(values.values())
     assert rows["LoRA"] == ["–", f"{mean:.4f} ± {sd:.4f}"]
     assert rows["GaLore"] == ["12.50 (SE 0.25), 1 of 3 seeds", "–"]
+    render(store, tmp_path / "reports", ("csv", "json"))
+    lines = csv.DictReader((tmp_path / "reports" / "report.csv").open(newline=""))
+    asked = {(line["technique"], line["label"]): line for line in lines if "lm_eval" in line["quantity"]}
+    lora = asked["LoRA", "t, 0-shot: acc"]
+    assert [float(lora["mean"]), float(lora["sd"])] == pytest.approx([mean, sd]) and lora["n"] == "3"
+    assert (lora["better"], lora["before_mean"]) == ("higher", "0.25") and len(asked) == 3
+    [comparison] = json.loads((tmp_path / "reports" / "report.json").read_text())["comparisons"]
+    galore = next(t for t in comparison["techniques"] if t["technique"] == "GaLore")["quantities"][-1]
+    assert (galore["mean"], galore["better"], galore["before"]) == (12.5, "lower", None)
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ def test_what_is_left_is_told_from_what_has_ended_and_else_not_at_all():
     clock.now += 60 * 20
     assert str(remaining) == "4 of 7 runs done, 50 to 56 min left", "what is under way is less by now"
     clock.now += 60 * 500
-    assert str(remaining) == "4 of 7 runs done, 40 to 46 min left", "and is never owed time"
+    late = "4 of 7 runs done, 0.67 to 13 h left"  # at the most each takes 520 / 30 times as long
+    assert str(remaining) == late, "it is never owed time, and says that the machine is busy"
 
 
 def test_two_side_by_side_take_half_and_the_last_may_be_alone():
@@ -166,6 +167,15 @@ def test_two_side_by_side_take_half_and_the_last_may_be_alone():
     for record in trained[:2]:
         remaining.end(record, False)
     assert str(remaining) == "3 of 6 runs done, 1.5 to 2 h left", "three runs of an hour in two places: 2 h"
+
+
+def test_what_a_run_takes_beside_its_phases_is_added_to_cached_ones():
+    (base, lora, dora, *_), clock, remaining = watched("lora", "dora", seeds=(0, 1))
+    lora.phases = {"train": Phase(600.0)}
+    dora.phases = {"train": Phase(1800.0)}
+    for record in (base, dora):
+        remaining.end(record, True)
+    assert run(remaining, clock, lora, 20, 5) == "3 of 5 runs done, 80 min left", "20, and 30 twice"
 
 
 def test_cached_runs_tell_of_a_device_of_the_same_name_alone():

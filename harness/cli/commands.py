@@ -288,7 +288,7 @@ def report_command(options, typed: list[str]) -> int:
 def reported(store, options) -> tuple:
     """-> the report, and the documents that were written; of what cannot be written here, the reason is
     told. Raises OSError, ValueError."""
-    from harness.report import Report, Unwritten, write
+    from harness.report import Report, Unwritten, earlier, write
 
     report = Report.of(store, budget(options))
     try:
@@ -296,6 +296,9 @@ def reported(store, options) -> tuple:
     except Unwritten as error:
         complain(f"error: {error}")
         files = error.written
+    if stale := earlier(report, options.reports, files):
+        named = ", ".join(map(str, stale))
+        complain(f"note: not rendered now, and perhaps of other runs or another budget: {named}")
     return report, [str(file) for file in files]
 
 

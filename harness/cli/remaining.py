@@ -17,8 +17,9 @@ def kind(spec: RunSpec) -> Kind:
 
 
 class Remaining:
-    """A run of a kind that has ended takes as long as one of those did. One of a kind that has not may take
-    any time; before a training has ended here, nothing is said."""
+    """A run of a kind that has ended takes as long as one of those did, or longer by as much as one that is
+    under way already has: the machine is busier now. One of a kind that has not ended may take any time;
+    before a training has ended here, nothing is said."""
 
     def __init__(self, plan: Plan, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
@@ -30,6 +31,7 @@ class Remaining:
         self.begun: dict[str, tuple[Kind, float]] = {}  # of the runs under way
         self.took: dict[Kind, list[float]] = defaultdict(list)  # seconds
         self.cached: list[RunRecord] = []
+        self.phases = self.walls = 0.0  # seconds of those that ended here, as measured and by the clock
         self.devices: set[str | None] = set()  # on which a training has ended here
 
     def start(self, spec: RunSpec, total: int) -> None:
@@ -46,6 +48,8 @@ class Remaining:
             self.cached.append(record)
         elif of:
             self.took[of].append(self.clock() - began)
+            self.walls += self.took[of][-1]
+            self.phases += measured(record)
             self.devices |= {record.provenance.device} if record.spec.trains and record.ok else set()
 
     def __str__(self) -> str:
@@ -56,21 +60,28 @@ class Remaining:
         if not self.devices or self.done >= self.total:
             return ""
         took = {of: own for of, own in self.took.items() if own}
+        beside = max(1.0, self.walls / self.phases) if self.phases else 1.0  # a process starts, and waits
         for record in self.cached:  # as fast as here, on a device of the same name
             if record.provenance.device in self.devices and kind(record.spec) not in self.took:
-                took.setdefault(kind(record.spec), []).append(sum(p.seconds for p in record.phases.values()))
+                took.setdefault(kind(record.spec), []).append(beside * measured(record))
         known = [(of, n) for of, n in self.left.items() if n > 0 and of in took]
         waiting = self.total - self.done
         low = sorted(min(took[of]) for of, n in known for _ in range(n))[:waiting]
         high = sorted(max(took[of]) for of, n in known for _ in range(n))[-waiting:]
         past = [(took[of], self.clock() - began) for of, began in self.begun.values() if of in took]
+        slower = max([1.0, *(seconds / max(own) for own, seconds in past if max(own))])
+        high = [slower * seconds for seconds in high]
         least = sum(low) - sum(min(seconds, min(own)) for own, seconds in past)
-        most = sum(high) - sum(min(seconds, max(own)) for own, seconds in past)
+        most = sum(high) - sum(min(seconds, slower * max(own)) for own, seconds in past)
         # Places side by side are never idle while a run waits, and the longest may come last (Graham 1966).
         least, most = least / self.slots, most / self.slots + (1 - 1 / self.slots) * max(high, default=0)
         if len(low) < waiting:
             return f"at least {amount(least, least)} left" if least > 0 else ""
         return f"{amount(least, most)} left"
+
+
+def measured(record: RunRecord) -> float:
+    return sum(phase.seconds for phase in record.phases.values())
 
 
 def amount(low: float, high: float) -> str:

@@ -4,6 +4,7 @@ A pure function of the store: rendered again it is the same bytes, but for the l
 Torch is not needed; numpy, matplotlib, jinja2 and rich are, and typst for a PDF.
 """
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
+from harness.report.plots import Images
 from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
 from harness.report.text import markdown
@@ -35,11 +37,13 @@ from harness.report.verdicts import Verdicts, judged
 from harness.store import MODEL, Store, save
 
 __all__ = [
-    "REMEDY", "Budget", "Report", "TaskScore", "Unwritten", "conclusion", "contestants", "missing",
-    "model_cards", "render", "task_scores", "write",
+    "REMEDY", "Budget", "Report", "TaskScore", "Unwritten", "conclusion", "contestants", "earlier",
+    "missing", "model_cards", "render", "task_scores", "write",
 ]  # fmt: skip
 USUAL = ("md", "html")
 READABLE = 100  # characters of a line of words
+NAMED = re.compile(r"report(-[0-9a-f]{12})?")  # documents; what else lies beside them is not ours
+Documents = dict[str, list[Block]]  # by their files' names, without suffix
 
 
 class Unwritten(ValueError):
@@ -74,15 +78,16 @@ class Report:
     def judged(self) -> list[tuple[Comparison, Verdicts]]:
         return [(comparison, judged(comparison, self.store)) for comparison in self.comparisons]
 
-    @cached_property
-    def documents(self) -> dict[str, list[Block]]:
-        """`report`, which is an index if there are several comparisons, then one for each of these."""
-        return documents(self.comparisons, self.store, self.corrupt, self.budget)
-
-    @property
-    def sections(self) -> list[list[Block]]:
-        """The documents without the index."""
-        return list(self.documents.values())[-len(self.comparisons) :]
+    def documents(self, kinds: set[str]) -> dict[str, list[Block]]:
+        """`report`, which is an index if there are several comparisons, then one for each of these. Their
+        plots are drawn as these kinds, svg or png, and no figure is kept."""
+        found = {}
+        for name, blocks in documents(self.comparisons, self.store, self.corrupt, self.budget):
+            for block in blocks:
+                if isinstance(block, Plot) and isinstance(block.images, Images):
+                    block.images.draw(kinds)
+            found[name] = blocks
+        return found
 
 
 def render(
@@ -108,16 +113,18 @@ def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> lis
         raise ValueError(f"unknown format {', '.join(sorted(unknown))}. Available: {', '.join(WRITERS)}")
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for block in chain(*report.sections) if set(formats) & set(DRAWINGS) else []:
+    kinds = {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}
+    made = report.documents(kinds) if kinds else {}
+    for block in chain(*made.values()):
         if isinstance(block, Plot):
             plots.mkdir(exist_ok=True)
-            for kind in {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}:
+            for kind in kinds:
                 save(plots / f"{block.name}.{kind}", block.images[kind])
     written, reasons = [], []
     for kind in formats:
         file = folder / f"report.{kind}"
         try:
-            for name, content in WRITERS[kind](report).items():
+            for name, content in WRITERS[kind](report, made).items():
                 save(folder / f"{name}.{kind}", content)
             written.append(file)
         except Unsettable as error:
@@ -125,6 +132,16 @@ def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> lis
     if reasons:
         raise Unwritten(reasons, written)
     return written
+
+
+def earlier(report: Report, folder: Path, written: list[Path]) -> list[Path]:
+    """The documents in a folder that an earlier rendering wrote and this one, whose `written` have come back
+    from `write`, did not: they may be of other runs."""
+    several = len(report.comparisons) > 1
+    names = ["report", *(f"report-{c.name}" for c in report.comparisons if several)]
+    new = {folder / f"{name}{file.suffix}" for name in names for file in written}
+    documents = (file for kind in WRITERS for file in folder.glob(f"report*.{kind}"))
+    return sorted(file for file in documents if file not in new and NAMED.fullmatch(file.stem))
 
 
 def conclusion(report: Report, records: list[RunRecord] | None = None, width: int = 80) -> str:
@@ -197,17 +214,17 @@ def write_terminal(blocks: list[Block], width: int) -> str:
     return "\n".join(found)
 
 
-def write_pages(report: Report) -> dict[str, str]:
+def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
-    found: dict = dict.fromkeys(report.documents)
+    found: dict = dict.fromkeys(made)
     for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
         found[name] = embedded(comparison, verdicts, report.store)
-    return {name: write_html(report.documents[name], report.now, data) for name, data in found.items()}
+    return {name: write_html(made[name], report.now, data) for name, data in found.items()}
 
 
-def write_pdf(report: Report) -> bytes:
-    """Each comparison's two pages, then its appendix: what the other documents have of it."""
-    parts = report.sections
+def write_pdf(report: Report, made: Documents) -> bytes:
+    """Each comparison's two pages, then its appendix: what the other documents have of it, less the index."""
+    parts = list(made.values())[-len(report.comparisons) :]
     if len(parts) > 1:
         parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
     firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
@@ -215,11 +232,13 @@ def write_pdf(report: Report) -> bytes:
 
 
 DRAWINGS = {"md": "png", "html": "svg", "pdf": "svg"}  # document -> the kind of its plots
-WRITERS: dict[str, Callable[[Report], Mapping[str, str | bytes]]] = {  # -> a file's name and what it holds
-    "md": lambda report: {n: write_markdown(blocks, report.now) for n, blocks in report.documents.items()},
+WRITERS: dict[str, Callable[[Report, Documents], Mapping[str, str | bytes]]] = {  # -> files' names, content
+    "md": lambda report, made: {n: write_markdown(blocks, report.now) for n, blocks in made.items()},
     "html": write_pages,
-    "pdf": lambda report: {"report": write_pdf(report)},
-    "csv": lambda report: {"report": write_csv(report.judged)},
-    "json": lambda report: {"report": write_json(report.judged, report.corrupt, report.now, report.budget)},
-    "tex": lambda report: {"report": write_latex(report.judged)},
+    "pdf": lambda report, made: {"report": write_pdf(report, made)},
+    "csv": lambda report, _: {"report": write_csv(report.judged, report.store)},
+    "json": lambda report, _: {
+        "report": write_json(report.judged, report.store, report.corrupt, report.now, report.budget)
+    },
+    "tex": lambda report, _: {"report": write_latex(report.judged)},
 }

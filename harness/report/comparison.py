@@ -56,7 +56,7 @@ class Technique:
     def newest(self) -> RunRecord:
         return max(self.records, key=lambda r: r.started)
 
-    @property
+    @cached_property
     def done(self) -> list[RunRecord]:
         return [r for r in self.records if r.ok]
 
@@ -125,11 +125,11 @@ class Comparison:
     def records(self) -> list[RunRecord]:
         return [record for technique in self.techniques for record in technique.records]
 
-    @property
+    @cached_property
     def bases(self) -> list[Technique]:
         return [t for t in self.techniques if t.spec.untouched]
 
-    @property
+    @cached_property
     def trained(self) -> list[Technique]:
         return [t for t in self.techniques if t.spec.trains]
 

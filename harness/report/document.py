@@ -1,5 +1,6 @@
 """The report's order: the decision first, then the numbers, then why they can be believed."""
 
+from collections.abc import Iterator
 from math import isfinite
 
 from harness.report import blocks as b
@@ -66,15 +67,14 @@ WENT_ON = (
 
 def documents(
     comparisons: list[Comparison], store: Store, corrupt: list[str], budget: Budget | None = None
-) -> dict[str, list[b.Block]]:
-    """File's name, without suffix -> what it says: `report`, and of several comparisons one each."""
+) -> Iterator[tuple[str, list[b.Block]]]:
+    """(file's name, without suffix, what it says): `report`, and of several comparisons one each."""
     if len(comparisons) == 1:
-        blocks = section(comparisons[0], store, "", corrupt, budget)
-        return {"report": blocks + unreadable(corrupt)}
-    found = {}
+        yield "report", section(comparisons[0], store, "", corrupt, budget) + unreadable(corrupt)
+        return
+    yield "report", index(comparisons, [f"report-{c.name}" for c in comparisons], store, corrupt, budget)
     for c in comparisons:
-        found[f"report-{c.name}"] = section(c, store, f"-{c.name}", [], budget, index="report")
-    return {"report": index(comparisons, list(found), store, corrupt, budget), **found}
+        yield f"report-{c.name}", section(c, store, f"-{c.name}", [], budget, index="report")
 
 
 def index(
@@ -128,10 +128,10 @@ def section(
         *decision(comparison, verdicts, budget),
         *notices(comparison, checks, corrupt),
         *results(comparison, verdicts),
-        b.Heading("What was found"),
-        *(b.Prose(paragraph) for paragraph in answer(comparison, verdicts)),
         *figures(comparison, verdicts, suffix),
         *significance(comparison, verdicts),
+        b.Heading("What was found"),
+        *(b.Prose(paragraph) for paragraph in answer(comparison, verdicts)),
     ]
     rest = [
         *tracks(comparison, verdicts),

@@ -29,9 +29,12 @@ from harness.report.comparison import (
     watt_hours,
 )
 from harness.report.decision import Budget, Choice, choices_of
+from harness.report.results import ordered
 from harness.report.tables import brief
+from harness.report.tasks import asked_of
 from harness.report.text import latex, spreadsheet
 from harness.report.verdicts import Verdicts
+from harness.store import Store
 
 SCHEMA = 1
 COLUMNS = (
@@ -39,7 +42,7 @@ COLUMNS = (
     "label", "unit", "better", "n", "mean", "sd", "before_n", "before_mean", "before_sd", "test_rows",
     "disturbed",
 )  # fmt: skip
-Judged = list[tuple[Comparison, Verdicts]]
+Judged = list[tuple[Comparison, Verdicts]]  # `judged` before
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,27 @@ def quantities(comparison: Comparison, technique: Technique) -> list[dict[str, A
     return found
 
 
-def write_csv(judged: Judged) -> str:
+def tasks(comparison: Comparison, store: Store) -> dict[str, list[dict[str, Any]]]:
+    """Label -> what lm-evaluation-harness has measured of a technique, as `quantities` are."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for label, name, score, by in asked_of(comparison, store):
+        better = {True: "higher", False: "lower", None: None}[score["higher_is_better"]]
+        told = {"quantity": name, "label": label, "unit": None, "better": better}
+        of = {technique.label: summary([one["value"] for one in seeds]) for technique, seeds in by.items()}
+        for technique in by:
+            base = comparison.before(technique)
+            said = {**told, **of[technique.label], "before": of.get(base.label) if base else None}
+            found.setdefault(technique.label, []).append(said)
+    return found
+
+
+def write_csv(judged: Judged, store: Store) -> str:
     """A row a technique and quantity: RFC 4180, with a header."""
     file = io.StringIO()
     rows = csv.DictWriter(file, COLUMNS, lineterminator="\r\n")
     rows.writeheader()
     for number, (comparison, _) in enumerate(judged, 1):
+        asked = tasks(comparison, store)
         for technique in comparison.techniques:
             shared: dict[str, Any] = {
                 "comparison": number,
@@ -134,7 +152,7 @@ def write_csv(judged: Judged) -> str:
                 "test_rows": len(comparison.parts) or None,
                 **about(technique),
             }
-            for found in quantities(comparison, technique):
+            for found in [*quantities(comparison, technique), *asked.get(technique.label, [])]:
                 was = found.pop("before") or {}
                 row = shared | found | {f"before_{name}": value for name, value in was.items()}
                 rows.writerow({name: cell(value) for name, value in row.items()})
@@ -160,20 +178,24 @@ def about(technique: Technique) -> dict[str, Any]:
     }
 
 
-def write_json(judged: Judged, corrupt: list[str], now: str, budget: Budget | None = None) -> str:
+def write_json(
+    judged: Judged, store: Store, corrupt: list[str], now: str, budget: Budget | None = None
+) -> str:
     """ASCII alone, so that no character of it acts on a terminal."""
     value = {
         "schema": SCHEMA,
         "tuneoff": __version__,
         "rendered": now,
-        "comparisons": [as_json(comparison, verdicts, budget) for comparison, verdicts in judged],
+        "comparisons": [as_json(comparison, verdicts, store, budget) for comparison, verdicts in judged],
         "corrupt": corrupt,
     }
     return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
 
 
-def as_json(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -> dict[str, Any]:
-    spec = comparison.spec
+def as_json(
+    comparison: Comparison, verdicts: Verdicts, store: Store, budget: Budget | None
+) -> dict[str, Any]:
+    spec, asked = comparison.spec, tasks(comparison, store)
     return {
         "title": comparison.title,
         "model": spec.model,
@@ -196,7 +218,7 @@ def as_json(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -
                     {"run": r.spec.folder, "seed": r.spec.seed, "status": r.status, "error": r.error,
                      "scores": r.scores} for r in t.records
                 ],
-                "quantities": quantities(comparison, t),
+                "quantities": [*quantities(comparison, t), *asked.get(t.label, [])],
             }
             for t in comparison.techniques
         ],
@@ -244,18 +266,18 @@ def write_latex(judged: Judged) -> str:
     found = [
         "% Made by Tuneoff. Needs \\usepackage{booktabs,graphicx}; \\input it where the table shall stand."
     ]
-    for number, (comparison, _) in enumerate(judged, 1):
+    for number, (comparison, verdicts) in enumerate(judged, 1):
         for objective, members in comparison.tables.items() or [("", [])]:
             label = f"tab:tuneoff-{number}" + f"-{objective}" * (objective not in ("", "sft"))
-            found.append(tabular(comparison, members, label))
+            found.append(tabular(comparison, verdicts, members, label))
     return "\n".join(found)
 
 
-def tabular(comparison: Comparison, members: list[Technique], label: str) -> str:
-    """With the brief's columns, direction in the head, n and ± in the caption."""
+def tabular(comparison: Comparison, verdicts: Verdicts, members: list[Technique], label: str) -> str:
+    """With the brief's columns, best first, direction in the head, n and ± in the caption."""
     aim = members[0].aim if members else ""
     aim = "" if aim in {metric.name for metric in comparison.metrics} else aim
-    made = brief(comparison, [*comparison.bases, *members], aim=aim)
+    made = brief(comparison, ordered(comparison, verdicts, members, comparison.bases)[0], aim=aim)
     seeds = sorted({len(t.done) for t in members})
     n = f"${seeds[0]}$" + f" to ${seeds[-1]}$" * (seeds[-1:] != seeds[:1]) if seeds else "$0$"
     rows = f" on {len(comparison.parts):,} test rows" if comparison.parts else ""

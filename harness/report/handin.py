@@ -4,18 +4,11 @@ From the records alone, as all of a report: what is said to have been met on the
 hybrid that was not run is called a proposal. What has no room here stands in the appendix.
 """
 
-import io
 import re
 from dataclasses import asdict
-from functools import partial
 from itertools import combinations
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
-from harness.metrics import Metric
-from harness.plain import plain
+from harness.metrics import METRICS, Metric
 from harness.record import EAGER
 from harness.report import blocks as b
 from harness.report import differences, plots
@@ -23,11 +16,11 @@ from harness.report.answer import answer, count, data_title, too_long
 from harness.report.appendix import setup
 from harness.report.certificate import facts
 from harness.report.comparison import STATUS, Comparison, Technique
-from harness.report.decision import Budget, choices_of
+from harness.report.decision import Budget, choices_of, leading
 from harness.report.differences import inside
-from harness.report.results import ARROW, left, legend, table, words
+from harness.report.results import left, legend, table, words
 from harness.report.text import listed, shorten
-from harness.report.verdicts import Standing, Verdicts
+from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
 
 ALL = 12  # techniques whose reasons have room
 CLAUSE, SENTENCE, PARAGRAPH = 170, 330, 1100  # characters that one of many may take
@@ -44,6 +37,7 @@ def pages(comparison: Comparison, verdicts: Verdicts, budget: Budget | None = No
     """The two pages, `judged` before. Texts of strangers are shortened, so that none fills a page."""
     return [
         b.Title(shorten(comparison.title, CLAUSE)),
+        *first(comparison, verdicts, budget),
         b.Heading("Introduction"),
         b.Prose(introduction(comparison)),
         b.Heading("Techniques, and why"),
@@ -61,6 +55,38 @@ def pages(comparison: Comparison, verdicts: Verdicts, budget: Budget | None = No
         b.Heading("Conclusion"),
         *conclusion(comparison, verdicts, budget),
     ]
+
+
+def first(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -> list[b.Block]:
+    """The answer, for who reads nothing else: which to take, what costs least, and a picture of it."""
+    found: list[b.Block] = []
+    for choice in choices_of(comparison, verdicts, budget):
+        least = [choice.least(cost) for cost in verdicts.costs if len(choice.among(cost)) > 1]
+        found.append(b.Lead(shorten(" ".join((choice.lead(), *least)), PARAGRAPH)))
+    metric = leading_metric(comparison, verdicts)
+    if not shown(comparison) or not metric:
+        images = plots.cost_alone(comparison) if comparison.random_weights else None
+        return found + picture("Peak memory against training time", comparison, images)
+    images = plots.scores_on_paper(comparison, verdicts, [(metric, MEMORY), (metric, TIME)])
+    return found + picture(f"{metric.label} against peak memory and training time", comparison, images)
+
+
+def leading_metric(comparison: Comparison, verdicts: Verdicts) -> Metric | None:
+    standing = leading(comparison, verdicts)
+    return METRICS[standing.quantity.name] if standing else next(iter(comparison.metrics), None)
+
+
+def picture(what: str, comparison: Comparison, images: dict | None) -> list[b.Block]:
+    if images is None:
+        return []
+    if isinstance(images, plots.Images):  # not drawn yet
+        images.draw(["svg"])
+    tuned = any(comparison.untuned(technique) for technique in comparison.trained)
+    hollow = " Hollow: with the shared hyperparameters, filled: at its own best." * tuned
+    front = " Grey steps: the Pareto front, as far as it is known." * (not comparison.random_weights)
+    level = " Dashed: the untouched model, where it is near." * (not comparison.random_weights)
+    bars = "Means over seeds, bars ± their standard deviation."
+    return [b.Plot("pages", f"{what}. {bars}{hollow}{front}{level}", images)]
 
 
 def introduction(comparison: Comparison) -> str:
@@ -195,18 +221,13 @@ def cut(text: str, limit: int = 60) -> str:
 
 
 def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
-    first, *groups = answer(comparison, verdicts)
-    found: list[b.Block] = [b.Prose(shorten(text, PARAGRAPH)) for text in (first, *groups)]
+    found: list[b.Block] = [b.Prose(shorten(text, PARAGRAPH)) for text in answer(comparison, verdicts)]
     found += [short_table(comparison, verdicts, *members) for members in comparison.tables.items()]
-    if image := scores_by_memory(comparison):
-        labels = listed([metric.label for metric in shown(comparison)])
-        tuned = any(comparison.untuned(technique) for technique in comparison.trained)
-        hollow = "; hollow: with the shared hyperparameters, filled: at its own best" * tuned
-        caption = f"{labels} against peak memory. Means over seeds, bars ± their standard deviation{hollow}"
-        found.append(
-            b.Plot("memory", f"{caption}; dashed: the untouched model, where it is near.", {"svg": image})
-        )
-    return found
+    lead = leading_metric(comparison, verdicts)
+    others = [metric for metric in shown(comparison) if metric is not lead]
+    images = plots.scores_on_paper(comparison, verdicts, [(metric, MEMORY) for metric in others])
+    labels = listed([metric.label for metric in others])
+    return found + picture(f"{labels} against peak memory", comparison, images)
 
 
 def short_table(
@@ -221,34 +242,6 @@ def short_table(
     )
     made.notes = [f"{apart}{legend(comparison, verdicts)} {scales}", *made.notes]
     return made
-
-
-def scores_by_memory(comparison: Comparison) -> bytes | None:
-    """A panel a metric: the brief's plot. SVG."""
-    metrics = shown(comparison)
-    drawn = [t for t in comparison.trained if t.done and t.values(comparison.peak_memory)]
-    if not metrics or not drawn:
-        return None
-    look, image = plots.looks(comparison), io.BytesIO()
-    with matplotlib.rc_context({**plots.STYLE, "font.size": 8}):
-        figure = Figure(figsize=(7.4, 2.35), layout="constrained")
-        axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-        for ax, metric in zip(axes, metrics, strict=True):
-            score = partial(comparison.score, metric=metric.name)
-            plots.scatter(ax, comparison, drawn, comparison.peak_memory, score)
-            before = comparison.before(drawn[0])
-            plots.draw_level(ax, before.mean(score) if before else None, metric.decimals)
-            ax.set_title(f"{metric.label}{ARROW[metric.better]}")
-            ax.set_xlabel(comparison.gauge + ARROW["lower"])
-            ax.margins(0.12, 0.16)
-        titles = {t.spec.method: t.card.get("title") or t.spec.method for t in reversed(drawn)}
-        keys = [Line2D([], [], linestyle="", **look[m], label=cut(plain(titles[m]), 24))
-                for m in look if m in titles]  # fmt: skip
-        longest = max(len(str(key.get_label())) for key in keys)
-        figure.legend(handles=keys, loc="outside lower center", frameon=False, fontsize=7.5,
-                      ncols=min(8, 120 // (longest + 5)), handletextpad=0.2, columnspacing=1.2)  # fmt: skip
-        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return image.getvalue()
 
 
 # Hybrid

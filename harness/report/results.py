@@ -63,17 +63,7 @@ def table(
     marks: dict[str, str] | None = None,
 ) -> b.Table:
     """Of one objective: untouched models, then each track, best first. `marks`: label -> footnote mark."""
-    order: list[Technique] = []
-    best: dict[str, set[str]] = {}
-    for group in comparison.groups:
-        inside = [t for t in members if group in comparison.groups_of(t) and t not in order]
-        standings = [s for s in (*verdicts.metrics, *verdicts.costs) if len(s.ranked(group)) > 1]
-        places = standings[0].ranked(group) if standings else []
-        order += sorted(inside, key=lambda t: places.index(t.label) if t.label in places else len(places))
-        for s in standings:
-            first = s.ranked(group)[0]
-            best.setdefault(s.quantity.name, set()).update([first, *s.tied(first, group)])
-    order = [*bases, *order, *(t for t in members if t not in order)]
+    order, best = ordered(comparison, verdicts, members, bases)
     aim = members[0].aim if members else ""
     aim = "" if aim in {m.name for m in comparison.metrics} else aim
     made = tables.brief(comparison, order, marks, aim)
@@ -91,6 +81,23 @@ def table(
         if technique.label in best.get(name, ())
     ]
     return b.Table([made.columns[0], "n", *columns], rows, made.notes, best=marked)
+
+
+def ordered(
+    comparison: Comparison, verdicts: Verdicts, members: list[Technique], bases: Sequence[Technique] = ()
+) -> tuple[list[Technique], dict[str, set[str]]]:
+    """The rows of a table; and by quantity who is best of its track, or tied with the best."""
+    order: list[Technique] = []
+    best: dict[str, set[str]] = {}
+    for group in comparison.groups:
+        inside = [t for t in members if group in comparison.groups_of(t) and t not in order]
+        standings = [s for s in (*verdicts.metrics, *verdicts.costs) if len(s.ranked(group)) > 1]
+        places = standings[0].ranked(group) if standings else []
+        order += sorted(inside, key=lambda t: places.index(t.label) if t.label in places else len(places))
+        for s in standings:
+            first = s.ranked(group)[0]
+            best.setdefault(s.quantity.name, set()).update([first, *s.tied(first, group)])
+    return [*bases, *order, *(t for t in members if t not in order)], best
 
 
 def legend(comparison: Comparison, verdicts: Verdicts) -> str:

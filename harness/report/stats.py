@@ -16,6 +16,8 @@ POWER = 0.8  # of the smallest difference that a bench could have seen; the conv
 SAME = 1e-12  # relative: numbers so little apart are equal, but were summed in another order
 FEW = 20  # times as alike as they are: how three seeds come out in one case of 20 (chi-square, 2 degrees)
 DRAWS = 5000  # simulated benches: 5 % of them are known to 0.3 %
+BLOCK = 16  # pairs, whose draws stay in a core's cache
+MIDDLE = 100  # pairs, of which the median is near enough that of all
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ class Difference:
         return int(self.low > 0) - int(self.high < 0)
 
 
+@dataclass(frozen=True)
+class Bench:
+    """One without any true difference, drawn many times. `by_rows`, `by_seeds`, (techniques, draws): the
+    errors that test rows and seeds make; `beyond`, the same shape, and `row_part`, (draws,): the variances
+    that each draw takes them to have, see `Family.variance`."""
+
+    by_rows: np.ndarray
+    by_seeds: np.ndarray
+    beyond: np.ndarray
+    row_part: np.ndarray
+
+
 class Family:
     """The differences of some pairs of samples, judged together.
 
@@ -83,7 +97,7 @@ class Family:
         if len({s.pulls.shape[1] for s in samples.values()}) > 1:
             raise ValueError("paired differences need samples over the same test rows")
         self.samples = {name: s for name, s in samples.items() if s.known}
-        self.pairs = [pair for pair in pairs if set(pair) <= set(self.samples)]
+        self.pairs = [(a, b) for a, b in pairs if a in self.samples and b in self.samples]
         self.place = {pair: i for i, pair in enumerate(self.pairs)}
         order = {name: i for i, name in enumerate(self.samples)}
         self.ends = np.array([[order[a], order[b]] for a, b in self.pairs], dtype=int).reshape(-1, 2).T
@@ -94,15 +108,16 @@ class Family:
         self.spread = np.array(spread)
         freedom = (self.seeds - 1).sum()
         more = freedom / max(freedom - 2, 1)  # few seeds may understate: the mean of what may be true
-        errors, standard = self.simulate(np.maximum(more * self.larger(self.spread), self.own_rows), draws)
-        studentised = np.divide(np.abs(errors), standard, out=np.zeros_like(errors), where=standard > 0)
+        bench = self.bench(np.maximum(more * self.larger(self.spread), self.own_rows), draws)
         twins = self.apart < 1  # hardly anything is left to divide by: they decide only among themselves
-        counted = studentised if twins.all() else studentised[:, ~twins]
-        self.critical = float(np.quantile(counted.max(1, initial=0.0), CONFIDENCE))
+        counted = np.flatnonzero(~twins | twins.all())
+        self.critical = float(np.quantile(self.greatest(bench, counted), CONFIDENCE))
         self.width = self.critical * np.sqrt(self.variance(self.larger(self.spread)))
         seen = self.student(draws) * np.sqrt(self.paired)  # twins, seed by seed
         self.width = np.where(twins, np.maximum(self.width, seen), self.width)
         self.draws = draws
+        a, b = self.points[self.ends]
+        self.values = np.where(np.isclose(a, b, rtol=SAME, atol=0), 0.0, a - b)
 
     def rows_covariance(self) -> None:
         """Of the means over seeds, as far as test rows are the chance; and what of one seed's value is
@@ -131,11 +146,9 @@ class Family:
         a technique that is less steady than the others is not made steadier by them."""
         return np.maximum(spread, self.shared(spread))
 
-    def variance(self, of_seed: np.ndarray, rows: np.ndarray | float = 1.0) -> np.ndarray:
-        """(..., pairs) of each difference. `rows` (..., 1): the rows' part is so many times as large."""
-        a, b = self.ends
-        beyond = self.beyond(of_seed)
-        return self.row_part * rows + self.apart * (beyond[..., a] + beyond[..., b])
+    def variance(self, of_seed: np.ndarray) -> np.ndarray:
+        """(pairs,) of each difference."""
+        return self.row_part + self.apart * self.beyond(of_seed)[self.ends].sum(0)
 
     @cached_property
     def row_part(self) -> np.ndarray:
@@ -159,13 +172,13 @@ class Family:
     def paired(self) -> np.ndarray:
         """(pairs,) the variance of the mean difference, seed by seed; infinite where both have not as
         many, or one."""
-        values = [sample.values for sample in self.samples.values()]
-        pairs = [(values[i], values[j]) for i, j in self.ends.T]
-        both = (1 < len(one) == len(other) for one, other in pairs)
-        return np.array([
-            (one - other).var(ddof=1) / len(one) if known else np.inf
-            for (one, other), known in zip(pairs, both, strict=True)
-        ])  # fmt: skip
+        found, (a, b) = np.full(len(self.pairs), np.inf), self.ends
+        for n in set(self.seeds.tolist()) - {0, 1}:
+            values = np.zeros((len(self.seeds), n))
+            values[self.seeds == n] = [s.values for s in self.samples.values() if len(s.values) == n]
+            both = (self.seeds[a] == n) & (self.seeds[b] == n)
+            found[both] = (values[a[both]] - values[b[both]]).var(1, ddof=1) / n
+        return found
 
     def student(self, draws: int) -> float:
         """Student's critical value over as many seeds as most techniques have."""
@@ -176,19 +189,46 @@ class Family:
         """(..., techniques) of the mean over seeds, less what the rows' part holds already."""
         return np.where(self.seeds > 1, of_seed - self.own_rows, 0.0) / self.seeds
 
-    def simulate(self, of_seed: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
-        """Benches without any true difference -> their errors and standard errors, (draws, pairs)."""
+    def bench(self, of_seed: np.ndarray, draws: int) -> "Bench":
+        """Without any true difference, drawn so many times."""
         rng = np.random.default_rng(0)
-        count, (a, b) = len(self.samples), self.ends
+        count = len(self.samples)
         values, vectors = np.linalg.eigh(self.covariance)
         by_rows = rng.standard_normal((draws, count)) * np.sqrt(values.clip(0)) @ vectors.T
         by_seeds = rng.standard_normal((draws, count)) * np.sqrt(self.beyond(of_seed))
-        errors = by_rows[:, a] - by_rows[:, b]
-        errors += np.sqrt(self.apart) * (by_seeds[:, a] - by_seeds[:, b])
         freedom, rows = np.maximum(self.seeds - 1, 1), max(self.rows - 1, 1)
         spread = of_seed * rng.chisquare(freedom, (draws, count)) / freedom
-        row_part = rng.chisquare(rows, (draws, 1)) / rows
-        return errors, np.sqrt(self.variance(self.larger(spread), row_part))
+        row_part = rng.chisquare(rows, draws) / rows
+        beyond = self.beyond(self.larger(spread))
+        return Bench(*map(np.ascontiguousarray, (by_rows.T, by_seeds.T, beyond.T, row_part)))
+
+    def simulated(self, bench: "Bench", pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Errors and their variances as the bench sees them, (pairs, draws)."""
+        a, b = self.ends[:, pairs]
+        apart, row_part = self.apart[pairs, None], self.row_part[pairs, None]
+        errors, beyond = bench.by_seeds[a], bench.beyond[a]
+        errors -= bench.by_seeds[b]
+        beyond += bench.beyond[b]
+        if (apart != 1).any():
+            errors *= np.sqrt(apart)
+            beyond *= apart
+        if self.rows:
+            errors += bench.by_rows[a]
+            errors -= bench.by_rows[b]
+            beyond += row_part * bench.row_part
+        return errors, beyond
+
+    def greatest(self, bench: "Bench", pairs: np.ndarray) -> np.ndarray:
+        """(draws,) of the studentised errors of some pairs; a block at a time, as there may be a hundred
+        thousand pairs."""
+        found = np.zeros(len(bench.row_part))
+        for start in range(0, len(pairs), BLOCK):
+            errors, variance = self.simulated(bench, pairs[start : start + BLOCK])
+            errors *= errors
+            np.divide(errors, variance, out=errors, where=variance > 0)
+            errors[variance <= 0] = 0.0
+            np.maximum(found, errors.max(0), out=found)
+        return np.sqrt(found)
 
     def difference(self, one: str, other: str) -> Difference:
         """`one` less `other`; unknown for a pair that the family does not hold."""
@@ -196,21 +236,24 @@ class Family:
         i = self.place.get((one, other) if sign > 0 else (other, one))
         if i is None:
             return Difference()
-        a, b = self.points[self.ends[:, i]]
-        value = 0.0 if np.isclose(a, b, rtol=SAME, atol=0) else sign * float(a - b)
-        return Difference(value, value - float(self.width[i]), value + float(self.width[i]))
+        value, width = sign * float(self.values[i]) + 0.0, float(self.width[i])  # no -0
+        return Difference(value, value - width, value + width)
 
     @cached_property
-    def repeated(self) -> tuple[np.ndarray, np.ndarray]:
-        """This bench again, its seeds as steady as those of all were: errors, standard errors."""
-        return self.simulate(self.shared(self.spread), self.draws)
+    def repeated(self) -> "Bench":
+        """This bench again, its seeds as steady as those of all were."""
+        return self.bench(self.shared(self.spread), self.draws)
 
-    def power(self, difference: float) -> np.ndarray:
-        """(pairs,) how often such a bench would tell a pair apart that truly differs so much."""
-        errors, standard = self.repeated
-        return (np.abs(errors + difference) > self.critical * standard).mean(0)
+    def power(self, pair: int, difference: float) -> float:
+        """How often such a bench would tell a pair apart that truly differs so much."""
+        errors, variance = self.simulated(self.repeated, np.array([pair]))
+        return float((np.abs(errors + difference) > self.critical * np.sqrt(variance)).mean())
 
-    def detectable(self) -> np.ndarray:
-        """(pairs,) the true difference that such a bench would find with POWER."""
-        errors, standard = self.repeated
-        return np.quantile(self.critical * standard - errors, POWER, axis=0)
+    def detectable(self, chosen: np.ndarray) -> float:
+        """The true difference that such a bench would find with POWER, the median of the `chosen` pairs
+        (mask); of those in the middle by their standard errors, as it goes with these."""
+        pairs = np.flatnonzero(chosen)
+        pairs = pairs[np.argsort(self.variance(self.shared(self.spread))[pairs], kind="stable")]
+        aside = max(len(pairs) - MIDDLE, 0) // 2
+        errors, variance = self.simulated(self.repeated, pairs[aside : len(pairs) - aside])
+        return float(np.median(np.quantile(self.critical * np.sqrt(variance) - errors, POWER, axis=1)))

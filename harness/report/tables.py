@@ -34,10 +34,6 @@ def brief(
     metric of another objective, shown first."""
     metrics = [*([METRICS[aim]] if aim else []), *comparison.metrics]
     rows = []
-
-    def disturbed(technique: Technique) -> bool:
-        return any(t.disturbed for t in (technique, *comparison.members(technique)) if technique.done)
-
     for technique in chosen:
         name = technique.label + (marks or {}).get(technique.label, "")
         cells = [f"{name} – {technique.status}" if technique.status else name]
@@ -45,12 +41,18 @@ def brief(
             cells += before_and_after(comparison, technique, metric)
         cells += [
             spread(comparison.spent(technique, comparison.peak_memory, max)),
-            hours(comparison.spent(technique, seconds)) + "*" * disturbed(technique),
+            hours(comparison.spent(technique, seconds)) + "*" * disturbed(comparison, technique),
         ]
         rows.append(cells)
     scores = [f"{metric.label} ({when})" for metric in metrics for when in ("before", "after")]
-    notes = [DISTURBED] * any(map(disturbed, chosen)) + [TOGETHER] * any(t.spec.members for t in chosen)
+    notes = [DISTURBED] * any(disturbed(comparison, t) for t in chosen)
+    notes += [TOGETHER] * any(t.spec.members for t in chosen)
     return Table(["Technique", *scores, comparison.gauge, "Training time (h)"], rows, notes)
+
+
+def disturbed(comparison: Comparison, technique: Technique) -> bool:
+    """An ensemble's time is that of its members."""
+    return any(t.disturbed for t in (technique, *comparison.members(technique)) if technique.done)
 
 
 def before_and_after(comparison: Comparison, technique: Technique, metric: Metric) -> list[str]:

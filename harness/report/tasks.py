@@ -1,5 +1,6 @@
 """What lm-evaluation-harness has measured of the models that runs have kept: where somebody has asked it."""
 
+from collections.abc import Iterator
 from typing import TypedDict
 
 from harness.plain import shorten
@@ -56,6 +57,20 @@ def task_scores(store: Store, record: RunRecord) -> list[TaskScore]:
 
 
 def tasks(comparison: Comparison, store: Store) -> list[Block]:
+    read, corrupt = scores_by_task(comparison, store)
+    columns = list(read)
+    parts = [columns[i : i + WIDE] for i in range(0, len(columns), WIDE)]
+    found: list[Block] = [table(comparison, {column: read[column] for column in part}) for part in parts]
+    if corrupt:
+        found.append(Notice(f"Scores of lm-evaluation-harness that could not be read: {listed(corrupt)}."))
+    return [Heading("Tasks of lm-evaluation-harness"), Prose(HOW), *found] if found else []
+
+
+def scores_by_task(
+    comparison: Comparison, store: Store
+) -> tuple[dict[tuple, dict[Technique, Seeds]], list[str]]:
+    """-> what was asked, by `key`, of whom; and the runs whose scores could not be read. Nothing where the
+    untouched model alone was asked, which other comparisons share."""
     read: dict[tuple, dict[Technique, Seeds]] = {}
     corrupt = []
     for technique in comparison.techniques if not comparison.random_weights else []:
@@ -66,15 +81,18 @@ def tasks(comparison: Comparison, store: Store) -> list[Block]:
                     read.setdefault(column, {}).setdefault(technique, []).append(score)
             except (OSError, ValueError) as error:
                 corrupt.append(f"{record.folder} ({error})")
-    trained = [technique for by in read.values() for technique in by if technique.spec.trains]
-    found: list[Block] = []
-    if trained or not comparison.trained:  # and not the untouched model's alone, which others share
-        columns = sorted(read)
-        parts = [columns[i : i + WIDE] for i in range(0, len(columns), WIDE)]
-        found = [table(comparison, {column: read[column] for column in part}) for part in parts]
-    if corrupt:
-        found.append(Notice(f"Scores of lm-evaluation-harness that could not be read: {listed(corrupt)}."))
-    return [Heading("Tasks of lm-evaluation-harness"), Prose(HOW), *found] if found else []
+    trained = any(technique.spec.trains for by in read.values() for technique in by)
+    return (dict(sorted(read.items())) if trained or not comparison.trained else {}), corrupt
+
+
+def asked_of(
+    comparison: Comparison, store: Store
+) -> Iterator[tuple[str, str, TaskScore, dict[Technique, Seeds]]]:
+    """(label, name, one of its scores, those of each technique) of each task and metric, for programs. The
+    name is as unlike any other as what was asked."""
+    for column, by in scores_by_task(comparison, store)[0].items():
+        first = next(iter(by.values()))[0]
+        yield asked(first) + f": {first['metric']}", "/".join(("lm_eval", *column)), first, by
 
 
 def key(score: TaskScore) -> tuple:

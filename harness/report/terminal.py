@@ -16,7 +16,7 @@ from rich.text import Text
 
 from harness.metrics import METRICS, Metric
 from harness.report.comparison import Comparison, Technique, seconds
-from harness.report.tables import DISTURBED, before_and_after
+from harness.report.tables import DISTURBED, TOGETHER, before_and_after, disturbed
 from harness.report.text import UNKNOWN, listed, plain, spread
 
 NARROWEST = 22  # characters of a name in a line: of fewer, words are broken
@@ -41,7 +41,8 @@ def results(comparison: Comparison, width: int) -> str:
     console.print(table)
     notes = ["↑ higher, ↓ lower is better. Memory is the peak of training."] * (len(table.columns) > 1)
     notes += [f"No room here, but in the report: {listed(left_out, 99)}."] * bool(left_out)
-    notes += [DISTURBED] * any(t.disturbed for t in rows)
+    notes += [TOGETHER] * any(t.spec.members for t in rows)
+    notes += [DISTURBED] * any(disturbed(comparison, t) for t in rows)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
     return "\n".join([*lines, *[""] * bool(notes), *(textwrap.fill(note, width) for note in notes)])
 
@@ -99,13 +100,16 @@ def bare(column: Column) -> Column:
 def costs(comparison: Comparison, rows: list[Technique]) -> list[Column]:
     """Peak memory and training time, each in the unit that suits most of them."""
     found = []
-    of = {"Memory": (comparison.peak_memory, SPACE), "Time": (seconds, TIMES)}
-    for name, (gauge, units) in of.items():
-        values = [technique.values(gauge) for technique in rows]
+    of: dict[str, tuple] = {
+        "Memory": (comparison.peak_memory, max, SPACE), "Time": (seconds, sum, TIMES)
+    }  # fmt: skip
+    for name, (gauge, together, units) in of.items():
+        values = [comparison.spent(technique, gauge, together) for technique in rows]
         most = max((value for own in values for value in own), default=0)
         size, unit = next((u for u in reversed(units) if most >= u[0]), units[0])
         cells = [spread([value / size for value in own]) for own in values]
         if name == "Time":
-            cells = ["*" * t.disturbed + cell for t, cell in zip(rows, cells, strict=True)]
+            marks = ["*" * disturbed(comparison, t) for t in rows]
+            cells = [mark + cell for mark, cell in zip(marks, cells, strict=True)]
         found += [(f"{name} ↓\n({unit})", cells)] * (most > 0)
     return found

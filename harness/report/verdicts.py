@@ -89,6 +89,8 @@ class Standing:
         pairs += [(e.label, b) for e in known for b in dict.fromkeys(e.against) if b in self.entrants]
         self.family = Family({e.label: e.sample for e in known}, pairs, draws)
         self.pairs = set(pairs)
+        self.won = {pair for pair in pairs for pair in (pair, pair[::-1]) if self.wins(*pair)}
+        self.orders: dict[str, list[str]] = {}  # group -> what `ranked` has found
         self.sets: dict[str, list[list[str]]] = {}  # group -> what `alike` has found
 
     def point(self, label: str) -> float:
@@ -108,14 +110,20 @@ class Standing:
             return Verdict(difference, f"no ranking: {reason}")
         return Verdict(difference, {1: "higher", -1: "lower", 0: "tied"}[difference.sign])
 
-    def beats(self, one: str, other: str) -> bool:
+    def wins(self, one: str, other: str) -> bool:
         return self.verdict(one, other).sign == (1 if self.quantity.better == "higher" else -1)
+
+    def beats(self, one: str, other: str) -> bool:
+        """Whether a verdict says so; looked up, as it is asked of all pairs again and again."""
+        return (one, other) in self.won
 
     def ranked(self, group: str) -> list[str]:
         """From the best on, by what was measured."""
-        sign = -1 if self.quantity.better == "higher" else 1
-        members = [e for e in self.entrants.values() if group in e.groups and not e.unranked]
-        return [e.label for e in sorted(members, key=lambda e: sign * e.sample.point)]
+        if group not in self.orders:
+            sign = -1 if self.quantity.better == "higher" else 1
+            members = [e for e in self.entrants.values() if group in e.groups and not e.unranked]
+            self.orders[group] = [e.label for e in sorted(members, key=lambda e: sign * e.sample.point)]
+        return self.orders[group]
 
     def rank(self, label: str, group: str) -> tuple[int, int, int]:
         """(first, last, of how many): the places that its verdicts leave to it."""
@@ -127,7 +135,7 @@ class Standing:
     def tied(self, label: str, group: str) -> list[str]:
         """The others of its group that cannot be told from it."""
         others = [other for other in self.ranked(group) if other != label]
-        return [other for other in others if self.verdict(label, other).word == "tied"]
+        return [other for other in others if not (self.beats(label, other) or self.beats(other, label))]
 
     def alike(self, group: str) -> list[list[str]]:
         """The largest sets of which no two can be told apart, best first; one may be in several."""
@@ -137,10 +145,12 @@ class Standing:
         ties = {name: set(self.tied(name, group)) for name in names}
         found = []
 
-        def grow(inside: set, open_: set, closed: set) -> None:  # Bron and Kerbosch 1973
+        def grow(inside: set, open_: set, closed: set) -> None:  # Bron and Kerbosch 1973, Tomita's pivot
             if not open_ and not closed:
                 found.append([name for name in names if name in inside])
-            for name in [n for n in names if n in open_]:
+                return
+            pivot = max(open_ | closed, key=lambda name: len(ties[name] & open_))
+            for name in open_ - ties[pivot]:
                 grow(inside | {name}, open_ & ties[name], closed & ties[name])
                 open_, closed = open_ - {name}, closed | {name}
 
@@ -154,7 +164,7 @@ class Standing:
         both = [(self.entrants[a], self.entrants[b]) for a, b in self.family.pairs]
         chosen = [a.meets(b) and not (a.unranked or b.unranked) for a, b in both]
         known = np.array(chosen, dtype=bool) & (self.family.width > 0)
-        return float(np.median(self.family.detectable()[known])) if known.any() else np.nan
+        return self.family.detectable(known) if known.any() else np.nan
 
 
 class Verdicts:

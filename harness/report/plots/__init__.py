@@ -3,15 +3,22 @@
 from harness.report import blocks as b
 from harness.report import differences
 from harness.report.comparison import Comparison
-from harness.report.plots.cost import cost_alone, draw_level, scatter, scores_by_cost
+from harness.report.plots.cost import (
+    NAMED,
+    cost_alone,
+    scores_by_cost,
+    scores_on_paper,
+)
 from harness.report.plots.curves import by_learning_rate, criterion, loss_curves
 from harness.report.plots.memory import memory_by_part
-from harness.report.plots.style import STYLE, Images, drawn, lay_out, looks
+from harness.report.plots.style import Images, drawn, lay_out, looks
 from harness.report.reaching import SHARE, cost_to_reach, goal_of
 from harness.report.text import listed, number
 from harness.report.verdicts import Verdicts
 
-__all__ = ["STYLE", "criterion", "draw_level", "drawn", "figures", "lay_out", "looks", "safe", "scatter"]
+__all__ = [
+    "Images", "cost_alone", "criterion", "drawn", "figures", "lay_out", "looks", "safe", "scores_on_paper",
+]  # fmt: skip
 
 BARS = " Markers are means over seeds, bars ± one sample standard deviation in both directions."
 SCATTER = (
@@ -20,6 +27,7 @@ SCATTER = (
     "untouched model, as far as it is near."
 )
 HOLLOW = " Hollow: with the shared hyperparameters; dotted: to the same method at its own best."
+UNNAMED = f" Of more than {NAMED} the best in each score are named."
 DASHED = " Dashed: with the shared hyperparameters."
 STARRED = " *: a run was disturbed."
 RATES = (
@@ -60,7 +68,8 @@ def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.B
         return [b.Heading("Plots"), *found] if found else []
     labels = listed([metric.label for metric in comparison.metrics])
     tuned = any(comparison.untuned(t) for t in comparison.trained)
-    add("scores", labels + SCATTER + HOLLOW * tuned + starred, scores_by_cost(comparison, verdicts))
+    many = UNNAMED * (len(comparison.trained) > NAMED)
+    add("scores", labels + SCATTER + HOLLOW * tuned + many + starred, scores_by_cost(comparison, verdicts))
     if fronts := differences.fronts(comparison, verdicts):
         found += [b.Prose("Pareto fronts, as far as differences are verdicts:"), b.Listing(fronts)]
     add("memory", PARTS, memory_by_part(comparison))

@@ -2,12 +2,14 @@
 
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from harness.metrics import Metric
 from harness.report.comparison import Comparison, Technique, scale_of_time, score, seconds
 from harness.report.plots.labels import place_labels
 from harness.report.plots.style import (
@@ -22,40 +24,66 @@ from harness.report.plots.style import (
     short,
     sized,
 )
-from harness.report.verdicts import MEMORY, TIME, Verdicts
+from harness.report.verdicts import MEMORY, TIME, Quantity, Verdicts
 
+NAMED = 80  # points of a panel: more names have no room
 WIDE = 3  # times the least: costs further apart are on a logarithmic axis, or all but one would be one spot
 
 
 @drawn
 def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
     """Each compared metric (rows) against memory and training time (columns)."""
-    metrics = comparison.metrics
-    costs = {MEMORY: (comparison.gauge, comparison.peak_memory),
-             TIME: (time_unit(comparison), scaled_time(comparison))}  # fmt: skip
-    techniques = [
-        t for t in comparison.trained if any(t.values(partial(score, metric=m.name)) for m in metrics)
-    ]
+    metrics, techniques = comparison.metrics, with_scores(comparison)
     if not techniques:
         return None
-    figure = Figure(figsize=(9.4, (3.2 + 0.05 * len(techniques)) * len(metrics)), layout="constrained")
+    tall = 3.2 + 0.05 * min(len(techniques), 2 * NAMED)
+    figure = Figure(figsize=(9.4, tall * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
-    for (i, metric), (j, (quantity, (unit, cost))) in product(enumerate(metrics), enumerate(costs.items())):
-        before = comparison.before(techniques[0])
-        gain = partial(score, metric=metric.name)
-        level = before.mean(gain) if before else None
-        place = scatter(axes[i, j], comparison, techniques, cost, gain, starred=quantity is TIME)
-        for group in comparison.groups:
-            draw_front(axes[i, j], place, verdicts.steps(quantity.name, metric.name, group))
-        draw_level(axes[i, j], level, metric.decimals)
-        point_to_better(axes[i, j], metric.better)
+    for (i, metric), (j, quantity) in product(enumerate(metrics), enumerate((MEMORY, TIME))):
+        ax: Any = axes[i, j]
+        unit = panel(ax, comparison, verdicts, metric, quantity)
         if j == 0:
-            axes[i, j].set_ylabel(f"{metric.label}{' (lower is better)' * (metric.better == 'lower')}")
+            ax.set_ylabel(f"{metric.label}{' (lower is better)' * (metric.better == 'lower')}")
         if i == len(metrics) - 1:
-            axes[i, j].set_xlabel(unit)
+            ax.set_xlabel(unit)
     name_missing(figure, comparison)
     finish(figure)
     return figure
+
+
+@drawn
+def scores_on_paper(
+    comparison: Comparison, verdicts: Verdicts, chosen: list[tuple[Metric, Quantity]]
+) -> Figure | None:
+    """A panel each, side by side, as wide as a page's text."""
+    if not with_scores(comparison) or not chosen:
+        return None
+    figure = Figure(figsize=(7.4, 2.6), layout="constrained")
+    for ax, (metric, quantity) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+        ax.set_xlabel(panel(ax, comparison, verdicts, metric, quantity))
+        ax.set_title(f"{metric.label} ({metric.better} is better)", fontsize=9, pad=12)
+    finish(figure)
+    return figure
+
+
+def panel(ax, comparison: Comparison, verdicts: Verdicts, metric: Metric, quantity: Quantity) -> str:
+    """-> what is across, with its unit."""
+    unit, cost = {MEMORY: (comparison.gauge, comparison.peak_memory),
+                  TIME: (time_unit(comparison), scaled_time(comparison))}[quantity]  # fmt: skip
+    techniques = with_scores(comparison)
+    before, gain = comparison.before(techniques[0]), partial(score, metric=metric.name)
+    place = scatter(ax, comparison, techniques, cost, gain, starred=quantity is TIME)
+    for group in comparison.groups:
+        draw_front(ax, place, verdicts.steps(quantity.name, metric.name, group))
+    draw_level(ax, before.mean(gain) if before else None, metric.decimals)
+    point_to_better(ax, metric.better)
+    name_best(ax, metric.better)
+    return unit
+
+
+def with_scores(comparison: Comparison) -> list[Technique]:
+    names = [metric.name for metric in comparison.metrics]
+    return [t for t in comparison.trained if any(t.values(partial(score, metric=name)) for name in names)]
 
 
 @drawn
@@ -153,6 +181,15 @@ def point_to_better(ax, better: str) -> None:
     arrow = "↖" if better == "higher" else "↙"
     ax.annotate(f"{arrow} better", (0, 1), xycoords="axes fraction", xytext=(2, 2),
                 textcoords="offset points", ha="left", va="bottom", fontsize=7.5, color=SOFT)  # fmt: skip
+
+
+def name_best(ax, better: str) -> None:
+    """Alone, of more points than names have room."""
+    named = [item for item in ax.to_label if item[2]]
+    named.sort(key=lambda item: item[1], reverse=better == "higher")
+    bare = {id(item) for item in named[NAMED:]}
+    ax.to_label = [(x, y, "" if id(item) in bare else name, bars)
+                   for item in ax.to_label for x, y, name, bars in [item]]  # fmt: skip
 
 
 def name_missing(figure: Figure, comparison: Comparison) -> None:

@@ -4,6 +4,7 @@ from itertools import pairwise, product
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.font_manager import FontProperties
 
 from harness.report.plots.style import FAINT, sized
@@ -40,10 +41,12 @@ def place_labels(ax) -> None:
     labels = [Label(to_pixels((x, y)), *size(name), frame, scale) for x, y, name, _ in named]
     for (x, y, name, _), label in zip(named, labels, strict=True):
         boxes = np.concatenate([boxes, label.settle(boxes)])
-        hair = {"arrowprops": {**HAIR, "relpos": label.from_corner}} if label.far else {}
         text = ax.annotate(name, (x, y), xytext=label.offset, textcoords="offset points", fontsize=SIZE,
-                           zorder=5, ha="left", va="bottom", **hair)  # fmt: skip
+                           zorder=5, ha="left", va="bottom")  # fmt: skip
         text.set_in_layout(False)  # the axes stay where the places were chosen
+    hairs = [np.array([label.hair[0], label.hair[-1]]) / ax.figure.dpi for label in labels if label.far]
+    ax.add_artist(LineCollection(hairs, colors=FAINT, linewidths=0.6, zorder=5,
+                                 transform=ax.figure.dpi_scale_trans)).set_in_layout(False)  # fmt: skip
 
 
 class Label:
@@ -62,15 +65,17 @@ class Label:
 
     def settle(self, taken: np.ndarray) -> np.ndarray:
         """Where it covers least. `taken`: (boxes, 5: weight, left, low, right, high). -> what it takes."""
+        # What is out of reach covers nothing
+        low, high = self.spots[:, :2].min(0), self.spots[:, 2:].max(0)
+        taken = taken[(taken[:, 1:3] < high).all(1) & (taken[:, 3:] > low).all(1)]
         covered = overlap(self.spots[:, None], taken[:, 1:]) @ taken[:, 0] + self.outside
         texts = taken[taken[:, 0] == TEXT][:, 1:][:, None, None]
         crossed = ((self.hairs >= texts[..., :2]) & (self.hairs <= texts[..., 2:])).all(-1).sum((0, 2))
         best = int((covered + self.scale**2 * (40 * crossed + DISTANCE / 4)).argmin())
-        spot, hair = self.spots[best], self.hairs[best]
+        spot, self.hair = self.spots[best], self.hairs[best]
         self.far = bool(DISTANCE[best] > 12)
         self.offset = (spot[:2] - self.point) / self.scale
-        self.from_corner = (hair[-1] - spot[:2]) / (spot[2:] - spot[:2])
-        boxes = [(TEXT, *spot), *((LINE, *around(at, at, self.scale)) for at in hair if self.far)]
+        boxes = [(TEXT, *spot), *((LINE, *around(at, at, self.scale)) for at in self.hair if self.far)]
         return np.array(boxes)
 
 

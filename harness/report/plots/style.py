@@ -2,6 +2,7 @@
 
 import io
 import logging
+from collections.abc import Iterable
 from functools import wraps
 from typing import Any
 
@@ -47,22 +48,24 @@ STYLE = {
 
 
 class Images(dict):
-    """A figure as {"svg": ..., "png": ...}, each drawn when it is first asked for: without time, program
-    name or random ids in it."""
+    """A figure as {"svg": ..., "png": ...}, those that were asked for: without time, program name or random
+    ids in it."""
 
     def __init__(self, figure: Figure):
         figure.set_layout_engine("none")  # it is laid out: not again for each kind
         self.figure = figure
 
-    def __missing__(self, kind: str) -> bytes:
-        file = io.BytesIO()
-        options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}, "transparent": True}
-        if kind == "png":
-            options = {"metadata": {"Software": None}, "dpi": 160, "pil_kwargs": {"compress_level": 3}}
-        with matplotlib.rc_context(STYLE):
-            self.figure.savefig(file, format=kind, **options)
-        self[kind] = file.getvalue()
-        return self[kind]
+    def draw(self, kinds: Iterable[str]) -> None:
+        """Once, as the figure, which takes megabytes, is let go."""
+        for kind in kinds:
+            file = io.BytesIO()
+            options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}, "transparent": True}
+            if kind == "png":
+                options = {"metadata": {"Software": None}, "dpi": 160, "pil_kwargs": {"compress_level": 3}}
+            with matplotlib.rc_context(STYLE):
+                self.figure.savefig(file, format=kind, **options)
+            self[kind] = file.getvalue()
+        del self.figure
 
 
 def drawn(draw):
