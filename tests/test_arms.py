@@ -12,7 +12,7 @@ import fabricate
 import pytest
 import tiny
 
-from harness import bench
+from harness.bench import loop as bench
 from harness.cli import main
 from harness.errors import BadRequest
 from harness.method import known_methods, resolve

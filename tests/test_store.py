@@ -14,7 +14,7 @@ from pathlib import Path
 import fabricate
 import pytest
 
-from harness import bench
+from harness.bench import loop as bench
 from harness.cli import main
 from harness.plan import Plan
 from harness.record import RunRecord
