@@ -12,6 +12,7 @@ import fabricate
 import pytest
 import tiny
 
+from harness.bench import attempt, places
 from harness.bench import loop as bench
 from harness.cli import main
 from harness.errors import BadRequest
@@ -253,9 +254,9 @@ def stubbed(monkeypatch):
         record.spec, record.sizes = spec, Sizes()
         return fabricate.keep(store.folder, record)
 
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
-    monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
+    monkeypatch.setattr(attempt, "run", run)
+    monkeypatch.setattr(places, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(places, "slots", lambda *_: [attempt.Slot()])
     return runs
 
 

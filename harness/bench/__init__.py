@@ -5,5 +5,6 @@ what ended it is a status in its record, never the end of the bench.
 """
 
 from harness.bench.loop import STOPPING, Busy, Done, bench, cached, lock, stale
+from harness.bench.places import chosen
 
-__all__ = ["STOPPING", "Busy", "Done", "bench", "cached", "lock", "stale"]
+__all__ = ["STOPPING", "Busy", "Done", "bench", "cached", "chosen", "lock", "stale"]

@@ -1,6 +1,7 @@
 """One run from its attempt's folder to its record in the store: a child begun, followed, ended."""
 
 import json
+import os
 import re
 import signal
 import threading
@@ -8,12 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from harness.bench.places import HERE, Slot
 from harness.child import AGAIN, exhausted, out_of_memory
+from harness.claims import Claim
 from harness.nursery import Forked, Fresh, how
 from harness.plain import redacted
 from harness.record import RunRecord
@@ -30,16 +33,71 @@ GRACE_SECONDS = 60  # when asked to end, for a step, a checkpoint and a record, 
 READ_SECONDS = 10  # for what it still says, when it has ended
 
 
+@dataclass
+class Terms:
+    """What all runs of a bench share. `progress` is told of their `event`s; `limit`: seconds, at which a run
+    is ended; `anew`: from its first step, whatever an earlier attempt has left; `every`: seconds between two
+    checkpoints of a training; 0: there are none."""
+
+    store: Store
+    command: str
+    progress: Any
+    limit: float | None = None
+    anew: bool = False
+    every: float = CHECKPOINT_SECONDS
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that holds one run at a time. `begin(folder)` starts its process; `cores` and `cards`: those
+    that it keeps to, none where it may use all; `of`: so many slots there are, as far as is known."""
+
+    begin: Callable[[Path], Fresh | Forked] = Fresh
+    cores: tuple[int, ...] = ()
+    of: int | None = 1
+    cards: tuple[str, ...] = ()
+
+
+def alone(spec: RunSpec, terms: Terms, slot: Slot, signals: Sequence[int] = ()) -> RunRecord:
+    """The run, while nobody else is at it: what another bench, or an engine's worker, is doing is awaited
+    and, where it comes out well, taken."""
+
+    def waiting(who: str) -> None:
+        if signals:
+            raise KeyboardInterrupt(*signals[:1])
+        with suppress(Exception):  # as in `follow`
+            terms.progress.event(spec, {"phase": f"waiting for {who}"})
+
+    store = terms.store
+    with Claim(store.folder, spec.folder, waiting) as claim:
+        store.settle(spec.folder)  # what it had begun to keep, if it died
+        if claim.waited and (found := store.find(spec)) and found.ok:
+            return found
+        return run(
+            spec,
+            store,
+            terms.command,
+            terms.progress,
+            terms.limit,
+            slot,
+            signals,
+            terms.anew,
+            terms.every,
+            claim,
+        )
+
+
 def run(
     spec: RunSpec,
     store: Store,
     command: str,
     progress,
     limit: float | None = None,
-    slot: Slot = HERE,
+    slot: Slot = Slot(),
     signals: Sequence[int] = (),
     anew: bool = False,
     every: float = CHECKPOINT_SECONDS,
+    claim: Claim | None = None,
 ) -> RunRecord:
     """`signals`: those that ask the bench to end; it grows meanwhile. `anew`: from its first step, whatever
     an earlier attempt has left. `every`: seconds between two checkpoints of a training; 0: there are none."""
@@ -48,11 +106,13 @@ def run(
     folder, kills = store.attempt(spec, anew), oom_kills()
     own = {"reason": spec.reason, "locations": spec.locations}
     job: dict = {"spec": spec.asked() | own, "command": command, "started": started}
-    job |= {"cores": slot.cores, "at_once": slot.of, "checkpoint_seconds": every}
+    job |= {"cores": slot.cores, "at_once": slot.of, "cards": slot.cards, "checkpoint_seconds": every}
     save(folder / SPEC, json.dumps(job, indent=1))
     end = time.monotonic() + (limit or float("inf"))
 
     def asked() -> str | None:
+        if claim:
+            claim.beat()
         return "interrupted" if signals else "timeout" if time.monotonic() > end else None
 
     log = (folder / LOG).open("wb", buffering=0)
@@ -75,6 +135,9 @@ def run(
             error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
         record = RunRecord(spec, status, error, command=command, started=started)
     told(record, code, limit if reason == "timeout" else None)
+    if claim:
+        claim.beat(now=True)
+        record.beside = sorted(claim.beside)
     (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
     store.keep(spec, record)
     return record
@@ -106,6 +169,8 @@ def follow(
         with suppress(OSError):
             if events.is_file():  # a method could have left a pipe there, which would keep us waiting
                 with events.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size < position:  # begun again, on another machine
+                        position = 0
                     file.seek(position)
                     new = file.read()
                 whole = new[: new.rfind(b"\n") + 1]

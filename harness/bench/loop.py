@@ -2,24 +2,28 @@
 
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from harness import method
-from harness.bench.attempt import CHECKPOINT_SECONDS, POLL_SECONDS, run
-from harness.bench.places import Slot, slots
+from harness.bench.attempt import CHECKPOINT_SECONDS, POLL_SECONDS, Terms
+from harness.bench.places import Places, here, method_of
+from harness.bench.remote import tidy
 from harness.errors import BadRequest
-from harness.nursery import Nursery
-from harness.plan import Plan
+from harness.plan import Plan, expected_seconds
 from harness.record import RunRecord
 from harness.spec import RunSpec
 from harness.store import Store
 
+THREADS = 10_000  # at most: one waits for each run that is to be done, and sleeps
 # Ctrl-C, a scheduler's end, a closed terminal, which not every system has.
 STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
@@ -39,11 +43,6 @@ def stale(record: RunRecord) -> bool:
     )
 
 
-def method_of(spec: RunSpec) -> type[method.Method]:
-    source = method.find(spec.method, method.known_methods(spec.locations.get("plugins", [])))
-    return method.resolve(spec.method, source)
-
-
 class Busy(BadRequest):
     """Another bench writes into the same results."""
 
@@ -56,82 +55,125 @@ def bench(
     force: bool = False,
     limit: float | None = None,
     every: float = CHECKPOINT_SECONDS,
+    where: Callable[[Plan, Terms], AbstractContextManager[Places]] = here,
 ) -> Iterator[Done]:
     """Runs what is not cached. Only a run that ended ok counts as cached: others are tried again.
 
     `progress` is told `start(spec, number, total)`, `event(spec, values)` and `end(record, cached)`. A run
     that takes longer than `limit` seconds is ended; `every` so many it leaves a checkpoint, to go on from
-    after whatever ends it. A signal that asks the bench to end reaches the runs under way, is recorded, and
-    is raised again. Raises Missing before the first run.
+    after whatever ends it. `where` opens the places that runs go to. A signal that asks the bench to end
+    reaches the runs under way, is recorded, and is raised again. Raises Missing before the first run.
     """
     store.recover()
     done: dict[str, RunRecord] = {}
+    sent: set[str] = set()
+    numbers, totals = count(1), [0]
     with ExitStack() as ends:
-        places: list[Slot] = []
+        crew: Crew | None = None
+
+        def begun(spec: RunSpec) -> None:
+            progress.start(spec, next(numbers), totals[-1])
+
+        @cache
+        def earlier() -> list[RunRecord]:
+            return [record for record in store.records() if record.ok]
+
+        def seconds(spec: RunSpec) -> float:
+            return expected_seconds(spec, [*earlier(), *(r for r in list(done.values()) if r.ok)])
+
         while stage := plan.upcoming(done):
-            total, pending = plan.total(done, stage), []
-            for spec in stage:
-                if earlier := None if force else cached(spec, plan, store):
-                    record = done[spec.digest] = replace(earlier, spec=spec)
+            totals.append(plan.total(done, stage))
+            new = [spec for spec in stage if spec.digest not in sent]
+            there = {spec.digest: None if force else cached(spec, plan, store) for spec in new}
+            for spec in new:
+                if found := there[spec.digest]:
+                    record = done[spec.digest] = replace(found, spec=spec)
+                    next(numbers)
+                    tidy(store.folder, spec)
                     progress.end(record, True)
                     yield Done(record, True)
-                else:
-                    pending.append(located(spec, plan, store))
-            if pending and not places:
-                places = slots(ends.enter_context(Nursery(needs(plan))), plan)
-            numbers = {spec.digest: number for number, spec in enumerate(pending, len(done) + 1)}
+            pending = [located(spec, plan, store) for spec in new if not there[spec.digest]]
+            if crew is None and pending:
+                terms = Terms(store, command, progress, limit, force, every)
+                crew = ends.enter_context(Crew(ends.enter_context(where(plan, terms)), begun, seconds))
+            if crew:
+                crew.add(pending)
+            sent |= there.keys()
+            if crew is None or len(pending) < len(new):  # what was cached may settle what a search tries next
+                continue
+            spec, record = crew.next()
+            done[spec.digest] = record
+            tidy(store.folder, spec)
+            progress.end(record, False)
+            yield Done(record, False)
 
-            def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):
-                progress.start(spec, numbers[spec.digest], total)
-                return run(spec, store, command, progress, limit, slot, signals, force, every)
 
-            for spec, record in together(pending, places, one):
-                done[spec.digest] = record
-                progress.end(record, False)
-                yield Done(record, False)
+class Crew:
+    """Those who do runs, one a place at a time, the longest first where there are several. After a signal or
+    a fault no other run begins, and those under way are awaited."""
 
+    def __init__(
+        self, where: Places, begun: Callable[[RunSpec], object], seconds: Callable[[RunSpec], float]
+    ):
+        self.where, self.begun, self.seconds = where, begun, seconds
+        self.waiting: list[RunSpec] = []
+        self.free: SimpleQueue = SimpleQueue()  # places
+        self.ended: SimpleQueue[Future] = SimpleQueue()
+        self.places = self.under_way = 0
+        self.faults: list[BaseException] = []
+        self.turn, self.halted = threading.Lock(), threading.Event()
 
-def together(
-    specs: list[RunSpec], places: list["Slot"], one: Callable
-) -> Iterator[tuple[RunSpec, RunRecord]]:
-    """`one(spec, slot, signals)` of each, in their order, one a slot at a time. -> each with its record, in
-    the order of their ends. After a signal or a fault no other begins."""
-    ended: SimpleQueue[Future] = SimpleQueue()
-    halted = threading.Event()
-    free: SimpleQueue[Slot] = SimpleQueue()
-    for slot in places:
-        free.put(slot)
+    def __enter__(self) -> "Crew":
+        self.ends = ExitStack()
+        self.signals = self.ends.enter_context(held())
+        self.pool = self.ends.enter_context(ThreadPoolExecutor(THREADS))
+        self.ends.callback(self.halted.set)
+        return self
 
-    def begun(spec: RunSpec) -> tuple[RunSpec, RunRecord]:
-        if signals or halted.is_set():
-            raise KeyboardInterrupt(*signals[:1])
-        slot = free.get()
+    def __exit__(self, *raised) -> bool | None:
+        return self.ends.__exit__(*raised)
+
+    def add(self, specs: list[RunSpec]) -> None:
+        if not specs or self.halted.is_set() or self.signals:
+            return
+        self.waiting += specs
+        for place in self.where.more(specs):
+            self.places += 1
+            self.free.put(place)
+        for _ in specs:
+            self.under_way += 1
+            self.pool.submit(self.one).add_done_callback(self.ended.put)
+
+    def one(self) -> tuple[RunSpec, RunRecord]:
+        place = self.free.get()
         try:
-            return spec, one(spec, slot, signals)
+            if self.signals or self.halted.is_set():
+                raise KeyboardInterrupt(*self.signals[:1])
+            with self.turn:
+                spec = self.waiting.pop(self.longest() if self.places > 1 else 0)
+            return spec, self.where.run(spec, place, self.signals, partial(self.begun, spec))
         except BaseException:
-            halted.set()
+            self.halted.set()
             raise
         finally:
-            free.put(slot)
+            self.free.put(place)
 
-    with held() as signals, ThreadPoolExecutor(max(1, len(places))) as pool:
-        for spec in specs:
-            pool.submit(begun, spec).add_done_callback(ended.put)
-        faults: list[BaseException] = []
-        waiting = len(specs)
-        try:
-            while waiting:
-                with suppress(Empty):
-                    future = ended.get(timeout=POLL_SECONDS)  # a signal that comes just before is seen after
-                    waiting -= 1
-                    if fault := future.exception():
-                        faults.append(fault)
-                    else:
-                        yield future.result()
-        finally:
-            halted.set()
-        if faults:
-            raise faults[0]
+    def longest(self) -> int:
+        """Of several that are expected to take as long, the first."""
+        times = [self.seconds(spec) for spec in self.waiting]
+        return times.index(max(times))
+
+    def next(self) -> tuple[RunSpec, RunRecord]:
+        """The next run that has ended. Raises what has gone wrong, when all have."""
+        while self.under_way:
+            with suppress(Empty):
+                future = self.ended.get(timeout=POLL_SECONDS)  # a signal that comes just before is seen after
+                self.under_way -= 1
+                if fault := future.exception():
+                    self.faults.append(fault)
+                else:
+                    return future.result()
+        raise self.faults[0] if self.faults else KeyboardInterrupt(*self.signals[:1])
 
 
 def located(spec: RunSpec, plan: Plan, store: Store) -> RunSpec:
@@ -139,16 +181,6 @@ def located(spec: RunSpec, plan: Plan, store: Store) -> RunSpec:
     places = {"before": str(store.path(before))} if (before := base_of(spec, plan)) else {}
     members = {"members": [str(store.path(member)) for member in spec.members]} if spec.members else {}
     return replace(spec, locations=spec.locations | places | members)
-
-
-def needs(plan: Plan) -> dict[str, list[str]]:
-    """Package beyond those of every run -> the methods that need it."""
-    found: dict[str, list[str]] = {}
-    own = (spec for spec in plan.methods() if not spec.members)
-    for name, cls in {spec.method: method_of(spec) for spec in own}.items():
-        for need in cls.needs:
-            found.setdefault(need, []).append(name)
-    return found
 
 
 @contextmanager
@@ -177,16 +209,14 @@ def lock(folder: Path):
     holder = folder / ".holder"
     try:
         with FileLock(folder / ".lock", timeout=0):
-            holder.write_text(str(os.getpid()))
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             try:
                 yield
             finally:
                 holder.unlink(missing_ok=True)
     except Timeout:
-        pid = holder.read_text() if holder.exists() else "unknown"
-        raise Busy(
-            f"another bench (process {pid}) is writing into {folder}: wait, or use --results"
-        ) from None
+        who = holder.read_text() if holder.exists() else "an unknown process"
+        raise Busy(f"another bench ({who}) is writing into {folder}: wait, or use --results") from None
 
 
 # Which runs there are already
