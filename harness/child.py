@@ -25,6 +25,8 @@ def main(folder: Path) -> None:
     job = json.loads((folder / SPEC).read_text("utf-8"))
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])
+    if job["cards"]:  # before anybody has asked for one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job["cards"])
     spec = RunSpec.from_json(job["spec"])
     record = RunRecord(
         spec=spec,

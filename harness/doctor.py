@@ -64,6 +64,8 @@ def device() -> Iterator[Finding]:
         )
         return
     yield finding("ok", f"{card.name}, {card.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}")
+    if (count := len(machine.cards())) > 1:
+        yield finding("note", f"{count} cards", "--gpus all does as many runs at once")
     if machine.computes_bf16():
         yield finding("ok", "bf16 arithmetic is real on this card: hp.precision=auto uses it")
     else:

@@ -9,6 +9,7 @@ import os
 import platform
 from contextlib import suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,42 @@ def seconds_of(process: int) -> float:
 
 
 # The card
+
+
+def cards() -> list[str]:
+    """The names of those that this process may use, in the order of nvidia-smi and as CUDA_VISIBLE_DEVICES
+    takes them: UUIDs, of a card that is divided (MIG) those of its parts. None of them is woken up."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        there = [parts(pynvml, card) or [pynvml.nvmlDeviceGetUUID(card)] for card in handles]
+        every = list(chain(*there))
+    except Exception:  # NVML raises many kinds; whichever it is, there is no card for us
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return every
+    chosen: list[str] = []
+    for name in map(str.strip, visible.split(",")):  # numbers, or beginnings of names
+        number = int(name) if name.isdecimal() else len(there)
+        said = there[number] if number < len(there) else []
+        said = said or [card for card in every if name and card.startswith(name)]
+        if not said:  # as CUDA has it: the first that is none ends the list
+            break
+        chosen += said
+    return chosen
+
+
+def parts(library: Any, card: Any) -> list[str]:
+    """The names of the parts of a divided card."""
+    found = []
+    with suppress(library.NVMLError):  # it cannot be divided
+        for index in range(library.nvmlDeviceGetMaxMigDeviceCount(card)):
+            with suppress(library.NVMLError):  # there is no part of this number
+                part = library.nvmlDeviceGetMigDeviceHandleByIndex(card, index)
+                found.append(library.nvmlDeviceGetUUID(part))
+    return found
 
 
 def card_properties() -> Any:

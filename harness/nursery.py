@@ -47,6 +47,17 @@ CORES = len(machine.cores())
 THREADS = {"OMP_NUM_THREADS": str(max(1, CORES - 1))}
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within, children have so many, where the user has not said how many."""
+    earlier = dict(THREADS)
+    THREADS["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        THREADS.update(earlier)
+
+
 class Missing(BadRequest):
     """What the runs need cannot be imported."""
 

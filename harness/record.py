@@ -247,6 +247,7 @@ class RunRecord:
     phases: dict[Literal[PHASES], Phase] = field(default_factory=dict)
     memory: Memory | None = None  # null on a GPU, whose allocator knows the sum alone
     disturbed: list[str] | None = None  # by whom or what the training was; null where nothing is known of it
+    beside: list[str] | None = None  # folders of runs that were under way on its host meanwhile
     kernels: Steps = field(default_factory=Steps)
     step_seconds: list[Amount] = field(default_factory=list)
     warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time

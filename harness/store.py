@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -14,6 +14,7 @@ from uuid import uuid4
 import numpy as np
 
 from harness import metrics, migrate
+from harness.claims import under_way
 from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import all_fit, check, parse
@@ -90,6 +91,12 @@ class Store:
             else:
                 corrupt.append(f"{path}: {reason}")
         return sorted(records, key=lambda r: (r.started, r.folder)), corrupt
+
+    def records(self) -> Iterator[RunRecord]:
+        """All that can be read, without a look at what else their runs have left: no more than a guide."""
+        for path in self.folder.glob(f"[!.]*/{RECORD}"):
+            with suppress(OSError, ValueError):
+                yield RunRecord.from_json(self.text(path.parent.name, RECORD))
 
     def standing(self, name: str) -> tuple[RunRecord | None, str]:
         """The run in a folder, or why what stands there is none; neither where nothing does."""
@@ -213,7 +220,7 @@ class Store:
         """Ends what a bench had begun to keep when it was killed."""
         for path in self.folder.glob(".*"):
             name = path.name[1:].removesuffix(".earlier")
-            if RUN.fullmatch(name):
+            if RUN.fullmatch(name) and not under_way(self.folder, name):
                 self.settle(name)
 
     def settle(self, name: str) -> None:

@@ -12,7 +12,8 @@ import fabricate
 import pytest
 import tiny
 
-from harness import bench
+from harness.bench import attempt, places
+from harness.bench import loop as bench
 from harness.cli import main
 from harness.errors import BadRequest
 from harness.method import known_methods, resolve
@@ -253,9 +254,9 @@ def stubbed(monkeypatch):
         record.spec, record.sizes = spec, Sizes()
         return fabricate.keep(store.folder, record)
 
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
-    monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
+    monkeypatch.setattr(attempt, "run", run)
+    monkeypatch.setattr(places, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(places, "slots", lambda *_: [attempt.Slot()])
     return runs
 
 

@@ -18,8 +18,9 @@ from huggingface_hub import HfApi, constants
 from safetensors import SafetensorError
 from test_cli import BITFIT, ROOT, SMALL, bench, records
 
-from harness import bench as running
 from harness import packages
+from harness.bench import attempt as running
+from harness.bench.loop import held
 from harness.cli import progress
 from harness.forks import in_a_copy
 from harness.method import Method
@@ -331,7 +332,7 @@ def test_a_screen_that_is_gone_costs_no_run():
 
 
 def test_a_signal_is_not_lost_where_the_record_cannot_be_kept():
-    with pytest.raises(KeyboardInterrupt) as ended, running.held():
+    with pytest.raises(KeyboardInterrupt) as ended, held():
         os.kill(os.getpid(), signal.SIGTERM)
         raise OSError("no space left")
     assert ended.value.args == (signal.SIGTERM,)

@@ -16,7 +16,7 @@ from test_decoder import KINDS, until
 from test_run import SETTINGS, WORDS
 from transformers import AutoModelForCausalLM
 
-from harness.bench import cached, located
+from harness.bench.loop import cached, located
 from harness.child import chosen_method, diagnose
 from harness.cli.progress import describe
 from harness.errors import BadRequest

@@ -23,7 +23,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from harness import report
-from harness.bench import follow
+from harness.bench.attempt import follow
 from harness.cli.progress import Lines, outcome
 from harness.cli.remaining import Remaining
 from harness.plan import Plan

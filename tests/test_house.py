@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    ["errors", "forks", "plain", "search"],
+    ["claims", "errors", "forks", "plain", "search"],
     ["shape", "endings"],
     ["spec", "metrics", "migrate", "packages"],
     ["record"],

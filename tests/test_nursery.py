@@ -16,8 +16,9 @@ import pytest
 import torch
 from test_bench import begin, child, nursery, stub, until  # noqa: F401
 
-from harness import bench, machine
+from harness import machine
 from harness import nursery as nurseries
+from harness.bench import loop as bench
 from harness.cli.progress import Lines
 from harness.cli.remaining import Remaining
 from harness.forks import in_a_copy

@@ -14,7 +14,8 @@ from pathlib import Path
 import fabricate
 import pytest
 
-from harness import bench
+from harness.bench import attempt, places
+from harness.bench import loop as bench
 from harness.cli import main
 from harness.plan import Plan
 from harness.record import RunRecord
@@ -276,9 +277,9 @@ def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_t
         asked.append((spec.method, spec.seed))
         return base if spec.method == "base" else fabricate.record("lora", spec.seed)
 
-    monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
-    monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
+    monkeypatch.setattr(attempt, "run", run)
+    monkeypatch.setattr(places, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(places, "slots", lambda *_: [attempt.Slot()])
     list(bench.bench(specs, store, "", Silent()))
     assert asked == [("base", 0)], "the untouched model has failed again"
     fabricate.keep(tmp_path, replace(base, status="ok", error=None))

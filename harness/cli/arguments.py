@@ -244,6 +244,10 @@ ARGUMENTS = (
     ("--checkpoints", ["run"], {"type": often, "metavar": "TIME", "default": 300.0,
                                 "help": "between two of a training, from which it goes on if it is stopped; "
                                 "0: none (default: 5m)"}),
+    ("--gpus", ["run"], several("N|all", "as many runs at once as these cards: all, numbers as nvidia-smi "
+                                "has them, or UUIDs (default: one run at a time)", default=[])),
+    ("--on", ["run"], once("ray[:ADDRESS]|slurm", "runs are tasks of a Ray cluster or of Slurm, whose "
+                           "machines all see the folder of --results")),
     ("--methods", ["grade"], several("NAME", "whose answers, beside the untouched model's (default: all)")),
     ("--comparison", ["grade"], once("N", "as the report has them, the newest first (default: 1)",
                                      type=natural, default=1)),

@@ -22,13 +22,14 @@ def run_command(options, typed: list[str]) -> int:
     from harness.tracking import Tracking
 
     specs, store = planned(options, keep=True), Store(options.results)
+    where = bench.chosen(options.on, options.gpus)
     watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
     tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
     done: list = []
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
-            terms = options.force, options.time_limit, options.checkpoints
+            terms = options.force, options.time_limit, options.checkpoints, where
             for ended in bench.bench(specs, store, command, watcher, *terms):
                 done.append(ended)
                 if not ended.cached:
@@ -88,6 +89,11 @@ def planned(options, keep: bool = False):
     for name in ("results", "reports"):
         problems.add(f"--{name}", unwritable(getattr(options, name)))
     problems.extend(untracked(getattr(options, "track_with", ())))
+    if getattr(options, "on", None) or getattr(options, "gpus", ()):
+        from harness.bench import chosen
+
+        with problems.caught():
+            chosen(options.on, options.gpus)
     if "pdf" in getattr(options, "format", ()):
         from harness.report import REMEDY, missing
 

@@ -15,13 +15,13 @@ from harness.plan.ensembles import find_ensembles
 from harness.plan.methods import find_methods
 from harness.plan.model import DRAWN, find_model, local_folder, unreachable
 from harness.plan.request import Request, find_plugins, load_preset, preset_names, read_request
-from harness.plan.schedule import Plan
+from harness.plan.schedule import Plan, expected_seconds
 from harness.spec import ENSEMBLE, Hyperparams, RunSpec, fingerprint
 from harness.tuning import SEED, Tuning
 
 __all__ = [
-    "DRAWN", "Plan", "Request", "find_dataset", "find_plugins", "find_sources", "load_preset", "local_folder",
-    "plan", "preset_names", "read_request", "unreachable",
+    "DRAWN", "Plan", "Request", "expected_seconds", "find_dataset", "find_plugins", "find_sources",
+    "load_preset", "local_folder", "plan", "preset_names", "read_request", "unreachable",
 ]  # fmt: skip
 
 MOST_STEPS = 10**6  # a fine-tuning takes thousands; the order of its rows is held in memory

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from functools import partial
+from math import inf
+from statistics import median
 
 from harness.record import RunRecord
 from harness.spec import RunSpec
@@ -57,3 +59,22 @@ class Plan(list):
 def once(specs: list[RunSpec]) -> list[RunSpec]:
     """Each where it stands first: the best arm of a search may be the identical one."""
     return [spec for i, spec in enumerate(specs) if spec not in specs[:i]]
+
+
+def expected_seconds(spec: RunSpec, records: list[RunRecord]) -> float:
+    """How long a run takes: as those of its method in `records`, which ended well, else as any of them, for
+    each token that it may read or write; where there are none, of those tokens one takes a second."""
+    kind = (spec.method, spec.trains)
+    known = [(sum(phase.seconds for phase in r.phases.values()) / tokens(r.spec), r.spec) for r in records]
+    own = [pace for pace, of in known if (of.method, of.trains) == kind]
+    return tokens(spec) * median(own or [pace for pace, _ in known] or [1.0])
+
+
+def tokens(spec: RunSpec) -> float:
+    """That a run reads and writes, at most; of a trial, which answers nothing, those that it trains on."""
+    hp, dataset = spec.own_hp, spec.dataset
+    parts = len(dataset.get("parts", []))
+    train, test = parts * dataset.get("train", 0), parts * dataset.get("test", 0)
+    rows = min(train * hp.epochs, (hp.max_steps or inf) * hp.batch_size)
+    answers = 0 if spec.trial and spec.trains else test
+    return 1 + rows * hp.max_length + answers * (hp.max_length + hp.max_new_tokens)

@@ -51,6 +51,8 @@ def certificate(comparison: Comparison) -> list[tuple[str, bool | None, str]]:
     checks.append(same("Way of measuring each score", signatures, shown=True))
     checks.append(code(comparison))
     checks.append(undisturbed(trained))
+    if any(r.beside for r in trained.values()):
+        checks.append(apart(trained))
     return checks
 
 
@@ -206,3 +208,22 @@ def undisturbed(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
         return what, None, UNKNOWN
     missing = [f"{UNKNOWN} for {listed(unknown, 4)}"] if unknown else []
     return what, not busy if busy or not missing else None, "; ".join(busy + missing)
+
+
+def apart(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
+    """Whether runs that were under way on one machine at the same time left each other alone, as far as is
+    known: who has disturbed a run cannot be told, only who was there."""
+    what = "Runs side by side left each other alone"
+    beside = {name: r.beside for name, r in runs.items() if r.beside}
+    folders = {r.folder: name for name, r in runs.items()}
+    hit = [
+        f"{name}, beside which ran {listed([folders.get(other, other) for other in others], 4)}"
+        for name, others in beside.items()
+        if runs[name].disturbed
+    ]
+    if hit:
+        return what, False, f"disturbed: {'; '.join(hit)}"
+    most = max(len(others) for others in beside.values())
+    details = f"{len(beside)} of {len(runs)} trainings had others beside them, up to {most}"
+    known = all(runs[name].disturbed is not None for name in beside)
+    return what, True if known else None, details + ", and none was disturbed" * known
