@@ -35,11 +35,14 @@ def main(folder: Path) -> None:
     )
     ended_by = None
     try:
-        chosen = chosen_method(spec, record)
-        from harness.training import execute
+        try:
+            chosen = chosen_method(spec, record)
+            from harness.training import execute
 
-        execute(spec, chosen, record, folder, job["checkpoint_seconds"])
-        record.status = "ok"
+            execute(spec, chosen, record, folder, job["checkpoint_seconds"])
+            record.status = "ok"
+        finally:
+            deaf()
     except BaseException as error:  # whatever ends a run is its status, never its absence
         record.status, record.error = diagnose(error)
         ended_by = error
@@ -78,10 +81,14 @@ ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script'
 
 
 def interrupt(*_) -> None:
-    """Once: another must not disturb the writing of what was measured."""
+    deaf()
+    raise KeyboardInterrupt
+
+
+def deaf() -> None:
+    """No further signal disturbs the writing of what was measured: who cannot wait for it kills."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 AGAIN = "the same command runs it again"

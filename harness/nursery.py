@@ -2,6 +2,8 @@
 copied for each; or, where a process cannot be copied, a fresh interpreter for each.
 
 A copy is as fresh as a run needs: nothing has computed, drawn a number or asked for the card in the nursery.
+A signal that a scheduler sends to all of them is for the bench and the run alone: the others would die, and
+take along a run that is writing its checkpoint.
 
     bench -- nursery -- keeper of a run -- the run, leader of its own session
                      -- keeper of a run -- the run ...
@@ -33,6 +35,7 @@ ASK_SECONDS = 120  # for a card that wakes up
 MESSAGE_BYTES = 2**16  # a folder's name, or what could not be imported
 BENCH = "TUNEOFF_BENCH"  # in the environment of a run and of all that it starts: its bench's process,
 RUN = "TUNEOFF_RUN"  # and, of a fresh one, its folder
+ASKING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # to end
 PYTHON = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the working directory
 ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "TOKENIZERS_PARALLELISM": "false",
@@ -214,6 +217,9 @@ class Nursery:
 
 
 def serve(needs: list[str]) -> None:
+    heard = {number: signal.getsignal(number) for number in ASKING}
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
     bench = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -239,16 +245,18 @@ def serve(needs: list[str]) -> None:
             return
         if os.fork() == 0:
             bench.close()
-            keep(os.fsdecode(folder), here, *files)
+            keep(os.fsdecode(folder), here, heard, *files)
         for file in files:
             os.close(file)
 
 
-def keep(folder: str, nursery: int, line: int, log: int) -> None:
-    """The keeper of a run, which ends with it."""
+def keep(folder: str, nursery: int, heard: dict, line: int, log: int) -> None:
+    """The keeper of a run, which ends with it. `heard`: how the run hears signals."""
 
     def work() -> None:
         os.setsid()
+        for number, handler in heard.items():
+            signal.signal(number, handler)
         for number in (1, 2):
             os.dup2(log, number)
         os.close(log)

@@ -172,7 +172,10 @@ class Store:
 
     def attempt(self, spec: RunSpec, anew: bool = False) -> Path:
         """A folder to run in, beside the finished one, which stays until this one is kept. In it are the
-        checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing."""
+        checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing. What
+        lies beside a run that is ok is of an attempt that began anew already, and was stopped."""
+        standing, _ = self.standing(spec.folder)
+        anew = anew and not (standing and standing.ok)
         folder, final = self.folder / ATTEMPT.format(spec.folder), self.folder / spec.folder
         kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
         aside = self.folder / STOPPED.format(spec.folder)
@@ -197,8 +200,14 @@ class Store:
         attempt = self.folder / ATTEMPT.format(spec.folder)
         if record.status in FINAL:
             shutil.rmtree(attempt / CHECKPOINTS, ignore_errors=True)
+        for half in attempt.glob(".*.part"):  # of a writer that was killed
+            half.unlink()
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
+            if (attempt / CHECKPOINTS).is_dir():
+                stopped = self.folder / STOPPED.format(spec.folder)
+                shutil.rmtree(stopped, ignore_errors=True)
+                (attempt / CHECKPOINTS).rename(stopped)
             shutil.rmtree(attempt)
             return
         if reason:

@@ -20,6 +20,7 @@ from test_cli import BITFIT, ROOT, SMALL, bench, records
 from harness import bench as running
 from harness import packages
 from harness.cli import progress
+from harness.forks import children
 from harness.method import Method
 from harness.nursery import Fresh, Nursery, environment
 from harness.plain import redacted
@@ -356,14 +357,15 @@ def heeding(*ignored):
 
 
 @pytest.mark.parametrize(
-    ("number", "ignored", "status"),
+    ("number", "ignored", "status", "everybody"),
     [
-        (signal.SIGINT, (), 130),
-        (signal.SIGTERM, (signal.SIGINT,), 143),  # as a script's & starts it
-        (signal.SIGHUP, (), 129),
+        (signal.SIGINT, (), 130, False),
+        (signal.SIGTERM, (signal.SIGINT,), 143, False),  # as a script's & starts it
+        (signal.SIGTERM, (), 143, True),  # as Slurm, systemd and Colab send it: to every process there is
+        (signal.SIGHUP, (), 129, False),
     ],
 )
-def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tmp_path, stubs):
+def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, everybody, tmp_path, stubs):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path)], cwd=tmp_path, env=stubs, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -372,13 +374,15 @@ def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tm
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     for other in ignored:
         process.send_signal(other)
-    process.send_signal(number)
+    for pid in family(process.pid) if everybody else [process.pid]:
+        os.kill(pid, number)
     told, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "not ok: slow-s0-" in told and "No technique has a result" in told
     assert '"status": "interrupted"' in (tmp_path / "reports/report.json").read_text(), "what there is"
     assert "the same command continues" in errors and "Traceback" not in errors
     assert records(tmp_path)["slow-0"]["status"] == "interrupted"
+    assert "KeyboardInterrupt" in next(tmp_path.glob("results/slow-*/log.txt")).read_text(), "its own record"
     assert ended(int((tmp_path / "pid").read_text()))
 
 
@@ -408,6 +412,11 @@ def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path, s
     process.kill()
     process.wait()
     until(lambda: ended(int((tmp_path / "pid").read_text())))
+
+
+def family(process: int) -> list[int]:
+    """A process and all that come from it, the youngest first."""
+    return [pid for child in children(process) for pid in family(child)] + [process]
 
 
 def ended(process: int) -> bool:

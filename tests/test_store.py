@@ -189,7 +189,10 @@ def test_a_record_of_a_version_that_asked_for_less_is_still_found(tmp_path):
 
 def attempted(store: Store, spec, command: str) -> RunRecord:
     """A second attempt that has ended ok, ready to be kept."""
-    folder = store.attempt(spec)
+    return attempted_in(store.attempt(spec), spec, command)
+
+
+def attempted_in(folder, spec, command: str) -> RunRecord:
     found = fabricate.record(spec.method, spec.seed, command=command)
     test = fabricate.outputs(spec.method, spec.seed, ROWS)
     (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
@@ -260,6 +263,34 @@ def test_one_that_is_not_ok_never_takes_the_place_of_one_that_is(tmp_path):
     store.attempt(spec)
     store.keep(spec, fabricate.record("lora", status="failed", error="no"))
     assert store.find(spec).command == "old" and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("killed", ["run", "bench"])
+def test_a_run_that_is_forced_and_stopped_goes_on_when_it_is_forced_again(killed, tmp_path):
+    store = Store(tmp_path)
+    spec = kept(tmp_path, command="old").spec
+    (store.attempt(spec, anew=True) / CHECKPOINTS / "000000004").mkdir(parents=True)
+    if killed == "run":
+        (tmp_path / f".{spec.folder}" / ".result.json.ab12.part").touch()
+        store.keep(spec, fabricate.record("lora", status="interrupted", error="killed"))
+    assert store.find(spec).command == "old"
+    folder = store.attempt(spec, anew=True)
+    assert (folder / CHECKPOINTS / "000000004").is_dir()
+    store.keep(spec, attempted_in(folder, spec, "new"))
+    assert store.find(spec).command == "new" and not list(tmp_path.glob(".*"))
+
+
+def test_one_that_has_failed_and_is_forced_begins_anew_and_nothing_half_written_stays(tmp_path):
+    store = Store(tmp_path)
+    spec = fabricate.record("lora").spec
+    folder = store.attempt(spec)
+    (folder / CHECKPOINTS / "000000004").mkdir(parents=True)
+    (folder / ".result.json.ab12.part").touch()
+    store.keep(spec, fabricate.record("lora", status="interrupted", error="killed"))
+    assert {path.name for path in store.path(spec).iterdir()} == {RECORD, CHECKPOINTS}
+    assert (
+        list(store.attempt(spec, anew=True).iterdir()) == [] and not (store.path(spec) / CHECKPOINTS).exists()
+    )
 
 
 def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_there(tmp_path, monkeypatch):
