@@ -17,12 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from harness import machine, method
-from harness.child import AGAIN, exhausted, out_of_memory
+from harness.child import AGAIN, WHERE, exhausted, out_of_memory
 from harness.errors import BadRequest
 from harness.nursery import Forked, Fresh, Nursery, how
 from harness.plain import redacted
@@ -31,6 +30,7 @@ from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
 from harness.store import EVENTS, RESULT, SPEC, Store, save
+from harness.watchdog import STALL_SECONDS, End, watching
 
 LOG = "log.txt"
 LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
@@ -84,13 +84,14 @@ def bench(
     force: bool = False,
     limit: float | None = None,
     every: float = CHECKPOINT_SECONDS,
+    stall: float = STALL_SECONDS,
 ) -> Iterator[Done]:
     """Runs what is not cached. Only a run that ended ok counts as cached: others are tried again.
 
     `progress` is told `start(spec, number, total)`, `event(spec, values)` and `end(record, cached)`. A run
-    that takes longer than `limit` seconds is ended; `every` so many it leaves a checkpoint, to go on from
-    after whatever ends it. A signal that asks the bench to end reaches the runs under way, is recorded, and
-    is raised again. Raises Missing before the first run.
+    that takes longer than `limit` seconds is ended, or that makes no progress for `stall`; `every` so many it
+    leaves a checkpoint, to go on from after whatever ends it. A signal that asks the bench to end reaches the
+    runs under way, is recorded, and is raised again. Raises Missing before the first run.
     """
     store.recover()
     done: dict[str, RunRecord] = {}
@@ -111,7 +112,7 @@ def bench(
 
             def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):
                 progress.start(spec, numbers[spec.digest], total)
-                return run(spec, store, command, progress, limit, slot, signals, force, every)
+                return run(spec, store, command, progress, limit, slot, signals, force, every, stall)
 
             for spec, record in together(pending, places, one):
                 done[spec.digest] = record
@@ -253,9 +254,11 @@ def run(
     signals: Sequence[int] = (),
     anew: bool = False,
     every: float = CHECKPOINT_SECONDS,
+    stall: float = STALL_SECONDS,
 ) -> RunRecord:
     """`signals`: those that ask the bench to end; it grows meanwhile. `anew`: from its first step, whatever
-    an earlier attempt has left. `every`: seconds between two checkpoints of a training; 0: there are none."""
+    an earlier attempt has left. `every`: seconds between two checkpoints of a training; 0: there are none.
+    `limit`, `stall`: as the watchdog has them."""
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
     folder, kills = store.attempt(spec, anew), oom_kills()
@@ -263,19 +266,25 @@ def run(
     job: dict = {"spec": spec.asked() | own, "command": command, "started": started}
     job |= {"cores": slot.cores, "at_once": slot.of, "checkpoint_seconds": every}
     save(folder / SPEC, json.dumps(job, indent=1))
-    end = time.monotonic() + (limit or float("inf"))
-
-    def asked() -> str | None:
-        return "interrupted" if signals else "timeout" if time.monotonic() > end else None
-
     log = (folder / LOG).open("wb", buffering=0)
     child = slot.begin(folder)
     reader = threading.Thread(target=keep_log, args=(child.stdout, log), daemon=True)
     reader.start()
     try:
-        reason = follow(child, folder / EVENTS, partial(progress.event, spec), asked)
-        if reason:
-            stop(child, signals)
+        with watching(child.pid, limit, stall) as watchdog:
+
+            def tell(values: dict) -> None:
+                watchdog.heard()
+                progress.event(spec, values)
+
+            def asked() -> End | None:
+                return End("interrupted", f"interrupted; {AGAIN}") if signals else watchdog.look()
+
+            reason = follow(child, folder / EVENTS, tell, asked)
+            if reason and reason.status == "timeout" and WHERE:
+                child.send_signal(WHERE)
+            if reason and reason.kindly:
+                stop(child, signals)
     finally:
         code = child.clear()
         reader.join(READ_SECONDS)
@@ -287,22 +296,18 @@ def run(
         if code == 0:
             error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
         record = RunRecord(spec, status, error, command=command, started=started)
-    told(record, code, limit if reason == "timeout" else None)
+    told(record, code, reason)
     (folder / SPEC).unlink(missing_ok=True)  # its paths are this machine's alone
     store.keep(spec, record)
     return record
 
 
-def told(record: RunRecord, code: int, limit: float | None) -> None:
-    """Adds to a record what its process could not know: that it ended while saving, or took too long."""
+def told(record: RunRecord, code: int, reason: End | None) -> None:
+    """Adds to a record what its process could not know: that it ended while saving, or why it was ended."""
     if record.ok and code:  # all was measured: it ended while its model was being saved
         record.warnings[-1] += f": {how(code)}"
-    if limit and not record.ok:
-        record.status = "timeout"
-        record.error = (
-            f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
-            "data.test or hp.max_new_tokens"
-        )
+    if reason and not record.ok:
+        record.status, record.error = reason.status, reason.error
 
 
 @contextmanager
@@ -326,8 +331,8 @@ def held():
 
 
 def follow(
-    child, events: Path, tell: Callable[[dict], object], asked: Callable[[], str | None]
-) -> str | None:
+    child, events: Path, tell: Callable[[dict], object], asked: Callable[[], End | None]
+) -> End | None:
     """Passes the child's events on until it ends, or until `asked` gives a reason to end it: that reason."""
     position = 0
     while True:
@@ -395,10 +400,10 @@ def keep_log(output, log) -> None:
         write(b"[... %d bytes are left out ...]\n" % dropped * bool(dropped) + b"".join(last) + rest)
 
 
-def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[str, str]:
+def epitaph(code: int, log: Path, reason: End | None, starved: bool) -> tuple[str, str]:
     """Status and error of a child that left no result. `starved`: the kernel killed for want of memory."""
     if reason:
-        return "interrupted", f"interrupted; {AGAIN}"
+        return reason.status, reason.error
     if code == -signal.SIGKILL and not starved:
         return "interrupted", f"killed from outside, and not by the kernel for want of memory; {AGAIN}"
     said = log.read_text("utf-8", "replace") if log.is_file() else ""

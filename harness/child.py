@@ -4,6 +4,7 @@ leaves a record.
 FOLDER holds spec.json; this process leaves events.jsonl, outputs.jsonl, model/ and, last, result.json.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from harness.store import SPEC, leave
 def main(folder: Path) -> None:
     for number in ENDING:
         signal.signal(number, interrupt)
+    if WHERE:
+        faulthandler.register(WHERE)
     job = json.loads((folder / SPEC).read_text("utf-8"))
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])
@@ -77,6 +80,7 @@ def ensemble(spec: RunSpec, record: RunRecord) -> method.Method:
     return Ensemble(spec.options["average"], members)
 
 
+WHERE = getattr(signal, "SIGUSR1", None)  # asks for a trace of every thread, whatever it waits for
 ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled
 
 

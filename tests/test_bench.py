@@ -78,14 +78,14 @@ class Shown:
 SPEC = RunSpec("plugin", 0, "none", {}, Hyperparams())
 
 
-def child(folder: Path, code: str, limit: float | None = None, begin=Fresh):
+def child(folder: Path, code: str, limit: float | None = None, begin=Fresh, **more):
     """A run whose method does this when its child imports it. -> record, its folder."""
     lines = ["import os, signal, subprocess, sys, time", "if 'TUNEOFF_BENCH' in os.environ:"]
     lines += [f"    {line}" for line in [*code.splitlines(), "raise KeyError('the end')"]]
     (folder / "plugin.py").write_text("\n".join([BITFIT, *lines, ""]))
     spec = replace(SPEC, locations={"plugins": [str(folder / "plugin.py")]})
     store = Store(folder / "results")
-    record = running.run(spec, store, "", Shown(), limit, running.Slot(begin))
+    record = running.run(spec, store, "", Shown(), limit, running.Slot(begin), **more)
     assert RunRecord.from_json((store.path(spec) / "record.json").read_text()) == record
     left = {file.name for file in store.path(spec).iterdir()}
     assert "spec.json" not in left and ("result.json" not in left or not record.ok)

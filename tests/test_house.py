@@ -17,7 +17,7 @@ FLOORS = [
     ["spec", "metrics", "migrate", "packages"],
     ["record"],
     ["store", "tuning", "machine", "data"],
-    ["method", "doctor", "measuring", "grade", "keeping", "tracking"],
+    ["method", "doctor", "measuring", "grade", "keeping", "tracking", "watchdog"],
     ["trial", "training"],
     ["plan", "child"],
     ["nursery"],

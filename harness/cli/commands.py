@@ -28,7 +28,7 @@ def run_command(options, typed: list[str]) -> int:
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
-            terms = options.force, options.time_limit, options.checkpoints
+            terms = options.force, options.time_limit, options.checkpoints, options.stall_limit
             for ended in bench.bench(specs, store, command, watcher, *terms):
                 done.append(ended)
                 if not ended.cached:
