@@ -53,6 +53,7 @@ def faulty(tmp_path_factory):
     return folder, run
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty):
     folder, run = faulty
@@ -152,6 +153,7 @@ def begin(request):
     return Fresh if request.param == "fresh" else request.getfixturevalue("nursery").child
 
 
+@pytest.mark.fault(5, 41)
 @pytest.mark.parametrize("case", EPITAPHS)
 def test_every_end_of_a_child_has_its_status(case, begin, tmp_path):
     code, status, error = EPITAPHS[case]
@@ -169,6 +171,7 @@ def test_the_kernel_says_whether_memory_ran_out(tmp_path, monkeypatch):
     assert child(tmp_path, grows + killed)[0].status == "oom_host"
 
 
+@pytest.mark.fault(43)
 def test_what_a_run_has_started_ends_with_it(begin, tmp_path):
     own = [f"{seconds}.{os.getpid()}" for seconds in (7771, 7772)]
     left = "\n".join(
@@ -194,6 +197,7 @@ def running_commands() -> set[str]:
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("code", ["time.sleep(99)", STUBBORN, "os.kill(os.getpid(), signal.SIGSTOP)"])
 def test_a_run_beyond_its_time_limit_is_ended(code, begin, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "GRACE_SECONDS", 30 if code != STUBBORN else 1)
@@ -216,6 +220,7 @@ def test_a_log_is_bounded_and_keeps_both_ends(tmp_path):
 TOKEN = "hf_" + "Ab1" * 11
 
 
+@pytest.mark.fault(24)
 def test_no_secret_reaches_the_record_or_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("OF_MINE_API_KEY", "0123456789-unmarked")
     code = f"token = '{TOKEN}'; print(token, '0123456789-unmarked')\n"
@@ -287,6 +292,7 @@ def test_a_child_is_told_what_the_user_has_set_and_nothing_of_the_working_direct
     ]  # fmt: skip
 
 
+@pytest.mark.fault(44)
 def test_a_child_imports_its_plugins_neighbours_but_nothing_in_place_of_a_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "harness").mkdir()
@@ -356,6 +362,7 @@ def heeding(*ignored):
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
+@pytest.mark.fault(3, 37)
 @pytest.mark.parametrize(
     ("number", "ignored", "status", "everybody"),
     [
@@ -401,6 +408,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_stubborn_child(tmp_path, stubs):
     assert records(tmp_path)["slow-0"]["status"] == "interrupted"
 
 
+@pytest.mark.fault(2, 11)
 def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path, stubs):
     arguments = slow(tmp_path)
     process = subprocess.Popen(
@@ -412,6 +420,8 @@ def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path, s
     process.kill()
     process.wait()
     until(lambda: ended(int((tmp_path / "pid").read_text())))
+    with running.lock(tmp_path / "results"):
+        pass
 
 
 def family(process: int) -> list[int]:
@@ -426,6 +436,7 @@ def ended(process: int) -> bool:
         return True
 
 
+@pytest.mark.fault(17)
 def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
     (tmp_path / "stubs/sacrebleu/metrics.py").write_text("import numbers_that_are_absent")
     arguments = slow(tmp_path, "pass")
@@ -511,6 +522,7 @@ class Full(Method):
 """
 
 
+@pytest.mark.fault(36)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_costs_the_model_alone(tmp_path):
     disk = tmp_path / "results"
@@ -533,6 +545,7 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         subprocess.run(["umount", "-l", str(disk)])
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("way", [["-m", "harness.cli"], [str(ROOT / "run_bench.py")]])
 def test_a_plan_does_not_import_from_the_working_directory(way, tmp_path):
     for name in ("random", "accelerate", "methods"):

@@ -122,6 +122,9 @@ FAULTS = {  # what is done to a run -> what is said of it
     "lists in lists": (lambda run: (run / RECORD).write_text("[" * 10**5), "without end"),
     "not UTF-8": (lambda run: (run / RECORD).write_bytes(b"\xff\xfe{}"), "utf-8"),
     "no record": (lambda run: (run / RECORD).unlink(), "record.json is missing"),
+    "an empty record": (lambda run: os.truncate(run / RECORD, 0), "Expecting value"),
+    "no object": (lambda run: (run / RECORD).write_text("[1]"), "not a run record"),
+    "a folder": (lambda run: ((run / RECORD).unlink(), (run / RECORD).mkdir()), "record.json is not a file"),
     "a pipe": (lambda run: pipe(run / RECORD), "record.json is not a file"),
     "outputs are a pipe": (lambda run: pipe(run / OUTPUTS), "outputs.jsonl is not a file"),
     "a link out": (lambda run: out_of_the_store(run / RECORD), "record.json is a link out of"),
@@ -148,6 +151,7 @@ FAULTS = {  # what is done to a run -> what is said of it
 }
 
 
+@pytest.mark.fault(9, 38, 39)
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_is_no_whole_run_is_named_and_not_cached_and_stays(name, tmp_path):
     damage, said = FAULTS[name]
@@ -232,6 +236,7 @@ def killed_at(number: int, action) -> bool:
         os._exit(0)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_kill_at_any_call_loses_neither_the_earlier_run_nor_the_new_one(damaged, tmp_path):
     for number in count(1):
@@ -329,6 +334,7 @@ def test_many_may_write_one_file_at_once(tmp_path):
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("locale", [{}, ASCII])
 def test_what_a_record_says_is_shown_and_never_obeyed_by_a_terminal(locale, tmp_path):
     evil = "\x1b]0;owned\x07 \x9b2J \ud800 \u202e é"

@@ -19,6 +19,7 @@ WAITS = (
 HANGS = f"{WAITS}waits_for_a_lock()"
 
 
+@pytest.mark.fault(30, 49)
 @pytest.mark.parametrize(
     ("case", "begin"),
     [("works", "copied"), ("hangs", "fresh"), ("is deaf", "copied"), ("hangs in an import", "fresh")],
@@ -87,6 +88,7 @@ def test_how_long_a_run_may_be_silent(stall, heard, seconds, clock):
 GIB = 2**30
 
 
+@pytest.mark.fault(5)
 def test_near_the_end_of_memory_the_largest_run_is_ended_and_no_small_one(tmp_path, monkeypatch):
     large = f"block = bytearray({watchdog.NEAR_BYTES} + 2**25)\ntime.sleep(60)"
     monkeypatch.setattr(machine, "free_bytes", lambda: 100 * 2**20)
