@@ -107,7 +107,8 @@ def bench(
                 else:
                     pending.append(located(spec, plan, store))
             if pending and not places:
-                places = slots(ends.enter_context(Nursery(needs(plan))), plan)
+                first = pending[0].asked() | {"locations": pending[0].locations}
+                places = slots(ends.enter_context(Nursery(needs(plan), first)), plan)
             numbers = {spec.digest: number for number, spec in enumerate(pending, len(done) + 1)}
 
             def one(spec: RunSpec, slot: Slot, signals: Sequence[int], numbers=numbers, total=total):

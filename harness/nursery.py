@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 from harness import ROOT, child, machine, packages
 from harness.errors import BadRequest
 from harness.forks import die_with, in_a_copy, looked_after
+from harness.preflight import unfit
 
 IMPORT_SECONDS = 600  # for torch and its like from a cold network disk
 ASK_SECONDS = 120  # for a card that wakes up
@@ -51,7 +52,7 @@ THREADS = {"OMP_NUM_THREADS": str(max(1, CORES - 1))}
 
 
 class Missing(BadRequest):
-    """What the runs need cannot be imported."""
+    """What the runs need cannot be imported or opened."""
 
 
 def environment() -> dict[str, str]:
@@ -140,9 +141,10 @@ class Forked:
 
 class Nursery:
     """`with Nursery(needs) as nursery: nursery.child(folder)`. `needs`: a further package -> the methods that
-    need it. Raises Missing where something cannot be imported."""
+    need it; `first`: the spec of a run, whose model and precision are tried where there is a card. Raises
+    Missing where something cannot be imported or opened."""
 
-    def __init__(self, needs: dict[str, list[str]]):
+    def __init__(self, needs: dict[str, list[str]], first: dict | None = None):
         self.turn = threading.Lock()
         self.bench, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile() as said:
@@ -154,6 +156,8 @@ class Nursery:
             theirs.close()
             self.bench.settimeout(IMPORT_SECONDS)
             try:
+                with suppress(OSError):  # it is gone already, and what it has said is told
+                    self.bench.send(json.dumps(first).encode())
                 told = self.bench.recv(MESSAGE_BYTES)
             except TimeoutError:
                 self.close()
@@ -223,6 +227,7 @@ def serve(needs: list[str]) -> None:
     bench = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    first = json.loads(bench.recv(MESSAGE_BYTES))
     with card_is_asked_in_a_copy() as card:
         reasons = packages.unimportable(needs)
         with suppress(Exception):  # what is wrong here is found by the run, and stands in its record
@@ -233,6 +238,9 @@ def serve(needs: list[str]) -> None:
     fresh, threads = uncopyable(), None
     if not fresh:
         threads = json.loads(in_a_copy(number_of_threads, ASK_SECONDS) or "null")
+    if card and first and not fresh and not reasons:  # on a CPU a run that cannot begin costs nothing
+        tried = in_a_copy(lambda: json.dumps(unfit(first)).encode(), ASK_SECONDS)
+        reasons |= {f"model {number}": reason for number, reason in enumerate(json.loads(tried or "[]"))}
     told = {"reasons": reasons, "fresh": fresh, "card": bool(card), "threads": threads}
     bench.send(json.dumps(told).encode()[:MESSAGE_BYTES])
     gc.collect()

@@ -254,7 +254,7 @@ def stubbed(monkeypatch):
         return fabricate.keep(store.folder, record)
 
     monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(bench, "Nursery", lambda *_: nullcontext())
     monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
     return runs
 

@@ -19,7 +19,7 @@ FLOORS = [
     ["store", "tuning", "machine", "data"],
     ["method", "doctor", "measuring", "grade", "keeping", "tracking", "watchdog"],
     ["trial", "training"],
-    ["plan", "child"],
+    ["plan", "child", "preflight"],
     ["nursery"],
     ["bench", "report", "contract"],
     ["cli"],

@@ -313,7 +313,7 @@ def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_t
         return base if spec.method == "base" else fabricate.record("lora", spec.seed)
 
     monkeypatch.setattr(bench, "run", run)
-    monkeypatch.setattr(bench, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(bench, "Nursery", lambda *_: nullcontext())
     monkeypatch.setattr(bench, "slots", lambda *_: [bench.Slot()])
     list(bench.bench(specs, store, "", Silent()))
     assert asked == [("base", 0)], "the untouched model has failed again"

@@ -85,8 +85,10 @@ def planned(options, keep: bool = False):
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
-    for name in ("results", "reports"):
-        problems.add(f"--{name}", unwritable(getattr(options, name)))
+    for folder in ("results", "reports"):
+        problems.add(f"--{folder}", unwritable(getattr(options, folder)))
+    if found and not problems:
+        problems.add("--results", room(found, options))
     problems.extend(untracked(getattr(options, "track_with", ())))
     if "pdf" in getattr(options, "format", ()):
         from harness.report import REMEDY, missing
@@ -94,6 +96,20 @@ def planned(options, keep: bool = False):
         problems.add("--format pdf", missing(), REMEDY)
     problems.refuse()
     return found
+
+
+def room(specs, options):
+    """Why there is none on the disk for what the runs that are not there yet will leave."""
+    from harness.preflight import crowded
+    from harness.store import Store
+
+    store = Store(options.results)
+    runs = [spec for spec in specs if options.force or not store.find(spec)]
+    runs += [tuning.trial for tuning in specs.tunings for _ in specs.seeds]  # whatever is found best
+    problem, note = crowded(runs, options.results)
+    if note and vars(options).get("checkpoints"):
+        complain(f"note: {note}")
+    return problem
 
 
 def as_json(ended) -> dict:
