@@ -433,9 +433,12 @@ def lock(folder: Path):
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / ".holder"
+    file, holder = folder / ".lock", folder / ".holder"
+    for path in (file, holder):
+        if path.is_symlink():  # what it leads to would be written over
+            raise BadRequest(f"{path} is a link: remove it")
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(file, timeout=0):
             holder.write_text(str(os.getpid()))
             try:
                 yield

@@ -103,6 +103,9 @@ class Store:
         """The record of a folder. Raises OSError or ValueError, with the reason, unless the folder has what a
         run leaves: a record whose spec gives the folder's name, and whole outputs."""
         record = RunRecord.from_json(self.text(name, RECORD))
+        for path in (self.folder / name).rglob("*"):
+            if path.is_symlink() and self.outside(path):  # a model is read, merged and pushed too
+                raise ValueError(f"{path.relative_to(self.folder / name)} is a link out of {self.folder}")
         if record.folder != name:
             raise ValueError(f"{RECORD} is {record.folder}'s: its spec or the folder's name was changed")
         if not record.ok:
@@ -162,11 +165,14 @@ class Store:
     def text(self, name: str, file: str) -> str:
         """Of a run's file that lies in the store: no link leads out of it, and no pipe keeps us waiting."""
         path = self.folder / name / file
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
+        if self.outside(path):
             raise ValueError(f"{file} is a link out of {self.folder}")
         if not path.is_file():
             raise ValueError(f"{file} is " + ("not a file" if path.exists() else "missing"))
         return path.read_text("utf-8")
+
+    def outside(self, path: Path) -> bool:
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
 
     # Writing
 

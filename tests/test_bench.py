@@ -254,7 +254,8 @@ def test_a_silent_hub_ends_a_run(tmp_path):
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT"  # what the secret part of each of these is
 SECRETS = (
-    f"hf_{LETTERS}", f"sk-{LETTERS}", f"sk-proj-{LETTERS}", f"ghp_{LETTERS}", f"github_pat_{LETTERS}",
+    f"hf_{LETTERS}", f"api_org_{LETTERS}", f"sk-{LETTERS}", f"sk-proj-{LETTERS}", f"ghp_{LETTERS}",
+    f"github_pat_{LETTERS}",
     f"AKIA{LETTERS.upper()}", f"Bearer {LETTERS}", f"{{'authorization': 'Basic {LETTERS}'}}",
     f"key={LETTERS}", f"https://x.org/f?token={LETTERS}&page=1", f"api_key: '{LETTERS}'",
     f"password={LETTERS}", f"https://user:{LETTERS}@x.org/f", f"https://{LETTERS}@x.org",
@@ -273,6 +274,36 @@ def test_what_looks_like_a_secret_is_hidden(text):
     for around in ("{}", "401 for {}: see above", "url='{}'"):
         assert LETTERS.upper() not in redacted(around.format(text)).upper()
         assert "[hidden]" in redacted(around.format(text))
+
+
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY_2", "GITHUB_PAT", "HF_TOKEN_WRITE", "PGPASSWORD", "MY_PASSPHRASE"]
+)
+def test_what_an_environment_keeps_secret_is_hidden(name, monkeypatch):
+    monkeypatch.setenv(name, "0123456789-unmarked")
+    monkeypatch.setenv("TOKENIZERS_DIRECTORY", "/a/long/directory")
+    assert (
+        redacted("401 for 0123456789-unmarked in /a/long/directory")
+        == "401 for [hidden] in /a/long/directory"
+    )
+
+
+def test_a_fault_of_our_own_is_told_without_secrets(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from harness import cli\n"
+    code += f"cli.COMMANDS['doctor'] = lambda *_: 1 / len('{TOKEN}'[99:])\ncli.main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+    assert "Ab1Ab1" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [".lock", ".holder"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_stays(name, tmp_path):
+    (tmp_path / "mine").write_text("of value")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(running.BadRequest, match="is a link: remove it"), running.lock(tmp_path / "results"):
+        pass
+    assert (tmp_path / "mine").read_text() == "of value"
 
 
 @pytest.mark.parametrize("text", HARMLESS)

@@ -131,6 +131,11 @@ FAULTS = {  # what is done to a run -> what is said of it
     "a link to itself": (lambda run: to_itself(run / RECORD), "record.json is missing"),
     "outputs link out": (lambda run: out_of_the_store(run / OUTPUTS), "outputs.jsonl is a link out of"),
     "all of it links out": (out_of_the_store, "record.json is a link out of"),
+    "its model links out": (lambda run: out_of_the_store(run / MODEL), "model is a link out of"),
+    "a file of its model links out": (
+        lambda run: out_of_the_store(run / MODEL / "adapter_model.safetensors"),
+        "model/adapter_model.safetensors is a link out of",
+    ),
     "no outputs": (lambda run: (run / OUTPUTS).unlink(), "outputs.jsonl is missing"),
     "empty outputs": (with_outputs(lambda text: ""), "was changed"),
     "half an output": (lambda run: os.truncate(run / OUTPUTS, 500), "outputs.jsonl, line"),
