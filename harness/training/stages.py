@@ -187,7 +187,7 @@ def trained(model, run: Run):
 def leaps(record: RunRecord) -> list[str]:
     """Whether the loss was once far above its first; of other objectives a loss has no such scale."""
     losses = [point["loss"] for point in record.training]
-    if not losses or record.card.get("objective", "sft") != "sft" or max(losses) <= LEAP * losses[0]:
+    if record.card.get("objective", "sft") != "sft" or not losses or not 0 < LEAP * losses[0] < max(losses):
         return []
     times, step = max(losses) / losses[0], losses.index(max(losses)) + 1
     return [f"the loss was {times:.1f} times its first at step {step} of {len(losses)}: a lower "
