@@ -379,8 +379,10 @@ def test_the_command_check_names_what_is_not_whole_and_changes_nothing(tmp_path,
     (first / OUTPUTS).write_text((first / OUTPUTS).read_text()[:-40])
     (second / MODEL / "model.safetensors").write_bytes(b"half")
     (folder / f".{third.name}" / CHECKPOINTS).mkdir(parents=True)
+    (folder / f".{third.name}.stopped").mkdir()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, said = main(["check", str(folder)]), capsys.readouterr().out
     assert code == 1 and f"FIX  {first}: {OUTPUTS}, line" in said
     assert f"FIX  {second}: its model" in said and f"note {folder / ('.' + third.name)}: goes on" in said
+    assert f"note {folder / ('.' + third.name)}.stopped: goes on when its run is forced" in said
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
