@@ -4,6 +4,7 @@ leaves a record.
 FOLDER holds spec.json; this process leaves events.jsonl, outputs.jsonl, model/ and, last, result.json.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from harness.store import SPEC, leave
 def main(folder: Path) -> None:
     for number in ENDING:
         signal.signal(number, interrupt)
+    if WHERE:
+        faulthandler.register(WHERE)
     job = json.loads((folder / SPEC).read_text("utf-8"))
     if job["cores"]:
         os.sched_setaffinity(0, job["cores"])
@@ -37,11 +40,14 @@ def main(folder: Path) -> None:
     )
     ended_by = None
     try:
-        chosen = chosen_method(spec, record)
-        from harness.training import execute
+        try:
+            chosen = chosen_method(spec, record)
+            from harness.training import execute
 
-        execute(spec, chosen, record, folder, job["checkpoint_seconds"])
-        record.status = "ok"
+            execute(spec, chosen, record, folder, job["checkpoint_seconds"])
+            record.status = "ok"
+        finally:
+            deaf()
     except BaseException as error:  # whatever ends a run is its status, never its absence
         record.status, record.error = diagnose(error)
         ended_by = error
@@ -76,14 +82,19 @@ def ensemble(spec: RunSpec, record: RunRecord) -> method.Method:
     return Ensemble(spec.options["average"], members)
 
 
+WHERE = getattr(signal, "SIGUSR1", None)  # asks for a trace of every thread, whatever it waits for
 ENDING = (signal.SIGINT, signal.SIGTERM)  # the first is ignored below a script's & until it is handled
 
 
 def interrupt(*_) -> None:
-    """Once: another must not disturb the writing of what was measured."""
+    deaf()
+    raise KeyboardInterrupt
+
+
+def deaf() -> None:
+    """No further signal disturbs the writing of what was measured: who cannot wait for it kills."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 AGAIN = "the same command runs it again"

@@ -71,7 +71,7 @@ def looked_after(work: Callable[[], object], line: socket.socket) -> None:
             os._exit(1)
     line.send(str(child).encode())
     found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    assert found  # without WNOHANG it has ended
+    assert found  # noqa: S101, as mypy has to know: without WNOHANG it has ended
     while left := [process for process in children(here) if process != child]:
         for process in left:
             os.kill(process, signal.SIGKILL)

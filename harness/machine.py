@@ -7,6 +7,7 @@ Torch and NVML are imported where they are asked: the doctor works where they ar
 import math
 import os
 import platform
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from itertools import chain
@@ -77,17 +78,46 @@ def physical_cores() -> list[list[int]]:
     return list(found.values())
 
 
-def free_bytes() -> int | None:
+def free_bytes() -> float | None:
     """Of main memory, as far as others leave it and a container is allowed it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    with suppress(OSError, ValueError):  # "max" is no number
-        most, held = (int((GROUPS / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, most - held)
-    return free
+    return min(free, *(left_in(group) for group in memory_groups()))
+
+
+def memory_groups() -> Iterator[Path]:
+    """Those that this process is in, as Slurm, systemd and containers make them: each may have a limit."""
+    yield GROUPS
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, path = line.split(":", 2)
+            if kind in ("", "memory"):
+                own = GROUPS / kind / path.lstrip("/")
+                yield from (group for group in (own, *own.parents) if group.is_relative_to(GROUPS / kind))
+
+
+def left_in(group: Path) -> float:
+    """Bytes; infinite without a limit. Files that were read count as free: they make room."""
+    for most, held, files in (("max", "current", ""), ("limit_in_bytes", "usage_in_bytes", "total_")):
+        with suppress(OSError, ValueError):  # "max" is no number
+            left = int((group / f"memory.{most}").read_text()) - int((group / f"memory.{held}").read_text())
+            with suppress(OSError, ValueError):
+                words = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+                kept = (f"{files}active_file", f"{files}inactive_file")
+                left += sum(int(size) for name, size in words if name in kept)
+            return left
+    return math.inf
+
+
+def resident_bytes(process: int) -> int:
+    """Of a process; 0 where there is none such."""
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
 
 
 def quota() -> float:

@@ -2,6 +2,8 @@
 copied for each; or, where a process cannot be copied, a fresh interpreter for each.
 
 A copy is as fresh as a run needs: nothing has computed, drawn a number or asked for the card in the nursery.
+A signal that a scheduler sends to all of them is for the bench and the run alone: the others would die, and
+take along a run that is writing its checkpoint.
 
     bench -- nursery -- keeper of a run -- the run, leader of its own session
                      -- keeper of a run -- the run ...
@@ -27,12 +29,14 @@ from typing import Any, BinaryIO
 from harness import ROOT, child, machine, packages
 from harness.errors import BadRequest
 from harness.forks import die_with, in_a_copy, looked_after
+from harness.preflight import unfit
 
 IMPORT_SECONDS = 600  # for torch and its like from a cold network disk
 ASK_SECONDS = 120  # for a card that wakes up
 MESSAGE_BYTES = 2**16  # a folder's name, or what could not be imported
 BENCH = "TUNEOFF_BENCH"  # in the environment of a run and of all that it starts: its bench's process,
 RUN = "TUNEOFF_RUN"  # and, of a fresh one, its folder
+ASKING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # to end
 PYTHON = [sys.executable, "-P", "-m"]  # -P: nothing is imported from the working directory
 ENVIRONMENT = {  # quiet libraries, and no thread pools beside torch's own
     "TOKENIZERS_PARALLELISM": "false",
@@ -59,7 +63,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 class Missing(BadRequest):
-    """What the runs need cannot be imported."""
+    """What the runs need cannot be imported or opened."""
 
 
 def environment() -> dict[str, str]:
@@ -148,9 +152,10 @@ class Forked:
 
 class Nursery:
     """`with Nursery(needs) as nursery: nursery.child(folder)`. `needs`: a further package -> the methods that
-    need it. Raises Missing where something cannot be imported."""
+    need it; `first`: the spec of a run, whose model and precision are tried where there is a card. Raises
+    Missing where something cannot be imported or opened."""
 
-    def __init__(self, needs: dict[str, list[str]]):
+    def __init__(self, needs: dict[str, list[str]], first: dict | None = None):
         self.turn = threading.Lock()
         self.bench, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile() as said:
@@ -162,6 +167,8 @@ class Nursery:
             theirs.close()
             self.bench.settimeout(IMPORT_SECONDS)
             try:
+                with suppress(OSError):  # it is gone already, and what it has said is told
+                    self.bench.send(json.dumps(first).encode())
                 told = self.bench.recv(MESSAGE_BYTES)
             except TimeoutError:
                 self.close()
@@ -225,9 +232,13 @@ class Nursery:
 
 
 def serve(needs: list[str]) -> None:
+    heard = {number: signal.getsignal(number) for number in ASKING}
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
     bench = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    first = json.loads(bench.recv(MESSAGE_BYTES))
     with card_is_asked_in_a_copy() as card:
         reasons = packages.unimportable(needs)
         with suppress(Exception):  # what is wrong here is found by the run, and stands in its record
@@ -238,6 +249,9 @@ def serve(needs: list[str]) -> None:
     fresh, threads = uncopyable(), None
     if not fresh:
         threads = json.loads(in_a_copy(number_of_threads, ASK_SECONDS) or "null")
+    if card and first and not fresh and not reasons:  # on a CPU a run that cannot begin costs nothing
+        tried = in_a_copy(lambda: json.dumps(unfit(first)).encode(), ASK_SECONDS)
+        reasons |= {f"model {number}": reason for number, reason in enumerate(json.loads(tried or "[]"))}
     told = {"reasons": reasons, "fresh": fresh, "card": bool(card), "threads": threads}
     bench.send(json.dumps(told).encode()[:MESSAGE_BYTES])
     gc.collect()
@@ -250,16 +264,18 @@ def serve(needs: list[str]) -> None:
             return
         if os.fork() == 0:
             bench.close()
-            keep(os.fsdecode(folder), here, *files)
+            keep(os.fsdecode(folder), here, heard, *files)
         for file in files:
             os.close(file)
 
 
-def keep(folder: str, nursery: int, line: int, log: int) -> None:
-    """The keeper of a run, which ends with it."""
+def keep(folder: str, nursery: int, heard: dict, line: int, log: int) -> None:
+    """The keeper of a run, which ends with it. `heard`: how the run hears signals."""
 
     def work() -> None:
         os.setsid()
+        for number, handler in heard.items():
+            signal.signal(number, handler)
         for number in (1, 2):
             os.dup2(log, number)
         os.close(log)

@@ -37,7 +37,7 @@ def listed(names: list[str], most: int = 8) -> str:
 
 HIDDEN = "[hidden]"
 SECRETS = (  # what a secret looks like; the group is kept, so that a reader knows what was hidden
-    r"(hf_|gh[opsru]_|npm_|AKIA|ASIA|AIza)[A-Za-z0-9]{16,}",  # the mark that its maker gave it
+    r"(hf_|api_org_|gh[opsru]_|npm_|AKIA|ASIA|AIza)[A-Za-z0-9]{16,}",  # the mark that its maker gave it
     r"\b(sk-|github_pat_|glpat-|xox[a-z]-|pypi-Ag|eyJ)[\w.-]{16,}",
     r"(?i)\b(bearer\s+|authorization[\"']?\s*[:=]\s*[\"']?(?:\w+\s+)?)[\w.~+/=-]{8,}",
     r"(?i)((?:(?:api|access|private|secret)[_-]?key|(?:access|auth)[_-]?token|secret|passw(?:or)?d)"
@@ -46,7 +46,9 @@ SECRETS = (  # what a secret looks like; the group is kept, so that a reader kno
     r"(\w://)[^\s/?#\"']+(?=@)",  # its place in an address
     r"(?s)(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)",
 )
-SECRET_NAME = re.compile(r"(?i)(token|key|secret|passw(or)?d)$")  # of an environment variable
+SECRET_NAME = re.compile(  # of an environment variable
+    r"(?i)(token|key|secret|passw(or)?d|passphrase|credentials?|(^|_)pat)(_|\d*$)"
+)
 
 
 def redacted(text: str) -> str:

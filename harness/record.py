@@ -126,7 +126,7 @@ class Resumption:
     """A training went on after it was stopped. Its own costs go on as well; these are beside them."""
 
     step: Count  # after which
-    lost: Amount  # seconds of steps that were made once more, as far as is known
+    lost: Amount | None  # seconds of steps that were made once more; null where it did not tell
     spent: Amount  # seconds until it went on: loading and attaching once more
 
 

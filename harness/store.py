@@ -110,6 +110,9 @@ class Store:
         """The record of a folder. Raises OSError or ValueError, with the reason, unless the folder has what a
         run leaves: a record whose spec gives the folder's name, and whole outputs."""
         record = RunRecord.from_json(self.text(name, RECORD))
+        for path in (self.folder / name).rglob("*"):
+            if path.is_symlink() and self.outside(path):  # a model is read, merged and pushed too
+                raise ValueError(f"{path.relative_to(self.folder / name)} is a link out of {self.folder}")
         if record.folder != name:
             raise ValueError(f"{RECORD} is {record.folder}'s: its spec or the folder's name was changed")
         if not record.ok:
@@ -169,17 +172,23 @@ class Store:
     def text(self, name: str, file: str) -> str:
         """Of a run's file that lies in the store: no link leads out of it, and no pipe keeps us waiting."""
         path = self.folder / name / file
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
+        if self.outside(path):
             raise ValueError(f"{file} is a link out of {self.folder}")
         if not path.is_file():
             raise ValueError(f"{file} is " + ("not a file" if path.exists() else "missing"))
         return path.read_text("utf-8")
 
+    def outside(self, path: Path) -> bool:
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
+
     # Writing
 
     def attempt(self, spec: RunSpec, anew: bool = False) -> Path:
         """A folder to run in, beside the finished one, which stays until this one is kept. In it are the
-        checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing."""
+        checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing. What
+        lies beside a run that is ok is of an attempt that began anew already, and was stopped."""
+        standing, _ = self.standing(spec.folder)
+        anew = anew and not (standing and standing.ok)
         folder, final = self.folder / ATTEMPT.format(spec.folder), self.folder / spec.folder
         kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
         aside = self.folder / STOPPED.format(spec.folder)
@@ -204,8 +213,14 @@ class Store:
         attempt = self.folder / ATTEMPT.format(spec.folder)
         if record.status in FINAL:
             shutil.rmtree(attempt / CHECKPOINTS, ignore_errors=True)
+        for half in attempt.glob(".*.part"):  # of a writer that was killed
+            half.unlink()
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
+            if (attempt / CHECKPOINTS).is_dir():
+                stopped = self.folder / STOPPED.format(spec.folder)
+                shutil.rmtree(stopped, ignore_errors=True)
+                (attempt / CHECKPOINTS).rename(stopped)
             shutil.rmtree(attempt)
             return
         if reason:

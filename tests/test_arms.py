@@ -241,7 +241,7 @@ def stubbed(monkeypatch):
 
     runs = Runs()
 
-    def run(spec, store, *_):
+    def run(spec, terms, *_):
         if len(runs) == runs.most:
             raise KeyboardInterrupt
         runs.append(spec)
@@ -252,10 +252,10 @@ def stubbed(monkeypatch):
             return record
         record = fabricate.record(spec.method, spec.seed)
         record.spec, record.sizes = spec, Sizes()
-        return fabricate.keep(store.folder, record)
+        return fabricate.keep(terms.store.folder, record)
 
     monkeypatch.setattr(attempt, "run", run)
-    monkeypatch.setattr(places, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(places, "Nursery", lambda *_: nullcontext())
     monkeypatch.setattr(places, "slots", lambda *_: [attempt.Slot()])
     return runs
 

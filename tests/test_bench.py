@@ -20,9 +20,10 @@ from test_cli import BITFIT, ROOT, SMALL, bench, records
 
 from harness import packages
 from harness.bench import attempt as running
-from harness.bench.loop import held
+from harness.bench.loop import held, lock
 from harness.cli import progress
 from harness.forks import in_a_copy
+from harness.forks import children
 from harness.method import Method
 from harness.nursery import Fresh, Nursery, environment
 from harness.plain import redacted
@@ -65,6 +66,7 @@ def faulty(tmp_path_factory):
     return folder, run, env
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_a_status_in_the_record_and_a_row_in_the_report(name, faulty):
     folder, run, _ = faulty
@@ -99,14 +101,14 @@ class Shown:
 SPEC = RunSpec("plugin", 0, "none", {}, Hyperparams())
 
 
-def child(folder: Path, code: str, limit: float | None = None, begin=Fresh):
+def child(folder: Path, code: str, limit: float | None = None, begin=Fresh, signals=(), **more):
     """A run whose method does this when its child imports it. -> record, its folder."""
     lines = ["import os, signal, subprocess, sys, time", "if 'TUNEOFF_BENCH' in os.environ:"]
     lines += [f"    {line}" for line in [*code.splitlines(), "raise KeyError('the end')"]]
     (folder / "plugin.py").write_text("\n".join([BITFIT, *lines, ""]))
     spec = replace(SPEC, locations={"plugins": [str(folder / "plugin.py")]})
     store = Store(folder / "results")
-    record = running.run(spec, store, "", Shown(), limit, running.Slot(begin))
+    record = running.run(spec, running.Terms(store, "", Shown(), limit, **more), running.Slot(begin), signals)
     assert RunRecord.from_json((store.path(spec) / "record.json").read_text()) == record
     left = {file.name for file in store.path(spec).iterdir()}
     assert "spec.json" not in left and ("result.json" not in left or not record.ok)
@@ -173,6 +175,7 @@ def begin(request):
     return Fresh if request.param == "fresh" else request.getfixturevalue("nursery").child
 
 
+@pytest.mark.fault(5, 41)
 @pytest.mark.parametrize("case", EPITAPHS)
 def test_every_end_of_a_child_has_its_status(case, begin, tmp_path):
     code, status, error = EPITAPHS[case]
@@ -190,6 +193,7 @@ def test_the_kernel_says_whether_memory_ran_out(tmp_path, monkeypatch):
     assert child(tmp_path, grows + killed)[0].status == "oom_host"
 
 
+@pytest.mark.fault(43)
 def test_what_a_run_has_started_ends_with_it(begin, tmp_path):
     own = [f"{seconds}.{os.getpid()}" for seconds in (7771, 7772)]
     left = "\n".join(
@@ -215,6 +219,7 @@ def running_commands() -> set[str]:
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(99)"
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("code", ["time.sleep(99)", STUBBORN, "os.kill(os.getpid(), signal.SIGSTOP)"])
 def test_a_run_beyond_its_time_limit_is_ended(code, begin, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "GRACE_SECONDS", 30 if code != STUBBORN else 1)
@@ -237,6 +242,7 @@ def test_a_log_is_bounded_and_keeps_both_ends(tmp_path):
 TOKEN = "hf_" + "Ab1" * 11
 
 
+@pytest.mark.fault(24)
 def test_no_secret_reaches_the_record_or_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("OF_MINE_API_KEY", "0123456789-unmarked")
     code = f"token = '{TOKEN}'; print(token, '0123456789-unmarked')\n"
@@ -270,7 +276,8 @@ def test_a_silent_hub_ends_a_run():
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT"  # what the secret part of each of these is
 SECRETS = (
-    f"hf_{LETTERS}", f"sk-{LETTERS}", f"sk-proj-{LETTERS}", f"ghp_{LETTERS}", f"github_pat_{LETTERS}",
+    f"hf_{LETTERS}", f"api_org_{LETTERS}", f"sk-{LETTERS}", f"sk-proj-{LETTERS}", f"ghp_{LETTERS}",
+    f"github_pat_{LETTERS}",
     f"AKIA{LETTERS.upper()}", f"Bearer {LETTERS}", f"{{'authorization': 'Basic {LETTERS}'}}",
     f"key={LETTERS}", f"https://x.org/f?token={LETTERS}&page=1", f"api_key: '{LETTERS}'",
     f"password={LETTERS}", f"https://user:{LETTERS}@x.org/f", f"https://{LETTERS}@x.org",
@@ -291,6 +298,36 @@ def test_what_looks_like_a_secret_is_hidden(text):
         assert "[hidden]" in redacted(around.format(text))
 
 
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY_2", "GITHUB_PAT", "HF_TOKEN_WRITE", "PGPASSWORD", "MY_PASSPHRASE"]
+)
+def test_what_an_environment_keeps_secret_is_hidden(name, monkeypatch):
+    monkeypatch.setenv(name, "0123456789-unmarked")
+    monkeypatch.setenv("TOKENIZERS_DIRECTORY", "/a/long/directory")
+    assert (
+        redacted("401 for 0123456789-unmarked in /a/long/directory")
+        == "401 for [hidden] in /a/long/directory"
+    )
+
+
+def test_a_fault_of_our_own_is_told_without_secrets(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from harness import cli\n"
+    code += f"cli.COMMANDS['doctor'] = lambda *_: int('{TOKEN}')\ncli.main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "hf_[hidden]" in done.stderr and "Traceback" in done.stderr
+    assert "Ab1Ab1" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [".lock", ".holder"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_stays(name, tmp_path):
+    (tmp_path / "mine").write_text("of value")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(BadRequest, match="is a link: remove it"), lock(tmp_path / "results"):
+        pass
+    assert (tmp_path / "mine").read_text() == "of value"
+
+
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_is_no_secret_stays(text):
     assert redacted(text) == text
@@ -308,6 +345,7 @@ def test_a_child_is_told_what_the_user_has_set_and_nothing_of_the_working_direct
     ]  # fmt: skip
 
 
+@pytest.mark.fault(44)
 def test_a_child_imports_its_plugins_neighbours_but_nothing_in_place_of_a_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "harness").mkdir()
@@ -377,15 +415,17 @@ def heeding(*ignored):
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
+@pytest.mark.fault(3, 37)
 @pytest.mark.parametrize(
-    ("number", "ignored", "status"),
+    ("number", "ignored", "status", "everybody"),
     [
-        (signal.SIGINT, (), 130),
-        (signal.SIGTERM, (signal.SIGINT,), 143),  # as a script's & starts it
-        (signal.SIGHUP, (), 129),
+        (signal.SIGINT, (), 130, False),
+        (signal.SIGTERM, (signal.SIGINT,), 143, False),  # as a script's & starts it
+        (signal.SIGTERM, (), 143, True),  # as Slurm, systemd and Colab send it: to every process there is
+        (signal.SIGHUP, (), 129, False),
     ],
 )
-def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tmp_path, stubs):
+def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, everybody, tmp_path, stubs):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_bench.py"), *slow(tmp_path)], cwd=tmp_path, env=stubs, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -394,13 +434,15 @@ def test_a_signal_stops_the_child_and_keeps_a_record(number, ignored, status, tm
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     for other in ignored:
         process.send_signal(other)
-    process.send_signal(number)
+    for pid in family(process.pid) if everybody else [process.pid]:
+        os.kill(pid, number)
     told, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "not ok: slow-s0-" in told and "No technique has a result" in told
     assert '"status": "interrupted"' in (tmp_path / "reports/report.json").read_text(), "what there is"
     assert "the same command continues" in errors and "Traceback" not in errors
     assert records(tmp_path)["slow-0"]["status"] == "interrupted"
+    assert "KeyboardInterrupt" in next(tmp_path.glob("results/slow-*/log.txt")).read_text(), "its own record"
     assert ended(int((tmp_path / "pid").read_text()))
 
 
@@ -419,6 +461,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_stubborn_child(tmp_path, stubs):
     assert records(tmp_path)["slow-0"]["status"] == "interrupted"
 
 
+@pytest.mark.fault(2, 11)
 def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path, stubs):
     arguments = slow(tmp_path)
     process = subprocess.Popen(
@@ -430,6 +473,13 @@ def test_no_child_outlives_a_killed_bench_and_two_benches_do_not_mix(tmp_path, s
     process.kill()
     process.wait()
     until(lambda: ended(int((tmp_path / "pid").read_text())))
+    with lock(tmp_path / "results"):
+        pass
+
+
+def family(process: int) -> list[int]:
+    """A process and all that come from it, the youngest first."""
+    return [pid for child in children(process) for pid in family(child)] + [process]
 
 
 def ended(process: int) -> bool:
@@ -439,6 +489,7 @@ def ended(process: int) -> bool:
         return True
 
 
+@pytest.mark.fault(17)
 def test_what_cannot_be_imported_is_told_before_the_first_run(tmp_path, stubs):
     (tmp_path / "stubs/sacrebleu/metrics.py").write_text("import numbers_that_are_absent")
     arguments = slow(tmp_path, "pass")
@@ -524,6 +575,7 @@ class Full(Method):
 """
 
 
+@pytest.mark.fault(36)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_costs_the_model_alone(tmp_path):
     disk = tmp_path / "results"
@@ -534,7 +586,7 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         plugin = tmp_path / "full_disk.py"
         plugin.write_text("from harness.method import Method\n" + FULL_DISK)
         asked = Request(["full_disk"], seeds=[0], settings=SMALL[1:], plugins=[str(plugin)])
-        record = running.run(plan(asked)[-1], Store(disk), "", Shown())
+        record = running.run(plan(asked)[-1], running.Terms(Store(disk), "", Shown()))
         assert record.ok, record.error
         assert record.scores["bleu4"] and len(record.training) == 12
         assert [w for w in record.warnings if "was not saved: " in w and "o space" in w], record.warnings
@@ -546,6 +598,7 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         subprocess.run(["umount", "-l", str(disk)])
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("way", [["-m", "harness.cli"], [str(ROOT / "run_bench.py")]])
 def test_a_plan_does_not_import_from_the_working_directory(way, tmp_path):
     for name in ("random", "accelerate", "methods"):

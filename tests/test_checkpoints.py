@@ -4,6 +4,7 @@ tests/test_contract.py holds it."""
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,10 @@ import tiny
 import torch
 from test_cli import BITFIT, SMALL, bench, records
 
+from harness.measuring.contention import Contention
 from harness.store import CHECKPOINTS, OUTPUTS
-from harness.training.checkpoint import STATE, TENSORS, Checkpoints
+from harness.training import evaluation
+from harness.training.checkpoint import STATE, TENSORS, Checkpoints, lost, take_record
 from harness.training.loop import train
 from methods.galore import GaLore
 from methods.lora import LoRA
@@ -80,6 +83,77 @@ def test_asked_to_end_it_writes_down_its_last_step(tmp_path):
     assert (record.phases["train"].peak_host or 0) >= (earlier["peak_host"] or 0)
 
 
+@pytest.fixture
+def heeding():
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def asked(times: int = 1):
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def equal(first, second):
+    return all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("when", ["twice in a step", "in a validation", "in the last step"])
+def test_whenever_it_is_asked_to_end_it_goes_on_as_if_it_had_not_been(when, heeding, tmp_path, monkeypatch):
+    """A scheduler's signal comes twice: to the run itself, and by its bench. A validation is not awaited."""
+    whole, expected = training(LoRA(), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        told = at({"twice in a step": 3, "in the last step": 7}.get(when, 0), lambda: asked(2))
+        if when == "in a validation":
+            patch.setattr(evaluation, "likelihoods", lambda *_: asked() or time.sleep(60))
+        training(LoRA(), tmp_path / "stopped", 300.0, told)
+    (kept,) = (tmp_path / "stopped").glob("[0-9]*")
+    record, weights = training(LoRA(), tmp_path / "stopped")
+    assert [one.step for one in record.resumed] == [int(kept.name)]
+    assert int(kept.name) == 4 if when == "in a validation" else int(kept.name) >= 3
+    assert tiny.losses(record) == tiny.losses(whole) and record.validation == whole.validation
+    assert equal(expected, weights) and len(record.step_seconds) == 7
+
+
+def test_a_long_training_leaves_a_checkpoint_before_it_is_evaluated(tmp_path):
+    expected = training(LoRA(), tmp_path, 300.0, lambda **_: time.sleep(0.01))[1]
+    assert not list(tmp_path.iterdir()), "a short one does not"
+    training(LoRA(), tmp_path, 0.4, lambda **_: time.sleep(0.015))
+    assert [path.name for path in tmp_path.iterdir()] == ["000000007"]
+    (tmp_path / ".000000008.part").mkdir()  # of a writer that was killed
+    record, weights = training(LoRA(), tmp_path)
+    assert record.resumed[0].step == 7 and equal(expected, weights) and len(record.training) == 7
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_disturbed_a_stopped_attempt_is_not_forgotten(tmp_path, monkeypatch):
+    busy = ["other processes took 40% of the processor time that the run could use (4.0 of 10.0 s)"]
+    for attempt in (1, 2):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Contention, "of_cores", lambda _, n=attempt: busy * (n == 1))
+            training(LoRA(), tmp_path, OFTEN, at(2 + 2 * attempt, killed))
+    model, run = tiny.attached(LoRA(), None, ROWS, HP)
+    checkpoints = Checkpoints(tmp_path, run, 0)
+    take_record(run, checkpoints.newest(model))
+    run.meter.contention.known = True
+    assert run.meter.contention.reasons([]) == [f"before it was stopped, {busy[0]}"]
+
+
+EVENTS = '{"phase": "train"}\n{"step": 3, "seconds": 1.5}\n{"step": 4, "seconds": 2.0}\n{"step": 5, "sec'
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "seconds"),
+    [(EVENTS, 3, 0.5), (EVENTS, 2, 0.5), (EVENTS, 4, 0.0), (EVENTS, 5, None), (EVENTS, 1, None),
+     ("", 1, None), (None, 1, None)],
+)  # fmt: skip
+def test_what_a_stop_has_cost_is_known_or_not(text, done, seconds, tmp_path):
+    if text is not None:
+        (tmp_path / "events.jsonl").write_text(text)
+    assert lost(tmp_path / "events.jsonl", done) == seconds
+
+
 def changed(folder):
     with (folder / TENSORS).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -88,10 +162,13 @@ def changed(folder):
         file.write(bytes([last[0] ^ 1]))
 
 
+@pytest.mark.fault(35)
 def test_what_is_broken_is_told_and_the_one_before_is_taken(tmp_path):
     with pytest.raises(Killed):
         training(LoRA(), tmp_path, OFTEN, at(5, killed))
     changed(tmp_path / "000000004")
+    (tmp_path / "000000005").mkdir()
+    (tmp_path / "000000005" / TENSORS).touch()  # not finished: it has no mark yet
     record, _ = training(LoRA(), tmp_path, OFTEN)
     assert record.resumed[0].step == 3
     assert any(
@@ -130,6 +207,7 @@ KILLS = """
 """
 
 
+@pytest.mark.fault(1)
 def test_a_killed_run_is_gone_on_from_by_the_same_command(tmp_path):
     for name in ("sturdy", "calm"):
         (tmp_path / f"{name}.py").write_text(BITFIT + KILLS)

@@ -129,6 +129,7 @@ def test_a_changed_method_is_neither_reused_nor_run_again_in_silence(home):
     assert told not in bench("plan", *arguments, cwd=folder).stdout
 
 
+@pytest.mark.fault(34)
 def test_a_report_needs_no_torch_and_is_the_same_but_for_the_time(home):
     folder, _ = home
     hidden = ("torch", "transformers", "scipy", "peft", "accelerate", "sacrebleu", "rouge_score")
@@ -205,6 +206,7 @@ BAD_REQUESTS = {
 }
 
 
+@pytest.mark.fault(19, 20)
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_a_bad_request_is_told_whole_and_starts_nothing(case, tmp_path, monkeypatch, capsys):
     arguments, texts = BAD_REQUESTS[case]

@@ -106,6 +106,7 @@ def glanced(*glances) -> list[str]:
     return watched.reasons([])
 
 
+@pytest.mark.fault(29)
 def test_a_card_that_others_use_or_that_heat_slows_is_told():
     quiet, clocks = Glance(GIB // 2, set(), (1980, 1980)), (1200, 1980)
     assert glanced(*[quiet] * 100) == []
@@ -165,6 +166,7 @@ def test_what_this_process_its_threads_and_its_children_work_is_its_own():
     assert 0.55 < counted.own < counted.busy + 0.1  # the machine has counted it too, in hundredths
 
 
+@pytest.mark.fault(47)
 @linux
 def test_a_busy_neighbour_marks_a_training_and_only_a_training():
     """More neighbours than cores: whatever else is running here, they take more than a twentieth."""

@@ -164,6 +164,7 @@ def test_what_is_read_is_never_tiny(printed):
     assert sum(n for height, n in letters.items() if height >= 6.5) > 0.7 * sum(letters.values())
 
 
+@pytest.mark.fault(22)
 def test_its_figures_are_drawn_not_painted_and_strangers_texts_are_no_markup(printed):
     pdf, _, texts = printed
     assert not [image for page in pdf.pages for image in page.images]
@@ -335,6 +336,7 @@ def test_what_is_not_known_is_empty_and_null_and_never_0(tmp_path):
     assert "NaN" not in (tmp_path / "report.json").read_text("utf-8")
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", " =cmd|'/c calc'!A0", "\t=1"])
 def test_no_spreadsheet_computes_what_a_stranger_wrote(text, tmp_path):
     assert spreadsheet(text).startswith("'") and spreadsheet(f"a{text}") == f"a{text}"

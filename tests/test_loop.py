@@ -240,6 +240,7 @@ class Breaks(Method):
         return super().loss(model, batch, run) + (self.value if self.calls == self.at else 0.0)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("at", [1, 2, 6])
 def test_a_loss_that_is_not_finite_ends_the_training(at, value):
@@ -262,6 +263,7 @@ class Explodes(Method):
         return super().loss(model, batch, run) + moved * (self.size if self.calls == self.at else 0.0)
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(("size", "norm"), [(1e30, "inf"), (math.nan, "nan")])
 def test_a_gradient_that_is_not_finite_ends_the_training(size, norm):
     """Clipping would turn it to zeros in silence where its squares overflow."""

@@ -37,6 +37,7 @@ def test_the_outputs_give_the_scores_that_the_version_of_then_had_written(run):
         assert scores(record.start)[name] == pytest.approx(score["value"], rel=1e-9), name
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.parent.name} {run.name}")
 def test_what_was_measured_is_kept(run):
     written, record = read(run), Store(run.parent).read(run.name)
@@ -101,6 +102,7 @@ def test_outputs_that_were_changed_are_refused_where_their_hash_was_kept(tmp_pat
         assert "was changed" in Store(tmp_path).standing(run.name)[1]
 
 
+@pytest.mark.fault(10)
 def test_a_later_schema_is_told_what_helps():
     value = read(RUNS[0])
     with pytest.raises(ValueError, match=f"schema {SCHEMA + 1}, this version reads 1 to {SCHEMA}: upgrade"):

@@ -73,6 +73,7 @@ while not os.path.exists({file!r}) or not open({file!r}).read(): time.sleep(0.01
 """
 
 
+@pytest.mark.fault(43)
 def test_what_a_copy_has_forked_off_ends_with_it(nursery, tmp_path):  # noqa: F811
     """It has no environment of its own to be known by, is in no group of the run's and no child of it."""
     file = tmp_path / "daemon"

@@ -103,6 +103,7 @@ WRONG = {  # its source -> what is told of it
 }  # fmt: skip
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("case", WRONG)
 def test_what_a_class_declares_wrongly_is_named_with_its_file(case, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "tried", lambda *_: [])  # a process for each would take a second
@@ -132,6 +133,7 @@ IMPORTS = {  # what a file does when it is imported -> what is told
 }  # fmt: skip
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("case", IMPORTS)
 def test_an_import_can_neither_end_nor_hang_a_plan(case, tmp_path, monkeypatch, capsys):
     code, said = IMPORTS[case]
@@ -142,6 +144,7 @@ def test_an_import_can_neither_end_nor_hang_a_plan(case, tmp_path, monkeypatch, 
     assert said in line and str(file) in line
 
 
+@pytest.mark.fault(42)
 def test_what_an_import_prints_spoils_no_json(tmp_path, capsys):
     file = tmp_path / "stranger.py"
     file.write_text("print('hello')\n" + declared("def __post_init__(self): print('there')"))
@@ -351,6 +354,7 @@ def test_a_command_stays_as_typed_where_the_home_folder_is_the_root(monkeypatch)
     assert command_line(["plan", "--model", "/a/b"]) == "run_bench.py plan --model ~/b"
 
 
+@pytest.mark.fault(13)
 def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o755)

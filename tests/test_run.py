@@ -337,6 +337,7 @@ def test_a_model_that_learned_the_references_prefers_them(rows, run):
     assert after.scores["perplexity"] < base.scores["perplexity"] / 2
 
 
+@pytest.mark.fault(48)
 def test_answers_of_a_base_that_died_are_no_ones_rejected_answers(tmp_path):
     """Its folder may hold some of them."""
     (tmp_path / OUTPUTS).write_text('{"id": "a", "output": "b", "stopped": true}\n')

@@ -88,6 +88,7 @@ LEAKS = {
 }
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("leak", LEAKS.values(), ids=LEAKS)
 @pytest.mark.parametrize("format", ["instruction", "text"])
 def test_planted_leaks_are_found_counted_and_removed(leak, format, tmp_path):

@@ -123,12 +123,20 @@ FAULTS = {  # what is done to a run -> what is said of it
     "lists in lists": (lambda run: (run / RECORD).write_text("[" * 10**5), "without end"),
     "not UTF-8": (lambda run: (run / RECORD).write_bytes(b"\xff\xfe{}"), "utf-8"),
     "no record": (lambda run: (run / RECORD).unlink(), "record.json is missing"),
+    "an empty record": (lambda run: os.truncate(run / RECORD, 0), "Expecting value"),
+    "no object": (lambda run: (run / RECORD).write_text("[1]"), "not a run record"),
+    "a folder": (lambda run: ((run / RECORD).unlink(), (run / RECORD).mkdir()), "record.json is not a file"),
     "a pipe": (lambda run: pipe(run / RECORD), "record.json is not a file"),
     "outputs are a pipe": (lambda run: pipe(run / OUTPUTS), "outputs.jsonl is not a file"),
     "a link out": (lambda run: out_of_the_store(run / RECORD), "record.json is a link out of"),
     "a link to itself": (lambda run: to_itself(run / RECORD), "record.json is missing"),
     "outputs link out": (lambda run: out_of_the_store(run / OUTPUTS), "outputs.jsonl is a link out of"),
     "all of it links out": (out_of_the_store, "record.json is a link out of"),
+    "its model links out": (lambda run: out_of_the_store(run / MODEL), "model is a link out of"),
+    "a file of its model links out": (
+        lambda run: out_of_the_store(run / MODEL / "adapter_model.safetensors"),
+        "model/adapter_model.safetensors is a link out of",
+    ),
     "no outputs": (lambda run: (run / OUTPUTS).unlink(), "outputs.jsonl is missing"),
     "empty outputs": (with_outputs(lambda text: ""), "was changed"),
     "half an output": (lambda run: os.truncate(run / OUTPUTS, 500), "outputs.jsonl, line"),
@@ -149,6 +157,7 @@ FAULTS = {  # what is done to a run -> what is said of it
 }
 
 
+@pytest.mark.fault(9, 38, 39)
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_is_no_whole_run_is_named_and_not_cached_and_stays(name, tmp_path):
     damage, said = FAULTS[name]
@@ -190,7 +199,10 @@ def test_a_record_of_a_version_that_asked_for_less_is_still_found(tmp_path):
 
 def attempted(store: Store, spec, command: str) -> RunRecord:
     """A second attempt that has ended ok, ready to be kept."""
-    folder = store.attempt(spec)
+    return attempted_in(store.attempt(spec), spec, command)
+
+
+def attempted_in(folder, spec, command: str) -> RunRecord:
     found = fabricate.record(spec.method, spec.seed, command=command)
     test = fabricate.outputs(spec.method, spec.seed, ROWS)
     (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
@@ -230,6 +242,7 @@ def killed_at(number: int, action) -> bool:
         os._exit(0)
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_kill_at_any_call_loses_neither_the_earlier_run_nor_the_new_one(damaged, tmp_path):
     for number in count(1):
@@ -263,6 +276,34 @@ def test_one_that_is_not_ok_never_takes_the_place_of_one_that_is(tmp_path):
     assert store.find(spec).command == "old" and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("killed", ["run", "bench"])
+def test_a_run_that_is_forced_and_stopped_goes_on_when_it_is_forced_again(killed, tmp_path):
+    store = Store(tmp_path)
+    spec = kept(tmp_path, command="old").spec
+    (store.attempt(spec, anew=True) / CHECKPOINTS / "000000004").mkdir(parents=True)
+    if killed == "run":
+        (tmp_path / f".{spec.folder}" / ".result.json.ab12.part").touch()
+        store.keep(spec, fabricate.record("lora", status="interrupted", error="killed"))
+    assert store.find(spec).command == "old"
+    folder = store.attempt(spec, anew=True)
+    assert (folder / CHECKPOINTS / "000000004").is_dir()
+    store.keep(spec, attempted_in(folder, spec, "new"))
+    assert store.find(spec).command == "new" and not list(tmp_path.glob(".*"))
+
+
+def test_one_that_has_failed_and_is_forced_begins_anew_and_nothing_half_written_stays(tmp_path):
+    store = Store(tmp_path)
+    spec = fabricate.record("lora").spec
+    folder = store.attempt(spec)
+    (folder / CHECKPOINTS / "000000004").mkdir(parents=True)
+    (folder / ".result.json.ab12.part").touch()
+    store.keep(spec, fabricate.record("lora", status="interrupted", error="killed"))
+    assert {path.name for path in store.path(spec).iterdir()} == {RECORD, CHECKPOINTS}
+    assert (
+        list(store.attempt(spec, anew=True).iterdir()) == [] and not (store.path(spec) / CHECKPOINTS).exists()
+    )
+
+
 def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_there(tmp_path, monkeypatch):
     store, asked = Store(tmp_path), []
     base = kept(tmp_path, "base", status="failed", error="killed")
@@ -278,7 +319,7 @@ def test_a_run_without_the_untouched_models_answers_is_run_again_once_they_are_t
         return base if spec.method == "base" else fabricate.record("lora", spec.seed)
 
     monkeypatch.setattr(attempt, "run", run)
-    monkeypatch.setattr(places, "Nursery", lambda _: nullcontext())
+    monkeypatch.setattr(places, "Nursery", lambda *_: nullcontext())
     monkeypatch.setattr(places, "slots", lambda *_: [attempt.Slot()])
     list(bench.bench(specs, store, "", Silent()))
     assert asked == [("base", 0)], "the untouched model has failed again"
@@ -299,6 +340,7 @@ def test_many_may_write_one_file_at_once(tmp_path):
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("locale", [{}, ASCII])
 def test_what_a_record_says_is_shown_and_never_obeyed_by_a_terminal(locale, tmp_path):
     evil = "\x1b]0;owned\x07 \x9b2J \ud800 \u202e é"
@@ -338,8 +380,10 @@ def test_the_command_check_names_what_is_not_whole_and_changes_nothing(tmp_path,
     (first / OUTPUTS).write_text((first / OUTPUTS).read_text()[:-40])
     (second / MODEL / "model.safetensors").write_bytes(b"half")
     (folder / f".{third.name}" / CHECKPOINTS).mkdir(parents=True)
+    (folder / f".{third.name}.stopped").mkdir()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, said = main(["check", str(folder)]), capsys.readouterr().out
     assert code == 1 and f"FIX  {first}: {OUTPUTS}, line" in said
     assert f"FIX  {second}: its model" in said and f"note {folder / ('.' + third.name)}: goes on" in said
+    assert f"note {folder / ('.' + third.name)}.stopped: goes on when its run is forced" in said
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

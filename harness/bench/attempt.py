@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.child import AGAIN, exhausted, out_of_memory
+from harness.child import AGAIN, WHERE, exhausted, out_of_memory
 from harness.claims import Claim
 from harness.nursery import Forked, Fresh, how
 from harness.plain import redacted
@@ -23,6 +22,7 @@ from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
 from harness.store import EVENTS, RESULT, SPEC, Store, save
+from harness.watchdog import STALL_SECONDS, End, watching
 
 LOG = "log.txt"
 LOG_BYTES = 2**20  # kept of each end of what a child prints: a traceback is 10 KiB
@@ -35,8 +35,8 @@ READ_SECONDS = 10  # for what it still says, when it has ended
 
 @dataclass
 class Terms:
-    """What all runs of a bench share. `progress` is told of their `event`s; `limit`: seconds, at which a run
-    is ended; `anew`: from its first step, whatever an earlier attempt has left; `every`: seconds between two
+    """What all runs of a bench share. `progress` is told of their `event`s; `limit`, `stall`: as the watchdog
+    has them; `anew`: from its first step, whatever an earlier attempt has left; `every`: seconds between two
     checkpoints of a training; 0: there are none."""
 
     store: Store
@@ -45,6 +45,7 @@ class Terms:
     limit: float | None = None
     anew: bool = False
     every: float = CHECKPOINT_SECONDS
+    stall: float = STALL_SECONDS
 
 
 @dataclass(frozen=True)
@@ -73,56 +74,42 @@ def alone(spec: RunSpec, terms: Terms, slot: Slot, signals: Sequence[int] = ()) 
         store.settle(spec.folder)  # what it had begun to keep, if it died
         if claim.waited and (found := store.find(spec)) and found.ok:
             return found
-        return run(
-            spec,
-            store,
-            terms.command,
-            terms.progress,
-            terms.limit,
-            slot,
-            signals,
-            terms.anew,
-            terms.every,
-            claim,
-        )
+        return run(spec, terms, slot, signals, claim)
 
 
 def run(
-    spec: RunSpec,
-    store: Store,
-    command: str,
-    progress,
-    limit: float | None = None,
-    slot: Slot = Slot(),
-    signals: Sequence[int] = (),
-    anew: bool = False,
-    every: float = CHECKPOINT_SECONDS,
-    claim: Claim | None = None,
+    spec: RunSpec, terms: Terms, slot: Slot = Slot(), signals: Sequence[int] = (), claim: Claim | None = None
 ) -> RunRecord:
-    """`signals`: those that ask the bench to end; it grows meanwhile. `anew`: from its first step, whatever
-    an earlier attempt has left. `every`: seconds between two checkpoints of a training; 0: there are none."""
+    """`signals`: those that ask the bench to end; it grows meanwhile."""
+    store = terms.store
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
-    folder, kills = store.attempt(spec, anew), oom_kills()
+    folder, kills = store.attempt(spec, terms.anew), oom_kills()
     own = {"reason": spec.reason, "locations": spec.locations}
-    job: dict = {"spec": spec.asked() | own, "command": command, "started": started}
-    job |= {"cores": slot.cores, "at_once": slot.of, "cards": slot.cards, "checkpoint_seconds": every}
+    job: dict = {"spec": spec.asked() | own, "command": terms.command, "started": started}
+    job |= {"cores": slot.cores, "at_once": slot.of, "cards": slot.cards, "checkpoint_seconds": terms.every}
     save(folder / SPEC, json.dumps(job, indent=1))
-    end = time.monotonic() + (limit or float("inf"))
-
-    def asked() -> str | None:
-        if claim:
-            claim.beat()
-        return "interrupted" if signals else "timeout" if time.monotonic() > end else None
-
     log = (folder / LOG).open("wb", buffering=0)
     child = slot.begin(folder)
     reader = threading.Thread(target=keep_log, args=(child.stdout, log), daemon=True)
     reader.start()
     try:
-        reason = follow(child, folder / EVENTS, partial(progress.event, spec), asked)
-        if reason:
-            stop(child, signals)
+        with watching(child.pid, terms.limit, terms.stall) as watchdog:
+
+            def tell(values: dict) -> None:
+                watchdog.heard()
+                terms.progress.event(spec, values)
+
+            def asked() -> End | None:
+                if claim:
+                    claim.beat()
+                return End("interrupted", f"interrupted; {AGAIN}") if signals else watchdog.look()
+
+            reason = follow(child, folder / EVENTS, tell, asked)
+            if reason and reason.status == "timeout" and WHERE:
+                child.send_signal(WHERE)
+            if reason and reason.kindly:
+                stop(child, signals)
     finally:
         code = child.clear()
         reader.join(READ_SECONDS)
@@ -133,8 +120,8 @@ def run(
         status, error = epitaph(code, folder / LOG, reason, oom_kills() > kills)
         if code == 0:
             error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
-        record = RunRecord(spec, status, error, command=command, started=started)
-    told(record, code, limit if reason == "timeout" else None)
+        record = RunRecord(spec, status, error, command=terms.command, started=started)
+    told(record, code, reason)
     if claim:
         claim.beat(now=True)
         record.beside = sorted(claim.beside)
@@ -143,24 +130,20 @@ def run(
     return record
 
 
-def told(record: RunRecord, code: int, limit: float | None) -> None:
-    """Adds to a record what its process could not know: that it ended while saving, or took too long."""
+def told(record: RunRecord, code: int, reason: End | None) -> None:
+    """Adds to a record what its process could not know: that it ended while saving, or why it was ended."""
     if record.ok and code:  # all was measured: it ended while its model was being saved
         record.warnings[-1] += f": {how(code)}"
-    if limit and not record.ok:
-        record.status = "timeout"
-        record.error = (
-            f"not done within the --time-limit of {limit:g} s: raise it, or lower data.train, hp.epochs, "
-            "data.test or hp.max_new_tokens"
-        )
+    if reason and not record.ok:
+        record.status, record.error = reason.status, reason.error
 
 
 # The life of a child
 
 
 def follow(
-    child, events: Path, tell: Callable[[dict], object], asked: Callable[[], str | None]
-) -> str | None:
+    child, events: Path, tell: Callable[[dict], object], asked: Callable[[], End | None]
+) -> End | None:
     """Passes the child's events on until it ends, or until `asked` gives a reason to end it: that reason."""
     position = 0
     while True:
@@ -230,10 +213,10 @@ def keep_log(output, log) -> None:
         write(b"[... %d bytes are left out ...]\n" % dropped * bool(dropped) + b"".join(last) + rest)
 
 
-def epitaph(code: int, log: Path, reason: str | None, starved: bool) -> tuple[str, str]:
+def epitaph(code: int, log: Path, reason: End | None, starved: bool) -> tuple[str, str]:
     """Status and error of a child that left no result. `starved`: the kernel killed for want of memory."""
     if reason:
-        return "interrupted", f"interrupted; {AGAIN}"
+        return reason.status, reason.error
     if code == -signal.SIGKILL and not starved:
         return "interrupted", f"killed from outside, and not by the kernel for want of memory; {AGAIN}"
     said = log.read_text("utf-8", "replace") if log.is_file() else ""

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
@@ -15,13 +15,14 @@ from queue import Empty, SimpleQueue
 
 from harness import method
 from harness.bench.attempt import CHECKPOINT_SECONDS, POLL_SECONDS, Terms
-from harness.bench.places import Places, here, method_of
+from harness.bench.places import Opens, Places, here, method_of
 from harness.bench.remote import tidy
 from harness.errors import BadRequest
 from harness.plan import Plan, expected_seconds
 from harness.record import RunRecord
 from harness.spec import RunSpec
 from harness.store import Store
+from harness.watchdog import STALL_SECONDS
 
 THREADS = 10_000  # at most: one waits for each run that is to be done, and sleeps
 # Ctrl-C, a scheduler's end, a closed terminal, which not every system has.
@@ -55,14 +56,16 @@ def bench(
     force: bool = False,
     limit: float | None = None,
     every: float = CHECKPOINT_SECONDS,
-    where: Callable[[Plan, Terms], AbstractContextManager[Places]] = here,
+    stall: float = STALL_SECONDS,
+    where: Opens = here,
 ) -> Iterator[Done]:
     """Runs what is not cached. Only a run that ended ok counts as cached: others are tried again.
 
     `progress` is told `start(spec, number, total)`, `event(spec, values)` and `end(record, cached)`. A run
-    that takes longer than `limit` seconds is ended; `every` so many it leaves a checkpoint, to go on from
-    after whatever ends it. `where` opens the places that runs go to. A signal that asks the bench to end
-    reaches the runs under way, is recorded, and is raised again. Raises Missing before the first run.
+    that takes longer than `limit` seconds is ended, or that makes no progress for `stall`; `every` so many it
+    leaves a checkpoint, to go on from after whatever ends it. `where` opens the places that runs go to. A
+    signal that asks the bench to end reaches the runs under way, is recorded, and is raised again. Raises
+    Missing before the first run.
     """
     store.recover()
     done: dict[str, RunRecord] = {}
@@ -94,8 +97,9 @@ def bench(
                     yield Done(record, True)
             pending = [located(spec, plan, store) for spec in new if not there[spec.digest]]
             if crew is None and pending:
-                terms = Terms(store, command, progress, limit, force, every)
-                crew = ends.enter_context(Crew(ends.enter_context(where(plan, terms)), begun, seconds))
+                terms = Terms(store, command, progress, limit, force, every, stall)
+                places = ends.enter_context(where(plan, terms, pending[0]))
+                crew = ends.enter_context(Crew(places, begun, seconds))
             if crew:
                 crew.add(pending)
             sent |= there.keys()
@@ -206,9 +210,12 @@ def lock(folder: Path):
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / ".holder"
+    file, holder = folder / ".lock", folder / ".holder"
+    for path in (file, holder):
+        if path.is_symlink():  # what it leads to would be written over
+            raise BadRequest(f"{path} is a link: remove it")
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(file, timeout=0):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             try:
                 yield

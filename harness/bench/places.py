@@ -38,6 +38,9 @@ class Places(Protocol):
         called when it begins."""
 
 
+Opens = Callable[[Plan, Terms, RunSpec], AbstractContextManager[Places]]  # for runs, of which that is the first
+
+
 class Here:
     """The slots of this machine."""
 
@@ -54,14 +57,15 @@ class Here:
 
 
 @contextmanager
-def here(plan: Plan, terms: Terms, cards: Sequence[str] = ()) -> Iterator[Here]:
-    """`cards`: names, as CUDA_VISIBLE_DEVICES takes them, one or hp.devices for each run at once; none: one
+def here(plan: Plan, terms: Terms, first: RunSpec, cards: Sequence[str] = ()) -> Iterator[Here]:
+    """`first`: whose model and precision are tried where there is a card. `cards`: names, as CUDA_VISIBLE_DEVICES takes them, one or hp.devices for each run at once; none: one
     run at a time, on whichever card it finds."""
     shares = sharing(cards, plan)
     with ExitStack() as ends:
         if len(shares) > 1:  # the same for all runs; and one core is left, as where there is one run
             ends.enter_context(threads(max(1, len(shares[0].cores) - 1)))
-        nursery = ends.enter_context(Nursery(needs(plan)))
+        asked = first.asked() | {"locations": first.locations}
+        nursery = ends.enter_context(Nursery(needs(plan), asked))
         yield Here([replace(slot, begin=nursery.child) for slot in shares] or slots(nursery, plan), terms)
 
 
@@ -101,7 +105,7 @@ def slots(nursery: Nursery, plan: Plan) -> list[Slot]:
     return [Slot(nursery.child, cores, len(groups)) for cores in groups]
 
 
-def chosen(on: str | None, gpus: Sequence[str]) -> Callable[[Plan, Terms], AbstractContextManager[Places]]:
+def chosen(on: str | None, gpus: Sequence[str]) -> Opens:
     """Of `--on` and `--gpus`. Raises BadRequest."""
     engine, _, address = (on or "").partition(":")
     if not engine:
@@ -117,7 +121,7 @@ def chosen(on: str | None, gpus: Sequence[str]) -> Callable[[Plan, Terms], Abstr
     if engine == "slurm" and not shutil.which("sbatch"):
         raise BadRequest("--on slurm: there is no sbatch here: start the bench where jobs are submitted from")
 
-    def elsewhere(plan: Plan, terms: Terms) -> AbstractContextManager[Places]:
+    def elsewhere(plan: Plan, terms: Terms, first: RunSpec) -> AbstractContextManager[Places]:
         module = import_module(f"harness.bench.{engine}")  # of no interest otherwise
         return module.opened(terms, devices(plan), *[address] * (engine == "ray"))
 

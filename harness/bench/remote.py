@@ -21,6 +21,7 @@ from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
 from harness.store import ATTEMPT, EVENTS, Store, save
+from harness.watchdog import End
 
 SENT = ".{}.sent"  # the bench: which task a run was given to; who takes it away calls the run off
 TOLD = ".{}.told"  # the task: how often it has begun, and at last its record
@@ -56,6 +57,7 @@ class Job:
     command: str
     limit: float | None
     every: float
+    stall: float
 
     def __call__(self, signals: list[int] | None = None) -> None:
         """`signals`: those that ask it to end now and to be begun again, as where a machine is taken away."""
@@ -86,7 +88,7 @@ class Job:
 
         threading.Thread(target=watch, daemon=True).start()
         try:
-            terms = Terms(Store(self.results), self.command, Silent(), self.limit, False, self.every)
+            terms = Terms(Store(self.results), self.command, Silent(), self.limit, False, self.every, self.stall)
             return alone(self.spec, terms, Slot(of=None), signals)
         finally:
             over.set()
@@ -159,7 +161,8 @@ class Engine:
             self.note(spec, "")  # before it begins: without it, it was called off
         if new:
             folder = self.terms.store.folder.resolve()
-            shared = folder, self.terms.command, self.terms.limit, self.terms.every
+            terms = self.terms
+            shared = folder, terms.command, terms.limit, terms.every, terms.stall
             for spec, task in zip(new, self.send([Job(spec, *shared) for spec in new]), strict=True):
                 self.note(spec, task)
             with self.turn:
@@ -182,7 +185,7 @@ class Engine:
 
         task = Task(self, spec)
         events = self.file(ATTEMPT, spec) / EVENTS
-        if follow(task, events, tell, lambda: "interrupted" if signals else None):
+        if follow(task, events, tell, lambda: End("interrupted", AGAIN) if signals else None):
             if signal.SIGINT not in signals:
                 raise KeyboardInterrupt(*signals[:1])
             self.call_off(task, signals)

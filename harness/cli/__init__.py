@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from harness.cli.arguments import BAD_REQUEST, OK, SIGNALLED, SOME_FAILED, parse_arguments
@@ -29,6 +30,7 @@ def main(typed: list[str] | None = None) -> int:
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a script's &, has it
             signal.signal(number, interrupt)
+    sys.excepthook = lambda *error: complain("".join(traceback.format_exception(*error)))  # without secrets
     try:
         with alone() if options.json else nullcontext():
             return COMMANDS[command](options, typed)

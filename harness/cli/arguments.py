@@ -241,6 +241,9 @@ ARGUMENTS = (
     ("--force", ASKING, flag("run again what is cached")),
     ("--time-limit", ["run"], {"type": duration, "metavar": "TIME",
                                "help": "ends each run that takes longer, as 90s, 30m or 2h (default: none)"}),
+    ("--stall-limit", ["run"], {"type": often, "metavar": "TIME", "default": 3600.0,
+                                "help": "ends each run that makes no progress for so long; 0: none (default: "
+                                "1h)"}),
     ("--checkpoints", ["run"], {"type": often, "metavar": "TIME", "default": 300.0,
                                 "help": "between two of a training, from which it goes on if it is stopped; "
                                 "0: none (default: 5m)"}),

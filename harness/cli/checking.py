@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.cli.arguments import OK, SOME_FAILED
 from harness.errors import BadRequest, absent
 from harness.plain import plain
-from harness.store import CHECKPOINTS, RUN, Store
+from harness.store import CHECKPOINTS, RUN, STOPPED, Store
 
 AGAIN = "the command that made it runs it again"
 
@@ -30,6 +30,8 @@ def check_results(folder: Path, as_json: bool) -> int:
     notes += [
         f"{path}: goes on when it is asked for again" for path in stopped if RUN.fullmatch(path.name[1:])
     ]
+    forced = sorted(folder.glob(STOPPED.format("*")))
+    notes += [f"{path}: goes on when its run is forced again; else it can be removed" for path in forced]
     notes += [f"{path}: was set aside, and is in no report" for path in sorted(folder.glob("*.aside-*"))]
     if as_json:
         print(json.dumps({"whole": whole, "wrong": wrong, "notes": notes}, indent=1))

@@ -29,8 +29,8 @@ def run_command(options, typed: list[str]) -> int:
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
-            terms = options.force, options.time_limit, options.checkpoints, where
-            for ended in bench.bench(specs, store, command, watcher, *terms):
+            limits = options.time_limit, options.checkpoints, options.stall_limit
+            for ended in bench.bench(specs, store, command, watcher, options.force, *limits, where):
                 done.append(ended)
                 if not ended.cached:
                     tracking.tell(store.path(ended.record.spec).name)
@@ -86,8 +86,10 @@ def planned(options, keep: bool = False):
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
-    for name in ("results", "reports"):
-        problems.add(f"--{name}", unwritable(getattr(options, name)))
+    for folder in ("results", "reports"):
+        problems.add(f"--{folder}", unwritable(getattr(options, folder)))
+    if found and not problems:
+        problems.add("--results", room(found, options))
     problems.extend(untracked(getattr(options, "track_with", ())))
     if getattr(options, "on", None) or getattr(options, "gpus", ()):
         from harness.bench import chosen
@@ -100,6 +102,20 @@ def planned(options, keep: bool = False):
         problems.add("--format pdf", missing(), REMEDY)
     problems.refuse()
     return found
+
+
+def room(specs, options):
+    """Why there is none on the disk for what the runs that are not there yet will leave."""
+    from harness.preflight import crowded
+    from harness.store import Store
+
+    store = Store(options.results)
+    runs = [spec for spec in specs if options.force or not store.find(spec)]
+    runs += [tuning.trial for tuning in specs.tunings for _ in specs.seeds]  # whatever is found best
+    problem, note = crowded(runs, options.results)
+    if note and vars(options).get("checkpoints"):
+        complain(f"note: {note}")
+    return problem
 
 
 def as_json(ended) -> dict:

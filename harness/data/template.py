@@ -148,10 +148,10 @@ class Template:
         for role, trial in trials.items():
             try:
                 text = self.written(trial({"role": role, "content": "Zwölf"}), asks=True)
+                if "Zwölf" not in text:
+                    found.add(role)
             except Exception:  # a template raises what it likes: here it only has to write or not
-                continue
-            if "Zwölf" not in text:
-                found.add(role)
+                pass
         return found
 
     def trims_answers(self) -> bool:

@@ -81,7 +81,7 @@ class Grades:
 
 
 def read(path: Path) -> Rater:
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise ValueError("not a file")
     value = parse(path.read_text("utf-8"))
     check(value, Rater)

@@ -69,6 +69,7 @@ class Contention:
         self.glances: list[Glance] = []
         self.start: Counters | None = None
         self.known = False  # whether the system counts at all
+        self.earlier: list[str] = []  # of attempts that were stopped, and whose steps count on
 
     def open(self) -> None:
         self.start = Counters.now()
@@ -90,7 +91,7 @@ class Contention:
         """
         if not self.known:
             return None
-        return [*self.of_cores(), *self.of_card(), *drifting(step_seconds)]
+        return [*self.earlier, *self.of_cores(), *self.of_card(), *drifting(step_seconds)]
 
     def of_cores(self) -> list[str]:
         total = self.total

@@ -189,10 +189,10 @@ def write_markdown(blocks: list[Block], now: str) -> str:
         return value if isinstance(value, Markup) else markdown(" ".join(str(value).split()))
 
     def cell(value):
-        return Markup(markdown(str(value).strip()).replace("\n", "<br>"))
+        return Markup(markdown(str(value).strip()).replace("\n", "<br>"))  # noqa: S704, escaped
 
     def indented(value):
-        return Markup("\n".join("    " + line for line in plain(value).split("\n")))
+        return Markup("\n".join("    " + line for line in plain(value).split("\n")))  # noqa: S704, code
 
     return template("report.md.j2", inline, cell=cell, indented=indented).render(blocks=blocks, now=now)
 

@@ -224,8 +224,9 @@ def more(comparison: Comparison) -> list[b.Block]:
         if not r.ok
     ]
     went_on = [
-        f"{technique.label} (seed {r.spec.seed}): after step {one.step:,}, {duration(one.lost)} of steps "
-        f"lost, {duration(one.spent)} until it went on"
+        f"{technique.label} (seed {r.spec.seed}): after step {one.step:,}, "
+        f"{'an unknown time' if one.lost is None else duration(one.lost)} of steps lost, "
+        f"{duration(one.spent)} until it went on"
         for technique in comparison.techniques
         for r in technique.done
         for one in r.resumed

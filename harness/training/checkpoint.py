@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from harness.training.loop import Loop
     from harness.training.run import Run
 
+LAST = 0.2  # of the time between two: so much of a training that is done is worth one before it is evaluated
+BEFORE = "before it was stopped, "
 KEPT = 2  # should the disk have lied about the last
 STATE, TENSORS, MARK = "state.json", "tensors.safetensors", "complete.json"
 PIECE = 2**22  # values of a tensor looked at together: 32 MiB as 64 bits
@@ -49,24 +51,27 @@ class Checkpoints:
         self.folder, self.run, self.every = folder, run, every
         self.last = time.monotonic()
         self.ending: list[int] = []  # signals that ask the training to end
+        self.stepping = True  # they wait for the end of a step
         self.writer: threading.Thread | None = None
         self.failed = ""
 
-    @property
-    def due(self) -> bool:
-        return bool(self.ending) or (bool(self.every) and time.monotonic() - self.last >= self.every)
+    def due(self, step: int) -> bool:
+        """Whether one is to be written after this step; also after the last, as an evaluation follows."""
+        passed, last = time.monotonic() - self.last, step == self.run.steps
+        return bool(self.ending) or (bool(self.every) and passed >= self.every * (LAST if last else 1))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, the first signal that asks to end waits for the end of a step; a second one does not."""
+        """Within, signals that ask to end wait for the end of a step and its checkpoint; who cannot wait for
+        that kills. Raises KeyboardInterrupt at its end where one came too late for the last step."""
         handlers: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         mine = self.every and threading.current_thread() is threading.main_thread()
         handlers = {number: handler for number, handler in handlers.items() if mine and callable(handler)}
 
         def ask(number, frame):
             self.ending.append(number)
-            if len(self.ending) > 1:
-                handlers[number](number, frame)
+            if not self.stepping:
+                raise KeyboardInterrupt
 
         for number in handlers:
             signal.signal(number, ask)
@@ -75,7 +80,24 @@ class Checkpoints:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.settle()
+            if self.writer:
+                with self.run.meter.phase("checkpoint"):
+                    self.settle()
+        if self.ending:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Within, a signal that asks to end does not wait: a validation, which may take minutes, is left out,
+        and made when the training goes on."""
+        try:
+            self.stepping = False
+            yield
+        except KeyboardInterrupt:
+            if not self.ending:
+                raise
+        finally:
+            self.stepping = True
 
     def write(self, loop: "Loop", steps: dict) -> None:
         """On a GPU what is kept is copied, and written while the training goes on. `steps`: what the loop
@@ -84,6 +106,7 @@ class Checkpoints:
             self.settle()
             tensors: dict[str, torch.Tensor] = {}
             try:
+                self.run.record.disturbed = self.run.meter.contention.reasons([])
                 kept = snapshot(loop) | {"steps": steps, "record": self.run.record.to_json()}
                 state = {"made by": made_by(self.run), "kept": packed(kept, tensors)}
                 self.writer = threading.Thread(target=self.put, args=(f"{loop.done:09}", state, tensors))
@@ -123,7 +146,9 @@ class Checkpoints:
 
     def newest(self, model) -> dict | None:
         """What the newest holds that is whole, this run's and of this model as it is attached; a warning for
-        each that is not."""
+        each that is not. What a killed writer has left is removed."""
+        for part in self.folder.glob(".*.part"):
+            shutil.rmtree(part, ignore_errors=True)
         for path in whole(self.folder):
             try:
                 kept = read(path, self.run)
@@ -174,17 +199,18 @@ def made_by(run: "Run") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lost(events: Path, done: int) -> float:
-    """Seconds of the stopped training after its step `done`, as far as it told them."""
-    times = {}
+def lost(events: Path, done: int) -> float | None:
+    """Seconds of the stopped training after its step `done`, or its first after that; null where it told of
+    neither."""
+    times: dict[int, float] = {}
     try:
-        for line in events.read_text("utf-8").splitlines():
-            event = json.loads(line)
-            times[event.get("step")] = event.get("seconds")
-        later = [seconds for step, seconds in times.items() if step and step >= done and seconds]
-        return max(later) - min(later) if later else 0.0
-    except Exception:  # the last line may be half of one
-        return 0.0
+        for line in events.read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # another event, the half of a line
+                event = json.loads(line)
+                times[event["step"]] = float(event["seconds"])
+        return max(0.0, times[max(times)] - times[done if done in times else done + 1])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 # What a training goes on from
@@ -234,7 +260,12 @@ def take_record(run: "Run", kept: dict) -> None:
     for name in PROGRESS:
         setattr(record, name, getattr(earlier, name))
     record.warnings += warnings
+    if kept["done"] == run.steps:  # no step will tell
+        record.kernels = earlier.kernels
     record.resumed.append(Resumption(kept["done"], kept["lost"], spent))
+    run.meter.contention.earlier = [
+        reason if reason.startswith(BEFORE) else BEFORE + reason for reason in earlier.disturbed or []
+    ]
     run.meter.phases |= earlier.phases
 
 

@@ -33,6 +33,7 @@ def likelihoods(model, examples: list[Example], run: "Run") -> list[dict]:
         nll, correct = (-logps.double().sum(1)).tolist(), hits.sum(1).tolist()
         for example, *values in zip(some, tokens, nll, correct, strict=True):
             scores[example.id] = dict(zip(("tokens", "nll", "correct"), values, strict=True))
+        run.report(scored=len(scores), rows=len(examples))  # a sign of progress
     return [scores[example.id] for example in examples]
 
 

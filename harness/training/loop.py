@@ -40,6 +40,14 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
         compiling = []  # seconds of it in each step
         unsettled = None  # a step is settled one late, so that the device never waits for the host
 
+        def validated() -> None:
+            """Of a point of the curve, unless it stands there: a stopped training may lack its last."""
+            if loop.done not in points or any(point["step"] == loop.done for point in record.validation):
+                return
+            with checkpoints.between_steps() if checkpoints else nullcontext():
+                record.validation.append({"step": loop.done, "loss": evaluation.validate(model, run)})
+            model.train()
+
         def seconds() -> list[float]:
             return earlier + [max(0.0, s - c) for s, c in zip(clock.read(), compiling, strict=True)]
 
@@ -53,6 +61,7 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
                     what = f"its checkpoint of step {kept['done']} cannot be gone on from, and was removed"
                     raise RuntimeError(f"{what}. The same command goes on without it: {error}") from error
                 take_record(run, kept)
+            validated()
             earlier = kept["steps"]["seconds"]
             kept.clear()  # its copies of the weights
         for examples in islice(run.batches, loop.done, None):
@@ -65,9 +74,8 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
             if loop.done in points:
                 settle(unsettled, run)
                 unsettled = None
-                record.validation.append({"step": loop.done, "loss": evaluation.validate(model, run)})
-                model.train()
-            if checkpoints and checkpoints.due:
+                validated()
+            if checkpoints and checkpoints.due(loop.done):
                 settle(unsettled, run)
                 unsettled = None
                 checkpoints.write(loop, {"seconds": seconds(), "reading": loop.reading.state()})

@@ -41,6 +41,8 @@ from harness.training.model import (
 from harness.training.reading import tokens_read
 from harness.training.run import Run
 
+LEAP = 3  # times the first loss: batches of one training are not so far apart
+
 
 def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path, every: float = 0.0) -> None:
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder, and
@@ -173,12 +175,23 @@ def trained(model, run: Run):
         record.phases["train"].peak_allocated = record.memory.peak
     alike = [] if record.tokens.sampled else record.step_seconds[record.warmup_steps :]
     record.disturbed = run.meter.contention.reasons(alike)
+    record.warnings += leaps(record)
     weights.check(start, weights.fingerprints(types), record.training)
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     del loop
     model.zero_grad()
     weights.put_back(types)
     return method.keep(model, run)  # what is kept is what is scored
+
+
+def leaps(record: RunRecord) -> list[str]:
+    """Whether the loss was once far above its first; of other objectives a loss has no such scale."""
+    losses = [point["loss"] for point in record.training]
+    if record.card.get("objective", "sft") != "sft" or not losses or not 0 < LEAP * losses[0] < max(losses):
+        return []
+    times, step = max(losses) / losses[0], losses.index(max(losses)) + 1
+    return [f"the loss was {times:.1f} times its first at step {step} of {len(losses)}: a lower "
+            "hp.learning_rate, or a longer hp.warmup_ratio, may be steadier"]  # fmt: skip
 
 
 def with_progress(run: Run):
