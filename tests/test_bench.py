@@ -22,8 +22,8 @@ from harness import packages
 from harness.bench import attempt as running
 from harness.bench.loop import held, lock
 from harness.cli import progress
-from harness.forks import in_a_copy
-from harness.forks import children
+from harness.errors import BadRequest
+from harness.forks import children, in_a_copy
 from harness.method import Method
 from harness.nursery import Fresh, Nursery, environment
 from harness.plain import redacted

@@ -38,7 +38,9 @@ class Places(Protocol):
         called when it begins."""
 
 
-Opens = Callable[[Plan, Terms, RunSpec], AbstractContextManager[Places]]  # for runs, of which that is the first
+Opens = Callable[
+    [Plan, Terms, RunSpec], AbstractContextManager[Places]
+]  # for runs, of which that is the first
 
 
 class Here:

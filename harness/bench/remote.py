@@ -88,7 +88,9 @@ class Job:
 
         threading.Thread(target=watch, daemon=True).start()
         try:
-            terms = Terms(Store(self.results), self.command, Silent(), self.limit, False, self.every, self.stall)
+            terms = Terms(
+                Store(self.results), self.command, Silent(), self.limit, False, self.every, self.stall
+            )
             return alone(self.spec, terms, Slot(of=None), signals)
         finally:
             over.set()
