@@ -246,9 +246,9 @@ def stubbed(monkeypatch):
             raise KeyboardInterrupt
         runs.append(spec)
         if spec.trial and spec.trains:
-            store.attempt(spec)
+            terms.store.attempt(spec)
             record = trial_record(spec, curve(spec))
-            store.keep(spec, record)
+            terms.store.keep(spec, record)
             return record
         record = fabricate.record(spec.method, spec.seed)
         record.spec, record.sizes = spec, Sizes()

@@ -139,7 +139,7 @@ def test_a_lock_ends_with_its_process_whoever_has_its_number_now(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
     holder.stdout.readline()
     (tmp_path / ".holder").write_text(str(os.getpid()))  # as after a new start of the machine
-    with pytest.raises(bench.Busy, match=f"process {os.getpid()}"), bench.lock(tmp_path):
+    with pytest.raises(bench.Busy, match=f"({os.getpid()})"), bench.lock(tmp_path):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -8,7 +8,8 @@ import time
 import pytest
 from test_bench import begin, child, nursery  # noqa: F401
 
-from harness import bench, machine, watchdog
+from harness import machine, watchdog
+from harness.bench import attempt
 from harness.watchdog import Watchdog, watching
 
 TELLS = "open(sys.argv[1] + '/events.jsonl', 'a', 1).write('{\"step\": 1}\\n')\n"
@@ -29,7 +30,7 @@ def test_a_run_without_progress_is_ended_and_says_where_it_was(case, begin, tmp_
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" * (case == "is deaf")
     code = {"works": WORKS, "hangs in an import": HANGS}.get(case, TELLS + deaf + HANGS)
     monkeypatch.setattr(watchdog, "START_SECONDS", 2)
-    monkeypatch.setattr(bench, "GRACE_SECONDS", 1 if deaf else 30)
+    monkeypatch.setattr(attempt, "GRACE_SECONDS", 1 if deaf else 30)
     record, folder = child(tmp_path, code, None, begin, stall=1.5 if case != "hangs in an import" else 60)
     if case == "works":  # for twice as long
         assert record.status == "failed" and "the end" in record.error

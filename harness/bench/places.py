@@ -60,8 +60,9 @@ class Here:
 
 @contextmanager
 def here(plan: Plan, terms: Terms, first: RunSpec, cards: Sequence[str] = ()) -> Iterator[Here]:
-    """`first`: whose model and precision are tried where there is a card. `cards`: names, as CUDA_VISIBLE_DEVICES takes them, one or hp.devices for each run at once; none: one
-    run at a time, on whichever card it finds."""
+    """`first`: whose model and precision are tried where there is a card. `cards`: names, as
+    CUDA_VISIBLE_DEVICES takes them, one or hp.devices for each run at once; none: one run at a time, on
+    whichever card it finds."""
     shares = sharing(cards, plan)
     with ExitStack() as ends:
         if len(shares) > 1:  # the same for all runs; and one core is left, as where there is one run
