@@ -145,8 +145,8 @@ def written(store: Store) -> str:
     for record in records:
         outcome(record, True)
     table = "".join(results(comparison, 80) for comparison in said.comparisons)
-    page = "".join(report.WRITERS["html"](said).values())
-    text = "".join(report.WRITERS["md"](said).values())
+    made = said.documents(set())
+    page, text = ("".join(report.WRITERS[kind](said, made).values()) for kind in ("html", "md"))
     assert not set("\x00\x1b\x07\u202e\ud800") & {*page, *text, *table}
     page.encode(), text.encode()
     return text

@@ -272,7 +272,7 @@ def test_a_search_goes_on_while_another_ones_trial_is_under_way(tmp_path, monkey
     monkeypatch.setattr(loop, "cached", lambda *_: None)
 
     @contextmanager
-    def two(plan, terms):
+    def two(*_):
         yield Fixed(2, one)
 
     done = [d.record.spec.seed for d in loop.bench(Chains(), Store(tmp_path), "", Silent(), where=two)]
@@ -510,14 +510,14 @@ def test_a_task_that_is_to_make_room_is_no_loss(engine):
     record = fabricate.record("lora", status="interrupted", error="preempted", scores={})
     maker = engine(lambda *_: record)
     maker.note(record.spec, "task")
-    job = remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0)
+    job = remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0, 0.0)
     for _ in range(5):
         job([signal.SIGTERM])
     assert remote.read(maker.file(remote.TOLD, record.spec)) == {"begun": 0}
 
 
 def test_a_machine_that_does_not_see_the_results_says_so(tmp_path):
-    job = remote.Job(fabricate.record("lora").spec, tmp_path / "elsewhere", "", None, 0.0)
+    job = remote.Job(fabricate.record("lora").spec, tmp_path / "elsewhere", "", None, 0.0, 0.0)
     with pytest.raises(FileNotFoundError, match="all machines must"):
         job()
 
