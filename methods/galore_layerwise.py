@@ -22,6 +22,7 @@ class GaLoreLayerwise(GaLore):
     }
     cannot = {
         "accumulation": "each micro-batch's gradient is used at once",
+        "several cards": "each weight would move by the gradient of its own card's rows alone",
         "graphs": "the weights are updated within backward, by steps that are counted in Python",
     }
 

@@ -103,6 +103,7 @@ class SMT(Method):
             run.accumulate(model, self.prepare(model, examples, run))
         for hook in hooks:
             hook.remove()
+        run.devices.sum(*sums.values())
         model.requires_grad_(False)
         run.note("warm-up, steps of gradients before the training", min(self.warmup, run.steps))
         return sums

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def likelihoods(model, examples: list[Example], run: "Run") -> list[dict]:
-    """tokens, nll (summed, in nats) and correct of each example's response, in the order of examples."""
+    """tokens, nll (summed, in nats) and correct of each example's response, in the order of examples. Each
+    device scores its share of the batches."""
     model.eval()
-    scores = {}
-    for some in batches_of(examples, run.hp.eval_batch_size):
+    scores: dict[str, dict] = {}
+    for some in run.devices.share(batches_of(examples, run.hp.eval_batch_size), cells):
         batch = collate(some, run.pad, run.device)
         with run.accelerator.autocast():
             logps, hits = head.token_scores(model, batch)
@@ -33,7 +34,12 @@ def likelihoods(model, examples: list[Example], run: "Run") -> list[dict]:
         nll, correct = (-logps.double().sum(1)).tolist(), hits.sum(1).tolist()
         for example, *values in zip(some, tokens, nll, correct, strict=True):
             scores[example.id] = dict(zip(("tokens", "nll", "correct"), values, strict=True))
+    scores = run.devices.merged(scores)
     return [scores[example.id] for example in examples]
+
+
+def cells(batch: list[Example]) -> int:
+    return len(batch) * max(example.length for example in batch)
 
 
 def mean_loss(scores: list[dict]) -> float:

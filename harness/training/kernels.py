@@ -81,8 +81,10 @@ class Kernels:
             self.found.reason = "; ".join(f"{limit}: {why}" for limit, why in cannot.items()) or None
         if not self.untried:
             return
+        share = [run.devices.share(step, lambda example: example.length) for step in run.batches]
+        self.steps = [step for step in share if step]  # those that this device reads
         with run.meter.phase("compile"):
-            self.shapes = self.packed() or Shapes(run.batches, run.hp, packed=False)
+            self.shapes = self.packed() or Shapes(self.steps, run.hp, packed=False)
         run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
     @property
@@ -114,7 +116,7 @@ class Kernels:
         run, rows = self.run, self.run.batches.examples[:4]
         if "packing" in run.method.cannot:
             return None
-        shapes = Shapes(run.batches, run.hp, packed=True)
+        shapes = Shapes(self.steps, run.hp, packed=True)
         try:
             with torch.no_grad(), run.accelerator.autocast():
                 apart = run.collate(rows)

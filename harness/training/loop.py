@@ -55,6 +55,8 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
                 take_record(run, kept)
             earlier = kept["steps"]["seconds"]
             kept.clear()  # its copies of the weights
+        if run.devices.rank and run.device.type == "cuda":
+            torch.cuda.manual_seed(run.seed + run.devices.rank)  # other rows, another dropout
         for examples in islice(run.batches, loop.done, None):
             before = loop.kernels.seconds
             with clock.step():
@@ -102,7 +104,8 @@ class Loop:
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
             loss = accumulate(batches, run, self.kernels.gradients)
         run.record.arithmetic |= {"training": types} if types else {}
-        self.reading.end_step(batches)
+        run.devices.add_up(self.parameters)
+        self.reading.end_step(batches, run.devices, run.device)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
         else:
@@ -118,12 +121,13 @@ def rehearsed(model, run: "Run") -> Memory | None:
     """What two steps on the widest examples hold in live tensors; null where that cannot be rehearsed."""
 
     def width(examples: list) -> int:
-        return max(len(rows) * max(row.length for row in rows) for rows in run.micro_batches(examples))
+        parts = run.micro_batches(examples)
+        return max((len(rows) * max(row.length for row in rows) for rows in parts), default=0)
 
     def measure() -> Memory:
         run.report = run.meter.on_enter = lambda *_, **__: None  # a rehearsal is shown to nobody
         loop, widest = Loop(model, run), max(run.batches, key=width)
-        with LiveTensors(model, loop.optimizer) as live:
+        with run.devices.silent(), LiveTensors(model, loop.optimizer) as live:
             loop.step(widest)
             loop.step(widest)
         return live.memory()
@@ -171,12 +175,14 @@ def prepare_model(model, hp: Hyperparams) -> None:
 
 def accumulate(batches: list[dict], run: "Run", gradients: Callable) -> torch.Tensor:
     """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
-    loss is a mean over rows), however it is cut into micro-batches. -> that mean, detached.
+    loss is a mean over rows), however it is cut into micro-batches and these are spread over devices, whose
+    gradients are then to be added up. -> that mean, detached.
     `gradients(batch, share)` adds those of a micro-batch."""
     by_tokens = run.method.mean_over == "tokens"
     weights = [targets(batch) if by_tokens else len(batch["labels"]) for batch in batches]
-    total = sum(weights)
-    return sum(gradients(batch, weight / total) for batch, weight in zip(batches, weights, strict=True))
+    total = run.total(sum(weights))
+    losses = (gradients(batch, weight / total) for batch, weight in zip(batches, weights, strict=True))
+    return run.total(sum(losses, torch.zeros((), device=run.device)))
 
 
 def targets(batch: dict) -> torch.Tensor:

@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from harness.training.devices import Devices
+
 
 class Reading:
     """As the loss read it, whatever was planned.
@@ -14,7 +16,7 @@ class Reading:
 
     def __init__(self):
         self.steps, self.now = [], []
-        self.rows, self.seen = set(), True
+        self.rows, self.fresh, self.seen = set(), set(), True  # fresh: of the step at hand
 
     def __call__(self, batch: dict) -> None:
         """Is told of each batch that is read for its gradients."""
@@ -26,7 +28,7 @@ class Reading:
         hashes = mixed(by_row(mixed((places << 32) + tokens + 1) * chosen, batch)).sum(1)
         counts = chosen.sum((1, 2))
         self.now.append(torch.cat([hashes, counts, mask.numel() - counts[:1]]))
-        self.rows |= {example.id for example in batch.get("examples", ())}
+        self.fresh |= {example.id for example in batch.get("examples", ())}
 
     def state(self) -> dict:
         """Of the steps that are done."""
@@ -35,15 +37,17 @@ class Reading:
     def restore(self, state: dict) -> None:
         self.steps, self.rows, self.seen = [*state["steps"]], {*state["rows"]}, state["seen"]
 
-    def end_step(self, micro_batches: list[dict]) -> None:
-        """A loss that goes its own way past Run.token_logps is taken to read what it was handed: that is
-        counted, but not certified."""
-        if not self.now:
+    def end_step(self, micro_batches: list[dict], devices: Devices, device: torch.device) -> None:
+        """Of all devices together. A loss that goes its own way past Run.token_logps is taken to read what it
+        was handed: that is counted, but not certified."""
+        if micro_batches and not self.now:
             self.seen = False
             for batch in micro_batches:
                 self(batch)
-        self.steps.append(torch.stack(self.now).sum(0))
-        self.now = []
+        none = torch.zeros(5, dtype=torch.long, device=device)
+        self.steps.append(devices.total(sum(self.now, none), device))
+        self.rows.update(*devices.gathered(self.fresh))
+        self.now, self.fresh = [], set()
 
     def tokens(self) -> dict:
         counts = torch.stack(self.steps)[:, 2:].sum(0).tolist()
