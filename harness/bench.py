@@ -189,11 +189,12 @@ def slots(nursery: Nursery, plan: Plan) -> list[Slot]:
     if folder and nursery.threads and not nursery.card:
         files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         room = (machine.free_bytes() or 0) // (RUN_BYTES + WEIGHTS * files)
-        most = min(AT_ONCE, room, machine.quota() // nursery.threads)
+        threads = nursery.threads * max(spec.devices for spec in plan.methods())
+        most = min(AT_ONCE, room, machine.quota() // threads)
         cores: list[int] = []
         for siblings in machine.physical_cores():
             cores += siblings
-            if len(cores) >= nursery.threads and len(groups) < most:
+            if len(cores) >= threads and len(groups) < most:
                 groups.append(tuple(cores))
                 cores = []
     if len(groups) < 2:

@@ -32,6 +32,7 @@ class Place:
     rank: int = 0
     count: int = 1
     lines: tuple[socket.socket, ...] = field(default=(), repr=False)  # of rank 0 to all others, or to rank 0
+    others: tuple[int, ...] = ()  # the processes that rank 0 has begun
 
     def tell(self, word: str) -> None:
         """To all others, from rank 0."""
@@ -69,7 +70,7 @@ class Ranks:
         self.pids = pids
         if pids:
             threading.Thread(target=self.watch, args=(lines, stuck), daemon=True).start()
-        return Place(0, count, tuple(lines))
+        return Place(0, count, tuple(lines), tuple(pids))
 
     def serve(self, place: Place, first: int, work: Callable[[Place], Ending | None]) -> None:
         """The whole life of a further rank."""

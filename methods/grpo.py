@@ -40,6 +40,7 @@ class GRPO(LoRA):
     mean_over = "rows"
     cannot = {
         "packing": "it trains on answers of its own, a row a sequence",
+        "sharding": "it draws answers from the model at each step, which no device holds whole",
         "plain text": "a text asks nothing and has no reference, so that no answer earns anything",
     }
 

@@ -37,6 +37,7 @@ class LoRAGGPO(LoRA):
     decay: Fraction = 0.8  # mgpo: of the running mean g, per step; the authors' for generation
 
     axis = "perturbation"
+    cannot = {"sharding": "its shifts are measured on whole weights, of which each device would hold a part"}
 
     def attach(self, model, run):
         import torch

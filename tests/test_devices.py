@@ -1,75 +1,271 @@
-"""One run on two devices is the run on one: by two processes of the CPU."""
+"""One run on two devices is the run on one: on two processes of a CPU, which talk as cards do."""
 
+import json
 import os
-import threading
-from contextlib import contextmanager
+import re
+import signal
+import time
+from dataclasses import replace
 
 import pytest
+import test_contract
 import tiny
 import torch
-import torch.distributed as dist
-from test_contract import OPTIONS, PERIODS, UNTOUCHED, VARIANTS, base_loader
+from hypothesis import given
+from hypothesis import strategies as st
+from test_run import SETTINGS, files  # noqa: F401, a fixture
 
+from harness import child, machine
+from harness.errors import BadRequest
 from harness.method import build, find, known_methods, resolve
-from harness.ranks import Ranks
+from harness.plan import Request, plan
+from harness.ranks import Place, Ranks
+from harness.record import RunRecord
+from harness.store import OUTPUTS, RESULT, SPEC
 from harness.training.devices import Devices
 from harness.training.loop import train
 from harness.training.run import Run
 
-ROWS = tiny.rows(10, seed=3)  # two steps of 4 rows, and one of 2
-HP = tiny.hyperparams(max_steps=3, batch_size=4, micro_batch_size=2, learning_rate=1e-2, weight_decay=0.1)
+ROWS = tiny.rows(6, seed=3)  # a step of 4 rows, and one of 2
+HP = tiny.hyperparams(
+    max_steps=2, batch_size=4, micro_batch_size=2, learning_rate=1e-2, weight_decay=0.1, max_new_tokens=4,
+    warmup_ratio=0.0, epsilon=1e-4,  # else a gradient that is rounding alone is a whole step of Adam's
+)
+MGPO = "lora_ggpo, mgpo"
+OPTIONS = {**test_contract.OPTIONS, **test_contract.PERIODS, "lora_ggpo": {"sigma": 0.3},
+           MGPO: {"variant": "mgpo", "rho": 0.5}, "smt": {"share": 0.2, "warmup": 2}}  # fmt: skip
+FAR = {"full_8bit": 1e-3}  # in 8 bits, a moment that is near two codes may become either
 
 
-def methods() -> list[str]:
-    refused = lambda name: "several cards" in resolve(name, find(name, known_methods())).cannot
-    return [n for n in sorted({*known_methods(), *VARIANTS} - {"peft", *UNTOUCHED}) if not refused(n)]
+# Of the methods those that draw, choose or look by themselves; TUNEOFF_EVERY=1 tries all of them.
+OWN = ["full", "lora", "qlora", "galore", "lisa", "grpo", "orpo", "smt", "lora_ggpo", MGPO, "eva", "peft.adalora"]
 
 
-def training(name: str, folder, devices: Devices) -> dict:
-    cls = resolve(name, find(name, known_methods()))
-    method = build(cls, {**OPTIONS.get(name, {}), **PERIODS.get(name, {})})
-    model, run = tiny.attached(method, method.load(base_loader(folder)), ROWS, method.own(HP), devices=devices)
+def together() -> list[str]:
+    """The methods that several devices can compute."""
+    names = sorted({*known_methods(), *test_contract.VARIANTS} - {"peft", *test_contract.UNTOUCHED})
+    every = [MGPO, *(name for name in names if "several cards" not in cls_of(name).cannot)]
+    return every if os.environ.get("TUNEOFF_EVERY") else OWN
+
+
+def cls_of(name: str):
+    name = name.partition(",")[0]
+    return resolve(name, find(name, known_methods()))
+
+
+def training(name: str, folder, devices: Devices, hp=HP) -> dict:
+    """What it came to, as JSON has it."""
+    cls = cls_of(name)
+    method, hp = build(cls, OPTIONS.get(name, {})), cls.own(hp)
+    base = method.load(test_contract.base_loader(folder))
+    model, run = tiny.attached(method, base, ROWS, hp, seed=1, devices=devices)
     devices.same(model)
     run.splits["validation"] = tiny.rows(3, seed=1)
-    run.hp = run.decoder.hp = method.own(HP)
+    run.hp = replace(hp, validations=name == "full")
     train(model, run)
-    return {"losses": tiny.losses(run.record), "norms": [s["grad_norm"] for s in run.record.training],
-            "weights": {n: v.tolist() for n, v in tiny.trained_weights(model).items()},
-            "hashes": {n: v for n, v in run.record.hashes.items()}, "tokens": vars(run.record.tokens),
-            "answers": run.decoder.answers(model, tiny.rows(3, seed=2)),
-            "notes": run.record.notes}  # fmt: skip
+    record, answered = run.record, name == "full"
+    return {
+        "training": record.training, "validation": record.validation, "hashes": record.hashes,
+        "tokens": {**vars(record.tokens), "padded": None}, "notes": record.notes,
+        "weights": {name: value.tolist() for name, value in tiny.trained_weights(model).items()},
+        "answers": run.decoder.answers(model, tiny.rows(5, seed=2)) if answered else [],
+    }  # fmt: skip
 
-if __name__ == "__main__":
-    import sys, time, tempfile, json
-    torch.set_num_threads(1)
-    folder = tempfile.mkdtemp()
-    from pathlib import Path
-    folder = Path(folder)
+
+def forked(work) -> int:
+    """-> how a copy of this process ended that did the work."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
     tiny.model().save_pretrained(folder)
-    Run.reward = lambda self, row, ids: len(set(ids)) / len(ids) + ids[0] / 1000
-    names = sys.argv[1:] or methods()
-    def all_of(place):
+    return folder
+
+
+def reward(self, row, ids) -> float:
+    return len(set(ids)) / len(ids) + ids[0] / 1000  # random rows have no references to earn anything by
+
+
+@pytest.fixture(scope="module")
+def on_two(base, tmp_path_factory):
+    """What each method came to on two devices, as the first of them has it."""
+    file = tmp_path_factory.mktemp("two") / "found.json"
+
+    def all_of(place: Place) -> None:
         devices = Devices.joined(place)
-        found = {}
-        for name in names:
-            t=time.process_time()
-            try:
-                found[name] = training(name, folder, devices)
-            except Exception as e:
-                import traceback; traceback.print_exc()
-                raise
-            found[name]["t"]=time.process_time()-t
-        return found
-    ranks = Ranks()
-    place = ranks.begin(2, lambda place: all_of(place) and None, lambda ending: (print(ending), os._exit(1)))
-    two = all_of(place)
-    for name in names:
-        t=time.process_time()
-        one = training(name, folder, Devices())
-        t=time.process_time()-t
-        a, b = one, two[name]
-        dl = max(abs(x-y) for x,y in zip(a["losses"], b["losses"]))
-        dn = max([abs((x or 0)-(y or 0)) for x,y in zip(a["norms"], b["norms"])])
-        dw = max((torch.tensor(a["weights"][n])-torch.tensor(b["weights"][n])).abs().max().item() for n in a["weights"])
-        print(f"{name:18} loss {dl:.1e} norm {dn:.1e} weights {dw:.1e} given {a['hashes']==b['hashes']} tokens {a['tokens']==b['tokens']} answers {a['answers']==b['answers']} {t:.2f} {b['t']:.2f}", flush=True)
-        if a['tokens']!=b['tokens']: print(a['tokens'], b['tokens'])
+        found = {name: training(name, base, devices) for name in together()}
+        if not place.rank:
+            file.write_text(json.dumps(found))
+
+    def work() -> None:
+        Run.reward = reward
+        ranks = Ranks()
+        all_of(ranks.begin(2, all_of, lambda ending: os._exit(1)))
+
+    assert forked(work) == 0
+    return json.loads(file.read_text())
+
+
+def in_the_same_parts(self, examples):
+    """What a method draws for a micro-batch, as noise, is the same where these are."""
+    parts = [Devices(rank, 2).share(examples, lambda row: row.length) for rank in range(2)]
+    return [part for part in parts if part]
+
+
+@pytest.mark.parametrize("name", together())
+def test_two_devices_train_as_one(name, base, on_two, monkeypatch):
+    """Losses, gradient norms, weights, what was read, learned and found out; of one, scores and answers."""
+    monkeypatch.setattr(Run, "reward", reward)
+    if name == "lora_ggpo":
+        monkeypatch.setattr(Run, "micro_batches", in_the_same_parts)
+    one, two, far = training(name, base, Devices()), on_two[name], FAR.get(name, 2e-5)
+    assert len(one["training"]) == len(two["training"]) == 2
+    for a, b in zip(one["training"] + one["validation"], two["training"] + two["validation"], strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+    for weight, value in one["weights"].items():
+        torch.testing.assert_close(torch.tensor(two["weights"][weight]), torch.tensor(value), atol=far, rtol=0)
+    assert one["weights"] != on_two["full"]["weights"] or name == "full"
+    assert two["hashes"] == one["hashes"] and two["tokens"] == one["tokens"]
+    near = {k: pytest.approx(v, rel=1e-4) if isinstance(v, float) else v for k, v in one["notes"].items()}
+    assert two["notes"] == near
+    assert two["answers"] == one["answers"]
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 5))
+def test_shares_are_the_whole_once_and_even(lengths, count):
+    shares = [Devices(rank, count).share(list(enumerate(lengths)), lambda row: row[1]) for rank in range(count)]
+    assert sorted(row for share in shares for row in share) == list(enumerate(lengths))
+    assert all(share == sorted(share) for share in shares)  # in their order
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    totals = [sum(length for _, length in share) for share in shares]
+    assert max(totals) - min(totals) <= 2 * max(lengths, default=0)
+
+
+# Whole runs
+
+
+def job(files, folder, name="lora", *settings, code="") -> None:  # noqa: F811
+    plugin = folder / f"{name}.py"
+    if code:
+        plugin.write_text(code)
+    request = Request(
+        [name], model=str(files / "model"), dataset=str(files / "rows.jsonl"), seeds=[0],
+        settings=tiny.settings(SETTINGS, settings), plugins=[str(plugin)] if code else [],
+    )  # fmt: skip
+    spec = plan(request)[-1]
+    asked = {"spec": spec.asked() | {"locations": spec.locations}, "command": "", "started": "", "cores": [],
+             "at_once": 1, "checkpoint_seconds": 0}  # fmt: skip
+    (folder / SPEC).write_text(json.dumps(asked))
+
+
+def run(folder) -> RunRecord:
+    def main() -> None:
+        os.setsid()  # of which nobody may be left
+        child.main(folder)
+
+    assert forked(main) == 0
+    return RunRecord.from_json((folder / RESULT).read_text())
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(machine, "devices", lambda: 2)
+
+
+def test_a_whole_run_is_one_run(files, tmp_path, two_cores):  # noqa: F811
+    found = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        job(files, folder, "lora", f"hp.devices={devices}")
+        record = run(folder)
+        assert record.ok, record.error
+        found.append((record, (folder / OUTPUTS).read_text().splitlines()))
+    (one, texts), (two, others) = found
+    assert [json.loads(t)["output"] for t in texts] == [json.loads(t)["output"] for t in others]
+    assert tiny.losses(one) == pytest.approx(tiny.losses(two), abs=1e-5)
+    assert two.hashes["given"] == one.hashes["given"] and two.tokens.rows == one.tokens.rows
+    assert not one.ranks and len(two.ranks) == 2 and not two.warnings
+    for name, phase in two.ranks[0].items():
+        assert two.phases[name].seconds == phase.seconds
+        assert two.phases[name].peak_host == max(ranks[name].peak_host for ranks in two.ranks)
+    assert one.spec.comparison != two.spec.comparison  # other times, other memory
+
+
+BREAKS = """
+from dataclasses import dataclass
+import os, signal
+from methods.lora import LoRA
+
+@dataclass
+class Breaks(LoRA):
+    def loss(self, model, batch, run):
+        if run.devices.rank == 1 and run.record.validation and len(run.record.training) == 1:
+            {what}
+        return super().loss(model, batch, run)
+"""
+ENDS = {
+    "error": ("raise ValueError('of its own')", "failed", "device 2 of 2: ValueError: of its own"),
+    "memory": ("raise MemoryError()", "oom_host", "device 2 of 2: out of memory on the host"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted", "device 2 of 2: its process was killed"),
+    "rank 0": ("os.kill(os.getppid(), signal.SIGTERM)", "interrupted", "interrupted; the same command"),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_one_rank_ends_all_with_its_own_status(what, files, tmp_path, two_cores):  # noqa: F811
+    does, status, error = ENDS[what]
+    job(files, tmp_path, "breaks", "hp.devices=2", "hp.max_steps=4", code=BREAKS.format(what=does))
+    before = time.monotonic()
+    record = run(tmp_path)
+    assert record.status == status and error in record.error
+    assert time.monotonic() - before < 60
+    deadline = time.monotonic() + 5
+    while left := sharing(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def sharing(folder) -> list[str]:
+    """Processes that were begun with this folder and are alive."""
+    found = []
+    for process in map(str, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            files = [os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")]
+        except OSError:
+            continue
+        found += [process] * any(str(folder) in file for file in files)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("lora", ["hp.devices=3"], "there are 2 here, not 3: set it to 2"),
+        ("lora", ["hp.devices=2", "hp.batch_size=1"], "2 devices share the 1 rows of a step"),
+        ("lora", ["hp.sharding=full"], "one device has nobody to share with: set hp.devices to 2 or more"),
+        ("galore_layerwise", ["hp.devices=2"], "method galore_layerwise cannot do several cards"),
+        ("qlora", ["hp.devices=2", "hp.sharding=full"], "method qlora cannot do sharding"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_the_plan(name, settings, said, two_cores):
+    more = ["hp.micro_batch_size=16", "hp.max_grad_norm=0"]
+    with pytest.raises(BadRequest, match=re.escape(said)):
+        plan(Request([name], "demo", seeds=[0], settings=more + settings))
+
+
+def test_one_device_is_hashed_as_before():
+    spec = plan(Request(["lora"], "demo", seeds=[0]))[-1]
+    assert not {"devices", "sharding"} & set(spec.asked()["hp"])
+    assert spec.digest != replace(spec, hp=replace(spec.hp, devices=2)).digest

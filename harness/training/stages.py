@@ -53,7 +53,7 @@ def execute(
     compute, and tell it what they have measured."""
     if place.rank:
         every = 0.0
-    model, run = opened(spec, method, record, folder, Devices.joined(place))
+    model, run = opened(spec, method, record, folder, place)
     run.checkpoints = Checkpoints(folder / CHECKPOINTS, run, every)
     if spec.trains:
         model = trained(model, run)
@@ -107,11 +107,12 @@ def together(first: Phase, other: Phase) -> Phase:
     return replace(first, joules=of("joules", sum), **peaks)
 
 
-def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, devices: Devices):
+def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = Place()):
     """-> the model as the method loads it, and the run that it is trained and evaluated in."""
+    devices = Devices.joined(place)
 
     def report(**values):
-        if devices.rank:
+        if place.rank:
             return
         with suppress(OSError):  # a full disk: what is only shown does not end a run
             append(folder / EVENTS, values)
@@ -123,7 +124,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, devic
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # what a graph replays is cast anew
     )
-    meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
+    meter = Meter(accelerator.device, lambda name: report(phase=name), place.others)
     if meter.card and meter.card.before and meter.card.before > machine.BUSY_BYTES:
         record.warnings.append(
             f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
