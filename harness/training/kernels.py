@@ -101,6 +101,8 @@ class Kernels:
             return "as hp.kernels asks"
         if self.run.device.type != "cuda":
             return "there is no GPU"
+        if self.run.sharded:
+            return "weights are gathered from several devices within the step"
         if self.run.accelerator.mixed_precision != "bf16":
             return "attention without a mask computes in bf16 alone"
         if any(m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)):
@@ -344,7 +346,7 @@ class Kernels:
 def plain_gradients(model, run: "Run", batch: dict, share) -> torch.Tensor:
     """Adds the gradients of a loss times its share of the step. -> that product."""
     with run.accelerator.autocast():
-        loss = run.method.loss(model, batch, run) * share
+        loss = run.whole(run.method.loss, model, batch, run) * share
     run.accelerator.backward(loss)
     return loss.detach()
 

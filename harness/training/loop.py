@@ -18,6 +18,7 @@ from harness.training import evaluation, head
 from harness.training.checkpoint import resume, take_record, to
 from harness.training.kernels import Kernels
 from harness.training.reading import Reading
+from harness.training.sharding import in_full
 from harness.training.weights import Diverged
 
 if TYPE_CHECKING:
@@ -102,19 +103,31 @@ class Loop:
         self.kernels.ready(batches)
         known = self.done or "training" in run.record.arithmetic
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
-            loss = accumulate(batches, run, self.kernels.gradients)
+            loss = accumulate(batches, run, self.kernels.gradients, self.idle(len(batches), examples))
         run.record.arithmetic |= {"training": types} if types else {}
-        run.devices.add_up(self.parameters)
+        if not run.sharded:  # else that was part of each backward
+            run.devices.add_up(self.parameters)
         self.reading.end_step(batches, run.devices, run.device)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
         else:
             norm = gradient_norm(self.parameters)
+        norm = in_full(norm)
         self.optimizer.step()
         self.scheduler.step()
         self.kernels.zero_gradients()
         self.done += 1
         return {"step": self.done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+
+
+    def idle(self, own: int, examples: list) -> list[dict]:
+        """Weights in parts are gathered by all devices together: who has fewer micro-batches than others
+        computes these for nothing."""
+        missing = max(self.run.devices.gathered(own)) - own if self.run.sharded else 0
+        if not missing:
+            return []
+        with self.run.devices.alone():
+            return self.run.method.prepare(self.model, examples[:1], self.run)[:1] * missing
 
 
 def rehearsed(model, run: "Run") -> Memory | None:
@@ -123,6 +136,9 @@ def rehearsed(model, run: "Run") -> Memory | None:
     def width(examples: list) -> int:
         parts = run.micro_batches(examples)
         return max((len(rows) * max(row.length for row in rows) for rows in parts), default=0)
+
+    if run.sharded:
+        return None
 
     def measure() -> Memory:
         run.report = run.meter.on_enter = lambda *_, **__: None  # a rehearsal is shown to nobody
@@ -173,16 +189,23 @@ def prepare_model(model, hp: Hyperparams) -> None:
         head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def accumulate(batches: list[dict], run: "Run", gradients: Callable) -> torch.Tensor:
+def accumulate(
+    batches: list[dict], run: "Run", gradients: Callable, idle: list[dict] | None = None
+) -> torch.Tensor:
     """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
     loss is a mean over rows), however it is cut into micro-batches and these are spread over devices, whose
     gradients are then to be added up. -> that mean, detached.
-    `gradients(batch, share)` adds those of a micro-batch."""
+    `gradients(batch, share)` adds those of a micro-batch; of `idle` ones, nothing."""
     by_tokens = run.method.mean_over == "tokens"
     weights = [targets(batch) if by_tokens else len(batch["labels"]) for batch in batches]
     total = run.total(sum(weights))
     losses = (gradients(batch, weight / total) for batch, weight in zip(batches, weights, strict=True))
-    return run.total(sum(losses, torch.zeros((), device=run.device)))
+    loss = sum(losses, torch.zeros((), device=run.device))
+    own, run.reading = run.reading, None if idle else run.reading
+    for batch in idle or []:
+        gradients(dict(batch), 0.0)
+    run.reading = own
+    return run.total(loss)
 
 
 def targets(batch: dict) -> torch.Tensor:

@@ -10,6 +10,7 @@ from harness.data import Example, Template, collate, pack
 from harness.method import Unsupported
 from harness.spec import RunSpec
 from harness.training import head
+from harness.training.sharding import local
 
 
 def resolve_precision(asked: str) -> str:
@@ -127,5 +128,5 @@ def sizes(model) -> dict:
 def optimizer_bytes(optimizer) -> int:
     """Tensors of the optimizer's state; the one-element step counters are left out."""
     states = [v for state in optimizer.state.values() for v in state.values()]
-    held = {t.data_ptr(): t for t in states if hasattr(t, "numel") and t.numel() > 1}  # some are shared
+    held = {local(t).data_ptr(): t for t in states if hasattr(t, "numel") and t.numel() > 1}  # some are shared
     return sum(t.numel() * t.element_size() for t in held.values())

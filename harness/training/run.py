@@ -54,9 +54,15 @@ class Run:
         self.rng = torch.Generator().manual_seed(seed)
         self.reading: Callable[[dict], None] | None = None  # is told what is read, while the loop trains
         self.shapes: Shapes | None = None  # of micro-batches, where steps need them fixed
+        self.whole: Callable = called  # calls what computes with the model, which may lie in parts
         self.fused = False  # what computes at the moment may use kernels of its own
         self.loader = load_base
         self.checkpoints: Checkpoints | None = None  # of a training that could be stopped
+
+    @property
+    def sharded(self) -> bool:
+        """What is trained lies in parts, at the moment."""
+        return self.whole is not called
 
     @property
     def scored(self) -> list[Example]:
@@ -125,6 +131,10 @@ class Run:
     def note(self, what: str, value: float | str) -> None:
         """Keeps something that this run found out about its method; the report prints it."""
         self.record.notes[redacted(str(what))] = redacted_in(recordable(value))
+
+
+def called(what: Callable, *given):
+    return what(*given)
 
 
 def recordable(value):

@@ -42,7 +42,8 @@ from harness.training.model import (
     stop_tokens,
 )  # fmt: skip
 from harness.training.reading import tokens_read
-from harness.training.run import Run
+from harness.training.run import Run, called
+from harness.training.sharding import shard, whole_again
 
 
 def execute(
@@ -51,7 +52,7 @@ def execute(
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder, and
     checkpoints `every` so many seconds of a training. Of several devices, that of rank 0 does; the others
     compute, and tell it what they have measured."""
-    if place.rank:
+    if place.rank or spec.own_hp.sharding == "full":  # a checkpoint is one device's, which has the whole
         every = 0.0
     model, run = opened(spec, method, record, folder, place)
     run.checkpoints = Checkpoints(folder / CHECKPOINTS, run, every)
@@ -194,8 +195,12 @@ def trained(model, run: Run):
         model = method.attach(model, run)
         run.devices.same(model)
         types = weights.loaded_types(model)
-        record.weights = weights.master_weights(model, record.provenance.precision)
         weights.one_arithmetic(model, types)
+        if run.hp.sharding == "full":
+            loaded = {name: types[p] for name, p in model.named_parameters() if p in types}
+            run.whole = shard(model, run.devices.count, record.provenance.precision)
+            types = {p: loaded[name] for name, p in model.named_parameters() if name in loaded}
+        record.weights = weights.master_weights(model, record.provenance.precision)
     record.sizes = Sizes(**sizes(model))
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
@@ -220,12 +225,15 @@ def trained(model, run: Run):
     record.disturbed = run.meter.contention.reasons(alike)
     end = weights.fingerprints(types)
     weights.check(start, end, record.training)
-    if any(other != end for other in run.devices.gathered(end)):
+    if not run.sharded and any(other != end for other in run.devices.gathered(end)):
         record.warnings.append("the devices' weights are not the same to the bit after the last step")
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     del loop
     model.zero_grad()
-    weights.put_back(types)
+    if run.sharded:
+        model, run.whole = whole_again(run.whole, loaded), called
+    else:
+        weights.put_back(types)
     return method.keep(model, run)  # what is kept is what is scored
 
 
