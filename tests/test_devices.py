@@ -154,6 +154,8 @@ def test_shares_are_the_whole_once_and_even(lengths, count):
 
 # Whole runs
 
+SHORT = ["data.train=9", "hp.batch_size=4", "hp.micro_batch_size=1", "hp.max_steps=3"]  # of 4, 4 and 1 rows
+
 
 def job(files, folder, name="lora", *settings, code="") -> None:  # noqa: F811
     plugin = folder / f"{name}.py"
@@ -183,20 +185,31 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(machine, "devices", lambda: 2)
 
 
-def test_a_whole_run_is_one_run(files, tmp_path, two_cores):  # noqa: F811
-    found = []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        job(files, folder, "lora", f"hp.devices={devices}")
-        record = run(folder)
-        assert record.ok, record.error
-        found.append((record, (folder / OUTPUTS).read_text().splitlines()))
-    (one, texts), (two, others) = found
-    assert [json.loads(t)["output"] for t in texts] == [json.loads(t)["output"] for t in others]
+@pytest.fixture(scope="module")
+def on_one(files, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("one")
+    job(files, folder, "full", *SHORT)
+    return run(folder), outputs(folder)
+
+
+def outputs(folder) -> list[str]:
+    return [json.loads(line)["output"] for line in (folder / OUTPUTS).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_whole_run_is_one_run(sharding, on_one, files, tmp_path, two_cores):  # noqa: F811
+    """Also where shares are of different sizes, and one device has no row of the last step."""
+    job(files, tmp_path, "full", *SHORT, "hp.devices=2", f"hp.sharding={sharding}")
+    (one, texts), two = on_one, run(tmp_path)
+    assert one.ok and two.ok, two.error
     assert tiny.losses(one) == pytest.approx(tiny.losses(two), abs=1e-5)
+    assert [s["grad_norm"] for s in one.training] == pytest.approx([s["grad_norm"] for s in two.training], rel=1e-4)
+    assert one.validation == [pytest.approx(point, abs=1e-5) for point in two.validation]
     assert two.hashes["given"] == one.hashes["given"] and two.tokens.rows == one.tokens.rows
-    assert not one.ranks and len(two.ranks) == 2 and not two.warnings
+    assert replace(two.sizes, saved_bytes=None) == replace(one.sizes, saved_bytes=None)
+    assert outputs(tmp_path) == texts
+    assert not one.ranks and len(two.ranks) == 2
+    assert [w for w in two.warnings if "peak memory is unknown" not in w] == []
     for name, phase in two.ranks[0].items():
         assert two.phases[name].seconds == phase.seconds
         assert two.phases[name].peak_host == max(ranks[name].peak_host for ranks in two.ranks)

@@ -35,6 +35,8 @@ def likelihoods(model, examples: list[Example], run: "Run") -> list[dict]:
         nll, correct = (-logps.double().sum(1)).tolist(), hits.sum(1).tolist()
         for example, *values in zip(some, tokens, nll, correct, strict=True):
             scores[example.id] = dict(zip(("tokens", "nll", "correct"), values, strict=True))
+    if run.sharded:
+        run.whole.apart()
     scores = scores if run.sharded else run.devices.merged(scores)
     return [scores[example.id] for example in examples]
 

@@ -28,6 +28,13 @@ class Sharded(torch.nn.Module):
     def forward(self, what: Callable, *given: Any) -> Any:
         return what(*given)
 
+    def apart(self) -> None:
+        """Gives up what is whole at the moment: after a forward without a backward, or the next step's gradients
+        would pass it by."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
 
 def shard(model: torch.nn.Module, count: int, precision: str) -> Sharded:
     """In place; what is trained is held in fp32 from then on. Every parameter is another object then."""
@@ -35,6 +42,8 @@ def shard(model: torch.nn.Module, count: int, precision: str) -> Sharded:
     mesh = init_device_mesh(next(model.parameters()).device.type, (count,))
     for module in [*decoder_layers(head.causal_lm(model)), whole]:
         master_weights(module, precision)  # a layer at a time: never all of them whole, in fp32
+        for parameter in module.parameters():
+            parameter.data = parameter.data.contiguous()
         fully_shard(module, mesh=mesh)
         module.set_force_sum_reduction_for_comms(True)  # gradients are sums over the devices, not means
         module.set_gradient_divide_factor(1.0)
@@ -45,9 +54,7 @@ def whole_again(sharded: Sharded, kept: dict[str, torch.dtype]) -> torch.nn.Modu
     """-> the model as it was before, with its weights of now, in the types that these names have in `kept`.
     On all devices at once."""
     model, made = sharded.model, dict[torch.nn.Parameter, torch.nn.Parameter]()
-    for module in sharded.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    sharded.apart()
     names = {parameter: name for name, parameter in model.named_parameters()}
     for module in sharded.modules():
         for key, parameter in module._parameters.items():
