@@ -134,7 +134,9 @@ def card_properties() -> Any:
     none."""
     import torch
 
-    return torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    )
 
 
 def devices() -> int:

@@ -1,4 +1,4 @@
-"""The processes of a run on several devices: the run's own, of rank 0, and a copy of it for each further device.
+"""The processes of a run on several devices: the run's own, of rank 0, and a copy of it for each other device.
 
     bench -- nursery -- keeper -- the run, rank 0 -- rank 1
                                                   -- rank 2 ...
@@ -43,11 +43,15 @@ class Place:
         return self.lines[0].recv(WORD_BYTES).decode()
 
 
+ALONE = Place()
+
+
 class Ranks:
     """Of one run. `begin` copies this process; then `first_to_fail` says what has ended another rank."""
 
     def __init__(self) -> None:
         self.failed: Ending | None = None
+        self.pids: list[int] = []
         self.told = threading.Event()
         self.writing = threading.Lock()  # of the record, by whoever comes first
 
@@ -56,7 +60,9 @@ class Ranks:
     ) -> Place:
         """-> rank 0's place. Each other does the `work`, which gives how it failed, or nothing. `stuck` is
         called, and must end this process, where another rank has failed and nobody has noticed."""
-        here, lines, pids = os.getpid(), [], []
+        here = os.getpid()
+        lines: list[socket.socket] = []
+        pids: list[int] = []
         for rank in range(1, count):
             ours, theirs = socket.socketpair()
             pid = os.fork()
@@ -113,9 +119,9 @@ class Ranks:
         return "failed", f"its process ended with {signal.Signals(-code).name if code < 0 else code}"
 
     def first_to_fail(self) -> Ending | None:
-        """What has ended another rank, for rank 0, which an error has ended: it may follow from that one. From
-        here on rank 0 writes the record."""
-        if getattr(self, "pids", []):
+        """What has ended another rank, for rank 0, which an error has ended: it may follow from that one.
+        From here on rank 0 writes the record."""
+        if self.pids:
             self.told.wait(TELLING_SECONDS)
         self.writing.acquire()
         return self.failed

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import time
 from dataclasses import replace
 
@@ -28,8 +27,14 @@ from harness.training.run import Run
 
 ROWS = tiny.rows(6, seed=3)  # a step of 4 rows, and one of 2
 HP = tiny.hyperparams(
-    max_steps=2, batch_size=4, micro_batch_size=2, learning_rate=1e-2, weight_decay=0.1, max_new_tokens=4,
-    warmup_ratio=0.0, epsilon=1e-4,  # else a gradient that is rounding alone is a whole step of Adam's
+    max_steps=2,
+    batch_size=4,
+    micro_batch_size=2,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    max_new_tokens=4,
+    warmup_ratio=0.0,
+    epsilon=1e-4,  # else a gradient that is rounding alone is a whole step of Adam's
 )
 MGPO = "lora_ggpo, mgpo"
 OPTIONS = {**test_contract.OPTIONS, **test_contract.PERIODS, "lora_ggpo": {"sigma": 0.3},
@@ -38,7 +43,20 @@ FAR = {"full_8bit": 1e-3}  # in 8 bits, a moment that is near two codes may beco
 
 
 # Of the methods those that draw, choose or look by themselves; TUNEOFF_EVERY=1 tries all of them.
-OWN = ["full", "lora", "qlora", "galore", "lisa", "grpo", "orpo", "smt", "lora_ggpo", MGPO, "eva", "peft.adalora"]
+OWN = [
+    "full",
+    "lora",
+    "qlora",
+    "galore",
+    "lisa",
+    "grpo",
+    "orpo",
+    "smt",
+    "lora_ggpo",
+    MGPO,
+    "eva",
+    "peft.adalora",
+]
 
 
 def together() -> list[str]:
@@ -133,7 +151,9 @@ def test_two_devices_train_as_one(name, base, on_two, monkeypatch):
     for a, b in zip(one["training"] + one["validation"], two["training"] + two["validation"], strict=True):
         assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
     for weight, value in one["weights"].items():
-        torch.testing.assert_close(torch.tensor(two["weights"][weight]), torch.tensor(value), atol=far, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(two["weights"][weight]), torch.tensor(value), atol=far, rtol=0
+        )
     assert one["weights"] != on_two["full"]["weights"] or name == "full"
     assert two["hashes"] == one["hashes"] and two["tokens"] == one["tokens"]
     near = {k: pytest.approx(v, rel=1e-4) if isinstance(v, float) else v for k, v in one["notes"].items()}
@@ -143,7 +163,9 @@ def test_two_devices_train_as_one(name, base, on_two, monkeypatch):
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 5))
 def test_shares_are_the_whole_once_and_even(lengths, count):
-    shares = [Devices(rank, count).share(list(enumerate(lengths)), lambda row: row[1]) for rank in range(count)]
+    shares = [
+        Devices(rank, count).share(list(enumerate(lengths)), lambda row: row[1]) for rank in range(count)
+    ]
     assert sorted(row for share in shares for row in share) == list(enumerate(lengths))
     assert all(share == sorted(share) for share in shares)  # in their order
     sizes = [len(share) for share in shares]
@@ -203,7 +225,9 @@ def test_a_whole_run_is_one_run(sharding, on_one, files, tmp_path, two_cores):  
     (one, texts), two = on_one, run(tmp_path)
     assert one.ok and two.ok, two.error
     assert tiny.losses(one) == pytest.approx(tiny.losses(two), abs=1e-5)
-    assert [s["grad_norm"] for s in one.training] == pytest.approx([s["grad_norm"] for s in two.training], rel=1e-4)
+    assert [s["grad_norm"] for s in one.training] == pytest.approx(
+        [s["grad_norm"] for s in two.training], rel=1e-4
+    )
     assert one.validation == [pytest.approx(point, abs=1e-5) for point in two.validation]
     assert two.hashes["given"] == one.hashes["given"] and two.tokens.rows == one.tokens.rows
     assert replace(two.sizes, saved_bytes=None) == replace(one.sizes, saved_bytes=None)
@@ -231,7 +255,11 @@ class Breaks(LoRA):
 ENDS = {
     "error": ("raise ValueError('of its own')", "failed", "device 2 of 2: ValueError: of its own"),
     "memory": ("raise MemoryError()", "oom_host", "device 2 of 2: out of memory on the host"),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "interrupted", "device 2 of 2: its process was killed"),
+    "killed": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "interrupted",
+        "device 2 of 2: its process was killed",
+    ),
     "rank 0": ("os.kill(os.getppid(), signal.SIGTERM)", "interrupted", "interrupted; the same command"),
 }
 

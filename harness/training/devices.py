@@ -3,9 +3,9 @@
 A loss is weighed by the tokens, or rows, of the whole step, so that the sum of the devices' gradients is the
 gradient that one device would have: the same batches, the same losses, the same weights, up to rounding.
 
-By torch.distributed itself. DDP, and accelerate by way of it, follow the forward of the model they wrap, which
-the one LM head passes by (harness/training/head.py), and reduce within backward, which a step's graph has
-recorded; here what a step has added up is reduced once, whichever way it was computed.
+By torch.distributed itself. DDP, and accelerate by way of it, follow the forward of the model they wrap,
+which the one LM head passes by (harness/training/head.py), and reduce within backward, which a step's graph
+has recorded; here what a step has added up is reduced once, whichever way it was computed.
 """
 
 import os
@@ -124,7 +124,9 @@ class Devices:
         if not self.talking:
             return
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        forms = self.gathered({name: (*t.shape, str(t.dtype), t.requires_grad) for name, t in tensors.items()})
+        forms = self.gathered(
+            {name: (*t.shape, str(t.dtype), t.requires_grad) for name, t in tensors.items()}
+        )
         if any(form != forms[0] for form in forms):
             raise RuntimeError("attach has made another model on another device: its draws are not run.rng's")
         for tensor in tensors.values():
@@ -138,7 +140,9 @@ class Devices:
         gradient as it grows, see it grow by those of the others."""
         if not self.talking:
             return
-        has = [any(flags) for flags in zip(*self.gathered([p.grad is not None for p in parameters]), strict=True)]
+        has = [
+            any(flags) for flags in zip(*self.gathered([p.grad is not None for p in parameters]), strict=True)
+        ]
         grown = [p for p, there in zip(parameters, has, strict=True) if there]
         for parameter in grown:
             if parameter.grad is None:

@@ -92,7 +92,7 @@ class Loop:
         self.optimizer = run.method.optimizer(model, run)
         warmup = min(math.ceil(hp.warmup_ratio * run.steps), run.steps - 1)  # a lone step is no warm-up
         self.scheduler = get_scheduler(hp.schedule, self.optimizer, warmup, run.steps)
-        self.reading = run.reading = Reading()
+        self.reading = run.reading = Reading(run.devices, run.device)
         prepare_model(model.train(), hp)
         self.kernels = Kernels(model, run)
 
@@ -107,7 +107,7 @@ class Loop:
         run.record.arithmetic |= {"training": types} if types else {}
         if not run.sharded:  # else that was part of each backward
             run.devices.add_up(self.parameters)
-        self.reading.end_step(batches, run.devices, run.device)
+        self.reading.end_step(batches)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
         else:
@@ -118,7 +118,6 @@ class Loop:
         self.kernels.zero_gradients()
         self.done += 1
         return {"step": self.done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
-
 
     def idle(self, own: int, examples: list) -> list[dict]:
         """Weights in parts are gathered by all devices together: who has fewer micro-batches than others

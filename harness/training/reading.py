@@ -14,7 +14,8 @@ class Reading:
     and micro-batches change nothing. All is made on the device, which never waits for it.
     """
 
-    def __init__(self):
+    def __init__(self, devices: Devices | None = None, device: torch.device | str = "cpu"):
+        self.devices, self.device = devices or Devices(), device
         self.steps, self.now = [], []
         self.rows, self.fresh, self.seen = set(), set(), True  # fresh: of the step at hand
 
@@ -37,16 +38,16 @@ class Reading:
     def restore(self, state: dict) -> None:
         self.steps, self.rows, self.seen = [*state["steps"]], {*state["rows"]}, state["seen"]
 
-    def end_step(self, micro_batches: list[dict], devices: Devices, device: torch.device) -> None:
+    def end_step(self, micro_batches: list[dict]) -> None:
         """Of all devices together. A loss that goes its own way past Run.token_logps is taken to read what it
         was handed: that is counted, but not certified."""
         if micro_batches and not self.now:
             self.seen = False
             for batch in micro_batches:
                 self(batch)
-        none = torch.zeros(5, dtype=torch.long, device=device)
-        self.steps.append(devices.total(sum(self.now, none), device))
-        self.rows.update(*devices.gathered(self.fresh))
+        none = torch.zeros(5, dtype=torch.long, device=self.device)
+        self.steps.append(self.devices.total(sum(self.now, none), self.device))
+        self.rows.update(*self.devices.gathered(self.fresh))
         self.now, self.fresh = [], set()
 
     def tokens(self) -> dict:

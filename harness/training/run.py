@@ -54,7 +54,7 @@ class Run:
         self.rng = torch.Generator().manual_seed(seed)
         self.reading: Callable[[dict], None] | None = None  # is told what is read, while the loop trains
         self.shapes: Shapes | None = None  # of micro-batches, where steps need them fixed
-        self.whole: Callable = called  # calls what computes with the model, which may lie in parts
+        self.whole: Any = called  # calls what computes with the model, which may lie in parts
         self.fused = False  # what computes at the moment may use kernels of its own
         self.loader = load_base
         self.checkpoints: Checkpoints | None = None  # of a training that could be stopped

@@ -1,8 +1,8 @@
 """What is trained, with gradients and moments, in parts: each device holds one of each tensor (FSDP2).
 
-A decoder layer's weights are whole while it computes, the others' (embeddings, head) while a step does. A model
-is loaded and attached whole, in the types of its files, and is whole again to be scored and saved: 2 bytes a
-weight must fit a card, not the 16 of a training.
+A decoder layer's weights are whole while it computes, the others' (embeddings, head) while a step does. A
+model is loaded and attached whole, in the types of its files, and is whole again to be scored and saved:
+2 bytes a weight must fit a card, not the 16 of a training.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ class Sharded(torch.nn.Module):
         return what(*given)
 
     def apart(self) -> None:
-        """Gives up what is whole at the moment: after a forward without a backward, or the next step's gradients
-        would pass it by."""
+        """Gives up what is whole at the moment: after a forward without a backward, or the next step's
+        gradients would pass it by."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -84,5 +84,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def in_full(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def in_full(tensor: Any) -> Any:
+    """Of a tensor in parts, or of anything else itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -23,7 +23,7 @@ from harness.keeping import nameless
 from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
-from harness.ranks import Place
+from harness.ranks import ALONE, Place
 from harness.record import Data, Phase, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import CHECKPOINTS, EVENTS, MODEL, OUTPUTS, UNSEEN, append, leave
@@ -47,7 +47,7 @@ from harness.training.sharding import shard, whole_again
 
 
 def execute(
-    spec: RunSpec, method: Method, record: RunRecord, folder: Path, every: float = 0.0, place: Place = Place()
+    spec: RunSpec, method: Method, record: RunRecord, folder: Path, every: float = 0.0, place: Place = ALONE
 ) -> None:
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder, and
     checkpoints `every` so many seconds of a training. Of several devices, that of rank 0 does; the others
@@ -108,7 +108,7 @@ def together(first: Phase, other: Phase) -> Phase:
     return replace(first, joules=of("joules", sum), **peaks)
 
 
-def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = Place()):
+def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = ALONE):
     """-> the model as the method loads it, and the run that it is trained and evaluated in."""
     devices = Devices.joined(place)
 
