@@ -1,6 +1,6 @@
 """One run on several cards: how much faster it is, whether it is the same run, what sharding makes room for.
 
-    python benchmarks/devices.py                      all cards of this host, Gemma-3-1b's shape, 8 x 512 a card
+    python benchmarks/devices.py                    all cards of this host, Gemma-3-1b's shape, 8 x 512 a card
     python benchmarks/devices.py --cards 2 --json devices.json
     python benchmarks/devices.py --parts sharding      or speed, same
 

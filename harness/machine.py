@@ -146,6 +146,7 @@ def devices() -> int:
 
         pynvml.nvmlInit()
         cards = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()  # a run copies its process behind this
     except Exception:  # NVML raises many kinds
         cards = 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

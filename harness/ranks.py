@@ -1,4 +1,4 @@
-"""The processes of a run on several devices: the run's own, of rank 0, and a copy of it for each other device.
+"""The processes of a run on several devices: the run's own, of rank 0, and a copy for each other device.
 
     bench -- nursery -- keeper -- the run, rank 0 -- rank 1
                                                   -- rank 2 ...
