@@ -220,8 +220,8 @@ def train(path: Path) -> None:
         from harness.training import execute
 
         if job["limit"]:
-            total = torch.cuda.get_device_properties(place.rank).total_memory
-            torch.cuda.set_per_process_memory_fraction(job["limit"] / total, place.rank)
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(job["limit"] / total, 0)
         execute(spec, method, record, Path(job["folder"]), 0.0, place)
 
     def stuck(ending) -> None:

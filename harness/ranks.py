@@ -46,6 +46,15 @@ class Place:
 ALONE = Place()
 
 
+def see_alone(rank: int) -> None:
+    """Its card is the only one that this process sees, as rank 0's is the first: it is what libraries mean by
+    "cuda". By NVLink cards still reach one another."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible is not None else None
+    if names is None or len(names) > rank:
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[rank] if names else str(rank)
+
+
 class Ranks:
     """Of one run. `begin` copies this process; then `first_to_fail` says what has ended another rank."""
 
@@ -83,6 +92,7 @@ class Ranks:
         ending: Ending | None = "failed", "it was not begun"
         try:
             die_with(first)
+            see_alone(place.rank)
             for number in (signal.SIGINT, signal.SIGTERM):  # for rank 0 to decide
                 signal.signal(number, signal.SIG_IGN)
             ending = work(place)

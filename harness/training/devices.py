@@ -44,11 +44,9 @@ class Devices:
         store = dist.TCPStore("127.0.0.1", port, place.count, place.rank == 0, PATIENCE, False)
         if place.rank == 0:
             place.tell(str(store.port))
-        if cuda:
-            torch.cuda.set_device(place.rank)
-        else:
+        if not cuda:
             torch.set_num_threads(max(1, torch.get_num_threads() // place.count))
-        own = torch.device("cuda", place.rank) if cuda else None
+        own = torch.device("cuda", 0) if cuda else None  # which is another card in each: harness/ranks.py
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.count,
             timeout=PATIENCE, device_id=own,
