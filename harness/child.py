@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from harness import method, packages
+from harness import machine, method, packages
 from harness.forks import die_with
 from harness.plain import redacted
+from harness.ranks import Ending, Place, Ranks
 from harness.record import Provenance, RunRecord
 from harness.spec import RunSpec
 from harness.store import SPEC, leave
@@ -38,22 +40,55 @@ def main(folder: Path) -> None:
         provenance=Provenance(at_once=job["at_once"]),
         started=job["started"],
     )
-    ended_by = None
+    ended_by, ranks = None, Ranks()
+
+    def compute(place: Place) -> None:
+        from harness.training import execute
+
+        execute(spec, chosen, record, folder, job["checkpoint_seconds"], place)
+
     try:
         try:
             chosen = chosen_method(spec, record)
-            from harness.training import execute
-
-            execute(spec, chosen, record, folder, job["checkpoint_seconds"])
+            check_devices(spec.devices)
+            compute(ranks.begin(spec.devices, lambda place: ending_of(compute, place), stuck(record, folder)))
             record.status = "ok"
         finally:
             deaf()
     except BaseException as error:  # whatever ends a run is its status, never its absence
-        record.status, record.error = diagnose(error)
+        asked = isinstance(error, KeyboardInterrupt)
+        record.status, record.error = (not asked and ranks.first_to_fail()) or diagnose(error)
         ended_by = error
     leave(record, folder)
     if ended_by:
         traceback.print_exception(ended_by)
+
+
+def check_devices(asked: int) -> None:
+    """Raises Unsupported where there are not so many."""
+    if asked > 1 and asked > (there := machine.devices()):
+        raise method.Unsupported(f"hp.devices={asked}, and there are {there} here: --set hp.devices={there}")
+
+
+def ending_of(work: Callable[[Place], None], place: Place) -> Ending | None:
+    """How it failed, if it did."""
+    try:
+        work(place)
+    except BaseException as error:
+        traceback.print_exception(error)
+        return diagnose(error)
+    return None
+
+
+def stuck(record: RunRecord, folder: Path) -> Callable[[Ending], object]:
+    """Ends a run whose own thread waits for a rank that is gone."""
+
+    def end(ending: Ending) -> None:
+        record.status, record.error = ending
+        leave(record, folder)
+        os._exit(0)
+
+    return end
 
 
 def chosen_method(spec: RunSpec, record: RunRecord) -> method.Method:

@@ -197,10 +197,30 @@ def parts(library: Any, card: Any) -> list[str]:
 
 
 def card_properties() -> Any:
-    """Torch's, of the card that runs use: its name, total_memory (bytes), uuid; null where there is none."""
+    """Torch's, of the card that this process uses: its name, total_memory (bytes), uuid; null where there is
+    none."""
     import torch
 
-    return torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    )
+
+
+def devices() -> int:
+    """On how many a run can compute: cards; where there is none, cores. Without torch: a plan asks, too."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        cards = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()  # a run copies its process behind this
+    except Exception:  # NVML raises many kinds
+        cards = 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = [name.strip() for name in visible.split(",")]
+        cards = len(named[: named.index("-1") if "-1" in named else None]) if visible.strip() and cards else 0
+    return cards or len(cores())
 
 
 def computes_bf16() -> bool:

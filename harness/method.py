@@ -70,7 +70,8 @@ LIMITS = {
     "compiling": Limit(),
     "graphs": Limit(),
     "merging": Limit(),
-    "several cards": Limit(),
+    "several cards": Limit(lambda hp, _: hp.devices > 1, "--set hp.devices=1"),
+    "sharding": Limit(lambda hp, _: hp.sharding == "full", "--set hp.sharding=none"),
 }
 
 

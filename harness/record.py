@@ -262,6 +262,9 @@ class RunRecord:
     start: dict[str, list[float | None]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    # On several devices: the phases of each, that of rank 0 first; `phases` are then its seconds, all joules,
+    # and the highest peaks.
+    ranks: list[dict[Literal[PHASES], Phase]] = field(default_factory=list)
     # DERIVED from the outputs and from what was asked
     scores: dict[str, float | None] = field(default_factory=dict, compare=False)
     folder: str = field(default="", compare=False)  # in which it is kept
@@ -335,6 +338,9 @@ class RunRecord:
         parts |= {"memory": Memory, "kernels": Steps}
         said = {name: value[name] for name in parts if value.get(name) is not None}
         value |= {name: made(parts[name], part) for name, part in said.items()}
+        value["ranks"] = [
+            {name: made(Phase, phase) for name, phase in phases.items()} for phases in value.get("ranks", [])
+        ]
         value["resumed"] = [made(Resumption, one) for one in value.get("resumed", [])]
         return made(cls, value)
 

@@ -33,6 +33,9 @@ class Hyperparams:
     validations: Count = 4  # points of the validation curve after the first
     # Of the steps on a GPU; auto: captured as graphs where they can be, and compiled where that pays.
     kernels: Literal["auto", "compiled", "eager"] = "auto"
+    devices: Natural = 1  # that one run computes on: each reads its share of every step's rows
+    # Of what is trained, with gradients and moments; full: each device holds a part of it, else all of it.
+    sharding: Literal["none", "full"] = "none"
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -42,13 +45,14 @@ class Hyperparams:
 
     def untrained(self) -> "Hyperparams":
         """The same evaluation with no training at all: what a base row is asked."""
-        kept = {name: getattr(self, name) for name in (*EVALUATION, "kernels")}
+        kept = {name: getattr(self, name) for name in (*EVALUATION, "kernels", "devices")}
         return replace(Hyperparams(epochs=0.0), **kept)
 
 
 def hashed(hp: Hyperparams) -> dict:
     """As a spec is hashed: without what came later and is as it was before."""
-    return {name: value for name, value in asdict(hp).items() if (name, value) != ("kernels", "auto")}
+    later = {"kernels": "auto", "devices": 1, "sharding": "none"}
+    return {name: value for name, value in asdict(hp).items() if name not in later or value != later[name]}
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")
@@ -133,6 +137,11 @@ class RunSpec:
     @property
     def trains(self) -> bool:
         return not (self.untouched or self.method == ENSEMBLE)
+
+    @property
+    def devices(self) -> int:
+        """That it computes on. An ensemble is held by one."""
+        return 1 if self.method == ENSEMBLE else self.own_hp.devices
 
     @property
     def leaves_model(self) -> bool:

@@ -10,7 +10,6 @@ Generalisation: as LoRA's; the directions are those of this training data, and m
 """
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Annotated
 
 from harness.method import Range, Unsupported
@@ -46,9 +45,9 @@ class EVA(LoRA):
         return model
 
     def inputs(self, run) -> list[dict]:
-        """The first micro-batches of the training, up to TOKENS."""
-        made, tokens = [], 0
-        for examples in chain.from_iterable(map(run.micro_batches, run.batches)):
+        """The first rows of the training, up to TOKENS; of several devices each reads all of them."""
+        made, tokens, size = [], 0, run.hp.micro_batch_size
+        for examples in (step[i : i + size] for step in run.batches for i in range(0, len(step), size)):
             batch = run.collate(examples)
             made.append({key: batch[key] for key in ("input_ids", "attention_mask")})
             tokens += sum(example.length for example in examples)

@@ -19,6 +19,7 @@ class Full8bit(Method):
 
     axis = "optimizer"
     needs = ("bitsandbytes",)
+    cannot = {"sharding": "bitsandbytes' optimizer takes whole tensors (0.50)"}
 
     def optimizer(self, model, run):
         from bitsandbytes.optim import AdamW8bit

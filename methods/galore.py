@@ -33,6 +33,7 @@ class GaLore(Method):
     scale: Positive = 0.25  # of the projected update, so lr * scale is its learning rate; authors' default
 
     axis = "optimizer"
+    cannot = {"sharding": "its subspaces are of whole gradients, of which each device would hold a part"}
     learning_rates = (4e-5, 4e-4)  # full fine-tuning's, over the default scale
     tunes = ("scale", (1.0, 4.0))  # the matrices' step against that of the rest; the authors take 4 for GLUE
 

@@ -20,8 +20,9 @@ class GaLoreLayerwise(GaLore):
     overrides = {
         "max_grad_norm": (0.0, "a gradient is used and freed before the norm over all of them is known")
     }
-    cannot = {
+    cannot = GaLore.cannot | {
         "accumulation": "each micro-batch's gradient is used at once",
+        "several cards": "each weight would move by the gradient of its own card's rows alone",
         "graphs": "the weights are updated within backward, by steps that are counted in Python",
     }
 

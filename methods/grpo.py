@@ -40,11 +40,13 @@ class GRPO(LoRA):
     mean_over = "rows"
     cannot = {
         "packing": "it trains on answers of its own, a row a sequence",
+        "sharding": "it draws answers from the model at each step, which no device holds whole",
         "plain text": "a text asks nothing and has no reference, so that no answer earns anything",
     }
 
     def attach(self, model, run):
         self.done, self.drawn, self.rewards, self.flat = 0, [], [], []
+        self.devices = run.devices.count
         return super().attach(model, run)
 
     def prepare(self, model, examples, run):
@@ -68,9 +70,12 @@ class GRPO(LoRA):
             for example, group in zip(examples, groups, strict=True)
             for ids in group
         ]
+        earned = dict(zip(map(id, answers), advantages(rewards).flatten(), strict=True))
         batches = [run.collate(part, history=False) for part in run.micro_batches(answers)]
-        earned = advantages(rewards).flatten().split([len(batch["labels"]) for batch in batches])
-        return [{**b, "advantages": a.to(run.device)} for b, a in zip(batches, earned, strict=True)]
+        return [
+            {**batch, "advantages": torch.stack([earned[id(e)] for e in batch["examples"]]).to(run.device)}
+            for batch in batches
+        ]
 
     def tell(self, rewards, run) -> None:
         self.rewards.append(rewards.mean().item())
@@ -94,6 +99,8 @@ class GRPO(LoRA):
     def state(self):
         """Of the draw at hand only while further updates go on it; its examples but as ids, to be counted."""
         open_draw = self.drawn if self.done % self.updates else []
+        if open_draw and self.devices > 1:
+            raise ValueError("the draw at hand is spread over devices, and updates on it are due")
         drawn = [{**batch, "examples": [example.id for example in batch["examples"]]} for batch in open_draw]
         return {"done": self.done, "rewards": self.rewards, "flat": self.flat, "drawn": drawn}
 

@@ -28,6 +28,7 @@ class LISA(Method):
     period: Natural = 20  # steps between two draws; LMFlow's default
 
     axis = "optimizer"
+    cannot = {"sharding": "layers that are drawn later would have to be divided anew"}
     tunes = ("layers", (4, 8))  # twice and four times the default: as many more turns for each layer
 
     def optimizer(self, model, run):

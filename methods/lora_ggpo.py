@@ -37,6 +37,7 @@ class LoRAGGPO(LoRA):
     decay: Fraction = 0.8  # mgpo: of the running mean g, per step; the authors' for generation
 
     axis = "perturbation"
+    cannot = {"sharding": "its shifts are measured on whole weights, of which each device would hold a part"}
 
     def attach(self, model, run):
         import torch
@@ -56,7 +57,9 @@ class LoRAGGPO(LoRA):
 
         batches = super().prepare(model, examples, run)
         first, self.forwards = self.forwards, self.forwards + len(batches)
-        numbers = torch.arange(first, self.forwards, dtype=torch.int32).to(run.device)
+        own = range(first, self.forwards)  # each device's, none of which is another's
+        numbers = [run.devices.count * number + run.devices.rank for number in own]
+        numbers = torch.tensor(numbers, dtype=torch.int32).to(run.device)
         return [{**batch, "draw": number} for batch, number in zip(batches, numbers, strict=True)]
 
     def loss(self, model, batch, run):

@@ -62,7 +62,7 @@ class ORPO(LoRA):
                 del batch["targets"]  # there are more
                 ids, read = chosen(batch["input_ids"]), chosen(batch["attention_mask"]).bool()
                 chosen(batch["labels"]).copy_(ids.where(read, chosen(batch["labels"])))
-        learned = sum((chosen(batch["labels"])[:, 1:] != -100).sum() for batch in pairs)
+        learned = run.total(sum((chosen(batch["labels"])[:, 1:] != -100).sum() for batch in pairs))
         return [{**batch, "learned": learned / len(examples)} for batch in pairs]
 
     def worse(self, example):

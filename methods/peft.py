@@ -47,7 +47,8 @@ WAITS = {"graphs": "its forward reads a number from the device (PEFT 0.21)"}
 SCALARS = {bool: bool | None, int: float | None, float: float | None, str: str | None}  # an int may be 0.5
 FACTS = {  # class attributes of some variants, found by running each (tests/test_peft.py)
     "adalora": {
-        "learning_rates": (5e-4, 5e-3)
+        "learning_rates": (5e-4, 5e-3),
+        "cannot": {"sharding": "it prunes by whole factors, of which each device would hold a part"},
     },  # above the 1e-4 of PEFT's comparison, where it fell far behind LoRA
     "beft": {"cannot": {"merging": "it adds a bias, and these layers have none to hold it"}},
     "c3a": {"starts_at_base": False},

@@ -24,7 +24,8 @@ class QLoRA(LoRA):
     baseline = "base_nf4"
     needs = ("bitsandbytes",)
     cannot = {
-        "merging": "the sum would be rounded to 4 bits again, to other outputs: keep the adapter beside"
+        "merging": "the sum would be rounded to 4 bits again, to other outputs: keep the adapter beside",
+        "sharding": "4-bit weights and their scales do not come apart in even parts",
     }
 
     def load(self, load_base):

@@ -39,7 +39,10 @@ class SMT(Method):
     axis = "parameterisation"
     learning_rates = (1e-5, 1e-4)  # the paper's 1e-5, and the 1e-4 that its code says can improve on it
     tunes = ("share", (0.02, 0.05))  # it claims no plateau as more is trained
-    cannot = {"4-bit base": "trained blocks are written into the weights, which 4-bit codes cannot hold"}
+    cannot = {
+        "4-bit base": "trained blocks are written into the weights, which 4-bit codes cannot hold",
+        "sharding": "its blocks are written into whole weights, of which each device would hold a part",
+    }
 
     def attach(self, model, run):
         import torch
@@ -103,6 +106,7 @@ class SMT(Method):
             run.accumulate(model, self.prepare(model, examples, run))
         for hook in hooks:
             hook.remove()
+        run.devices.sum(*sums.values())
         model.requires_grad_(False)
         run.note("warm-up, steps of gradients before the training", min(self.warmup, run.steps))
         return sums

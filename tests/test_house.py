@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["claims", "errors", "forks", "plain", "search"],
-    ["shape", "endings"],
+    ["shape", "endings", "ranks"],
     ["spec", "metrics", "migrate", "packages"],
     ["record"],
     ["store", "tuning", "machine", "data"],

@@ -163,14 +163,16 @@ def examine(name: str, base, options: dict, examples, hp, plugins=()) -> list[co
         return list(contract.examine(contract.Stage(spec, Template(tokenizer(), "chat"), splits)))
 
 
-def run(examples=(), hp=None, seed: int = 0, method=None, reward: str = "rouge_l", **splits) -> Run:
+def run(
+    examples=(), hp=None, seed: int = 0, method=None, reward: str = "rouge_l", devices=None, **splits
+) -> Run:
     """A run on examples as its training split, which fills a record of its own; `splits` are the others."""
     hp = hp or hyperparams()
     return Run(
         method, hp, seed, {"validation": [], "test": [], **splits, "train": list(examples)},
         template=Template(tokenizer(), "chat"), stops=[EOS, END], accelerator=accelerator(),
         dataset={"language": "en", "reward": reward}, meter=Meter(accelerator().device), load_base=model,
-        record=RunRecord(RunSpec("tiny", seed, "tiny", {}, hp), "ok"),
+        record=RunRecord(RunSpec("tiny", seed, "tiny", {}, hp), "ok"), devices=devices,
     )  # fmt: skip
 
 
@@ -193,9 +195,9 @@ def decoder(hp) -> Decoder:
     return Decoder(tokenizer(), [EOS, END], hp, accelerator())
 
 
-def attached(method, base=None, examples=(), hp=None, seed: int = 0):
+def attached(method, base=None, examples=(), hp=None, seed: int = 0, devices=None):
     """-> a model with the method on it, and the run that it was given."""
-    base, made = base or model(), run(examples, hp, seed, method)
+    base, made = base or model(), run(examples, hp, seed, method, devices=devices)
     torch.manual_seed(seed)
     return method.attach(base, made), made
 

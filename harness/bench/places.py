@@ -96,11 +96,12 @@ def slots(nursery: Nursery, plan: Plan) -> list[Slot]:
     if folder and nursery.threads and not nursery.card:
         files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         room = (machine.free_bytes() or 0) // (RUN_BYTES + WEIGHTS * files)
-        most = min(AT_ONCE, room, machine.quota() // nursery.threads)
+        each = nursery.threads * devices(plan)
+        most = min(AT_ONCE, room, machine.quota() // each)
         cores: list[int] = []
         for siblings in machine.physical_cores():
             cores += siblings
-            if len(cores) >= nursery.threads and len(groups) < most:
+            if len(cores) >= each and len(groups) < most:
                 groups.append(tuple(cores))
                 cores = []
     if len(groups) < 2:
@@ -133,7 +134,7 @@ def chosen(on: str | None, gpus: Sequence[str]) -> Opens:
 
 def devices(plan: Plan) -> int:
     """Cards that a run takes."""
-    return max((getattr(spec.hp, "devices", 1) for spec in plan.methods()), default=1)
+    return max((spec.devices for spec in plan.methods()), default=1)
 
 
 def chosen_cards(names: Sequence[str]) -> list[str]:

@@ -1,12 +1,12 @@
 """The few shapes that a training's micro-batches have, so that each can be compiled and captured once."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf
 from typing import NamedTuple
 
-from harness.data.batches import Batches, learned_tokens
+from harness.data.batches import learned_tokens
 from harness.data.template import Example
 from harness.spec import Hyperparams
 
@@ -70,7 +70,7 @@ class Shapes:
     fit, and at most micro_batch_size * max_length tokens. Else micro_batch_size rows have one width.
     """
 
-    def __init__(self, batches: Batches, hp: Hyperparams, packed: bool):
+    def __init__(self, batches: Iterable[list[Example]], hp: Hyperparams, packed: bool):
         self.hp, self.packed = hp, packed
         if packed:
             self.sizes = sizes_for([[needed(example) for example in step] for step in batches], hp)

@@ -30,13 +30,14 @@ class Counters:
     own: float = 0.0  # CPU seconds of this process, of the children that it waited for, and of its bench
 
     @classmethod
-    def now(cls) -> "Counters | None":
-        """Null where the system does not count."""
+    def now(cls, others: tuple[int, ...] = ()) -> "Counters | None":
+        """Null where the system does not count. `others`: processes whose seconds are our own, too."""
         if (counted := machine.busy_seconds()) is None:
             return None
         times = os.times()  # of this process with all its threads: those that wait by spinning are its own
-        bench = machine.seconds_of(int(os.environ.get("TUNEOFF_BENCH", 0)))
-        own = time.process_time() + times.children_user + times.children_system + bench
+        bench = int(os.environ.get("TUNEOFF_BENCH", 0))
+        own = time.process_time() + times.children_user + times.children_system
+        own += sum(map(machine.seconds_of, (bench, *others)))
         return cls(time.perf_counter(), *counted, own)
 
     def add(self, start: "Counters", end: "Counters") -> None:
@@ -62,8 +63,10 @@ class Contention:
     """`open()` and `close()` at the borders of what is timed; `look()` once a second, where there is a card;
     then `reasons()`."""
 
-    def __init__(self, cuda: bool):
-        self.cores = min(len(machine.cores()), machine.quota(), LAUNCHING_CORES if cuda else float("inf"))
+    def __init__(self, cuda: bool, others: tuple[int, ...] = ()):
+        self.others = others  # processes of the same run, on further devices
+        launching = LAUNCHING_CORES * (1 + len(others)) if cuda else float("inf")
+        self.cores = min(len(machine.cores()), machine.quota(), launching)
         self.spare = len(machine.cores()) - self.cores  # that others may use without taking from this run
         self.total = Counters()
         self.glances: list[Glance] = []
@@ -72,10 +75,10 @@ class Contention:
         self.earlier: list[str] = []  # of attempts that were stopped, and whose steps count on
 
     def open(self) -> None:
-        self.start = Counters.now()
+        self.start = Counters.now(self.others)
 
     def close(self) -> None:
-        if self.start and (end := Counters.now()):
+        if self.start and (end := Counters.now(self.others)):
             self.total.add(self.start, end)
             self.known = True
         self.start = None

@@ -26,15 +26,18 @@ SAMPLE_SECONDS = 0.1  # NVML answers within 10 ms; a phase's level lasts far lon
 class Meter:
     """`with meter.phase("train"): ...`, then `meter.phases["train"]` is its cost.
 
-    `on_enter(name)` is called at each border, for progress.
+    `on_enter(name)` is called at each border, for progress; `others` are the processes of the same run.
     """
 
-    def __init__(self, device: torch.device, on_enter: Callable[[str], object] = lambda name: None):
+    def __init__(
+        self, device: torch.device, on_enter: Callable[[str], object] = lambda name: None,
+        others: tuple[int, ...] = (),
+    ):  # fmt: skip
         self.phases: dict[str, Phase] = {}
         self.on_enter = on_enter
         self.stack: list[str] = []
         self.replayed = 0  # bytes that a step's graph holds while it is replayed, which no counter shows
-        self.contention = Contention(cuda := device.type == "cuda")
+        self.contention = Contention(cuda := device.type == "cuda", others)
         self.card = Card(self.contention.look) if cuda else None
 
     @contextmanager

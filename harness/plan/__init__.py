@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from harness import machine
 from harness.data import splits_of
 from harness.errors import BadRequest, Problem, Problems
 from harness.plan.arms import Arm, untunable
@@ -38,6 +39,8 @@ def plan(request: Request, keep: bool = False) -> Plan:
     methods, arms = find_methods(wanted, plugins, dataset, problems)
     if "tuned" in request.tracks and dataset:
         problems.extend(unsearchable(methods, wanted.hp, dataset))
+    for hp in dict.fromkeys(replace(wanted.hp, **arm.changes) for arm in arms if arm.cls.trains):
+        problems.extend(misplaced(hp))
     for arm in arms if dataset and not problems else ():
         problems.add("", endless(replace(wanted.hp, **arm.changes), dataset["train"]))
     if "identical" not in request.tracks:
@@ -75,6 +78,19 @@ def ensembles(request: Request, arms: list[Arm], problems: Problems) -> list[dic
         problems.add("--ensemble", "its members are of the identical track", "add --track identical tuned")
         return []
     return find_ensembles(request.ensembles, arms, problems)
+
+
+def misplaced(hp: Hyperparams) -> Iterator[Problem]:
+    """Why a run cannot be on so many devices."""
+    if hp.devices > hp.batch_size:
+        what = f"{hp.devices} devices share the {hp.batch_size} rows of a step"
+        yield Problem(what, "hp.devices", remedy=f"raise hp.batch_size, or set hp.devices={hp.batch_size}")
+    elif hp.devices > 1 and hp.devices > (there := machine.devices()):
+        yield Problem(f"there are {there} here, not {hp.devices}", "hp.devices", remedy=f"set it to {there}")
+    if hp.sharding == "full" and hp.devices == 1:
+        yield Problem(
+            "one device has nobody to share with", "hp.sharding=full", remedy="set hp.devices to 2 or more"
+        )
 
 
 def unsearchable(methods: list[Arm], hp: Hyperparams, dataset: dict) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from harness.data import Example
 from harness.record import EAGER
 from harness.spec import Hyperparams
+from harness.training.devices import Devices
 from harness.training.engine import Engine, distance, forced
 from harness.training.head import causal_lm, tolerance
 from harness.training.slots import slot_bytes
@@ -25,7 +26,10 @@ class Decoder:
     """Prompts become new tokens up to a stop: for the evaluation, and for every method that trains on answers
     of its own model. Prompts wait, the longest first, until an answer before them has ended."""
 
-    def __init__(self, tokenizer, stops: list[int], hp: Hyperparams, accelerator):
+    def __init__(
+        self, tokenizer, stops: list[int], hp: Hyperparams, accelerator, devices: Devices | None = None
+    ):
+        self.devices = devices or Devices()  # each writes the answers to its share of the prompts
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
         self.kernels: str | None = None  # of the steps decoded last
         self.refused: list[str] = []  # faster ones that were tried, and why they are not used
@@ -60,20 +64,26 @@ class Decoder:
             reason = self.unfit(model, examples)
             self.kernels, self.refused = "generate" if reason else None, [reason] if reason else []
             decode = self.generated if reason else self.decoded
-            return decode(model, examples, at_once, new_tokens, copies, temperature, report)
+            own = self.devices.share(list(range(len(examples))), lambda i: len(examples[i].prompt_ids))
+            found = decode(model, examples, own, at_once, new_tokens, copies, temperature, report)
+        found = self.devices.merged(found)
+        return [found[i] for i in range(len(examples))]
 
-    def decoded(self, model, examples, at_once, new_tokens, copies, temperature, report):
+    def decoded(self, model, examples, own, at_once, new_tokens, copies, temperature, report):
+        """Place of each of its `own` examples -> their answers."""
         prompts = [example.prompt_ids for example in examples]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        order = sorted(own, key=lambda i: len(prompts[i]), reverse=True)
         asked = [(i, copy) for i in order for copy in range(copies)]
         numbers = torch.rand(len(prompts), copies, new_tokens) if temperature else None
+        if not asked:
+            return {}
         longest = len(prompts[order[0]])
         count = min(max(1, at_once // copies) * copies, len(asked), room(model, longest + new_tokens))
         engine = Engine(model, count, longest, new_tokens, self.stops, temperature)
         look = LOOK if engine.device.type == "cuda" else 1
         free, held = list(range(count)), dict[int, tuple[int, int]]()  # slot -> what was asked
         found: dict[tuple, list[int]] = {}
-        left = [copies] * len(prompts)
+        left = dict.fromkeys(own, copies)
         while asked or held:
             if held and new_tokens > 1:
                 engine.run(look)
@@ -82,7 +92,7 @@ class Decoder:
                 found[i, copy], left[i] = ids, left[i] - 1
                 free.append(slot)
             if ended:
-                report(answered=left.count(0), rows=len(examples))
+                report(answered=[*left.values()].count(0), rows=len(own))
             if asked and len(free) >= max(1, min(count // REFILL, len(asked))):
                 while asked and free:
                     some = asked[: fitting(prompts, asked, len(free))]
@@ -102,24 +112,25 @@ class Decoder:
         if engine.graph:
             del engine
             torch.cuda.empty_cache()  # of the graph's own pool, which nothing else would be given
-        return [[found[i, copy] for copy in range(copies)] for i in range(len(prompts))]
+        return {i: [found[i, copy] for copy in range(copies)] for i in own}
 
-    def generated(self, model, examples, at_once, new_tokens, copies, temperature, report):
+    def generated(self, model, examples, own, at_once, new_tokens, copies, temperature, report):
         """The same by transformers' own loop, for what the engine cannot decode: left-padded, by length."""
         config = self.config(temperature, new_tokens)
-        by_length = sorted(examples, key=lambda example: len(example.prompt_ids), reverse=True)
+        by_length = sorted(own, key=lambda i: len(examples[i].prompt_ids), reverse=True)
         size = max(1, at_once // copies)
         found = {}
-        for start in range(0, len(examples), size):
-            batch = by_length[start : start + size]
+        for start in range(0, len(own), size):
+            places = by_length[start : start + size]
+            batch = [examples[i] for i in places]
             whole, width = self.generate(model, batch, copies, config)
             if len(whole) != len(batch) * copies:
                 raise RuntimeError(f"{len(whole)} answers to {len(batch)} prompts")
             new = [self.until_stop(tokens) for tokens in whole[:, width:].tolist()]
-            for i, example in enumerate(batch):
-                found[example.id] = new[i * copies : (i + 1) * copies]
-            report(answered=len(found), rows=len(examples))
-        return [found[example.id] for example in examples]
+            for n, i in enumerate(places):
+                found[i] = new[n * copies : (n + 1) * copies]
+            report(answered=len(found), rows=len(own))
+        return found
 
     def generate(self, model, examples, copies, config):
         """-> what transformers generates, and the width of the prompts in it"""

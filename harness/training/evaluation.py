@@ -20,21 +20,30 @@ if TYPE_CHECKING:
     from harness.training.run import Run
 
 
-@torch.inference_mode()
 def likelihoods(model, examples: list[Example], run: "Run") -> list[dict]:
-    """tokens, nll (summed, in nats) and correct of each example's response, in the order of examples."""
+    """tokens, nll (summed, in nats) and correct of each example's response, in the order of examples. Each
+    device scores its share of the batches; of a model in parts all score each."""
     model.eval()
-    scores = {}
-    for some in batches_of(examples, run.hp.eval_batch_size):
+    scores: dict[str, dict] = {}
+    batches = batches_of(examples, run.hp.eval_batch_size)
+    for some in batches if run.sharded else run.devices.share(batches, cells):
         batch = collate(some, run.pad, run.device)
-        with run.accelerator.autocast():
-            logps, hits = head.token_scores(model, batch)
+        # Weights that are gathered here are those of the next step.
+        with torch.no_grad() if run.sharded else torch.inference_mode(), run.accelerator.autocast():
+            logps, hits = run.whole(head.token_scores, model, batch)
         tokens = (batch["labels"][:, 1:] != -100).sum(1).tolist()
         nll, correct = (-logps.double().sum(1)).tolist(), hits.sum(1).tolist()
         for example, *values in zip(some, tokens, nll, correct, strict=True):
             scores[example.id] = dict(zip(("tokens", "nll", "correct"), values, strict=True))
         run.report(scored=len(scores), rows=len(examples))  # a sign of progress
+    if run.sharded:
+        run.whole.apart()
+    scores = scores if run.sharded else run.devices.merged(scores)
     return [scores[example.id] for example in examples]
+
+
+def cells(batch: list[Example]) -> int:
+    return len(batch) * max(example.length for example in batch)
 
 
 def mean_loss(scores: list[dict]) -> float:

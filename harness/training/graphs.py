@@ -34,8 +34,10 @@ def capturing(graph: torch.cuda.CUDAGraph, pool):
     device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
     draws = torch.cuda.default_generators[device]
     state = draws.clone_state()
+    # Of several devices, a thread of NCCL's asks the card meanwhile.
+    errors = "thread_local" if torch.distributed.is_initialized() else "global"
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=errors):
             yield
     except BaseException:
         torch.cuda.set_stream(stream)

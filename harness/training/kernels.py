@@ -86,8 +86,10 @@ class Kernels:
             self.found.reason = "; ".join(f"{limit}: {why}" for limit, why in cannot.items()) or None
         if not self.untried:
             return
+        share = [run.devices.share(step, lambda example: example.length) for step in run.batches]
+        self.steps = [step for step in share if step]  # those that this device reads
         with run.meter.phase("compile"):
-            self.shapes = self.packed() or Shapes(run.batches, run.hp, packed=False)
+            self.shapes = self.packed() or Shapes(self.steps, run.hp, packed=False)
         run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
     @property
@@ -104,6 +106,8 @@ class Kernels:
             return "as hp.kernels asks"
         if self.run.device.type != "cuda":
             return "there is no GPU"
+        if self.run.sharded:
+            return "weights are gathered from several devices within the step"
         if self.run.accelerator.mixed_precision != "bf16":
             return "attention without a mask computes in bf16 alone"
         if any(m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)):
@@ -119,7 +123,7 @@ class Kernels:
         run, rows = self.run, self.run.batches.examples[:4]
         if "packing" in run.method.cannot:
             return None
-        shapes = Shapes(run.batches, run.hp, packed=True)
+        shapes = Shapes(self.steps, run.hp, packed=True)
         try:
             with torch.no_grad(), run.accelerator.autocast():
                 apart = run.collate(rows)
@@ -361,7 +365,7 @@ class Kernels:
 def plain_gradients(model, run: "Run", batch: dict, share) -> torch.Tensor:
     """Adds the gradients of a loss times its share of the step. -> that product."""
     with run.accelerator.autocast():
-        loss = run.method.loss(model, batch, run) * share
+        loss = run.whole(run.method.loss, model, batch, run) * share
     run.accelerator.backward(loss)
     return loss.detach()
 

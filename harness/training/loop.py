@@ -18,6 +18,7 @@ from harness.training import evaluation, head
 from harness.training.checkpoint import resume, take_record, to
 from harness.training.kernels import Kernels
 from harness.training.reading import Reading
+from harness.training.sharding import in_full
 from harness.training.weights import Diverged
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
             validated()
             earlier = kept["steps"]["seconds"]
             kept.clear()  # its copies of the weights
+        if run.devices.rank and run.device.type == "cuda":
+            torch.cuda.manual_seed(run.seed + run.devices.rank)  # other rows, another dropout
         for examples in islice(run.batches, loop.done, None):
             before = loop.kernels.seconds
             with clock.step():
@@ -98,7 +101,7 @@ class Loop:
         self.optimizer = run.method.optimizer(model, run)
         warmup = min(math.ceil(hp.warmup_ratio * run.steps), run.steps - 1)  # a lone step is no warm-up
         self.scheduler = get_scheduler(hp.schedule, self.optimizer, warmup, run.steps)
-        self.reading = run.reading = Reading()
+        self.reading = run.reading = Reading(run.devices, run.device)
         prepare_model(model.train(), hp)
         self.kernels = Kernels(model, run)
 
@@ -109,30 +112,46 @@ class Loop:
         self.kernels.ready(batches)
         known = self.done or "training" in run.record.arithmetic
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
-            loss = accumulate(batches, run, self.kernels.gradients)
+            loss = accumulate(batches, run, self.kernels.gradients, self.idle(len(batches), examples))
         run.record.arithmetic |= {"training": types} if types else {}
+        if not run.sharded:  # else that was part of each backward
+            run.devices.add_up(self.parameters)
         self.reading.end_step(batches)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
         else:
             norm = gradient_norm(self.parameters)
+        norm = in_full(norm)
         self.optimizer.step()
         self.scheduler.step()
         self.kernels.zero_gradients()
         self.done += 1
         return {"step": self.done, "loss": loss, "learning_rate": rate, "grad_norm": norm}
 
+    def idle(self, own: int, examples: list) -> list[dict]:
+        """Weights in parts are gathered by all devices together: who has fewer micro-batches than others
+        computes these for nothing."""
+        missing = max(self.run.devices.gathered(own)) - own if self.run.sharded else 0
+        if not missing:
+            return []
+        with self.run.devices.alone():
+            return self.run.method.prepare(self.model, examples[:1], self.run)[:1] * missing
+
 
 def rehearsed(model, run: "Run") -> Memory | None:
     """What two steps on the widest examples hold in live tensors; null where that cannot be rehearsed."""
 
     def width(examples: list) -> int:
-        return max(len(rows) * max(row.length for row in rows) for rows in run.micro_batches(examples))
+        parts = run.micro_batches(examples)
+        return max((len(rows) * max(row.length for row in rows) for rows in parts), default=0)
+
+    if run.sharded:
+        return None
 
     def measure() -> Memory:
         run.report = run.meter.on_enter = lambda *_, **__: None  # a rehearsal is shown to nobody
         loop, widest = Loop(model, run), max(run.batches, key=width)
-        with LiveTensors(model, loop.optimizer) as live:
+        with run.devices.silent(), LiveTensors(model, loop.optimizer) as live:
             loop.step(widest)
             loop.step(widest)
         return live.memory()
@@ -178,14 +197,23 @@ def prepare_model(model, hp: Hyperparams) -> None:
         head.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def accumulate(batches: list[dict], run: "Run", gradients: Callable) -> torch.Tensor:
+def accumulate(
+    batches: list[dict], run: "Run", gradients: Callable, idle: list[dict] | None = None
+) -> torch.Tensor:
     """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
-    loss is a mean over rows), however it is cut into micro-batches. -> that mean, detached.
-    `gradients(batch, share)` adds those of a micro-batch."""
+    loss is a mean over rows), however it is cut into micro-batches and these are spread over devices, whose
+    gradients are then to be added up. -> that mean, detached.
+    `gradients(batch, share)` adds those of a micro-batch; of `idle` ones, nothing."""
     by_tokens = run.method.mean_over == "tokens"
     weights = [targets(batch) if by_tokens else len(batch["labels"]) for batch in batches]
-    total = sum(weights)
-    return sum(gradients(batch, weight / total) for batch, weight in zip(batches, weights, strict=True))
+    total = run.total(sum(weights))
+    losses = (gradients(batch, weight / total) for batch, weight in zip(batches, weights, strict=True))
+    loss = sum(losses, torch.zeros((), device=run.device))
+    own, run.reading = run.reading, None if idle else run.reading
+    for batch in idle or []:
+        gradients(dict(batch), 0.0)
+    run.reading = own
+    return run.total(loss)
 
 
 def targets(batch: dict) -> torch.Tensor:

@@ -10,6 +10,7 @@ from harness.data import Example, Template, collate, pack
 from harness.method import Unsupported
 from harness.spec import RunSpec
 from harness.training import head
+from harness.training.sharding import local
 
 
 def resolve_precision(asked: str) -> str:
@@ -67,7 +68,8 @@ def load_base(spec: RunSpec, dtype, device, **more):
 def draw_weights(source: str, dtype, device):
     """A model of this architecture with random weights: the same for every method and seed."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    with torch.random.fork_rng(), torch.device(device):
+    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # of a run's cards, this one
+    with torch.random.fork_rng(own), torch.device(device):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -127,5 +129,7 @@ def sizes(model) -> dict:
 def optimizer_bytes(optimizer) -> int:
     """Tensors of the optimizer's state; the one-element step counters are left out."""
     states = [v for state in optimizer.state.values() for v in state.values()]
-    held = {t.data_ptr(): t for t in states if hasattr(t, "numel") and t.numel() > 1}  # some are shared
+    held = {
+        local(t).data_ptr(): t for t in states if hasattr(t, "numel") and t.numel() > 1
+    }  # some are shared
     return sum(t.numel() * t.element_size() for t in held.values())

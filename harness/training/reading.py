@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from harness.training.devices import Devices
+
 
 class Reading:
     """As the loss read it, whatever was planned.
@@ -12,9 +14,13 @@ class Reading:
     and micro-batches change nothing. All is made on the device, which never waits for it.
     """
 
-    def __init__(self):
-        self.steps, self.now = [], []
-        self.rows, self.seen = set(), True
+    def __init__(self, devices: Devices | None = None, device: torch.device | str = "cpu"):
+        self.devices, self.device = devices or Devices(), device
+        self.steps: list = []
+        self.now: list = []
+        self.rows: set = set()
+        self.fresh: set = set()  # of the step at hand
+        self.seen = True
 
     def __call__(self, batch: dict) -> None:
         """Is told of each batch that is read for its gradients."""
@@ -26,7 +32,7 @@ class Reading:
         hashes = mixed(by_row(mixed((places << 32) + tokens + 1) * chosen, batch)).sum(1)
         counts = chosen.sum((1, 2))
         self.now.append(torch.cat([hashes, counts, mask.numel() - counts[:1]]))
-        self.rows |= {example.id for example in batch.get("examples", ())}
+        self.fresh |= {example.id for example in batch.get("examples", ())}
 
     def state(self) -> dict:
         """Of the steps that are done."""
@@ -36,14 +42,16 @@ class Reading:
         self.steps, self.rows, self.seen = [*state["steps"]], {*state["rows"]}, state["seen"]
 
     def end_step(self, micro_batches: list[dict]) -> None:
-        """A loss that goes its own way past Run.token_logps is taken to read what it was handed: that is
-        counted, but not certified."""
-        if not self.now:
+        """Of all devices together. A loss that goes its own way past Run.token_logps is taken to read what it
+        was handed: that is counted, but not certified."""
+        if micro_batches and not self.now:
             self.seen = False
             for batch in micro_batches:
                 self(batch)
-        self.steps.append(torch.stack(self.now).sum(0))
-        self.now = []
+        none = torch.zeros(5, dtype=torch.long, device=self.device)
+        self.steps.append(self.devices.total(sum(self.now, none), self.device))
+        self.rows.update(*self.devices.gathered(self.fresh))
+        self.now, self.fresh = [], set()
 
     def tokens(self) -> dict:
         counts = torch.stack(self.steps)[:, 2:].sum(0).tolist()

@@ -18,17 +18,19 @@ from harness.spec import Dataset, Hyperparams
 from harness.training import head, loop
 from harness.training.checkpoint import Checkpoints
 from harness.training.decoder import Decoder
+from harness.training.devices import Devices
 from harness.training.kernels import plain_gradients
 
 AT_ONCE = 128  # sampled answers: a step of 16 rows asks for 8 of each
 
 
 class Run:
-    """One method, one seed, on one device.
+    """One method, one seed, on one device, or on its share of several.
 
     For a method: `hp`, the shared hyperparameters with its declared differences; `seed`; `steps`, how many
     the training has; `device`; `batches`, the examples of each step, the same for every method, to be gone
-    through as often as one likes; `rng`, a generator on the CPU that is this run's method's alone; and
+    through as often as one likes; `rng`, a generator on the CPU that is this run's method's alone; `devices`,
+    on how many it computes (`devices.count`), and which of them this one is (`devices.rank`); and
     `load_base(**kwargs)`, the untouched model once more, off the clock of what goes on.
 
     For the harness: `splits`, the examples of each, and those of them that are `scored`; what it computes,
@@ -39,20 +41,28 @@ class Run:
     def __init__(
         self, method, hp: Hyperparams, seed: int, splits: dict[str, list[Example]], *, dataset: Dataset,
         template, stops: list[int], accelerator, meter, record: RunRecord, load_base, report=lambda **_: None,
+        devices: Devices | None = None,
     ):  # fmt: skip
         self.method, self.hp, self.seed, self.splits = method, hp, seed, splits
         self.dataset, self.accelerator, self.meter = dataset, accelerator, meter
         self.template, self.record, self.report = template, record, report
-        self.decoder = Decoder(template.tokenizer, stops, hp, accelerator)
+        self.devices = devices or Devices()
+        self.decoder = Decoder(template.tokenizer, stops, hp, accelerator, self.devices)
         self.device, self.pad = accelerator.device, template.tokenizer.pad_token_id
         self.batches = Batches(splits["train"], hp, seed)
         self.steps = len(self.batches)
         self.rng = torch.Generator().manual_seed(seed)
         self.reading: Callable[[dict], None] | None = None  # is told what is read, while the loop trains
         self.shapes: Shapes | None = None  # of micro-batches, where steps need them fixed
+        self.whole: Any = called  # calls what computes with the model, which may lie in parts
         self.fused = False  # what computes at the moment may use kernels of its own
         self.loader = load_base
         self.checkpoints: Checkpoints | None = None  # of a training that could be stopped
+
+    @property
+    def sharded(self) -> bool:
+        """What is trained lies in parts, at the moment."""
+        return self.whole is not called
 
     @property
     def scored(self) -> list[Example]:
@@ -65,6 +75,8 @@ class Run:
             return self.loader(**more)
 
     def micro_batches(self, examples: list[Example]) -> list[list[Example]]:
+        """A step in parts; of several devices, this one's share of it."""
+        examples = self.devices.share(examples, lambda example: example.length)
         if self.shapes:
             return self.shapes.cut(examples)
         size = self.hp.micro_batch_size
@@ -107,13 +119,22 @@ class Run:
         return head.token_logps(model, batch, self.fused)
 
     def accumulate(self, model, batches: list[dict]) -> torch.Tensor:
-        """Adds the gradients of a step with these micro-batches, as the training has them. -> its loss."""
+        """Adds the gradients of a step with these micro-batches, as the training has them; of several devices
+        each adds those of its own, and `total` gives the whole. -> the step's loss."""
         loop.prepare_model(model.train(), self.hp)
         return loop.accumulate(batches, self, partial(plain_gradients, model, self))
+
+    def total(self, value: torch.Tensor | float) -> torch.Tensor:
+        """What this device has of a step's number or tensor, and all others, added up."""
+        return self.devices.total(value, self.device)
 
     def note(self, what: str, value: float | str) -> None:
         """Keeps something that this run found out about its method; the report prints it."""
         self.record.notes[redacted(str(what))] = redacted_in(recordable(value))
+
+
+def called(what: Callable, *given):
+    return what(*given)
 
 
 def recordable(value):

@@ -4,6 +4,7 @@ import random
 import shutil
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,11 +23,13 @@ from harness.keeping import nameless
 from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
-from harness.record import Data, RunRecord, Sizes, answers_hash
+from harness.ranks import ALONE, Place
+from harness.record import Data, Phase, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import CHECKPOINTS, EVENTS, MODEL, OUTPUTS, UNSEEN, append, leave
 from harness.training import evaluation, weights
 from harness.training.checkpoint import Checkpoints
+from harness.training.devices import Devices
 from harness.training.loop import rehearsed, train
 from harness.training.model import (
     check_model,
@@ -39,42 +42,81 @@ from harness.training.model import (
     stop_tokens,
 )  # fmt: skip
 from harness.training.reading import tokens_read
-from harness.training.run import Run
+from harness.training.run import Run, called
+from harness.training.sharding import shard, whole_again
 
 LEAP = 3  # times the first loss: batches of one training are not so far apart
 
 
-def execute(spec: RunSpec, method: Method, record: RunRecord, folder: Path, every: float = 0.0) -> None:
+def execute(
+    spec: RunSpec, method: Method, record: RunRecord, folder: Path, every: float = 0.0, place: Place = ALONE
+) -> None:
     """Fills the record as far as it comes, and leaves the outputs and the trained model in the folder, and
-    checkpoints `every` so many seconds of a training."""
-    model, run = opened(spec, method, record, folder)
+    checkpoints `every` so many seconds of a training. Of several devices, that of rank 0 does; the others
+    compute, and tell it what they have measured."""
+    if place.rank or spec.own_hp.sharding == "full":  # a checkpoint is one device's, which has the whole
+        every = 0.0
+    model, run = opened(spec, method, record, folder, place)
     run.checkpoints = Checkpoints(folder / CHECKPOINTS, run, every)
     if spec.trains:
         model = trained(model, run)
     else:
         record.sizes = Sizes(**sizes(model.requires_grad_(False)))
-    if record.judged_by_loss:
-        return
+    if not record.judged_by_loss:
+        scored(model, run, folder)
+    gather(run)
+    if spec.leaves_model and not spec.trial and not place.rank:
+        save_model(model, run, folder)
+
+
+def scored(model, run: Run, folder: Path) -> None:
+    """Leaves the outputs."""
+    spec, record = run.record.spec, run.record
     outputs = evaluation.test(model, run, run.scored)
     before = outputs if spec.method == "base" else evaluation.outputs_before(spec.locations.get("before"))
     if any(example.prompt and not example.rejected_ids for example in run.scored):
         record.hashes["before"] = answers_hash(before)
     evaluation.add_margins(model, outputs, before, run)
-    for output in outputs:
-        append(folder / OUTPUTS, output)
-    record.hashes["outputs"] = content_hash(folder / OUTPUTS)
+    record.hashes["outputs"] = left(outputs, folder / OUTPUTS, run)
     if unseen := run.splits.get("unseen"):
-        for output in evaluation.test(model, run, unseen):
-            append(folder / UNSEEN, output)
-        record.hashes["unseen_outputs"] = content_hash(folder / UNSEEN)
-    if spec.leaves_model and not spec.trial:
-        save_model(model, run, folder)
+        outputs = evaluation.test(model, run, unseen)
+        record.hashes["unseen_outputs"] = left(outputs, folder / UNSEEN, run)
 
 
-def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
+def left(outputs: list[dict], file: Path, run: Run) -> str | None:
+    """The hash of the file, which is rank 0's."""
+    if run.devices.rank:
+        return None
+    for output in outputs:
+        append(file, output)
+    return content_hash(file)
+
+
+def gather(run: Run) -> None:
+    """What each device has measured: seconds are those of rank 0, joules those of all, peaks the highest."""
+    phases = run.record.phases
+    run.record.ranks = run.devices.gathered(dict(phases)) if run.devices.count > 1 else []
+    for others in run.record.ranks[1:]:
+        for name in phases.keys() & others.keys():
+            phases[name] = together(phases[name], others[name])
+
+
+def together(first: Phase, other: Phase) -> Phase:
+    def of(name: str, how: Callable):
+        values = [value for one in (first, other) if (value := getattr(one, name)) is not None]
+        return how(values) if values else None
+
+    peaks = {name: of(name, max) for name in ("peak_allocated", "peak_reserved", "peak_device", "peak_host")}
+    return replace(first, joules=of("joules", sum), **peaks)
+
+
+def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = ALONE):
     """-> the model as the method loads it, and the run that it is trained and evaluated in."""
+    devices = Devices.joined(place)
 
     def report(**values):
+        if place.rank:
+            return
         with suppress(OSError):  # a full disk: what is only shown does not end a run
             append(folder / EVENTS, values)
 
@@ -85,7 +127,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # what a graph replays is cast anew
     )
-    meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
+    meter = Meter(accelerator.device, lambda name: report(phase=name), place.others)
     if meter.card and meter.card.before and meter.card.before > machine.BUSY_BYTES:
         record.warnings.append(
             f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
@@ -107,6 +149,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
         run = Run(
             method, hp, spec.seed, splits, dataset=spec.dataset, template=template, stops=stops,
             accelerator=accelerator, meter=meter, record=record, load_base=load, report=report,
+            devices=devices,
         )  # fmt: skip
         record.signatures = {name: m.signature(spec.dataset) for name, m in metrics.METRICS.items()}
         record.provenance.attention = model.config._attn_implementation
@@ -152,16 +195,23 @@ def trained(model, run: Run):
     record.hashes["batches"], record.tokens.sampled = run.batches.hashes, 0
     with run.meter.phase("attach"), tokens_read(model, run.meter) as read:
         model = method.attach(model, run)
+        run.devices.same(model)
         types = weights.loaded_types(model)
-        record.weights = weights.master_weights(model, record.provenance.precision)
         weights.one_arithmetic(model, types)
+        if run.hp.sharding == "full":
+            loaded = {name: types[p] for name, p in model.named_parameters() if p in types}
+            run.whole = shard(model, run.devices.count, record.provenance.precision)
+            types = {p: loaded[name] for name, p in model.named_parameters() if name in loaded}
+        record.weights = weights.master_weights(model, record.provenance.precision)
     record.sizes = Sizes(**sizes(model))
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
-    record.tokens.attach = int(sum(read))
+    record.tokens.attach = sum(run.devices.gathered(int(sum(read))))
     start = weights.fingerprints(types)
     kept = run.checkpoints.newest(model) if run.checkpoints else None
     went_on = kept is not None
+    if len(set(run.devices.gathered(kept and kept["done"]))) > 1:
+        raise RuntimeError("not every device could read the same checkpoint: the same command tries again")
     if not went_on:
         if not method.starts_at_base and not record.spec.trial:
             record.start = metrics.total(evaluation.test(model, run, run.scored), run.dataset)
@@ -176,11 +226,17 @@ def trained(model, run: Run):
     alike = [] if record.tokens.sampled else record.step_seconds[record.warmup_steps :]
     record.disturbed = run.meter.contention.reasons(alike)
     record.warnings += leaps(record)
-    weights.check(start, weights.fingerprints(types), record.training)
+    end = weights.fingerprints(types)
+    weights.check(start, end, record.training)
+    if not run.sharded and any(other != end for other in run.devices.gathered(end)):
+        record.warnings.append("the devices' weights are not the same to the bit after the last step")
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     del loop
     model.zero_grad()
-    weights.put_back(types)
+    if run.sharded:
+        model, run.whole = whole_again(run.whole, loaded), called
+    else:
+        weights.put_back(types)
     return method.keep(model, run)  # what is kept is what is scored
 
 

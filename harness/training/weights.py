@@ -71,6 +71,9 @@ def fingerprints(types: dict) -> list[list[int]]:
     how many values are not finite."""
 
     def fingerprint(tensor, kept):
+        tensor = (
+            tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        )  # of several devices, this one's
         pieces = [p.to(kept) for p in tensor.detach().flatten().split(PIECE)]
         return torch.stack([sum(p.view(BITS[p.element_size()]).sum() for p in pieces),
                             sum(p.isfinite().logical_not().sum() for p in pieces)])  # fmt: skip

@@ -1,0 +1,328 @@
+"""One run on two devices is the run on one: on two processes of a CPU, which talk as cards do."""
+
+import json
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_contract
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_run import SETTINGS, files  # noqa: F401, a fixture
+
+from harness import child, machine
+from harness.errors import BadRequest
+from harness.method import build, find, known_methods, resolve
+from harness.plan import Request, plan
+from harness.ranks import Place, Ranks
+from harness.record import RunRecord
+from harness.store import OUTPUTS, RESULT, SPEC
+from harness.training.devices import Devices
+from harness.training.loop import train
+from harness.training.run import Run
+
+ROWS = tiny.rows(6, seed=3)  # a step of 4 rows, and one of 2
+HP = tiny.hyperparams(
+    max_steps=2,
+    batch_size=4,
+    micro_batch_size=2,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    max_new_tokens=4,
+    warmup_ratio=0.0,
+    epsilon=1e-4,  # else a gradient that is rounding alone is a whole step of Adam's
+)
+MGPO = "lora_ggpo, mgpo"
+OPTIONS = {**test_contract.OPTIONS, **test_contract.PERIODS, "lora_ggpo": {"sigma": 0.3},
+           MGPO: {"variant": "mgpo", "rho": 0.5}, "smt": {"share": 0.2, "warmup": 2}}  # fmt: skip
+FAR = {"full_8bit": 1e-3}  # in 8 bits, a moment that is near two codes may become either
+
+
+# Of the methods those that draw, choose or look by themselves; TUNEOFF_EVERY=1 tries all of them.
+OWN = [
+    "full",
+    "lora",
+    "qlora",
+    "galore",
+    "lisa",
+    "grpo",
+    "orpo",
+    "smt",
+    "lora_ggpo",
+    MGPO,
+    "eva",
+    "peft.adalora",
+]
+
+
+def together() -> list[str]:
+    """The methods that several devices can compute."""
+    names = sorted({*known_methods(), *test_contract.VARIANTS} - {"peft", *test_contract.UNTOUCHED})
+    every = [MGPO, *(name for name in names if "several cards" not in cls_of(name).cannot)]
+    return every if os.environ.get("TUNEOFF_EVERY") else OWN
+
+
+def cls_of(name: str):
+    name = name.partition(",")[0]
+    return resolve(name, find(name, known_methods()))
+
+
+def training(name: str, folder, devices: Devices, hp=HP) -> dict:
+    """What it came to, as JSON has it."""
+    cls = cls_of(name)
+    method, hp = build(cls, OPTIONS.get(name, {})), cls.own(hp)
+    base = method.load(test_contract.base_loader(folder))
+    model, run = tiny.attached(method, base, ROWS, hp, seed=1, devices=devices)
+    devices.same(model)
+    run.splits["validation"] = tiny.rows(3, seed=1)
+    run.hp = replace(hp, validations=name == "full")
+    train(model, run)
+    record, answered = run.record, name == "full"
+    return {
+        "training": record.training, "validation": record.validation, "hashes": record.hashes,
+        "tokens": {**vars(record.tokens), "padded": None}, "notes": record.notes,
+        "weights": {name: value.tolist() for name, value in tiny.trained_weights(model).items()},
+        "answers": run.decoder.answers(model, tiny.rows(5, seed=2)) if answered else [],
+    }  # fmt: skip
+
+
+def forked(work) -> int:
+    """-> how a copy of this process ended that did the work."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    return folder
+
+
+def reward(self, row, ids) -> float:
+    return len(set(ids)) / len(ids) + ids[0] / 1000  # random rows have no references to earn anything by
+
+
+@pytest.fixture(scope="module")
+def on_two(base, tmp_path_factory):
+    """What each method came to on two devices, as the first of them has it."""
+    file = tmp_path_factory.mktemp("two") / "found.json"
+
+    def all_of(place: Place) -> None:
+        devices = Devices.joined(place)
+        found = {name: training(name, base, devices) for name in together()}
+        if not place.rank:
+            file.write_text(json.dumps(found))
+
+    def work() -> None:
+        Run.reward = reward
+        ranks = Ranks()
+        all_of(ranks.begin(2, all_of, lambda ending: os._exit(1)))
+
+    assert forked(work) == 0
+    return json.loads(file.read_text())
+
+
+def in_the_same_parts(self, examples):
+    """What a method draws for a micro-batch, as noise, is the same where these are."""
+    parts = [Devices(rank, 2).share(examples, lambda row: row.length) for rank in range(2)]
+    return [part for part in parts if part]
+
+
+@pytest.mark.parametrize("name", together())
+def test_two_devices_train_as_one(name, base, on_two, monkeypatch):
+    """Losses, gradient norms, weights, what was read, learned and found out; of one, scores and answers."""
+    monkeypatch.setattr(Run, "reward", reward)
+    if name == "lora_ggpo":
+        monkeypatch.setattr(Run, "micro_batches", in_the_same_parts)
+    one, two, far = training(name, base, Devices()), on_two[name], FAR.get(name, 2e-5)
+    assert len(one["training"]) == len(two["training"]) == 2
+    for a, b in zip(one["training"] + one["validation"], two["training"] + two["validation"], strict=True):
+        assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+    for weight, value in one["weights"].items():
+        torch.testing.assert_close(
+            torch.tensor(two["weights"][weight]), torch.tensor(value), atol=far, rtol=0
+        )
+    assert one["weights"] != on_two["full"]["weights"] or name == "full"
+    assert two["hashes"] == one["hashes"] and two["tokens"] == one["tokens"]
+    near = {k: pytest.approx(v, rel=1e-4) if isinstance(v, float) else v for k, v in one["notes"].items()}
+    assert two["notes"] == near
+    assert two["answers"] == one["answers"]
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 5))
+def test_shares_are_the_whole_once_and_even(lengths, count):
+    shares = [
+        Devices(rank, count).share(list(enumerate(lengths)), lambda row: row[1]) for rank in range(count)
+    ]
+    assert sorted(row for share in shares for row in share) == list(enumerate(lengths))
+    assert all(share == sorted(share) for share in shares)  # in their order
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    totals = [sum(length for _, length in share) for share in shares]
+    assert max(totals) - min(totals) <= 2 * max(lengths, default=0)
+
+
+# Whole runs
+
+SHORT = ["data.train=9", "hp.batch_size=4", "hp.micro_batch_size=1", "hp.max_steps=3"]  # of 4, 4 and 1 rows
+
+
+def job(files, folder, name="lora", *settings, code="", every=0) -> None:  # noqa: F811
+    plugin = folder / f"{name}.py"
+    if code:
+        plugin.write_text(code)
+    request = Request(
+        [name], model=str(files / "model"), dataset=str(files / "rows.jsonl"), seeds=[0],
+        settings=tiny.settings(SETTINGS, settings), plugins=[str(plugin)] if code else [],
+    )  # fmt: skip
+    spec = plan(request)[-1]
+    asked = {"spec": spec.asked() | {"locations": spec.locations}, "command": "", "started": "", "cores": [],
+             "at_once": 1, "checkpoint_seconds": every}  # fmt: skip
+    (folder / SPEC).write_text(json.dumps(asked))
+
+
+def run(folder) -> RunRecord:
+    """As its child runs it, of which no process is left then."""
+    session = folder / "session"
+
+    def main() -> None:
+        os.setsid()
+        session.write_text(str(os.getpid()))
+        child.main(folder)
+
+    assert forked(main) == 0
+    deadline = time.monotonic() + 5
+    while left := [process for process in processes() if process[1] == int(session.read_text())]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    return RunRecord.from_json((folder / RESULT).read_text())
+
+
+def processes() -> list[tuple[int, int]]:
+    """Number and session of each that is alive."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, _, _, session, *_ = stat.read_text().rpartition(")")[2].split()
+            found += [(int(stat.parent.name), int(session))] * (state != "Z")
+    return found
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(machine, "devices", lambda: 2)
+
+
+@pytest.fixture(scope="module")
+def on_one(files, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("one")
+    job(files, folder, "full", *SHORT)
+    return run(folder), outputs(folder)
+
+
+def outputs(folder) -> list[str]:
+    return [json.loads(line)["output"] for line in (folder / OUTPUTS).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_whole_run_is_one_run(sharding, on_one, files, tmp_path, two_cores):  # noqa: F811
+    """Also where shares are of different sizes, and one device has no row of the last step."""
+    job(files, tmp_path, "full", *SHORT, "hp.devices=2", f"hp.sharding={sharding}")
+    (one, texts), two = on_one, run(tmp_path)
+    assert one.ok and two.ok, two.error
+    assert tiny.losses(one) == pytest.approx(tiny.losses(two), abs=1e-5)
+    assert [s["grad_norm"] for s in one.training] == pytest.approx(
+        [s["grad_norm"] for s in two.training], rel=1e-4
+    )
+    assert one.validation == [pytest.approx(point, abs=1e-5) for point in two.validation]
+    assert two.hashes["given"] == one.hashes["given"] and two.tokens.rows == one.tokens.rows
+    assert replace(two.sizes, saved_bytes=None) == replace(one.sizes, saved_bytes=None)
+    assert outputs(tmp_path) == texts
+    assert not one.ranks and len(two.ranks) == 2
+    assert [w for w in two.warnings if "peak memory is unknown" not in w] == []
+    for name, phase in two.ranks[0].items():
+        assert two.phases[name].seconds == phase.seconds
+        assert two.phases[name].peak_host == max(ranks[name].peak_host for ranks in two.ranks)
+    assert one.spec.comparison != two.spec.comparison  # other times, other memory
+
+
+BREAKS = """
+from dataclasses import dataclass
+import os, signal
+from methods.lora import LoRA
+
+@dataclass
+class Breaks(LoRA):
+    def loss(self, model, batch, run):
+        here = run.devices.rank == 1 and len(run.record.training) == 1
+        if here and not os.environ.get("TUNEOFF_WHOLE"):
+            {what}
+        return super().loss(model, batch, run)
+"""
+ENDS = {
+    "error": ("raise ValueError('of its own')", "failed", "device 2 of 2: ValueError: of its own"),
+    "killed": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "interrupted",
+        "device 2 of 2: its process was killed",
+    ),
+    "rank 0": ("os.kill(os.getppid(), signal.SIGTERM)", "interrupted", "interrupted; the same command"),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_one_rank_ends_all_with_its_own_status(what, files, tmp_path, two_cores):  # noqa: F811
+    does, status, error = ENDS[what]
+    job(files, tmp_path, "breaks", "hp.devices=2", "hp.max_steps=4", code=BREAKS.format(what=does))
+    record = run(tmp_path)
+    assert record.status == status and error in record.error
+
+
+def test_it_goes_on_where_all_were_stopped(files, tmp_path, two_cores, monkeypatch):  # noqa: F811
+    code = BREAKS.format(what="raise ValueError")
+    job(files, tmp_path, "breaks", "hp.devices=2", "hp.max_steps=4", code=code, every=1e-9)
+    assert run(tmp_path).status == "failed"
+    monkeypatch.setenv("TUNEOFF_WHOLE", "1")
+    record = run(tmp_path)
+    assert record.ok and [one.step for one in record.resumed] == [2]
+    (whole := tmp_path / "whole").mkdir()
+    job(files, whole, "breaks", "hp.devices=2", "hp.max_steps=4", code=code)
+    expected = run(whole)
+    assert record.training == expected.training and record.hashes["given"] == expected.hashes["given"]
+    assert record.tokens == expected.tokens  # also of the rows that the other device read before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("lora", ["hp.devices=3"], "there are 2 here, not 3: set it to 2"),
+        ("lora", ["hp.devices=2", "hp.batch_size=1"], "2 devices share the 1 rows of a step"),
+        ("lora", ["hp.sharding=full"], "one device has nobody to share with: set hp.devices to 2 or more"),
+        ("galore_layerwise", ["hp.devices=2"], "method galore_layerwise cannot do several cards"),
+        ("qlora", ["hp.devices=2", "hp.sharding=full"], "method qlora cannot do sharding"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_the_plan(name, settings, said, two_cores):
+    more = ["hp.micro_batch_size=16", "hp.max_grad_norm=0"]
+    with pytest.raises(BadRequest, match=re.escape(said)):
+        plan(Request([name], "demo", seeds=[0], settings=more + settings))
+
+
+def test_one_device_is_hashed_as_before():
+    spec = plan(Request(["lora"], "demo", seeds=[0]))[-1]
+    assert not {"devices", "sharding"} & set(spec.asked()["hp"])
+    assert spec.digest != replace(spec, hp=replace(spec.hp, devices=2)).digest
