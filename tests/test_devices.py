@@ -191,7 +191,7 @@ def job(files, folder, name="lora", *settings, code="", every=0) -> None:  # noq
     )  # fmt: skip
     spec = plan(request)[-1]
     asked = {"spec": spec.asked() | {"locations": spec.locations}, "command": "", "started": "", "cores": [],
-             "at_once": 1, "checkpoint_seconds": every}  # fmt: skip
+             "at_once": 1, "cards": [], "checkpoint_seconds": every}  # fmt: skip
     (folder / SPEC).write_text(json.dumps(asked))
 
 
