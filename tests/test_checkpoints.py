@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from test_cli import BITFIT, SMALL, bench, records
 
 from harness.measuring.contention import Contention
 from harness.store import CHECKPOINTS, OUTPUTS
-from harness.training import evaluation
+from harness.training import checkpoint, evaluation
 from harness.training.checkpoint import STATE, TENSORS, Checkpoints, lost, take_record
 from harness.training.loop import train
 from methods.galore import GaLore
@@ -116,10 +117,16 @@ def test_whenever_it_is_asked_to_end_it_goes_on_as_if_it_had_not_been(when, heed
     assert equal(expected, weights) and len(record.step_seconds) == 7
 
 
-def test_a_long_training_leaves_a_checkpoint_before_it_is_evaluated(tmp_path):
-    expected = training(LoRA(), tmp_path, 300.0, lambda **_: time.sleep(0.01))[1]
-    assert not list(tmp_path.iterdir()), "a short one does not"
-    training(LoRA(), tmp_path, 0.4, lambda **_: time.sleep(0.015))
+def test_a_long_training_leaves_a_checkpoint_before_it_is_evaluated(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def passes(seconds):
+        return lambda **_: now.append(now.pop() + seconds)
+
+    expected = training(LoRA(), tmp_path, 300.0, passes(1))[1]
+    assert not list(tmp_path.iterdir()), "seven seconds are not worth one"
+    training(LoRA(), tmp_path, 300.0, passes(20))
     assert [path.name for path in tmp_path.iterdir()] == ["000000007"]
     (tmp_path / ".000000008.part").mkdir()  # of a writer that was killed
     record, weights = training(LoRA(), tmp_path)
