@@ -35,7 +35,7 @@ DISK = "400m"
 TIMES = {"seconds", "step_seconds", "tokens_per_second"}  # of a row of report.csv
 SAME = ("training", "validation", "tokens", "memory", "sizes", "start", "status")  # of a record
 HASHES = ("batches", "given", "learned", "outputs", "train", "test")
-PAUSE = (0.5, 8.0)  # seconds between two blows
+PAUSE = (1.0, 15.0)  # seconds between two blows: a start takes some, a run as well
 LAST = 6  # times that the command is given when all blows have fallen
 
 
@@ -216,7 +216,8 @@ def differences(calm: Path, rough: Path) -> list[str]:
 
 def rows(file: Path) -> list[dict]:
     with file.open(newline="") as opened:
-        return [row for row in csv.DictReader(opened) if row["quantity"] not in TIMES]
+        found = [row for row in csv.DictReader(opened) if row["quantity"] not in TIMES]
+    return [{name: value for name, value in row.items() if name != "disturbed"} for row in found]
 
 
 if __name__ == "__main__":

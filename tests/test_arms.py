@@ -356,6 +356,17 @@ def test_the_first_run_again_is_a_run_of_its_own_after_all_others_and_no_seed(st
     assert counts == {"full": (2, 2), "galore": (2, 0)}
 
 
+def test_the_untouched_model_ends_before_any_other_begins():
+    """Side by side with it, the one in 4 bits would find no answers to prefer its references to."""
+    found = plan(Request(["qlora"], seeds=[0]))
+    (base,) = found.upcoming({})
+    assert base.method == "base"
+    (rounded,) = found.upcoming({base.digest: None})
+    assert rounded.method == "base_nf4"
+    (trained,) = found.upcoming(dict.fromkeys((base.digest, rounded.digest)))
+    assert trained.method == "qlora"
+
+
 def test_what_only_a_search_will_find_is_not_run_again():
     with pytest.raises(BadRequest, match=r"--repeat: .*: add --track identical"):
         plan(asked("full", tracks=["tuned"], repeat=1))

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from dataclasses import replace
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -119,11 +118,15 @@ def test_whenever_it_is_asked_to_end_it_goes_on_as_if_it_had_not_been(when, heed
 
 
 def test_a_long_training_leaves_a_checkpoint_before_it_is_evaluated(tmp_path, monkeypatch):
-    passed = count()  # seconds: one at each look
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: float(next(passed))))
-    expected = training(LoRA(), tmp_path, 300.0)[1]
-    assert not list(tmp_path.iterdir()), "a short one does not"
-    training(LoRA(), tmp_path, 15.0)
+    now = [0.0]
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def passes(seconds):
+        return lambda **_: now.append(now.pop() + seconds)
+
+    expected = training(LoRA(), tmp_path, 300.0, passes(1))[1]
+    assert not list(tmp_path.iterdir()), "seven seconds are not worth one"
+    training(LoRA(), tmp_path, 300.0, passes(20))
     assert [path.name for path in tmp_path.iterdir()] == ["000000007"]
     (tmp_path / ".000000008.part").mkdir()  # of a writer that was killed
     record, weights = training(LoRA(), tmp_path)

@@ -6,14 +6,14 @@ import sys
 import time
 
 import pytest
-from test_bench import begin, child, nursery  # noqa: F401
+from test_bench import child, nursery  # noqa: F401
 
 from harness import machine, watchdog
 from harness.bench import attempt
 from harness.watchdog import Watchdog, watching
 
 TELLS = "open(sys.argv[1] + '/events.jsonl', 'a', 1).write('{\"step\": 1}\\n')\n"
-WORKS = f"for step in range(30):\n    {TELLS}    time.sleep(0.1)\n"
+WORKS = f"for step in range(40):\n    {TELLS}    time.sleep(0.1)\n"
 WAITS = (
     "import threading\ndef waits_for_a_lock(): threading.Lock().acquire() and threading.Event().wait(99)\n"
 )
@@ -21,18 +21,15 @@ HANGS = f"{WAITS}waits_for_a_lock()"
 
 
 @pytest.mark.fault(30, 49)
-@pytest.mark.parametrize(
-    ("case", "begin"),
-    [("works", "copied"), ("hangs", "fresh"), ("is deaf", "copied"), ("hangs in an import", "fresh")],
-    indirect=["begin"],
-)
-def test_a_run_without_progress_is_ended_and_says_where_it_was(case, begin, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("case", ["works", "hangs", "is deaf", "hangs in an import"])
+def test_a_run_without_progress_is_ended_and_says_where_it_was(case, nursery, tmp_path, monkeypatch):  # noqa: F811
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" * (case == "is deaf")
     code = {"works": WORKS, "hangs in an import": HANGS}.get(case, TELLS + deaf + HANGS)
-    monkeypatch.setattr(watchdog, "START_SECONDS", 2)
+    monkeypatch.setattr(watchdog, "START_SECONDS", 2.5)
     monkeypatch.setattr(attempt, "GRACE_SECONDS", 1 if deaf else 30)
-    record, folder = child(tmp_path, code, None, begin, stall=1.5 if case != "hangs in an import" else 60)
-    if case == "works":  # for twice as long
+    stall = 60 if "import" in case else 2.5
+    record, folder = child(tmp_path, code, None, nursery.child, stall=stall)
+    if case == "works":  # for longer
         assert record.status == "failed" and "the end" in record.error
         return
     assert record.status == "timeout" and "log.txt ends with where it was" in record.error

@@ -293,7 +293,7 @@ def too_deep(value, levels: int = LEVELS) -> bool:
 def instruction(value: dict) -> tuple[list[dict], None]:
     """A template may write the input of the last question apart."""
     turns = []
-    history = value["history"] or []
+    history = [] if empty(value["history"]) else value["history"]
     for earlier in history if isinstance(history, list) else [history]:
         if not isinstance(earlier, list) or len(earlier) != 2:
             raise Refused("unreadable history", "it is a list of [question, answer]")

@@ -24,13 +24,15 @@ class Plan(list):
 
     def upcoming(self, done: dict[str, RunRecord]) -> list[RunSpec]:
         """The runs whose turn it is, those of `done`, by digest, having ended; none when all have. First the
-        untouched models; then a trial of each method, again and again; then all others, seed by seed, so
-        that drift of the machine hits every method and both tracks alike; at last what is made of these."""
+        untouched model, alone, then others of it; then a trial of each method, again and again; then all
+        others, seed by seed, so that drift of the machine hits every method and both tracks alike; at last
+        what is made of these."""
         walks = [tuning.walk(partial(record_in, done), self.trials) for tuning in self.tunings]
         best = [(found.spec, len(found.trials)) for found, _ in walks if found.spec]
         chosen = [tuned(spec, seed, trials) for spec, trials in best for seed in self.seeds]
         trained = [spec for spec in self if spec.trains] + chosen
         stages = (
+            [spec for spec in self if spec.method == "base"],  # to its answers all others prefer references
             [spec for spec in self if spec.untouched],
             [trial for _, trial in walks if trial],
             sorted(trained, key=lambda spec: (spec.repeat, self.seeds.index(spec.seed))),
