@@ -16,8 +16,11 @@ class Reading:
 
     def __init__(self, devices: Devices | None = None, device: torch.device | str = "cpu"):
         self.devices, self.device = devices or Devices(), device
-        self.steps, self.now = [], []
-        self.rows, self.fresh, self.seen = set(), set(), True  # fresh: of the step at hand
+        self.steps: list[torch.Tensor] = []
+        self.now: list[torch.Tensor] = []
+        self.rows: set[str] = set()
+        self.fresh: set[str] = set()  # of the step at hand
+        self.seen = True
 
     def __call__(self, batch: dict) -> None:
         """Is told of each batch that is read for its gradients."""
