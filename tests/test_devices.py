@@ -40,7 +40,7 @@ HP = tiny.hyperparams(
 )
 MGPO = "lora_ggpo, mgpo"
 OPTIONS = {**test_contract.OPTIONS, **test_contract.PERIODS, "lora_ggpo": {"sigma": 0.3},
-           MGPO: {"variant": "mgpo", "rho": 0.5}, "smt": {"share": 0.2, "warmup": 2}}  # fmt: skip
+           MGPO: {"variant": "mgpo", "rho": 0.5}, "smt": {"share": 0.2, "warmup": 2, "block": 8}}  # fmt: skip
 FAR = {"full_8bit": 1e-3}  # in 8 bits, a moment that is near two codes may become either
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,16 @@ from test_bench import begin, child, nursery, stub, until  # noqa: F401
 
 from harness import machine
 from harness import nursery as nurseries
-from harness.bench import loop as bench
+from harness.bench import places
+from harness.bench.attempt import Slot, run
+from harness.bench.loop import Crew
 from harness.cli.progress import Lines
 from harness.cli.remaining import Remaining
 from harness.forks import in_a_copy
 from harness.nursery import Fresh, Nursery
 from harness.plan import Plan
 from harness.record import RunRecord
+from harness.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="no process is copied elsewhere")
 STATE = """
@@ -161,6 +165,28 @@ def specs(count: int) -> list:
     return [fabricate.record("lora", seed).spec for seed in range(count)]
 
 
+class Slots:
+    """Of this machine, with `one(spec, slot, signals)` in place of a run."""
+
+    def __init__(self, count: int, one):
+        self.free, self.one = [Slot(cores=(core,), of=count) for core in range(count)], one
+
+    def more(self, specs):
+        new, self.free = self.free, []
+        return new
+
+    def run(self, spec, place, signals, begun):
+        begun()
+        return self.one(spec, place, signals)
+
+
+def together(count: int, places: Slots) -> list:
+    """What runs of the seeds up to a count give, in the order of their ends."""
+    with Crew(places, lambda spec: None, lambda spec: 0.0) as crew:
+        crew.add(specs(count))
+        return [crew.next() for _ in range(count)]
+
+
 def test_as_many_runs_go_at_once_as_there_are_slots_each_in_a_slot_of_its_own():
     met, used, busy = threading.Barrier(2, timeout=30), [], []
 
@@ -174,8 +200,7 @@ def test_as_many_runs_go_at_once_as_there_are_slots_each_in_a_slot_of_its_own():
         busy.remove(slot.cores)
         return spec.seed
 
-    places = [bench.Slot(cores=(0,), of=2), bench.Slot(cores=(1,), of=2)]
-    ended = [(spec.seed, record) for spec, record in bench.together(specs(6), places, one)]
+    ended = [(spec.seed, record) for spec, record in together(6, Slots(2, one))]
     assert sorted(ended) == [(seed, seed) for seed in range(6)]
     assert [{seed for seed, _ in used[i : i + 2]} for i in (0, 2, 4)] == [{0, 1}, {2, 3}, {4, 5}]
     assert all({cores for _, cores in used[i : i + 2]} == {(0,), (1,)} for i in (0, 2, 4))
@@ -195,7 +220,7 @@ def test_after_a_signal_no_other_run_begins_and_those_under_way_are_awaited():
         return None
 
     with pytest.raises(KeyboardInterrupt) as raised:
-        list(bench.together(specs(5), [bench.Slot(), bench.Slot()], one))
+        together(5, Slots(2, one))
     assert raised.value.args == (signal.SIGTERM,)
     assert sorted(begun) == sorted(ended) == [0, 1]
 
@@ -210,8 +235,8 @@ def test_after_a_fault_no_other_run_begins():
         return None
 
     with pytest.raises(OSError, match="No space"):
-        list(bench.together(specs(9), [bench.Slot()], one))
-    assert begun[:2] == [0, 1] and len(begun) <= 3
+        together(9, Slots(1, one))
+    assert begun == [0, 1]
 
 
 GIB = 2**30
@@ -238,7 +263,7 @@ def test_a_slot_has_cores_and_memory_of_its_own(case, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_bytes", lambda: free * GIB)
     monkeypatch.setattr(machine, "quota", lambda: float("inf"))
     plan = [SimpleNamespace(locations={"model": str(tmp_path)})]
-    found = bench.slots(SimpleNamespace(threads=threads, card=card, child=None), plan)
+    found = places.slots(SimpleNamespace(threads=threads, card=card, child=None), plan)
     assert [slot.cores for slot in found] == expected
     assert {slot.of for slot in found} == {len(expected)}
 
@@ -246,10 +271,10 @@ def test_a_slot_has_cores_and_memory_of_its_own(case, tmp_path, monkeypatch):
 def test_a_run_keeps_to_the_cores_of_its_slot_and_its_record_says_how_many_went_at_once(begin, tmp_path):  # noqa: F811
     core = min(machine.cores())
     (tmp_path / "plugin.py").write_text("raise KeyError(sorted(__import__('os').sched_getaffinity(0)))")
-    spec = bench.replace(specs(1)[0], method="plugin", locations={"plugins": [str(tmp_path / "plugin.py")]})
-    store = bench.Store(tmp_path / "results")
-    slot = bench.Slot(begin, (core,), 2)
-    record = bench.run(spec, store, "", SimpleNamespace(event=lambda *_: None), None, slot)
+    spec = replace(specs(1)[0], method="plugin", locations={"plugins": [str(tmp_path / "plugin.py")]})
+    store = Store(tmp_path / "results")
+    slot = Slot(begin, (core,), 2)
+    record = run(spec, store, "", SimpleNamespace(event=lambda *_: None), None, slot)
     assert record.error.endswith(f"[{core}]")
     assert len(record.started) == len("2026-01-31T12:00:00.000000+00:00"), (
         "runs side by side keep their order"

@@ -542,6 +542,7 @@ def test_the_certificate_says_whether_runs_side_by_side_disturbed_one_another():
     _, alike, details = apart(runs)
     assert alike and details == "2 of 3 trainings had others beside them, up to 2, and none was disturbed"
     second.disturbed = ["other processes took 9%"]
-    assert apart(runs)[1:] == (False, "disturbed: lora 1, beside which ran lora 0 and gone-s0-0")
+    told = "disturbed, by them or by others: lora 1, beside which ran lora 0 and gone-s0-0"
+    assert apart(runs)[1:] == (None, told)
     first.disturbed = second.disturbed = None
     assert apart(runs)[1] is None

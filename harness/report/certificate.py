@@ -211,8 +211,8 @@ def undisturbed(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
 
 
 def apart(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
-    """Whether runs that were under way on one machine at the same time left each other alone, as far as is
-    known: who has disturbed a run cannot be told, only who was there."""
+    """Whether runs that were under way on one machine at the same time left each other alone. Of a run that
+    was disturbed it is not known: who did it cannot be told, only who was there."""
     what = "Runs side by side left each other alone"
     beside = {name: r.beside for name, r in runs.items() if r.beside}
     folders = {r.folder: name for name, r in runs.items()}
@@ -222,7 +222,7 @@ def apart(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
         if runs[name].disturbed
     ]
     if hit:
-        return what, False, f"disturbed: {'; '.join(hit)}"
+        return what, None, f"disturbed, by them or by others: {'; '.join(hit)}"
     most = max(len(others) for others in beside.values())
     details = f"{len(beside)} of {len(runs)} trainings had others beside them, up to {most}"
     known = all(runs[name].disturbed is not None for name in beside)

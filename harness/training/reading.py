@@ -16,10 +16,10 @@ class Reading:
 
     def __init__(self, devices: Devices | None = None, device: torch.device | str = "cpu"):
         self.devices, self.device = devices or Devices(), device
-        self.steps: list = []
-        self.now: list = []
-        self.rows: set = set()
-        self.fresh: set = set()  # of the step at hand
+        self.steps: list[torch.Tensor] = []
+        self.now: list[torch.Tensor] = []
+        self.rows: set[str] = set()
+        self.fresh: set[str] = set()  # of the step at hand
         self.seen = True
 
     def __call__(self, batch: dict) -> None:
