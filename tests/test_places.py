@@ -166,6 +166,7 @@ def test_runs_on_several_cards_see_one_each_and_know_of_each_other(tmp_path, mon
     monkeypatch.setenv("PYTHONPATH", str(stub(tmp_path)))
     monkeypatch.setenv("MEETING", str(tmp_path / "meeting"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setitem(THREADS, "OMP_NUM_THREADS", "77")
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(places, "needs", lambda plan: {})
     twelve = dict(THREADS)
@@ -455,8 +456,10 @@ def test_a_lost_run_is_begun_again_twice_and_no_more(losses, engine):
 
 def test_running_out_of_memory_is_a_result_and_is_not_tried_again(engine):
     record, begun = fabricate.record("lora", status="oom_gpu", error="out of memory", scores={}), []
-    found = ended(engine(lambda spec, _: begun.append(spec) or record), record.spec)
-    assert found.status == "oom_gpu" and len(begun) == 1
+    maker = engine(lambda spec, _: begun.append(spec) or record)
+    assert ended(maker, record.spec).status == "oom_gpu" and len(begun) == 1
+    remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0)()  # its machine was lost just after
+    assert len(begun) == 1
 
 
 def test_a_task_that_leaves_no_word_is_an_interrupted_run(engine, monkeypatch):
