@@ -218,7 +218,7 @@ def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
     found: dict = dict.fromkeys(made)
     for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
-        found[name] = embedded(comparison, verdicts, report.store)
+        found[name] = embedded(comparison, verdicts, report.store, report.budget)
     return {name: write_html(made[name], report.now, data) for name, data in found.items()}
 
 
