@@ -376,7 +376,7 @@ def test_the_terminal_has_the_same_words_at_80_columns(tmp_path):
     assert max(map(len, told.splitlines())) <= 80
     told = told.partition("in the report:")[2].partition("\n")[2]  # below the table
     render(store, tmp_path, ("md",), budget=Budget(24e9, 3600, False))
-    lead = (tmp_path / "report.md").read_text("utf-8").split("## Plots")[0].replace("\\", "")
+    lead = (tmp_path / "report.md").read_text("utf-8").split("## More on quality")[0].replace("\\", "")
     for paragraph in re.split(r"\n\n|\n  - ", told.replace("\n    ", " ")):
         line = " ".join(paragraph.split("\n")).removesuffix(" --------").strip()
         assert line.removeprefix("- ") in " ".join(lead.split()), line
