@@ -15,6 +15,7 @@ from test_verdicts import random_bench
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from harness.cli import main
 from harness.cli.arguments import parse_arguments
 from harness.report import Budget, Report, conclusion, render
 from harness.report.comparison import comparisons, read_outputs
@@ -382,6 +383,18 @@ def test_the_terminal_has_the_same_words_at_80_columns(tmp_path):
         assert line.removeprefix("- ") in " ".join(lead.split()), line
     other = conclusion(Report.of(store), [fabricate.record("lora", model="another")])
     assert other == "", "no comparison of the store holds this run"
+
+
+def test_documents_of_an_earlier_rendering_are_named(tmp_path, capsys):
+    fabricate.results(tmp_path / "r", ("qlora", "galore"))
+    command = ["report", "--results", str(tmp_path / "r"), "--reports", str(tmp_path / "out"), "--format"]
+    assert main([*command, "csv", "tex"]) == 0 and not capsys.readouterr().err
+    for name in ("report-0123456789ab.md", "report-mine.md"):
+        (tmp_path / "out" / name).write_text("earlier")
+    assert main([*command, "csv", "md"]) == 0
+    [note] = capsys.readouterr().err.splitlines()
+    named = [str(tmp_path / "out" / name) for name in ("report-0123456789ab.md", "report.tex")]
+    assert note.startswith("note: not rendered now") and note.endswith(": " + ", ".join(named))
 
 
 def test_strangers_words_are_shown_and_do_nothing(tmp_path):
