@@ -15,6 +15,7 @@ from test_verdicts import random_bench
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from harness.cli import main
 from harness.cli.arguments import parse_arguments
 from harness.report import Budget, Report, conclusion, render
 from harness.report.comparison import comparisons, read_outputs
@@ -361,7 +362,8 @@ def test_the_report_begins_with_it_and_is_in_order(tmp_path):
     render(Store(tmp_path / "r"), tmp_path, budget=Budget(9 * GIB))
     text = (tmp_path / "report.md").read_text("utf-8")
     heads = re.findall(r"^## (.*)$", text, re.M)
-    assert heads[:4] == ["Decision", "Results", "What was found", "Plots"]
+    order = ["Decision", "Results", "Plots", "Differences", "What was found", "More on quality"]
+    assert [head for head in heads if head in order] == order
     order = [heads.index(h) for h in ("Plots", "Ranks", "Differences", "More on quality")]
     assert order == sorted(order)
     assert "Within 9 GiB: " in text.split("## Results")[0]
@@ -375,12 +377,24 @@ def test_the_terminal_has_the_same_words_at_80_columns(tmp_path):
     assert max(map(len, told.splitlines())) <= 80
     told = told.partition("in the report:")[2].partition("\n")[2]  # below the table
     render(store, tmp_path, ("md",), budget=Budget(24e9, 3600, False))
-    lead = (tmp_path / "report.md").read_text("utf-8").split("## Plots")[0].replace("\\", "")
+    lead = (tmp_path / "report.md").read_text("utf-8").split("## More on quality")[0].replace("\\", "")
     for paragraph in re.split(r"\n\n|\n  - ", told.replace("\n    ", " ")):
         line = " ".join(paragraph.split("\n")).removesuffix(" --------").strip()
         assert line.removeprefix("- ") in " ".join(lead.split()), line
     other = conclusion(Report.of(store), [fabricate.record("lora", model="another")])
     assert other == "", "no comparison of the store holds this run"
+
+
+def test_documents_of_an_earlier_rendering_are_named(tmp_path, capsys):
+    fabricate.results(tmp_path / "r", ("qlora", "galore"))
+    command = ["report", "--results", str(tmp_path / "r"), "--reports", str(tmp_path / "out"), "--format"]
+    assert main([*command, "csv", "tex"]) == 0 and not capsys.readouterr().err
+    for name in ("report-0123456789ab.md", "report-mine.md"):
+        (tmp_path / "out" / name).write_text("earlier")
+    assert main([*command, "csv", "md"]) == 0
+    [note] = capsys.readouterr().err.splitlines()
+    named = [str(tmp_path / "out" / name) for name in ("report-0123456789ab.md", "report.tex")]
+    assert note.startswith("note: not rendered now") and note.endswith(": " + ", ".join(named))
 
 
 def test_strangers_words_are_shown_and_do_nothing(tmp_path):

@@ -26,6 +26,7 @@ from harness.record import RunRecord, Tokens
 from harness.report import render
 from harness.report.comparison import comparisons, seconds
 from harness.report.ensembles import undefined
+from harness.report.terminal import results as terminal
 from harness.report.verdicts import judged
 from harness.spec import ENSEMBLE, RunSpec
 from harness.store import MODEL, RECORD, Store
@@ -334,6 +335,10 @@ def test_it_stands_beside_its_members_with_what_they_cost_and_is_ranked_with_not
     for standing in verdicts.metrics:
         words = {label: standing.verdict(LABEL, label).word for label in ("Base", "QLoRA", "GaLore")}
         assert words["Base"] in ("higher", "lower") and all(words.values())
+    shown = terminal(comparison, 200)
+    lines = {name: shown[shown.index(f"\n{name} ") :].split("\n")[1].split() for name in ("GaLore", LABEL)}
+    assert lines[LABEL][-6:-3] == lines["GaLore"][-6:-3] != ["–"] * 3 and "–" not in lines[LABEL][-3:]
+    assert "An ensemble's training time is the sum" in " ".join(shown.split())
     assert list(undefined(comparison)) == [
         "QLoRA + GaLore, weights averaged: unsupported, as QLoRA has no plain weights (would be rounded)."
     ]

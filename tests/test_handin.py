@@ -384,6 +384,8 @@ def test_the_latex_table_has_the_briefs_columns_and_as_many_cells_a_row(twelve, 
     for head in ("BLEU-4 $\\uparrow$", "ROUGE-L $\\uparrow$", "Peak memory $\\downarrow$", "Training time"):
         assert head in first
     assert "over $2$ to $3$ seeds" in first
+    ranked = [float(of_tex(row[2]).split()[0]) for row in cells[2:-2]]  # the last two are not ranked
+    assert ranked == sorted(ranked, reverse=True) and "seeds" in names[-1] + names[-2]
 
 
 # Where typst is missing

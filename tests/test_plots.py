@@ -1,6 +1,8 @@
 """Plots: they show what was measured; no name is lost, covered or cut; all can be told apart."""
 
+import base64
 import random
+import re
 from itertools import combinations, product
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from scipy.optimize import isotonic_regression
 
 from harness.record import Memory, Phase
 from harness.report import render
+from harness.report.blocks import Plot, Title
 from harness.report.comparison import GIB, Comparison, comparisons
+from harness.report.page import write_html
 from harness.report.plots.cost import cost_alone, scores_by_cost
 from harness.report.plots.curves import loss_curves
 from harness.report.plots.labels import apart, overlap
@@ -297,3 +301,19 @@ def test_no_goal_where_no_loss_falls_or_it_is_not_what_is_learned():
     other = run({0: 4.0, 100: 2.0})
     other.card["objective"] = "grpo"
     assert goal_of(comparisons([other])[0].trained) is None
+
+
+def test_on_a_phone_panels_stand_below_each_other(tmp_path):
+    """The browser takes the narrow picture where the page is narrow; without it the wide one scrolls."""
+    fabricate.results(tmp_path, seeds=(0,))
+    store = Store(tmp_path)
+    [comparison] = comparisons(store.load()[0])
+    images = memory_by_part(comparison)
+    images.draw(["svg", "narrow"])
+    sizes = [re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', images[kind]) for kind in ("svg", "narrow")]
+    (wide, low), (narrow, tall) = [map(float, size.groups()) for size in sizes]
+    assert narrow < 0.5 * wide and tall > 1.5 * low and not hasattr(images, "figure")
+    html = write_html([Title("t"), Plot("memory", "caption", images)], "noon", None)
+    source, image = (base64.b64encode(images[kind]).decode() for kind in ("narrow", "svg"))
+    assert f'(max-width: 40rem)" srcset="data:image/svg+xml;base64,{source}"' in html
+    assert f'<img src="data:image/svg+xml;base64,{image}"' in html

@@ -189,12 +189,15 @@ def test_one_pair_of_single_seeds_is_scipys_paired_t():
     assert (d.low, d.high) == pytest.approx((expected.low, expected.high), rel=0.02, abs=0.01)
 
 
-def test_all_pairs_of_single_seeds_are_tukeys():
+@pytest.mark.parametrize("count", [6, 13])  # of pairs more than are drawn at once
+def test_all_pairs_of_single_seeds_are_tukeys(count):
     """Where rows are many and techniques do not share them, the greatest of all differences is known."""
     stats = pytest.importorskip("scipy.stats")
-    rows = np.random.default_rng(2).normal(0, 1, (6, 4000))
-    family = Family({i: scored([row]) for i, row in enumerate(rows)}, all_pairs(range(6)), draws=50_000)
-    assert family.critical == pytest.approx(stats.studentized_range.ppf(0.95, 6, np.inf) / 2**0.5, rel=0.02)
+    rows = np.random.default_rng(2).normal(0, 1, (count, 4000))
+    family = Family({i: scored([row]) for i, row in enumerate(rows)}, all_pairs(range(count)), draws=50_000)
+    assert family.critical == pytest.approx(
+        stats.studentized_range.ppf(0.95, count, np.inf) / 2**0.5, rel=0.02
+    )
 
 
 def test_chance_of_a_row_in_a_seed_counts_once():

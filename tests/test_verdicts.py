@@ -27,6 +27,20 @@ import verdicts as simulation
 SCORE = Quantity("rouge_l", "ROUGE-L")
 
 
+def test_the_sets_that_cannot_be_told_apart_are_the_graphs_largest_cliques():
+    """Also of fifty that are all tied: in no time, as each subset of them is tied too."""
+    networkx, rng = pytest.importorskip("networkx"), np.random.default_rng(0)
+    for spread, count in ((0.0, 50), (1.0, 30), (5.0, 30)):
+        rows = rng.normal(0, 1, (count, 3, 60)) + spread * rng.random((count, 1, 1))
+        sums = [[np.stack([seed, np.ones(60)], 1) for seed in seeds] for seeds in rows]
+        samples = [Sample.of_rows(seeds, lambda of: of[..., 0] / of[..., 1]) for seeds in sums]
+        found = Standing(SCORE, [Entrant(f"{i:02}", s, ("",)) for i, s in enumerate(samples)], draws=500)
+        ties = networkx.Graph([(a, b) for a, b in found.pairs if found.verdict(a, b).word == "tied"])
+        ties.add_nodes_from(found.ranked(""))
+        expected = sorted(map(sorted, networkx.find_cliques(ties)))
+        assert sorted(map(sorted, found.alike(""))) == expected and (len(expected) > 1) == (spread > 0)
+
+
 class Shelf(dict):
     """A store of test outputs in memory: (method, seed) -> outputs. Nobody has graded them."""
 

@@ -29,7 +29,7 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
-from harness.report.plots import Images
+from harness.report.plots import NARROW, Images
 from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
 from harness.report.text import markdown
@@ -80,7 +80,7 @@ class Report:
 
     def documents(self, kinds: set[str]) -> dict[str, list[Block]]:
         """`report`, which is an index if there are several comparisons, then one for each of these. Their
-        plots are drawn as these kinds, svg or png, and no figure is kept."""
+        plots are drawn as these kinds (svg, png, narrow), and no figure is kept."""
         found = {}
         for name, blocks in documents(self.comparisons, self.store, self.corrupt, self.budget):
             for block in blocks:
@@ -114,7 +114,7 @@ def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> lis
     plots = folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     kinds = {DRAWINGS[kind] for kind in formats if kind in DRAWINGS}
-    made = report.documents(kinds) if kinds else {}
+    made = report.documents(kinds | {NARROW} if "html" in formats else kinds) if kinds else {}
     for block in chain(*made.values()):
         if isinstance(block, Plot):
             plots.mkdir(exist_ok=True)
@@ -218,7 +218,7 @@ def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
     found: dict = dict.fromkeys(made)
     for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
-        found[name] = embedded(comparison, verdicts, report.store)
+        found[name] = embedded(comparison, verdicts, report.store, report.budget)
     return {name: write_html(made[name], report.now, data) for name, data in found.items()}
 
 

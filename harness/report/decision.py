@@ -180,23 +180,14 @@ class Choice:
         self.standing = leading(comparison, verdicts)
         self.ranked = self.among(self.standing)
         self.top = first_of(self.standing, self.ranked)
-        ranked = ((standing, standing.ranked(group)) for standing in verdicts.standings.values())
-        self.judged = [(standing, set(names)) for standing, names in ranked if names]
         order = self.ranked + [name for name in self.fit if name not in self.ranked]
-        self.beaten = {n: by for n in order if (by := [o for o in order if self.dominates(o, n)])}
+        pairs = dominating(verdicts, group)
+        self.beaten = {n: by for n in order if (by := [o for o in order if (o, n) in pairs])}
         self.best_of_both = [name for name in self.top if name not in self.beaten] or self.top
 
     def among(self, standing: Standing | None) -> list[str]:
         """Who remains and has verdicts in a quantity, from the best on."""
         return [name for name in standing.ranked(self.group) if name in self.fit] if standing else []
-
-    def dominates(self, by: str, name: str) -> bool:
-        """Known to be better in some score or cost, and to be worse in none. Who lacks a verdict in one of
-        them neither dominates nor is dominated: it may be the better one there."""
-        if not all(by in ranked and name in ranked for _, ranked in self.judged):
-            return False
-        standings = [standing for standing, _ in self.judged]
-        return any(s.beats(by, name) for s in standings) and not any(s.beats(name, by) for s in standings)
 
     # Who to take
 
@@ -210,6 +201,7 @@ class Choice:
         return bool(labels) and self.worse(labels) == labels
 
     def lead(self) -> str:
+        """`first`, and what it is of."""
         scope = ", ".join(filter(None, (self.group[1:], f"within {self.budget}" if self.budget else "")))
         text = f"{scope}: {self.first()}." if scope else f"{self.first()}."
         return text if not scope and text.startswith(tuple(self.fit)) else text[0].upper() + text[1:]
@@ -277,6 +269,18 @@ class Choice:
         found = []
         if self.budget and self.done:
             found.append(f"Fits: {listed(self.fit, len(self.fit)) or 'none'}, of {len(self.done)}.")
+        found += self.merits()
+        if over := [f"{name} ({'; '.join(self.over[name])})" for name in self.nearest]:
+            found.append(f"Does not fit: {listed(over, len(over))}.")
+        if lost := [f"{name} ({' and '.join(said)})" for name, said in self.unknown.items()]:
+            found.append(f"Not measured, and not known to fit: {listed(lost, len(lost))}.")
+        if broke := self.broken():
+            found.append(broke)
+        return found
+
+    def merits(self) -> list[str]:
+        """Of those that fit."""
+        found = []
         aim = self.techniques[0].aim
         if self.techniques[0].objective != "sft" and aim not in self.verdicts.standings and self.standing:
             label = METRICS[aim].label.lower()
@@ -288,13 +292,11 @@ class Choice:
         if self.beaten:
             why = "by one that is known to be better in a score or a cost, and to be worse in none"
             found.append(f"Dominated, {why}: {self.dominated()}.")
-        if over := [f"{name} ({'; '.join(self.over[name])})" for name in self.nearest]:
-            found.append(f"Does not fit: {listed(over, len(over))}.")
-        if lost := [f"{name} ({' and '.join(said)})" for name, said in self.unknown.items()]:
-            found.append(f"Not measured, and not known to fit: {listed(lost, len(lost))}.")
-        if broke := [f"{t.label} ({t.status}{self.card(t)})" for t in self.techniques if t.status]:
-            found.append(f"Without a result: {listed(broke, len(broke))}.")
         return found
+
+    def broken(self) -> str:
+        named = [f"{t.label} ({t.status}{self.card(t)})" for t in self.techniques if t.status]
+        return f"Without a result: {listed(named, len(named))}." if named else ""
 
     def best(self, standing: Standing) -> str:
         first = self.top[0]
@@ -335,7 +337,11 @@ class Choice:
     # What would change it
 
     def changes(self) -> list[str]:
-        return list(filter(None, (self.dearer(), self.more_data(), *self.gaps(), self.untuned())))
+        return list(filter(None, (self.dearer(), *self.other_changes())))
+
+    def other_changes(self) -> list[str]:
+        """Than of the budget."""
+        return list(filter(None, (self.more_data(), *self.gaps(), self.untuned())))
 
     def dearer(self) -> str:
         """The cheapest that does not fit and is known to be better, and the budget that it needs."""
@@ -345,13 +351,18 @@ class Choice:
         if not over or not self.top or not self.standing:
             return ""
         for name in over:
-            if self.standing.beats(name, self.top[0]):
-                gain = apart(self.standing, name, self.top[0], "better")
-                takes = self.takes(name)
-                return f"The budget: {name}, {gain} than {self.top[0]}, takes {takes}."
+            if gain := self.gain(name):
+                return f"{gain} {self.takes(name)}."
         if not set(over) & set(self.standing.ranked(self.group)):
             return ""
         return f"No larger budget: nothing that does not fit is known to be better than {self.top[0]}."
+
+    def gain(self, label: str) -> str:
+        """Where it is known to be better than the first of those that fit: how a larger budget is told."""
+        if not self.standing or not self.top or not self.standing.beats(label, self.top[0]):
+            return ""
+        gain = apart(self.standing, label, self.top[0], "better")
+        return f"The budget: {label}, {gain} than {self.top[0]}, takes"
 
     def takes(self, label: str) -> str:
         return self.budget.told(self.needs[label].memory, self.needs[label].seconds)
@@ -392,6 +403,16 @@ class Choice:
         if self.comparison.searches or self.comparison.random_weights or not self.done:
             return "Tuning: below, each is at its own best." if self.group.endswith(IDENTICAL) else ""
         return "Tuning: each at its own best (--track tuned) may rank otherwise."
+
+
+def dominating(verdicts: Verdicts, group: str) -> set[tuple[str, str]]:
+    """(by, whom): known to be better in some score or cost, and to be worse in none. Who lacks a verdict in
+    one of them neither dominates nor is dominated: it may be the better one there."""
+    standings = [standing for standing in verdicts.standings.values() if standing.ranked(group)]
+    ranked = [set(standing.ranked(group)) for standing in standings]
+    names = set.intersection(*ranked) if ranked else set()
+    better = {pair for standing in standings for pair in standing.won if names.issuperset(pair)}
+    return {(by, name) for by, name in better if (name, by) not in better}
 
 
 def leading(comparison: Comparison, verdicts: Verdicts) -> Standing | None:

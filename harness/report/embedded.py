@@ -3,6 +3,8 @@ curves and test rows with their answers. It decides nothing: verdicts and needs 
 """
 
 import json
+from itertools import product
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -11,26 +13,30 @@ from harness.metrics import METRICS
 from harness.plain import plain, shorten
 from harness.report import plots
 from harness.report.comparison import Comparison, Technique
-from harness.report.decision import GAUGES, Budget, Choice, extreme, first_of, gauge, leading
-from harness.report.differences import inside
+from harness.report.decision import Budget, Choice, leading, measured
 from harness.report.export import quantities
 from harness.report.prompts import asked
 from harness.report.tables import choose
 from harness.report.verdicts import Verdicts
 from harness.store import Store
 
-SAMPLES = 900_000  # bytes of test rows in a page
+SAMPLES = 550_000  # bytes of test rows in a page
 LONGEST = 4_000  # characters of a shown text
 TRIED = 50  # rows, whose size says how many there is room for
 POINTS = 200  # of a learning curve
+LEAST = 1e-9  # bytes, or seconds, into which nothing fits
+BUDGETS = 2000  # that are decided beforehand, of each group: of some forty techniques
 
 
-def embedded(comparison: Comparison, verdicts: Verdicts, store: Store) -> dict[str, Any]:
-    """Texts of strangers are made plain, as those of the page itself."""
+def embedded(
+    comparison: Comparison, verdicts: Verdicts, store: Store, budget: Budget | None = None
+) -> dict[str, Any]:
+    """Texts of strangers are made plain, as those of the page itself. `budget`: that the page begins with."""
     value = {
         "techniques": [technique(comparison, t) for t in comparison.techniques],
-        "groups": [group(Choice(comparison, verdicts, Budget(), name)) for name in comparison.groups],
-        "gauge": GAUGES[gauge(comparison)],
+        "groups": [group(comparison, verdicts, name) for name in comparison.groups],
+        "budget": typed(budget or Budget()),
+        "measured": measured(comparison, Budget(LEAST, LEAST)),
         "leading": first.quantity.name if (first := leading(comparison, verdicts)) else None,
         "curves": curves(comparison),
         "samples": None if comparison.random_weights else samples(comparison, store),
@@ -63,24 +69,45 @@ def technique(comparison: Comparison, which: Technique) -> dict[str, Any]:
     }
 
 
-def group(choice: Choice) -> dict[str, Any]:
-    """`order`: who is ranked in what leads, from the best on; `tied`: with whom each of them; `beaten`: whom
-    others dominate; `needs`: bytes and seconds of a run, null where they were not measured."""
-    standing = choice.standing
-    order = choice.ranked
-    done = [t.label for t in choice.done]
+def group(comparison: Comparison, verdicts: Verdicts, name: str) -> dict[str, Any]:
+    """`needs`: bytes and seconds of a run, null where they were not measured. `within`: what the decision
+    says, by who of `done` fits, as `0,2,3`: `gains`, how a larger budget for another one is told. Empty where
+    there would be more of these than a page has room for."""
+    choice = Choice(comparison, verdicts, Budget(), name)
+    needs = list(choice.needs.values())
+    limits = [sorted({getattr(n, of) for n in needs} - {None}) for of in ("memory", "seconds")]
+    within: dict[str, Any] = {}
+    if (len(limits[0]) + 2) * (len(limits[1]) + 2) <= BUDGETS:
+        for memory, seconds in product(*([LEAST, *known, inf] for known in limits)):
+            budget = Budget(memory, seconds)
+            fits = [str(i) for i, n in enumerate(needs) if not (n.over(budget) or n.unknown(budget))]
+            if (key := ",".join(fits)) not in within:
+                within[key] = told(Choice(comparison, verdicts, budget, name))
     return {
-        "name": choice.group,
-        "extreme": extreme(standing) if standing else "",
-        "label": inside(standing.quantity.label) if standing else "",
-        "silent": {name: choice.silent([name]) for name in done if name not in order},
-        "done": done,
-        "order": order,
-        "tied": {name: first_of(standing, [name, *(o for o in order if o != name)])[1:] for name in order},
-        "beaten": {name: by for name in done if (by := [o for o in done if choice.dominates(o, name)])},
-        "unproven": choice.unproven(done),
-        "worse": choice.worse(done),
-        "needs": {name: {"memory": n.memory, "seconds": n.seconds} for name, n in choice.needs.items()},
+        "name": name,
+        "done": list(choice.needs),
+        "broken": choice.broken(),
+        "within": within,
+        "needs": {label: {"memory": n.memory, "seconds": n.seconds} for label, n in choice.needs.items()},
+    }
+
+
+def told(choice: Choice) -> dict[str, Any]:
+    return {
+        "first": choice.first(),
+        "merits": choice.merits(),
+        "gains": {name: gain for name in choice.over if (gain := choice.gain(name))},
+        "none": choice.dearer() if choice.fit and not any(map(choice.gain, choice.over)) else "",
+        "changes": choice.other_changes(),
+    }
+
+
+def typed(budget: Budget) -> dict[str, str]:
+    """As somebody would type it into the page."""
+    size, unit = (2**30, "GiB") if budget.binary else (10**9, "GB")
+    return {
+        "memory": f"{budget.memory / size:.9g} {unit}" if budget.memory < inf else "",
+        "seconds": f"{budget.seconds / 3600:.9g} h" if budget.seconds < inf else "",
     }
 
 

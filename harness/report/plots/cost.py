@@ -16,6 +16,7 @@ from harness.report.plots.style import (
     FAINT,
     INK,
     SOFT,
+    WIDTHS,
     drawn,
     lay_out,
     logarithmic,
@@ -31,22 +32,23 @@ WIDE = 3  # times the least: costs further apart are on a logarithmic axis, or a
 
 
 @drawn
-def scores_by_cost(comparison: Comparison, verdicts: Verdicts) -> Figure | None:
-    """Each compared metric (rows) against memory and training time (columns)."""
+def scores_by_cost(comparison: Comparison, verdicts: Verdicts, wide: bool = True) -> Figure | None:
+    """Each compared metric against memory and training time: `wide`, beside each other."""
     metrics, techniques = comparison.metrics, with_scores(comparison)
     if not techniques:
         return None
     tall = 3.2 + 0.05 * min(len(techniques), 2 * NAMED)
-    figure = Figure(figsize=(9.4, tall * len(metrics)), layout="constrained")
-    axes = figure.subplots(len(metrics), 2, sharex="col", sharey="row", squeeze=False)
-    for (i, metric), (j, quantity) in product(enumerate(metrics), enumerate((MEMORY, TIME))):
-        ax: Any = axes[i, j]
+    lines, columns = (len(metrics), 2) if wide else (2 * len(metrics), 1)
+    figure = Figure(figsize=(WIDTHS[wide], tall * lines), layout="constrained")
+    shared: dict[str, Any] = {"sharex": "col", "sharey": "row"} if wide else {}
+    axes: list = list(figure.subplots(lines, columns, squeeze=False, **shared).flat)
+    for ax, (metric, quantity) in zip(axes, product(metrics, (MEMORY, TIME)), strict=True):
         unit = panel(ax, comparison, verdicts, metric, quantity)
-        if j == 0:
+        if quantity is MEMORY or not wide:
             ax.set_ylabel(f"{metric.label}{' (lower is better)' * (metric.better == 'lower')}")
-        if i == len(metrics) - 1:
+        if metric is metrics[-1] or not wide:
             ax.set_xlabel(unit)
-    name_missing(figure, comparison)
+    name_missing(figure, comparison, 120 if wide else 50)
     finish(figure)
     return figure
 
@@ -192,8 +194,8 @@ def name_best(ax, better: str) -> None:
                    for item in ax.to_label for x, y, name, bars in [item]]  # fmt: skip
 
 
-def name_missing(figure: Figure, comparison: Comparison) -> None:
-    """Below the panels: who is not in them, or with fewer seeds, and why."""
+def name_missing(figure: Figure, comparison: Comparison, most: int = 120) -> None:
+    """Below the panels, `most` characters a line: who is not in them, or with fewer seeds, and why."""
     look = looks(comparison)
     said = [(t, f"{name_of(t)}: {short(t.status)}") for t in comparison.trained if t.status]
     keys = [Line2D([], [], linestyle="", markerfacecolor="none", label=text,
@@ -202,7 +204,7 @@ def name_missing(figure: Figure, comparison: Comparison) -> None:
     if keys:
         longest = max(len(text) for _, text in said)
         figure.legend(handles=keys, loc="outside lower left", frameon=False, fontsize=8, alignment="left",
-                      ncols=max(1, 120 // (longest + 6)), title="Runs without a result", title_fontsize=8,
+                      ncols=max(1, most // (longest + 6)), title="Runs without a result", title_fontsize=8,
                       handletextpad=0.2)  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from harness.record import PHASES, TRAINING, RunRecord
 from harness.report.comparison import GIB, Comparison, Technique
-from harness.report.plots.style import FAINT, INK, SOFT, drawn, lay_out, looks, name_of, short, sized
+from harness.report.plots.style import FAINT, INK, SOFT, WIDTHS, drawn, lay_out, looks, name_of, short, sized
 from harness.report.text import spread
 
 PARTS = {  # of what is held at the highest moment of a training -> how it is filled; hatches are for print
@@ -47,7 +47,7 @@ def parts(record: RunRecord) -> dict[str, int]:
 
 
 @drawn
-def memory_by_part(comparison: Comparison) -> Figure | None:
+def memory_by_part(comparison: Comparison, wide: bool = True) -> Figure | None:
     """Stacked bars of the parts, and a marker a phase. The least first; below, who has no result, and why."""
     of_parts = {t.label: mean_parts([parts(r) for r in t.done]) for t in comparison.trained}
     gauge = next((g for g in ("peak_allocated", "peak_host") if len(phases_known(comparison, g)) > 1), "")
@@ -58,15 +58,17 @@ def memory_by_part(comparison: Comparison) -> Figure | None:
     rows = [*done, *(t for t in comparison.trained if not t.done)]
     panels: list[Callable] = [lambda ax: draw_parts(ax, rows, of_parts)] * any(of_parts.values())
     panels += [lambda ax: draw_phases(ax, rows, gauge)] * bool(gauge)
-    figure = Figure(figsize=(9.4, 1.5 + 0.2 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    lines, columns = (1, len(panels)) if wide else (len(panels), 1)
+    figure = Figure(figsize=(WIDTHS[wide], (1.5 + 0.2 * len(rows)) * lines), layout="constrained")
+    axes: list = list(figure.subplots(lines, columns, sharey=wide, squeeze=False).flat)
     for ax, draw in zip(axes, panels, strict=True):
         draw(ax)
         ax.locator_params(axis="x", nbins=6)
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
         ax.set_xlim(left=0)
-    name_rows(axes[0], rows, comparison)
+    for ax in axes[:1] if wide else axes:
+        name_rows(ax, rows, comparison)
     lay_out(figure)
     return figure
 

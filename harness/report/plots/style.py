@@ -2,8 +2,10 @@
 
 import io
 import logging
-from collections.abc import Iterable
-from functools import wraps
+import re
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import matplotlib
@@ -22,6 +24,9 @@ PLACES = len(COLOURS) * len(MARKERS)
 SALT = 236155  # with it no two of the methods that come with Tuneoff look the same: tests/test_plots.py
 INK, SOFT, FAINT = "#333333", "#666666", "#8a8a8a"
 NAME = 32  # characters of a label
+WIDTHS = {True: 9.4, False: 4.4}  # inches: beside a page's text, and on a phone
+NARROW = "narrow"  # of a phone
+PLACES_IN_SVG = re.compile(rb' (?:d|x|y)="[^"]*"')
 STYLE = {
     "font.size": 9,
     "text.parse_math": False,  # a $ in a name is a $
@@ -49,34 +54,55 @@ STYLE = {
 
 class Images(dict):
     """A figure as {"svg": ..., "png": ...}, those that were asked for: without time, program name or random
-    ids in it."""
+    ids in it. `narrow`, as SVG: the same with its panels below each other, as a phone has room for."""
 
-    def __init__(self, figure: Figure):
+    def __init__(self, figure: Figure, narrow: Callable[[], Figure | None] | None = None):
         figure.set_layout_engine("none")  # it is laid out: not again for each kind
-        self.figure = figure
+        self.figure, self.narrow = figure, narrow
 
     def draw(self, kinds: Iterable[str]) -> None:
         """Once, as the figure, which takes megabytes, is let go."""
         for kind in kinds:
-            file = io.BytesIO()
-            options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}, "transparent": True}
-            if kind == "png":
-                options = {"metadata": {"Software": None}, "dpi": 160, "pil_kwargs": {"compress_level": 3}}
-            with matplotlib.rc_context(STYLE):
-                self.figure.savefig(file, format=kind, **options)
-            self[kind] = file.getvalue()
-        del self.figure
+            if kind != NARROW:
+                self[kind] = saved(self.figure, kind)
+            elif self.narrow and (figure := self.narrow()):
+                self[kind] = saved(figure, "svg")
+        del self.figure, self.narrow
+
+
+def saved(figure: Figure, kind: str) -> bytes:
+    file = io.BytesIO()
+    options: dict[str, Any] = {"metadata": {"Date": None, "Creator": None}, "transparent": True}
+    if kind == "png":
+        options = {"metadata": {"Software": None}, "dpi": 160, "pil_kwargs": {"compress_level": 3}}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format=kind, **options)
+    return file.getvalue() if kind == "png" else slim(file.getvalue())
+
+
+def slim(svg: bytes) -> bytes:
+    """Without indentation, and places to a hundredth of a point, which nobody sees."""
+
+    def rounded(places: re.Match[bytes]) -> bytes:
+        return re.sub(rb"(\.\d\d)\d+", rb"\1", places[0])
+
+    return PLACES_IN_SVG.sub(rounded, re.sub(rb"\n +<", b"\n<", svg))
 
 
 def drawn(draw):
-    """Runs a drawing function in the report's style; its figure as images, or None for none."""
+    """Runs a drawing function in the report's style; its figure as images, or None for none. One that takes
+    `wide` draws a narrow figure too."""
+    two = "wide" in signature(draw).parameters
+
+    def styled(*args, **options) -> Figure | None:
+        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **options)
 
     @wraps(draw)
     def wrapped(*args) -> Images | None:
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        with matplotlib.rc_context(STYLE):
-            figure = draw(*args)
-            return Images(figure) if figure else None
+        figure = styled(*args)
+        return Images(figure, partial(styled, *args, wide=False) if two else None) if figure else None
 
     return wrapped
 

@@ -1,12 +1,10 @@
-// The decision within a budget, from the verdicts that the report has: who fits, is best, tied or dominated.
+// The decision within a budget. Who fits is a comparison of numbers; what is then to be said of these was
+// written when the report was, for all who can fit together.
 
 const SIZES = { MB: 1e6, GB: 1e9, TB: 1e12, MiB: 2 ** 20, GiB: 2 ** 30, TiB: 2 ** 40 };
 const TIMES = { s: 1, m: 60, min: 60, h: 3600 };
 const listed = (names) =>
   names.length > 1 ? `${names.slice(0, -1).join(", ")} and ${names.at(-1)}` : names.join("");
-const either = (names) =>
-  names.length > 1 ? `${names.slice(0, -1).join(", ")} or ${names.at(-1)}` : names.join("");
-const count = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 
 // Infinity for nothing, null for what is no amount.
 function limit(text, units, usual) {
@@ -46,60 +44,57 @@ function times({ memory, seconds }) {
   return Math.max(memory / limits.memory, seconds / limits.seconds);
 }
 
-// Who to take of those that fit, in the words that the report uses.
-function lead(group, fit) {
-  const ranked = group.order.filter((name) => fit.includes(name));
-  const top = ranked.filter((name) => name === ranked[0] || group.tied[ranked[0]].includes(name));
-  const free = top.filter((name) => !(group.beaten[name] ?? []).some((by) => fit.includes(by)));
-  const best = free.length ? free : top;
-  const is = (n) => (n === 1 ? "is" : "are");
-  const caveat = (names) => {
-    const worse = names.filter((name) => group.worse.includes(name));
-    const found = worse.length ? worse : names.filter((name) => group.unproven.includes(name));
-    const who = found.length === names.length ? "" : `${listed(found)} ${is(found.length)} `;
-    const what = worse.length ? "worse" : "not known to be better";
-    const text = `, but ${who}${what} than the untouched model in ${group.label}`;
-    return found.length ? text + (worse.length === names.length ? ": keep that" : "") : "";
-  };
-  if (!group.done.length) return "no technique has a result, and there is nothing to choose";
-  if (!fit.length) return `none of ${count(group.done.length, "technique")} is known to fit`;
-  if (fit.length === 1) {
-    const what = group.done.length > 1 ? "alone fits" : "alone has a result, so there is no choice";
-    return `${fit[0]} ${what}${caveat(fit)}`;
-  }
-  if (ranked.length < 2) {
-    const why = new Set(fit.map((name) => group.silent[name]).filter(Boolean));
-    return `no choice by scores (${listed([...why])})`;
-  }
-  const most = `the ${group.extreme} ${group.label}`;
-  if (top.length === 1) return `${top[0]}, with ${most}${caveat(top)}`;
-  const others = top.length - best.length;
-  const rest = others ? `; ${count(others, "other")} so tied ${is(others)} dominated` : "";
-  return `${either(best)}, tied for ${most}${rest}${caveat(best)}`;
-}
-
+// In the words of the report's own decision, which knows the limits that are asked for.
 function decided(group) {
   const fit = group.done.filter(fits);
+  const said = group.within[group.done.flatMap((name, i) => (fits(name) ? [i] : [])).join()];
   const large = group.done.filter((name) => over(group.needs[name]).length);
   large.sort((a, b) => times(group.needs[a]) - times(group.needs[b]));
   const unknown = group.done.filter((name) => !fit.includes(name) && !large.includes(name));
-  const told = [];
-  if (limits.memory < Infinity) told.push(inBytes(limits.memory));
-  if (limits.seconds < Infinity) told.push(inTime(limits.seconds));
-  const text = [group.name.slice(1), `within ${told.join(" and ")}: ${lead(group, fit)}.`]
-    .filter(Boolean)
-    .join(", ");
-  const items = [`Fits: ${listed(fit) || "none"}, of ${group.done.length}.`];
+  const told = (memory, seconds) =>
+    [
+      ...(limits.memory < Infinity && memory !== null ? [inBytes(memory)] : []),
+      ...(limits.seconds < Infinity && seconds !== null ? [inTime(seconds)] : []),
+    ].join(" and ");
+  const asked = told(limits.memory, limits.seconds);
+  const scope = [group.name.slice(1), asked && `within ${asked}`].filter(Boolean).join(", ");
+  const text = scope ? `${scope}: ${said.first}.` : `${said.first}.`;
+  const named = !scope && fit.some((name) => text.startsWith(name));
   const tooMuch = large.map((name) => `${name} (${over(group.needs[name]).join("; ")})`);
-  if (large.length) items.push(`Does not fit: ${listed(tooMuch)}.`);
-  if (unknown.length) items.push(`Not measured, and not known to fit: ${listed(unknown)}.`);
-  const list = made("ul", {}, ...items.map((textContent) => made("li", { textContent })));
-  return [made("p", { className: "lead", textContent: text[0].toUpperCase() + text.slice(1) }), list];
+  const notKnown = unknown.map((name) => {
+    const { memory, seconds } = group.needs[name];
+    const what = [
+      ...(memory === null && limits.memory < Infinity ? ["its memory"] : []),
+      ...(seconds === null && limits.seconds < Infinity ? ["its time"] : []),
+    ];
+    return `${name} (${what.join(" and ")})`;
+  });
+  const reasons = [
+    asked && group.done.length ? `Fits: ${listed(fit) || "none"}, of ${group.done.length}.` : "",
+    ...said.merits,
+    large.length ? `Does not fit: ${listed(tooMuch)}.` : "",
+    unknown.length ? `Not measured, and not known to fit: ${listed(notKnown)}.` : "",
+    group.broken,
+  ];
+  const takes = (name) => told(group.needs[name].memory, group.needs[name].seconds);
+  const next = large.find((name) => name in said.gains);
+  const least = !fit.length && large.length ? `The budget: ${large[0]} needs least, ${takes(large[0])}.` : "";
+  const changes = [next ? `${said.gains[next]} ${takes(next)}.` : least || said.none, ...said.changes];
+  const list = (items) =>
+    made("ul", {}, ...items.filter(Boolean).map((textContent) => made("li", { textContent })));
+  const found = [
+    made("p", { className: "lead", textContent: named ? text : text[0].toUpperCase() + text.slice(1) }),
+    list(reasons),
+  ];
+  if (changes.some(Boolean))
+    found.push(made("p", { textContent: "What would change this:" }), list(changes));
+  return found;
 }
 
 function budget() {
   const section = find("decision");
-  if (!section || !needs.size) return;
+  const all = data.groups.every((group) => Object.keys(group.within).length);
+  if (!section || !needs.size || !all) return;
   const usual = [...section.querySelectorAll(":scope > :not(h2, .notice)")];
   const within = made("div", { className: "within" });
   within.setAttribute("role", "status");
@@ -107,7 +102,7 @@ function budget() {
   const hours = made("input", { placeholder: "4h or 30min", size: 10, autocomplete: "off" });
   const wrong = made("output", { className: "says" });
   const clear = made("button", { type: "button", textContent: "Clear", hidden: true });
-  const measured = `Memory: ${data.gauge}, in its highest phase. Time: of a whole run. Of several seeds the worst counts.`;
+  const begins = data.budget.memory || data.budget.seconds;
 
   function read() {
     const bytes = limit(memory.value, SIZES, "GB");
@@ -127,12 +122,9 @@ function budget() {
 
   drawers.push(() => {
     const asks = Math.min(limits.memory, limits.seconds) < Infinity;
-    for (const node of usual) node.hidden = asks;
-    const told = () => [
-      ...data.groups.flatMap(decided),
-      made("p", { className: "says", textContent: measured }),
-    ];
-    within.replaceChildren(...(asks ? told() : []));
+    for (const node of usual) node.hidden = asks || begins; // which speaks of what it began with
+    const measured = asks ? [made("p", { className: "says", textContent: data.measured })] : [];
+    within.replaceChildren(...(asks || begins ? [...data.groups.flatMap(decided), ...measured] : []));
   });
   [memory, hours].forEach((input) => input.addEventListener("input", read));
   clear.addEventListener("click", () => {
@@ -142,6 +134,11 @@ function budget() {
   });
   const fields = [field("Memory of the card", memory), field("Time for a run", hours)];
   usual[0].before(made("div", { className: "bar" }, ...fields, clear, wrong), within);
+  if (begins) {
+    memory.value = data.budget.memory;
+    hours.value = data.budget.seconds;
+    read();
+  }
 }
 
 budget();
