@@ -20,7 +20,7 @@ from test_bench import begin, child, nursery, stub, until  # noqa: F401
 from harness import machine
 from harness import nursery as nurseries
 from harness.bench import places
-from harness.bench.attempt import Slot, run
+from harness.bench.attempt import Slot, Terms, run
 from harness.bench.loop import Crew
 from harness.cli.progress import Lines
 from harness.cli.remaining import Remaining
@@ -262,7 +262,7 @@ def test_a_slot_has_cores_and_memory_of_its_own(case, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "physical_cores", lambda: cores)
     monkeypatch.setattr(machine, "free_bytes", lambda: free * GIB)
     monkeypatch.setattr(machine, "quota", lambda: float("inf"))
-    plan = [SimpleNamespace(locations={"model": str(tmp_path)})]
+    plan = Plan([replace(specs(1)[0], locations={"model": str(tmp_path)})], [0])
     found = places.slots(SimpleNamespace(threads=threads, card=card, child=None), plan)
     assert [slot.cores for slot in found] == expected
     assert {slot.of for slot in found} == {len(expected)}
@@ -274,7 +274,7 @@ def test_a_run_keeps_to_the_cores_of_its_slot_and_its_record_says_how_many_went_
     spec = replace(specs(1)[0], method="plugin", locations={"plugins": [str(tmp_path / "plugin.py")]})
     store = Store(tmp_path / "results")
     slot = Slot(begin, (core,), 2)
-    record = run(spec, store, "", SimpleNamespace(event=lambda *_: None), None, slot)
+    record = run(spec, Terms(store, "", SimpleNamespace(event=lambda *_: None)), slot)
     assert record.error.endswith(f"[{core}]")
     assert len(record.started) == len("2026-01-31T12:00:00.000000+00:00"), (
         "runs side by side keep their order"
