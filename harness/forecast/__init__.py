@@ -1,0 +1,7 @@
+"""What a run will take of a card and how long it will last, before a weight is loaded: `foreseen(specs)`, then
+`Forecast.on(card)`."""
+
+from harness.forecast.cards import CARDS, Card, card_at_hand, card_named, card_of
+from harness.forecast.forecast import Forecast, foreseen
+
+__all__ = ["CARDS", "Card", "Forecast", "card_at_hand", "card_named", "card_of", "foreseen"]

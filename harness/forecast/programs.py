@@ -20,7 +20,6 @@ from harness.training.kernels import GRADED
 
 # What a compiler does not fuse: products, attention, and what other libraries bring.
 EXTERN = ("mm", "addmm", "bmm", "baddbmm", "convolution", "attention", "_fused", "cumsum", "sort", "topk", "index_put")
-TEMPORARY = 1  # bytes are counted in tensors of one
 
 
 class Traced(Exception):
@@ -28,8 +27,9 @@ class Traced(Exception):
 
 
 class Programs:
-    def __init__(self, work: dict[str, Work] | None = None):
+    def __init__(self) -> None:
         self.known: dict[tuple, Program] = {}
+        self.ledger: Any = None  # of the run that they are computed in
 
     def of(self, layer, checkpointed: bool):
         """A forward in the place of the layer's own."""
@@ -48,7 +48,7 @@ class Programs:
             if key not in self.known:
                 self.known[key] = Program(own, leaves, tree, spots)
             program = self.known[key]
-            outputs = Replay.apply(program, checkpointed, *given, *lifted)
+            outputs = Replay.apply(program, self.ledger, checkpointed, *given, *lifted)
             return tree_unflatten(list(outputs), program.made)
 
         return forward
@@ -85,17 +85,20 @@ def places(layer):
 
 
 @contextmanager
-def swapped(spots: list, tensors: list):
+def swapped(spots: list):
+    """-> what puts other tensors there, for as long as this lasts: a backward reads them, too."""
     before = [box[key] for box, key in spots]
-    for (box, key), tensor, own in zip(spots, tensors, before, strict=True):
-        box[key] = tensor
-        if hasattr(own, "quant_state"):  # of 4 bits
-            tensor.quant_state = own.quant_state
-    try:
-        yield
-    finally:
-        for (box, key), tensor in zip(spots, before, strict=True):
+
+    def put(tensors) -> None:
+        for (box, key), tensor, own in zip(spots, tensors, before, strict=True):
             box[key] = tensor
+            if hasattr(own, "quant_state") and tensor is not own:  # of 4 bits
+                tensor.quant_state = own.quant_state
+
+    try:
+        yield put
+    finally:
+        put(before)
 
 
 @cache
@@ -117,8 +120,8 @@ class Program:
             for i, tensor in zip(where, tensors, strict=False):
                 filled[i] = tensor
             args, kwargs = tree_unflatten(filled, tree)
-            with swapped(spots, list(tensors[len(where) :])):
-                found, self.made = tree_flatten(forward(*args, **kwargs))
+            put(tensors[len(where) :])
+            found, self.made = tree_flatten(forward(*args, **kwargs))
             return found
 
         graphs: list[Any] = []
@@ -131,7 +134,7 @@ class Program:
             raise Traced
 
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with _disable_current_modes(), torch._functorch.config.patch(GRADED):
+        with swapped(spots) as put, _disable_current_modes(), torch._functorch.config.patch(GRADED):
             apart = [fake.from_tensor(plain(x)).requires_grad_(x.requires_grad) for x in given]
             try:
                 aot_function(
@@ -185,8 +188,9 @@ class Steps:
             ended = [name for name, at in last.items() if at == place and name not in kept]
             self.made.append((node.name, [nbytes(t) for t in tensors_of(node.meta["val"])], ended))
 
-    def run(self, held: dict) -> dict:
+    def run(self, held: dict, ledger) -> dict:
         """`held`: by name, what lies there; it is emptied as it is needed no more."""
+        ledger.work[ledger.doing or ledger.phase] += self.work
         for name, sizes, ended in self.made:
             held[name] = [torch.empty(size, dtype=torch.uint8, device=CARD) for size in sizes]
             for gone in ended:
@@ -196,9 +200,9 @@ class Steps:
 
 class Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, program, checkpointed, *given):
+    def forward(ctx, program, ledger, checkpointed, *given):
         steps = program.forward
-        held = steps.run(dict(zip(steps.inputs, given, strict=False)))
+        held = steps.run(dict(zip(steps.inputs, given, strict=False)), ledger)
         count = program.made.num_leaves
         outputs = tuple(torch.empty_strided(s.size(), s.stride(), dtype=s.dtype, device=CARD)
                         for s in steps.shapes[:count])  # fmt: skip
@@ -206,6 +210,7 @@ class Replay(torch.autograd.Function):
         own = dict(zip(steps.inputs, given, strict=False))
         ctx.saved = {name: own.get(at, held.get(at)) for name in names if (at := steps.lies.get(name, name))}
         ctx.given, ctx.program, ctx.again = (given if checkpointed else ()), program, checkpointed
+        ctx.ledger = ledger
         if checkpointed:
             ctx.saved = {}
         ctx.set_materialize_grads(False)
@@ -217,14 +222,14 @@ class Replay(torch.autograd.Function):
         ctx.saved = {}
         if ctx.again:
             steps = program.forward
-            before = steps.run(dict(zip(steps.inputs, ctx.given, strict=False)))
+            before = steps.run(dict(zip(steps.inputs, ctx.given, strict=False)), ctx.ledger)
             held = {name: before.get(steps.lies.get(name, name)) for name in program.backward.inputs}
             del before
         tangents = program.backward.inputs[-len(grads) :]
         held |= dict(zip(tangents, grads, strict=True))
         del grads
         steps = program.backward
-        found = steps.run(held)
+        found = steps.run(held, ctx.ledger)
         made = []
         for name, shape, needs in zip(steps.results, steps.shapes, program.needs, strict=False):
             if not needs or shape is None:
@@ -232,7 +237,7 @@ class Replay(torch.autograd.Function):
                 continue
             found.pop(name, None)
             made.append(torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype, device=CARD))
-        return None, None, *made
+        return None, None, None, *made
 
 
 def plain(tensor) -> torch.Tensor:

@@ -1,16 +1,20 @@
 """One run on a card that is not there: its load, its attach, two steps, its evaluation, by their own code."""
 
+import copy
+import gc
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 from harness.data import Example, Shapes, batches_of
+from harness.data.batches import learned_tokens
 from harness.forecast.ledger import Ledger, Moment
 from harness.forecast.programs import Programs
 from harness.forecast.work import Work
@@ -18,7 +22,7 @@ from harness.forecast.world import CARD, Autocast, world
 from harness.method import Method, Unsupported
 from harness.record import EAGER, Phase, RunRecord
 from harness.spec import RunSpec
-from harness.training import evaluation, head, loop, weights
+from harness.training import evaluation, head, kernels, loop, weights
 from harness.training.adapters import Adapters, alike
 from harness.training.engine import Engine
 from harness.training.kernels import Kernels, decoder_layers, plain_gradients, plainly, tokens
@@ -37,7 +41,6 @@ class Traced:
     work: dict[str, Work]
     rung: str = EAGER
     reason: str | None = None
-    tokens: int = 0  # of the micro-batch whose work it is
     saved_bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -45,9 +48,10 @@ class Traced:
 class Forecasted(Run):
     """A run whose model answers nothing: what it would be asked is made up, as long as it may be."""
 
+    sampled = tokens = 0
+
     def sample(self, model, examples, new_tokens, copies=1, temperature=0.0):
-        self.sampled = getattr(self, "sampled", 0) + len(examples) * copies * new_tokens
-        self.record.tokens.sampled = self.sampled
+        self.sampled += len(examples) * copies * new_tokens
         return [
             [list(e.response_ids[:1]) * min(new_tokens, max(1, self.hp.max_length - len(e.prompt_ids)))] * copies
             for e in examples
@@ -90,6 +94,7 @@ class Foreseen(Kernels):
             with self.run.meter.phase("compile"):
                 smallest = min(batches, key=tokens)
                 self.outcome(lambda: plain_gradients(self.model, self.run, plainly(dict(smallest)), 1.0))
+                self.run.ledger.allocator.empty_cache()
                 self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
                 self.adapters = Adapters(alike(self.model))
                 for group in self.adapters.groups:
@@ -123,29 +128,44 @@ class Foreseen(Kernels):
         self.zero_gradients()
 
 
-def trace(spec: RunSpec, method: Method, config, rows: dict[str, list[Example]], bf16: bool,
-          evaluates: bool = True) -> Traced:  # fmt: skip
-    """Raises whatever the method's own hooks do."""
-    ledger = Ledger()
+def trace(
+    spec: RunSpec, method: Method, config, rows: dict[str, list[Example]], bf16: bool, depth: int,
+    programs: Programs | None = None,
+) -> Traced:  # fmt: skip
+    """Of a model with the first so many of its layers, whose compiled programs another depth may have made.
+    Raises whatever the method's own hooks do."""
+    ledger, layers = Ledger(), config.get_text_config().num_hidden_layers
     with world(), seen(ledger), ledger:
-        run = opened(spec, method, config, rows, bf16, ledger)
+        run = opened(spec, method, shallow(config, depth), rows, bf16, ledger)
+        run.programs = programs or Programs()
+        run.programs.ledger = ledger
         with ledger.entered("load"):
             model = method.load(run.loader)
             ledger.base = set(map(id, model.parameters()))
-        if not spec.trains:
-            model.requires_grad_(False)
-            sized = sizes(model)
-            kept = None
+            parts(model, ledger)
+        if spec.trains:
+            model, facts = trained(model, run, layers / depth)
         else:
-            model, sized, kept = trained(model, run)
-        if evaluates and not (spec.trial and method.objective == "sft"):
-            evaluated(model, run)
+            facts = sizes(model.requires_grad_(False))
+        if not (spec.trial and spec.trains and method.objective == "sft"):
+            facts |= evaluated(model, run)
         moments = ledger.moments()
     steps = run.record.kernels
-    made = Traced(moments, dict(ledger.work), steps.rung or EAGER, steps.reason, getattr(run, "tokens", 0))
-    made.saved_bytes = kept if kept is not None else 0
-    made.facts = {**sized, "sampled": getattr(run, "sampled", 0), "accumulated": getattr(run, "accumulated", 0)}
-    return made
+    saved = facts.pop("saved_bytes", 0)
+    return Traced(moments, dict(ledger.work), steps.rung or EAGER, steps.reason, saved, facts)
+
+
+def shallow(config, depth: int):
+    """With fewer layers."""
+    config = copy.deepcopy(config)
+    text, layers = config.get_text_config(), config.get_text_config().num_hidden_layers
+    if depth == layers:
+        return config
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers:  # as the kind of each layer
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+    return config
 
 
 def opened(spec, method, config, rows, bf16, ledger) -> Forecasted:
@@ -172,7 +192,7 @@ def opened(spec, method, config, rows, bf16, ledger) -> Forecasted:
         method, hp, spec.seed, rows, dataset=spec.dataset, template=template, stops=[pad],
         accelerator=accelerator, meter=meter, record=RunRecord(spec, "ok"), load_base=load,
     )  # fmt: skip
-    run.ledger, run.programs = ledger, Programs()
+    run.ledger = ledger
     return run
 
 
@@ -182,41 +202,76 @@ def backward(loss, ledger) -> None:
     ledger.mark("forward")
 
 
-def trained(model, run):
+def trained(model, run, deeper: float):
+    """-> the model as it is kept, and what is known of it. `deeper`: how many times as many layers the whole
+    model has, which decides whether compiling pays."""
     method, ledger = run.method, run.ledger
     with ledger.entered("attach"):
         model = method.attach(model, run)
         types = weights.loaded_types(model)
-        weights.master_weights(model, run.accelerator.mixed_precision)
+        weights.master_weights(model, "bf16" if run.accelerator.mixed_precision == "bf16" else "fp32")
         weights.one_arithmetic(model, types)
-    parts(model, ledger)
-    sized = sizes(model)
     if not types:
         raise Unsupported("it attached nothing to train")
-    with ledger.entered("train"):
+    parts(model, ledger)
+    facts = sizes(model)
+    inner = {id(p) for layer in decoder_layers(head.causal_lm(model)) for p in layer.parameters()}
+    counts = [(kernels.numel(p), id(p) in inner) for p in model.parameters()]
+    shallow, whole = sum(n for n, _ in counts), sum(n * (deeper if of else 1) for n, of in counts)
+    with ledger.entered("train"), patch.object(kernels, "WORTH", kernels.WORTH * shallow / whole):
         made = loop.Loop(model, run)
+        facts |= planned(run)
         widest = max(run.batches, key=lambda examples: width(examples, run))
-        for _ in range(2):
-            ledger.work.pop("step", None), ledger.work.pop("micro-batch", None)
-            ledger.doing = "step"
+        for _ in range(2):  # the first makes the moments, the second begins with them
+            for done in ("step", "micro-batch", "token"):
+                ledger.work.pop(done, None)
+            run.sampled, ledger.doing = 0, "step"
             made.step(widest)
             for state in made.optimizer.state.values():
                 ledger.is_part("optimizer", state)
         ledger.doing = ""
-        sized["optimizer_bytes"] = optimizer_bytes(made.optimizer)
+        facts |= {"optimizer_bytes": optimizer_bytes(made.optimizer), "traced_tokens": run.tokens}
+        facts["sampled"] = run.sampled * run.steps
+        if run.splits["validation"] and run.hp.validations:
+            first = next(iter(batches_of(run.splits["validation"], run.hp.eval_batch_size)))
+            with run.meter.phase("validate"):
+                ledger.doing = "validate"
+                evaluation.likelihoods(model, first, run)
+                ledger.doing = ""
     made.kernels.close()
     del made
     model.zero_grad()
     weights.put_back(types)
-    saved = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return method.keep(model, run), sized, saved
+    facts["saved_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    try:
+        return method.keep(model, run), facts
+    except Exception:  # what it is kept as goes through files, which tensors without values have not
+        return model, facts
+
+
+def planned(run) -> dict[str, int]:
+    """How many micro-batches the training has, and tokens in them, padding included."""
+    key = (*same(run), bool(run.shapes and run.shapes.packed), "planned")
+    if key not in KNOWN:
+        count = held = 0
+        for step in run.batches:
+            for part in run.micro_batches(step):
+                longest = max(e.length for e in part)
+                if run.shapes:
+                    shape = run.shapes.of(part, sum(learned_tokens(e, True) for e in part))
+                    held += shape.tokens * (1 if shape.rows else len(part))
+                else:
+                    held += longest * len(part)
+                count += 1
+        KNOWN[key] = {"steps": run.steps, "micro_batches": count, "micro_tokens": held}
+    return KNOWN[key]
 
 
 def parts(model, ledger) -> None:
     """What is trained and was not there before is an adapter."""
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.is_part("weights" if id(tensor) in ledger.base else "adapters", tensor)
-        if tensor.requires_grad:
+        if tensor.requires_grad and ledger.phase != "load":
             tensor.register_hook(lambda gradient: ledger.is_part("gradients", gradient))
         if getattr(tensor, "quant_state", None):
             ledger.is_part("weights", list(tensor.quant_state.as_dict(packed=True).values()))
@@ -230,44 +285,49 @@ def width(examples: list[Example], run) -> tuple[int, int]:
     return max(len(part) * max(e.length for e in part) for part in parts), len(parts)
 
 
-def evaluated(model, run) -> None:
-    """The first batch of the likelihoods, and the first prompts and two steps of the decoder."""
-    scored = run.scored or run.splits["validation"]
+def evaluated(model, run) -> dict:
+    """The first batch of the likelihoods, and the first prompts and a step of the decoder. -> how often."""
+    scored, ledger, hp = run.scored or run.splits["validation"], run.ledger, run.hp
     if not scored:
-        return
-    first, ledger, hp = next(iter(batches_of(scored, run.hp.eval_batch_size))), run.ledger, run.hp
+        return {}
+    first = next(iter(batches_of(scored, hp.eval_batch_size)))
     model.eval()
+    gc.collect()  # as a meter does between phases
     with run.meter.phase("evaluate"):
         ledger.doing = "evaluate"
         evaluation.likelihoods(model, first, run)
-    if not any(e.prompt_ids for e in scored):
-        return
-    by_length = sorted((len(e.prompt_ids) for e in scored), reverse=True)
-    count, longest = min(hp.eval_batch_size, len(by_length)), by_length[0]
-    prompts = [[0] * length for length in by_length[:count]]
+        ledger.doing = ""
+    read = sum(e.length for e in scored) + (hp.validations + 1) * sum(e.length for e in run.splits["validation"])
+    facts = {"evaluated": read / sum(e.length for e in first), "reads": 0, "tokens_written": 0}
+    lengths = sorted((len(e.prompt_ids) for e in scored if e.prompt_ids), reverse=True)
+    if not lengths:
+        return facts
+    count, longest = min(hp.eval_batch_size, len(lengths)), lengths[0]
+    most = min(count, max(1, READ // longest))
     with run.meter.phase("generate"), torch.inference_mode(), run.accelerator.autocast():
-        ledger.doing = "read"
         try:
             engine = Engine(model, count, longest, hp.max_new_tokens, [0])
-            most = max(1, READ // longest)
-            engine.read(prompts, list(range(count))[:most], list(range(count))[:most])
+            ledger.doing = "read"
+            engine.read([[0] * length for length in lengths[:most]], [*range(most)], [*range(most)])
             ledger.doing = "token"
             engine.step()
         except Exception as error:  # what the engine cannot decode is generated otherwise
-            run.record.warnings.append(f"{type(error).__name__}: {error}")
-    ledger.doing = ""
+            facts["undecoded"] = f"{type(error).__name__}: {error}"[:200]
+        ledger.doing = ""
+    facts["reads"] = -(-len(lengths) // most)
+    facts["tokens_written"] = -(-len(lengths) // count) * hp.max_new_tokens
+    return facts
 
 
 def drawn(config, dtype, quantization_config=None, **_):
     """The base model, as it would be loaded."""
     from transformers.initialization import no_init_weights
 
-    with torch.device(CARD), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.tie_weights()
-        if quantization_config is not None:
-            model = quantised(model, quantization_config, dtype)
-    return model
+    with _disable_current_modes(), no_init_weights():  # it is tied before it is loaded
+        with torch.device(CARD):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model.tie_weights()
+        return model if quantization_config is None else quantised(model, quantization_config, dtype)
 
 
 def quantised(model, config, dtype):
@@ -337,15 +397,25 @@ def params4bit():
             return self._quantize(CARD)
         return own(self, *args, **kwargs)
 
-    return patch.object(Params4bit, "to", to)
+    def copied(self, memo):
+        settings = {**vars(self), "quant_state": self.quant_state}
+        return Params4bit(self.data.clone(), self.requires_grad, **settings)
+
+    return patch.multiple(Params4bit, to=to, __deepcopy__=copied)
 
 
 def shapes_of(run, packed: bool) -> Shapes:
-    """As they will be cut; the same for all methods of a comparison."""
-    key = (id(run.batches.examples), replace(run.hp), run.seed, packed)
+    """As they will be cut: the same for all methods of a comparison."""
+    key = *same(run), packed, "shapes"
     if key not in KNOWN:
         KNOWN[key] = Shapes(run.batches, run.hp, packed=packed)
     return KNOWN[key]
 
 
-KNOWN: dict[tuple, Shapes] = {}
+def same(run) -> tuple:
+    hp = run.hp
+    return id(run.batches.examples), run.seed, *(getattr(hp, name) for name in SHAPING)
+
+
+SHAPING = ("batch_size", "micro_batch_size", "max_length", "max_steps", "epochs", "packing")
+KNOWN: dict[tuple, Any] = {}

@@ -1,9 +1,11 @@
 """What a card has to do: products, bytes that are read and written, and launches."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
-import torch
-from torch.utils.flop_counter import flop_registry
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.forecast.cards import Card
 
 VIEWS = {"view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
          "detach", "alias", "split", "unbind", "_unsafe_view", "as_strided", "unflatten", "diagonal", "chunk",
@@ -18,7 +20,10 @@ class Work:
     moved: float = 0.0  # bytes, of what is no product
     launches: float = 0.0  # kernels
 
-    def add(self, func, args, kwargs, found) -> None:
+    def add(self, func: Any, args, kwargs, found) -> None:
+        import torch
+        from torch.utils.flop_counter import flop_registry
+
         packet = func.overloadpacket
         if packet.__name__ in VIEWS:
             return
@@ -41,8 +46,22 @@ class Work:
 
 
 def size(tree) -> int:
-    if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size()
     if isinstance(tree, (list, tuple)):
         return sum(map(size, tree))
-    return 0
+    return tree.numel() * tree.element_size() if hasattr(tree, "element_size") else 0
+
+
+# What a card reaches of what its datasheet says, and what a launch costs: fitted to
+# shared measurements of an H200 (see the note in tests/test_forecast.py).
+PRODUCTS, LONG_PRODUCTS, MOVED = 0.55, 0.6, 0.6
+LAUNCH, REPLAYED = 9e-6, 2e-6  # seconds of a kernel by Python, and in a graph
+
+
+def seconds_of(work: Work, card: "Card", graph: bool = False) -> float:
+    """On a card. The host launches while the card computes: the longer of the two is what it takes."""
+    short = card.short if card.bf16 else card.long
+    busy = work.products / (short * PRODUCTS) + work.long_products / (card.long * LONG_PRODUCTS)
+    busy += work.moved / (card.bandwidth * MOVED)
+    if graph:
+        return busy + work.launches * REPLAYED
+    return max(busy, work.launches * LAUNCH)

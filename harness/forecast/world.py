@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from harness.training import head_kernel
 
 CARD = torch.device("meta")
+GENERATOR = torch.Generator
 aten = torch.ops.aten
 # As torch's CUDA backend has them (aten/src/ATen/autocast_mode.h): what autocast computes in 16 bits, and what
 # in 32. Functions, methods and operators by name.
@@ -65,6 +66,8 @@ class Card(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             kwargs["device"] = CARD
+        if kwargs.get("generator") is not None and str(kwargs.get("device")) == CARD.type:
+            del kwargs["generator"]
         if name in ("to", "cuda"):
             args = [CARD if is_cuda(arg) else arg for arg in args]
             if name == "cuda":
@@ -167,7 +170,7 @@ def world():
     devices = [*optimizer._get_fused_kernels_supported_devices(), CARD.type]
     with ExitStack() as stack:
         for where, name, value in (
-            (torch, "autocast", Autocast), (torch.amp, "autocast", Autocast),
+            (torch, "Generator", lambda device="cpu": GENERATOR()), (torch, "autocast", Autocast), (torch.amp, "autocast", Autocast),
             (torch.amp.autocast_mode, "autocast", Autocast),
             (torch, "is_autocast_enabled", lambda *_: Autocast.now[-1] is not None),
             (torch, "get_autocast_dtype", lambda *_: Autocast.now[-1] or torch.bfloat16),
