@@ -2,9 +2,10 @@
 kernels between leave in memory. Each kind of layer is traced once."""
 
 from collections import defaultdict
-from contextlib import contextmanager
-from functools import cache, partial
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,13 +55,17 @@ class Programs:
         return forward
 
 
+# What layers differ in and hold as much: attention without a mask takes no more for a window.
+ALIKE = ("layer_idx", "place", "training", "is_sliding", "sliding_window", "layer_type", "attention_type")
+
+
 def kind(layer) -> tuple:
     """What tells layers of a model apart, but for the shapes of their tensors."""
     own = [
         (name, key, value)
         for name, module in layer.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key not in ("layer_idx", "place", "training")
+        if isinstance(value, (int, float, str)) and key not in ALIKE
     ]
     return type(layer), *own
 
@@ -136,12 +141,9 @@ class Program:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with swapped(spots) as put, _disable_current_modes(), torch._functorch.config.patch(GRADED):
             apart = [fake.from_tensor(plain(x)).requires_grad_(x.requires_grad) for x in given]
-            try:
-                aot_function(
-                    flat, unused, unused, partial(partition), decompositions=decompositions()
-                )(*apart)
-            except Traced:
-                pass
+            compiling = patch.object(torch.compiler, "_is_compiling_flag", True)  # as bitsandbytes asks
+            with compiling, suppress(Traced):
+                aot_function(flat, unused, unused, partition, decompositions=decompositions())(*apart)
         self.forward, self.backward = map(Steps, graphs)
         self.needs = [x.requires_grad for x in given]
 
@@ -186,12 +188,16 @@ class Steps:
         kept = set(self.results)
         for place, (node, _) in enumerate(order):
             ended = [name for name, at in last.items() if at == place and name not in kept]
-            self.made.append((node.name, [nbytes(t) for t in tensors_of(node.meta["val"])], ended))
+            sizes = [nbytes(t) for t in tensors_of(node.meta["val"])]
+            self.made.append((node.name, sizes, ended, not extern(node)))
 
     def run(self, held: dict, ledger) -> dict:
         """`held`: by name, what lies there; it is emptied as it is needed no more."""
         ledger.work[ledger.doing or ledger.phase] += self.work
-        for name, sizes, ended in self.made:
+        for name, sizes, ended, fused in self.made:
+            if fused:  # it is written over what it is the last to read
+                for gone in ended:
+                    held.pop(gone, None)
             held[name] = [torch.empty(size, dtype=torch.uint8, device=CARD) for size in sizes]
             for gone in ended:
                 held.pop(gone, None)

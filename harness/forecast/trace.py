@@ -25,7 +25,7 @@ from harness.spec import RunSpec
 from harness.training import evaluation, head, kernels, loop, weights
 from harness.training.adapters import Adapters, alike
 from harness.training.engine import Engine
-from harness.training.kernels import Kernels, decoder_layers, plain_gradients, plainly, tokens
+from harness.training.kernels import Kernels, decoder_layers, tokens
 from harness.training.model import optimizer_bytes, sizes
 from harness.training.run import Run
 
@@ -92,9 +92,6 @@ class Foreseen(Kernels):
         if self.untried:
             self.rung, self.untried = self.untried[0], []
             with self.run.meter.phase("compile"):
-                smallest = min(batches, key=tokens)
-                self.outcome(lambda: plain_gradients(self.model, self.run, plainly(dict(smallest)), 1.0))
-                self.run.ledger.allocator.empty_cache()
                 self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
                 self.adapters = Adapters(alike(self.model))
                 for group in self.adapters.groups:
@@ -121,11 +118,6 @@ class Foreseen(Kernels):
             return super().gradients(batch, 1.0)
         finally:
             ledger.doing = "step"
-
-    def outcome(self, way):
-        self.zero_gradients()
-        way()
-        self.zero_gradients()
 
 
 def trace(

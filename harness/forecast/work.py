@@ -53,7 +53,7 @@ def size(tree) -> int:
 
 # What a card reaches of what its datasheet says, and what a launch costs: fitted to
 # shared measurements of an H200 (see the note in tests/test_forecast.py).
-PRODUCTS, LONG_PRODUCTS, MOVED = 0.55, 0.6, 0.6
+PRODUCTS, LONG_PRODUCTS, MOVED = 0.65, 0.6, 0.75
 LAUNCH, REPLAYED = 9e-6, 2e-6  # seconds of a kernel by Python, and in a graph
 
 
