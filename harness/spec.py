@@ -33,6 +33,7 @@ class Hyperparams:
     validations: Count = 4  # points of the validation curve after the first
     # Of the steps on a GPU; auto: captured as graphs where they can be, and compiled where that pays.
     kernels: Literal["auto", "compiled", "eager"] = "auto"
+    memory_cap: NotNegative = 0.0  # GiB that torch's allocator may take of the card: it stands for a smaller one
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -48,7 +49,10 @@ class Hyperparams:
 
 def hashed(hp: Hyperparams) -> dict:
     """As a spec is hashed: without what came later and is as it was before."""
-    return {name: value for name, value in asdict(hp).items() if (name, value) != ("kernels", "auto")}
+    return {name: value for name, value in asdict(hp).items() if (name, value) not in LATER}
+
+
+LATER = (("kernels", "auto"), ("memory_cap", 0.0))
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")

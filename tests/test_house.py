@@ -16,10 +16,10 @@ FLOORS = [
     ["shape", "endings"],
     ["spec", "metrics", "migrate", "packages"],
     ["record"],
-    ["store", "tuning", "machine", "data"],
+    ["store", "tuning", "machine", "data", "work"],
     ["method", "doctor", "measuring", "grade", "keeping", "tracking"],
     ["trial", "training"],
-    ["plan", "child"],
+    ["plan", "child", "forecast"],
     ["nursery"],
     ["bench", "report", "contract"],
     ["cli"],
@@ -91,7 +91,7 @@ def test_a_method_imports_the_method_interface_and_its_parents_alone(path):
             assert name.startswith("harness.method"), name
 
 
-@pytest.mark.parametrize("room", ["spec", "record", "errors", "store", "plan", "cli", "report", "grade"])
+@pytest.mark.parametrize("room", ["spec", "record", "errors", "store", "plan", "cli", "report", "grade", "forecast"])
 def test_these_rooms_do_without_torch(room):
     code = (
         f"import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import ROOT, method
-from harness.data import cache
+from harness.data import cache_folder
 from harness.forecast.cards import Card
-from harness.forecast.work import Work, seconds_of
+from harness.work import Work, seconds_of
 from harness.spec import RunSpec, digest
 
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
@@ -161,12 +162,12 @@ def known(package: str) -> str:
 
 
 def code() -> str:
-    files = [f for folder in CODE for f in sorted((ROOT / "harness" / folder).glob("*.*")) if f.is_file()]
+    files = [f for folder in CODE for f in sorted((ROOT / "harness" / folder).rglob("*.*")) if f.suffix in (".py", ".toml")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def place(key: str) -> Path:
-    return cache.folder() / "forecasts" / f"{key}.json"
+    return cache_folder() / "forecasts" / f"{key}.json"
 
 
 def read(key: str) -> Forecast | None:
@@ -194,7 +195,7 @@ def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forec
     """In copies of this process, which has imported what they need, so that nothing of it is changed."""
     import torch
 
-    from harness.forecast import rows, trace  # noqa: F401
+    from harness.training import dry
 
     torch.set_num_threads(1)
     shared: dict = {}
@@ -203,15 +204,21 @@ def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forec
         hp = spec.own_hp
         same = digest([spec.dataset, spec.model, hp.max_length])
         if same not in shared:
-            shared[same] = rows.rows_of(spec)
+            shared[same] = dry.rows_of(spec)
         jobs.append((key, spec, bf16, same))
     Jobs.rows = shared
     workers = min(len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     if not hasattr(os, "fork") or workers < 1:
         yield from map(job, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, quiet) as pool:
         yield from pool.imap_unordered(job, jobs)
+
+
+def quiet() -> None:
+    """A copy ends without a word."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Jobs:
@@ -237,27 +244,31 @@ def made(spec: RunSpec, bf16: bool, rows: dict, own_rows: bool) -> Forecast:
 
     from transformers import AutoConfig
 
-    from harness.forecast import trace
-    from harness.training.model import model_source
+    from harness.training import dry
 
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        config = AutoConfig.from_pretrained(model_source(spec), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            spec.locations.get("model") or spec.model.removeprefix("random:"), trust_remote_code=False
+        )
         built = method.build(method.resolve(spec.method, source(spec)), spec.options)
-        return drawn_out(spec, built, config, rows, own_rows, bf16, trace)
+        return drawn_out(spec, built, config, rows, own_rows, bf16)
 
 
-def drawn_out(spec, built, config, rows, own_rows, bf16, trace) -> Forecast:
+def drawn_out(spec, built, config, rows, own_rows, bf16) -> Forecast:
+    """Of a run, from dry runs of some of its layers."""
+    from harness.training import dry
+
     layers = config.get_text_config().num_hidden_layers
     depths = (layers,) if layers <= SHALLOW else DEPTHS
-    programs = trace.Programs()
+    programs = dry.Programs()
     try:
-        traces = [trace.trace(spec, rebuilt(built), config, rows, bf16, depth, programs) for depth in depths]
+        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, depth, programs) for depth in depths]
     except (AttributeError, IndexError, KeyError, ValueError):
         if len(depths) == 1:
             raise
         depths = (layers,)  # an option names a layer that is not among the first
-        traces = [trace.trace(spec, rebuilt(built), config, rows, bf16, layers)]
+        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, layers)]
     first, last = traces[0], traces[-1]
     line = Line(depths, layers)
     moments = {

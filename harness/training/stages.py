@@ -83,6 +83,9 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path):
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # what a graph replays is cast anew
     )
+    if hp.memory_cap and torch.cuda.is_available():
+        share = hp.memory_cap * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     meter = Meter(accelerator.device, on_enter=lambda name: report(phase=name))
     if meter.card and meter.card.before and meter.card.before > machine.BUSY_BYTES:
         record.warnings.append(

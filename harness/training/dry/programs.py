@@ -14,9 +14,9 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from harness.forecast.ledger import told
-from harness.forecast.work import VIEWS, Work
-from harness.forecast.world import CARD
+from harness.training.dry.ledger import told
+from harness.work import VIEWS, Work
+from harness.training.dry.world import CARD
 from harness.training.kernels import GRADED
 
 # What a compiler does not fuse: products, attention, and what other libraries bring.

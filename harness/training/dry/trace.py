@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-from harness.data import Example, Shapes, batches_of
-from harness.data.batches import learned_tokens
-from harness.forecast.ledger import Ledger, Moment
-from harness.forecast.programs import Programs
-from harness.forecast.work import Work
-from harness.forecast.world import CARD, Autocast, world
+from harness.data import Example, Shapes, batches_of, learned_tokens
+from harness.training.dry.ledger import Ledger, Moment
+from harness.training.dry.programs import Programs
+from harness.work import Work
+from harness.training.dry.world import CARD, Autocast, world
 from harness.method import Method, Unsupported
 from harness.record import EAGER, Phase, RunRecord
 from harness.spec import RunSpec
@@ -143,7 +142,7 @@ def trace(
             facts |= evaluated(model, run)
         moments = ledger.moments()
     steps = run.record.kernels
-    saved = facts.pop("saved_bytes", 0)
+    saved, facts["cannot"] = facts.pop("saved_bytes", 0), list(method.cannot)
     return Traced(moments, dict(ledger.work), steps.rung or EAGER, steps.reason, saved, facts)
 
 

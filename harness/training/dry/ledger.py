@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.forecast.allocator import Allocator
-from harness.forecast.work import Work
-from harness.forecast.world import CARD, answered
+from harness.training.dry.allocator import Allocator
+from harness.work import Work
+from harness.training.dry.world import CARD, answered
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 

@@ -1,0 +1,320 @@
+"""What `plan` prints: a line for each arm, with what it will take of a card, and what does not fit."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import StringIO
+from typing import Any
+
+from harness import forecast
+from harness.bench import cached, stale
+from harness.cli import listing
+from harness.cli.arguments import OK, RUNS_AGAIN, TOO_LARGE
+from harness.cli.progress import describe
+from harness.data import describe as sized
+from harness.forecast import Card, Forecast
+from harness.plain import plain
+from harness.spec import RunSpec
+
+SOLD = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GB of cards that are sold
+SMALLER = 4  # halvings of a micro-batch that are tried
+GIB = 2**30
+LEFT = 0.93  # of a sold card, to programs
+
+
+@dataclass
+class Arm:
+    """The runs of a method with one set of options."""
+
+    name: str
+    runs: list[RunSpec]
+    states: list[str]
+    forecast: Forecast
+
+    @property
+    def due(self) -> int:
+        return sum(not state.startswith("cached") for state in self.states)
+
+
+def show(specs, store, options) -> int:
+    runs = [(spec, state(spec, specs, store, options.force)) for spec in known(specs, store, options.force)]
+    card = card_of(options)
+    arms = list(arms_of(specs, runs, forecasts(specs, runs, card)))
+    if options.json:
+        print(json.dumps([as_json(spec, said, arms, card) for spec, said in runs], indent=1))
+    else:
+        print(head(specs))
+        if arms:
+            print(table(arms, card))
+        print("\n".join(below(specs, arms, runs, card, options)))
+    return TOO_LARGE if card and any(arm.forecast.verdict(card) == "too large" for arm in arms) else OK
+
+
+def card_of(options) -> Card | None:
+    """The one that is asked for, or is here."""
+    return forecast.card_of(options.memory[0]) if options.memory else forecast.card_at_hand()
+
+
+def forecasts(specs, runs: list, card: Card | None) -> dict[str, Forecast]:
+    """By digest; none where torch is not installed."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    wanted = [spec for spec, _ in runs] + [tuning.trial for tuning in specs.tunings]
+    precision = wanted[0].hp.precision if wanted else "auto"
+    bf16 = precision == "bf16" or (precision == "auto" and (card is None or card.bf16))
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:  # no thread: copies are made
+        task = bar.add_task("forecasting", total=None)
+        try:
+            return forecast.foreseen(wanted, bf16, lambda n, of: bar.update(task, completed=n, total=of, refresh=True))
+        except ImportError:
+            return {}
+
+
+def arms_of(specs, runs: list, found: dict[str, Forecast]) -> Iterator[Arm]:
+    varied = listing.differing([spec for spec, _ in runs])
+    groups: dict[str, list[tuple[RunSpec, str]]] = {}
+    for spec, said in runs:
+        if not spec.members and not spec.trial:
+            groups.setdefault(listing.named(spec, varied[spec.method]), []).append((spec, said))
+    for tuning in specs.tunings:
+        count = specs.trials + len(specs.seeds)
+        own = [(tuning.trial, "will run")] * count
+        groups.setdefault(f"{tuning.trial.method}, tuned", []).extend(own)
+    for name, members in groups.items():
+        own = [spec for spec, _ in members]
+        missing = Forecast(error="torch is not installed")
+        yield Arm(name, own, [said for _, said in members], found.get(own[0].digest, missing))
+
+
+def as_json(spec: RunSpec, said: str, arms: list[Arm], card: Card | None) -> dict[str, Any]:
+    found = {"run": spec.folder, "method": spec.method, "seed": spec.seed, "state": said}
+    arm = next((arm for arm in arms if spec in arm.runs), None)
+    if spec.members:
+        return found | {"ensemble": describe(spec)}
+    if arm is None or arm.forecast.error:
+        return found | {"forecast": {"error": arm.forecast.error} if arm else None}
+    made = arm.forecast
+    told: dict[str, Any] = {
+        "peak_allocated": round(made.peak), "parts": {k: round(v) for k, v in made.parts.items()},
+        "kernels": made.rung, "saved_bytes": round(made.saved_bytes), "own_rows": made.own_rows,
+    }  # fmt: skip
+    if card:
+        least, likely, most = made.total_seconds(card)
+        told |= {"card": card.name, "device_bytes": round(made.device(card)), "verdict": made.verdict(card),
+                 "seconds": [round(x, 1) for x in (least, likely, most)]}  # fmt: skip
+    return found | {"forecast": told}
+
+
+# What a person reads
+
+
+def head(specs) -> str:
+    spec = specs.methods()[-1]
+    parts = ", ".join(part["name"] for part in spec.dataset["parts"])
+    rows = f"{sized(spec.dataset)} rows of each of {parts}"
+    hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
+    lines = [listing.paragraph(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}", 2),
+             listing.paragraph("hyperparameters: " + ", ".join(hp), 2)]  # fmt: skip
+    for part, columns in specs.unused.items():
+        if columns:
+            lines.append(listing.paragraph(f"not used of {part}: {', '.join(columns)}", 2))
+    return "\n".join([*lines, ""])
+
+
+def table(arms: list[Arm], card: Card | None) -> str:
+    """As many columns as there is room for."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    wide = listing.width()
+    heads = ["Method", "Runs", "Peak", "On the card", "Disk", "A run takes", "Verdict"]
+    if not card:
+        heads = ["Method", "Runs", "Peak", "Disk", "Needs a card of"]
+    if wide >= 110:
+        heads += ["Most of it", "Steps"]
+    made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in heads:
+        right = name in ("Runs", "Peak", "On the card", "Disk", "A run takes", "Needs a card of")
+        made.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+    for arm in arms:
+        cells = row(arm, card)
+        made.add_row(*(Text(plain(cells[name])) for name in heads))
+    console = Console(file=StringIO(), width=wide, color_system=None, legacy_windows=False)
+    console.print(made)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def row(arm: Arm, card: Card | None) -> dict[str, str]:
+    made, done = arm.forecast, len(arm.runs) - arm.due
+    runs = f"{arm.due}" + f" +{done} cached" * bool(done)
+    if made.error:
+        blank = dict.fromkeys(("Peak", "On the card", "Disk", "A run takes", "Needs a card of", "Steps"), "?")
+        return {"Method": arm.name, "Runs": runs, **blank, "Verdict": "unknown", "Most of it": "?"}
+    largest = sorted(made.parts.items(), key=lambda item: -item[1])[:2]
+    found = {
+        "Method": arm.name, "Runs": runs, "Peak": space(made.peak), "Disk": space(made.saved_bytes),
+        "Most of it": ", ".join(f"{name} {space(size)}" for name, size in largest if size),
+        "Steps": made.rung if arm.runs[0].trains else "",
+    }  # fmt: skip
+    if card:
+        on_card, verdict = made.device(card), made.verdict(card)
+        found |= {"On the card": space(on_card), "Verdict": verdict,
+                  "A run takes": about(made.total_seconds(card)[1])}  # fmt: skip
+    else:
+        found["Needs a card of"] = smallest(made)
+    return found
+
+
+def smallest(made: Forecast) -> str:
+    """Of the sizes that cards are sold in, the first that is enough."""
+    for size in SOLD:
+        card = forecast.card_of(size * 1e9)
+        if made.verdict(card.of(size * GIB * LEFT)) == "fits":
+            return f"{size} GB"
+    return f"over {SOLD[-1]} GB"
+
+
+def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Iterator[str]:
+    if specs.tunings:
+        yield listing.paragraph(tuned(specs), 2)
+    for spec, said in runs:
+        if spec.members:
+            yield plain(f"  {said:12} {describe(spec)}")
+        if "(" in said and not spec.members:
+            yield listing.paragraph(f"  {describe(spec)}: {said}", 4)
+    if options.verbose:
+        yield from (plain(f"  {said:12} {spec.folder}") for spec, said in runs)
+    failed = [arm for arm in arms if arm.forecast.error]
+    for arm in failed:
+        yield listing.paragraph(f"  no forecast of {arm.name}: {arm.forecast.error}", 4)
+    good = [arm for arm in arms if not arm.forecast.error]
+    yield ""
+    done = sum(said.startswith("cached") for _, said in runs)
+    disk = space(sum(arm.forecast.saved_bytes * arm.due for arm in good))
+    count = sum(arm.due for arm in arms)
+    if card and good:
+        least, likely, most = (
+            sum(arm.forecast.total_seconds(card)[i] * arm.due for arm in good) for i in range(3)
+        )
+        yield listing.paragraph(f"On {the(card)}: {count} runs to do, {done} cached; about {about(likely)}, "
+                                f"between {about(least)} and {about(most)}, and {disk} on disk.", 0)  # fmt: skip
+        yield from within(arms, likely, options)
+        for arm in good:
+            if arm.forecast.verdict(card) != "fits":
+                yield listing.paragraph(f"  {arm.name}: {remedy(arm, card)}", 4)
+    else:
+        yield f"{count} runs to do, {done} cached; {disk} on disk."
+        yield listing.paragraph("There is no GPU here. --memory 16GB says what fits a card of so much, and how "
+                                "long it takes." if good else "", 0)  # fmt: skip
+    if any(not arm.forecast.own_rows for arm in good):
+        yield listing.paragraph("The rows are not here: all are taken to be as long as hp.max_length allows.", 0)
+    yield listing.paragraph(
+        "Peak: live tensors of the training; on the card: with what torch's allocator and the process hold.", 0
+    )
+
+
+def the(card: Card) -> str:
+    known = "" if card.known else ", whose speed is not known: as an A10"
+    return f"{card.name} with {space(card.bytes)}{known}"
+
+
+def within(arms: list[Arm], likely: float, options) -> Iterator[str]:
+    """What of a plan the hours allow."""
+    if not options.hours:
+        return
+    if likely <= options.hours:
+        yield f"That is within {about(options.hours)}."
+        return
+    share = options.hours / likely
+    seeds = max(len(arm.runs) for arm in arms)
+    fewer = int(seeds * share)
+    what = f"{fewer} of {seeds} seeds" if fewer else f"{share:.0%} of the rows (data.train) and one seed" \
+        if share * seeds < 1 and seeds > 1 else f"{share:.0%} of the rows (data.train)"
+    yield listing.paragraph(f"Within {about(options.hours)} fit {what}.", 0)
+
+
+def remedy(arm: Arm, card: Card) -> str:
+    """The one knob that changes least and lets it fit, tried by forecasts of its own."""
+    verdict, spec, made = arm.forecast.verdict(card), arm.runs[0], arm.forecast
+    need = made.device_at_least(card)
+    what = f"{verdict}: it needs {space(need)} to {space(made.device(card))} of {space(card.bytes)}"
+    for text, changes in knobs(spec, made):
+        tried = replace(spec, hp=replace(spec.hp, **changes))
+        found = next(iter(forecast.foreseen([tried], made.bf16).values()), None)
+        if found and found.verdict(card) == "fits":
+            return f"{what}. It fits with --set {text}"
+    return f"{what}. No smaller micro-batch, checkpointing or half the length lets it fit: take a larger card"
+
+
+def knobs(spec: RunSpec, made: Forecast) -> Iterator[tuple[str, dict[str, Any]]]:
+    """From what changes nothing but time to what changes the training."""
+    hp = spec.own_hp
+    cannot = made.facts.get("cannot", [])
+    size = hp.micro_batch_size
+    if "accumulation" not in cannot and spec.trains:
+        for _ in range(SMALLER):
+            if size > 1:
+                size //= 2
+                yield f"hp.micro_batch_size={size} (the same steps, in more parts)", {"micro_batch_size": size}
+    if "gradient checkpointing" not in cannot and not hp.gradient_checkpointing and spec.trains:
+        yield "hp.gradient_checkpointing=true (a third more time)", {"gradient_checkpointing": True}
+        if "accumulation" not in cannot:
+            both = f"hp.micro_batch_size={size} hp.gradient_checkpointing=true"
+            yield both, {"micro_batch_size": size, "gradient_checkpointing": True}
+    if hp.eval_batch_size > 1:
+        yield f"hp.eval_batch_size={hp.eval_batch_size // 4 or 1}", {
+            "eval_batch_size": hp.eval_batch_size // 4 or 1
+        }
+    half = hp.max_length // 2
+    yield f"hp.max_length={half} (longer rows are cut)", {"max_length": half, "micro_batch_size": size}
+
+
+def space(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def about(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# What a bench would do
+
+
+def tuned(specs) -> str:
+    """What the tuned track of a plan will do."""
+    names = [tuning.trial.method for tuning in specs.tunings]
+    which = f"each of {len(names)} methods" if len(names) > 1 else names[0]
+    seeds = " ".join(map(str, specs.seeds))
+    return f"tuned: {specs.trials} trials for {which}, then the best of each with seeds {seeds}"
+
+
+def known(specs, store, force: bool) -> list[RunSpec]:
+    """The runs that can be named: as far as those trials lead that are cached, and all that wait for none."""
+    found: list = []
+    done: dict = {}
+    while stage := specs.upcoming(done):
+        found += stage
+        done |= {spec.digest: None if force else cached(spec, specs, store) for spec in stage}
+        if any(spec.trial and done[spec.digest] is None for spec in stage):
+            break
+    return found + [spec for spec in specs if spec not in found]
+
+
+def state(spec: RunSpec, specs, store, force: bool) -> str:
+    """What a bench would do with a run."""
+    earlier = store.find(spec)
+    if earlier is None or force:
+        return "will run"
+    if cached(spec, specs, store):
+        return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
+    if not earlier.ok:
+        return f"will run again ({earlier.status})"
+    if spec.members:
+        return "will run again (a member has other answers now)"
+    return "will run again (the untouched model has answers now)"
+
