@@ -1,12 +1,12 @@
-"""Forecasts held against a card: for each method, architecture and shape, what a run was said to hold and take,
-and what it does.
+"""Forecasts held against a card: for each method, architecture and shape, what a run was said to take, and
+what it does.
 
     python benchmarks/forecast.py --json forecast.json                       all methods, on a GPU
     python benchmarks/forecast.py --json forecast.json --methods lora qlora --models llama
-    python benchmarks/forecast.py --json forecast.json --table               what is measured, and nothing else
+    python benchmarks/forecast.py --json forecast.json --table               what is measured so far
 
-A process a method and architecture, all shapes in it, some steps each; weights are drawn. Each row is kept as it
-comes: the same command goes on where it was stopped, and --methods names what is next.
+A process a method and architecture, all shapes in it, some steps each; weights are drawn. Each row is kept as
+it comes: the same command goes on where it was stopped, and --methods names what is next.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -147,7 +147,8 @@ def one(cls, folder: str, shape: str, card, here: bool) -> dict:
     made = drawn_out(spec, built, AutoConfig.from_pretrained(folder), splits, True, True)
     found = {
         "rung": made.rung, "peak": made.peak, "device": made.device(card), "parts": made.parts,
-        "step": made.seconds(card)["train"] / STEPS, "spent": time.time() - began, "unsure": made.unsure(made.peak),
+        "step": made.seconds(card)["train"] / STEPS, "spent": time.time() - began,
+        "unsure": made.unsure(made.peak),
     }  # fmt: skip
     return {"forecast": found} | ({"measured": truth(cls, spec, splits)} if here else {})
 
@@ -164,8 +165,15 @@ def truth(cls, spec, splits: dict) -> dict:
     from harness.data import Template
     from harness.measuring import Meter
     from harness.record import RunRecord
-    from harness.training import Loop, Run, load_base, loaded_types, master_weights, one_arithmetic
-    from harness.training.weights import put_back
+    from harness.training import (
+        Loop,
+        Run,
+        load_base,
+        loaded_types,
+        master_weights,
+        one_arithmetic,
+        put_back,
+    )  # fmt: skip
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -219,7 +227,11 @@ def truth(cls, spec, splits: dict) -> dict:
 
 def table(found: list[dict]) -> str:
     """A line a row, then the median and the worst error of peak memory, device memory and step time."""
-    lines = ["| method | model | shape | rung | peak GiB, said | is | error | device error | step ms, said | is | error |",
+    heads = (
+        "method", "model", "shape", "rung", "peak GiB, said", "is", "error", "device error", "step ms, said", "is",
+        "error",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     errors: dict[str, list[float]] = {"peak": [], "device": [], "step": []}
     for row in found:
@@ -228,20 +240,20 @@ def table(found: list[dict]) -> str:
         if not (said and measured):
             lines.append(f"{place} {row.get('error') or (said and said['rung'])} |")
             continue
-        off = {
-            name: said[name] / measured[name] - 1 for name in errors if measured.get(name)
-        }
+        off = {name: said[name] / measured[name] - 1 for name in errors if measured.get(name)}
         for name, error in off.items():
             errors[name].append(abs(error))
         rung = said["rung"] if said["rung"] == measured["rung"] else f"{said['rung']}, was {measured['rung']}"
         lines.append(
-            f"{place} {rung} | {said['peak'] / 2**30:.2f} | {measured['peak'] / 2**30:.2f} | {off['peak']:+.1%} | "
-            f"{off.get('device', float('nan')):+.1%} | {said['step'] * 1e3:.0f} | {measured['step'] * 1e3:.0f} | "
-            f"{off['step']:+.0%} |"
+            f"{place} {rung} | {said['peak'] / 2**30:.2f} | {measured['peak'] / 2**30:.2f} | "
+            f"{off['peak']:+.1%} | {off.get('device', float('nan')):+.1%} | {said['step'] * 1e3:.0f} | "
+            f"{measured['step'] * 1e3:.0f} | {off['step']:+.0%} |"
         )
     for name, values in errors.items():
         if values:
-            lines.append(f"{name}: median error {median(values):.1%}, worst {max(values):.1%}, of {len(values)}")
+            lines.append(
+                f"{name}: median error {median(values):.1%}, worst {max(values):.1%}, of {len(values)}"
+            )
     return "\n".join(lines)
 
 

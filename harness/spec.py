@@ -33,7 +33,7 @@ class Hyperparams:
     validations: Count = 4  # points of the validation curve after the first
     # Of the steps on a GPU; auto: captured as graphs where they can be, and compiled where that pays.
     kernels: Literal["auto", "compiled", "eager"] = "auto"
-    memory_cap: NotNegative = 0.0  # GiB that torch's allocator may take of the card: it stands for a smaller one
+    memory_cap: NotNegative = 0.0  # GiB of the card that torch may take, as of a smaller one; 0: all
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"

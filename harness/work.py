@@ -1,7 +1,6 @@
 """What a card has to do: products, bytes that are read and written, and launches."""
 
 from dataclasses import dataclass, fields
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,8 +8,8 @@ if TYPE_CHECKING:
 
 VIEWS = {"view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
          "detach", "alias", "split", "unbind", "_unsafe_view", "as_strided", "unflatten", "diagonal", "chunk",
-         "split_with_sizes", "lift_fresh", "empty", "empty_like", "empty_strided", "_reshape_alias", "new_empty",
-         "is_same_size", "_local_scalar_dense"}  # fmt: skip
+         "split_with_sizes", "lift_fresh", "empty", "empty_like", "empty_strided", "_reshape_alias",
+         "new_empty", "is_same_size", "_local_scalar_dense"}  # fmt: skip
 
 
 @dataclass
@@ -20,7 +19,7 @@ class Work:
     moved: float = 0.0  # bytes, of what is no product
     launches: float = 0.0  # kernels
 
-    def add(self, func: Any, args, kwargs, found) -> None:
+    def add(self, func: Any, args: tuple, kwargs: dict, found: Any) -> None:
         import torch
         from torch.utils.flop_counter import flop_registry
 
@@ -45,7 +44,7 @@ class Work:
         return Work(*(getattr(self, f.name) * times for f in fields(Work)))
 
 
-def size(tree) -> int:
+def size(tree: Any) -> int:
     if isinstance(tree, (list, tuple)):
         return sum(map(size, tree))
     return tree.numel() * tree.element_size() if hasattr(tree, "element_size") else 0

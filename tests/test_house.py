@@ -91,7 +91,9 @@ def test_a_method_imports_the_method_interface_and_its_parents_alone(path):
             assert name.startswith("harness.method"), name
 
 
-@pytest.mark.parametrize("room", ["spec", "record", "errors", "store", "plan", "cli", "report", "grade", "forecast"])
+@pytest.mark.parametrize(
+    "room", ["spec", "record", "errors", "store", "plan", "cli", "report", "grade", "forecast"]
+)
 def test_these_rooms_do_without_torch(room):
     code = (
         f"import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"

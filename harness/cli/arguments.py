@@ -17,7 +17,8 @@ RUNS_AGAIN = "its method's code has changed; --force runs it again"
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
     "data, check, report, grade, merge, push, attention, lm-eval, doctor; each has its own --help.",
-    "plan": "What a run with the same arguments would do and take of a card, and what is cached. Starts nothing.",
+    "plan": "What a run with the same arguments would do and take of a card, and what is cached. Starts "
+    "nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
@@ -254,8 +255,10 @@ ARGUMENTS = (
     ("--seed", ["grade"], once("N", "of the draw of these rows (default: 0)", type=count, default=0)),
     ("--port", ["grade"], once("N", "of the page's address (default: any that is free)", type=port,
                                default=0)),
-    ("--memory", ["plan"], once("SIZE", "a card that is not at hand, as 16GB or 24GiB: what fits it", type=memory)),
-    ("--hours", ["plan"], once("N", "for the whole plan, as 4, 0.5, 4h or 30min: what of it fits", type=hours)),
+    ("--memory", ["plan"], once("SIZE", "what fits a card that is not at hand, as 16GB or 24GiB",
+                                type=memory)),
+    ("--hours", ["plan"], once("N", "what of the plan fits so many hours, as 4, 0.5, 4h or 30min",
+                               type=hours)),
     ("-v", ["plan"], flag("the name of each run, too") | {"dest": "verbose"}),
     ("--memory", WITHIN, once("SIZE", "decide which to take on a card of this memory, as 24GB (of 1000) or "
                               "24GiB (of 1024)", type=memory)),

@@ -1,6 +1,7 @@
 """What `plan` prints: a line for each arm, with what it will take of a card, and what does not fit."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -60,13 +61,19 @@ def forecasts(specs, runs: list, card: Card | None) -> dict[str, Forecast]:
     from rich.console import Console
     from rich.progress import Progress
 
+    if os.environ.get("TUNEOFF_FORECASTS") == "0":  # as most tests want
+        return {}
     wanted = [spec for spec, _ in runs] + [tuning.trial for tuning in specs.tunings]
     precision = wanted[0].hp.precision if wanted else "auto"
     bf16 = precision == "bf16" or (precision == "auto" and (card is None or card.bf16))
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:  # no thread: copies are made
+    with Progress(
+        console=Console(stderr=True), transient=True, auto_refresh=False
+    ) as bar:  # no thread: copies are made
         task = bar.add_task("forecasting", total=None)
         try:
-            return forecast.foreseen(wanted, bf16, lambda n, of: bar.update(task, completed=n, total=of, refresh=True))
+            return forecast.foreseen(
+                wanted, bf16, lambda n, of: bar.update(task, completed=n, total=of, refresh=True)
+            )
         except ImportError:
             return {}
 
@@ -79,11 +86,11 @@ def arms_of(specs, runs: list, found: dict[str, Forecast]) -> Iterator[Arm]:
             groups.setdefault(listing.named(spec, varied[spec.method]), []).append((spec, said))
     for tuning in specs.tunings:
         count = specs.trials + len(specs.seeds)
-        own = [(tuning.trial, "will run")] * count
-        groups.setdefault(f"{tuning.trial.method}, tuned", []).extend(own)
+        several = [(tuning.trial, "will run")] * count
+        groups.setdefault(f"{tuning.trial.method}, tuned", []).extend(several)
     for name, members in groups.items():
         own = [spec for spec, _ in members]
-        missing = Forecast(error="torch is not installed")
+        missing = Forecast(error="not asked for, or torch is not installed")
         yield Arm(name, own, [said for _, said in members], found.get(own[0].digest, missing))
 
 
@@ -187,9 +194,12 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             yield listing.paragraph(f"  {describe(spec)}: {said}", 4)
     if options.verbose:
         yield from (plain(f"  {said:12} {spec.folder}") for spec, said in runs)
-    failed = [arm for arm in arms if arm.forecast.error]
-    for arm in failed:
-        yield listing.paragraph(f"  no forecast of {arm.name}: {arm.forecast.error}", 4)
+    reasons: dict[str | None, list[str]] = {}
+    for arm in arms:
+        reasons.setdefault(arm.forecast.error, []).append(arm.name)
+    for error, names in reasons.items():
+        if error:
+            yield listing.paragraph(f"  no forecast of {', '.join(names)}: {error}", 4)
     good = [arm for arm in arms if not arm.forecast.error]
     yield ""
     done = sum(said.startswith("cached") for _, said in runs)
@@ -207,12 +217,15 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
                 yield listing.paragraph(f"  {arm.name}: {remedy(arm, card)}", 4)
     else:
         yield f"{count} runs to do, {done} cached; {disk} on disk."
-        yield listing.paragraph("There is no GPU here. --memory 16GB says what fits a card of so much, and how "
-                                "long it takes." if good else "", 0)  # fmt: skip
+        yield listing.paragraph("There is no GPU here. --memory 16GB says what fits a card of so much, and "
+                                "how long it takes." if good else "", 0)  # fmt: skip
     if any(not arm.forecast.own_rows for arm in good):
-        yield listing.paragraph("The rows are not here: all are taken to be as long as hp.max_length allows.", 0)
+        yield listing.paragraph(
+            "The rows are not here: all are taken to be as long as hp.max_length allows.", 0
+        )
     yield listing.paragraph(
-        "Peak: live tensors of the training; on the card: with what torch's allocator and the process hold.", 0
+        "Peak: live tensors of the training; on the card: with what torch's allocator and the process hold.",
+        0,
     )
 
 
@@ -231,8 +244,13 @@ def within(arms: list[Arm], likely: float, options) -> Iterator[str]:
     share = options.hours / likely
     seeds = max(len(arm.runs) for arm in arms)
     fewer = int(seeds * share)
-    what = f"{fewer} of {seeds} seeds" if fewer else f"{share:.0%} of the rows (data.train) and one seed" \
-        if share * seeds < 1 and seeds > 1 else f"{share:.0%} of the rows (data.train)"
+    what = (
+        f"{fewer} of {seeds} seeds"
+        if fewer
+        else f"{share:.0%} of the rows (data.train) and one seed"
+        if share * seeds < 1 and seeds > 1
+        else f"{share:.0%} of the rows (data.train)"
+    )
     yield listing.paragraph(f"Within {about(options.hours)} fit {what}.", 0)
 
 
@@ -258,16 +276,20 @@ def knobs(spec: RunSpec, made: Forecast) -> Iterator[tuple[str, dict[str, Any]]]
         for _ in range(SMALLER):
             if size > 1:
                 size //= 2
-                yield f"hp.micro_batch_size={size} (the same steps, in more parts)", {"micro_batch_size": size}
+                yield (
+                    f"hp.micro_batch_size={size} (the same steps, in more parts)",
+                    {"micro_batch_size": size},
+                )
     if "gradient checkpointing" not in cannot and not hp.gradient_checkpointing and spec.trains:
         yield "hp.gradient_checkpointing=true (a third more time)", {"gradient_checkpointing": True}
         if "accumulation" not in cannot:
             both = f"hp.micro_batch_size={size} hp.gradient_checkpointing=true"
             yield both, {"micro_batch_size": size, "gradient_checkpointing": True}
     if hp.eval_batch_size > 1:
-        yield f"hp.eval_batch_size={hp.eval_batch_size // 4 or 1}", {
-            "eval_batch_size": hp.eval_batch_size // 4 or 1
-        }
+        yield (
+            f"hp.eval_batch_size={hp.eval_batch_size // 4 or 1}",
+            {"eval_batch_size": hp.eval_batch_size // 4 or 1},
+        )
     half = hp.max_length // 2
     yield f"hp.max_length={half} (longer rows are cut)", {"max_length": half, "micro_batch_size": size}
 
@@ -317,4 +339,3 @@ def state(spec: RunSpec, specs, store, force: bool) -> str:
     if spec.members:
         return "will run again (a member has other answers now)"
     return "will run again (the untouched model has answers now)"
-

@@ -13,7 +13,7 @@ from harness.data.template import COUNTED, OPENING, Example, Template, examples_
 
 __all__ = [
     "COUNTED", "FORMATS", "LEAKS", "OPENING", "SPLITS", "Batches", "Example", "Shapes", "Template",
-    "answered", "batches_of", "cache_folder", "collate", "dataset_names", "describe", "examples_hash", "height", "learned_tokens",
-    "load_spec", "marked", "order", "own_rows", "pack", "pieces", "required", "rows_of_part", "splits_of", "study",
-    "token_rows", "tokens_of",
+    "answered", "batches_of", "cache_folder", "collate", "dataset_names", "describe", "examples_hash",
+    "height", "learned_tokens", "load_spec", "marked", "order", "own_rows", "pack", "pieces",
+    "required", "rows_of_part", "splits_of", "study", "token_rows", "tokens_of",
 ]  # fmt: skip

@@ -1,5 +1,4 @@
-"""What a run will take of a card and how long it will last, before a weight is loaded: `foreseen(specs)`, then
-`Forecast.on(card)`."""
+"""What runs will take of a card and how long they will last, before a weight is loaded."""
 
 from harness.forecast.cards import CARDS, Card, card_at_hand, card_named, card_of
 from harness.forecast.forecast import Forecast, foreseen

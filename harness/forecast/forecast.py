@@ -15,15 +15,16 @@ from typing import Any
 from harness import ROOT, method
 from harness.data import cache_folder
 from harness.forecast.cards import Card
-from harness.work import Work, seconds_of
 from harness.spec import RunSpec, digest
+from harness.work import Work, seconds_of
 
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
 SHALLOW = 12
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 CODE = ("forecast", "training")  # folders whose change makes a forecast anew
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator
+LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator, for each stream
+STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, that of the capture
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
@@ -51,7 +52,11 @@ class Forecast:
     @property
     def peak(self) -> float:
         """Bytes allocated at the highest moment of the training, as a report compares them."""
-        return self.highest.get("allocated", 0) + LIBRARY_BYTES
+        return self.highest.get("allocated", 0) + self.libraries
+
+    @property
+    def libraries(self) -> int:
+        return LIBRARY_BYTES * (STREAMS if "graph" in self.rung else 1)
 
     @property
     def highest(self) -> dict:
@@ -70,12 +75,12 @@ class Forecast:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
         phases = {phase_of(name) for name in self.moments} - {TRIAL}
         held = max((self.phase(phase, "reserved") or 0 for phase in phases), default=0)
-        return held + LIBRARY_BYTES + card.context
+        return held + self.libraries + card.context
 
     def device_at_least(self, card: Card) -> float:
         """As it is when the allocator gives back what is free."""
         phases = {phase_of(name) for name in self.moments} - {TRIAL}
-        return max((self.phase(phase) or 0 for phase in phases), default=0) + LIBRARY_BYTES + card.context
+        return max((self.phase(phase) or 0 for phase in phases), default=0) + self.libraries + card.context
 
     def unsure(self, size: float) -> float:
         return size * UNSURE[self.rung] + UNSURE_BYTES
@@ -107,7 +112,9 @@ class Forecast:
             found["rollout"] = of("token", facts.get("sampled", 0) / max(1, facts.get("at_once", 1)), True)
         if facts.get("evaluated"):
             found["evaluate"] = of("evaluate", facts["evaluated"], False)
-            found["generate"] = of("read", facts["reads"], False) + of("token", facts["tokens_written"], graph)
+            found["generate"] = of("read", facts["reads"], False) + of(
+                "token", facts["tokens_written"], graph
+            )
         return found
 
     def total_seconds(self, card: Card) -> tuple[float, float, float]:
@@ -150,7 +157,7 @@ def key_of(spec: RunSpec, bf16: bool) -> str:
     return digest([asked, spec.untouched, bf16, method.code_hash(cls), code(), [known(p) for p in LIBRARIES]])
 
 
-def source(spec: RunSpec):
+def source(spec: RunSpec) -> Any:
     return method.find(spec.method, method.known_methods(spec.locations.get("plugins", ())))
 
 
@@ -162,7 +169,12 @@ def known(package: str) -> str:
 
 
 def code() -> str:
-    files = [f for folder in CODE for f in sorted((ROOT / "harness" / folder).rglob("*.*")) if f.suffix in (".py", ".toml")]
+    files = [
+        f
+        for folder in CODE
+        for f in sorted((ROOT / "harness" / folder).rglob("*.*"))
+        if f.suffix in (".py", ".toml")
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -244,8 +256,6 @@ def made(spec: RunSpec, bf16: bool, rows: dict, own_rows: bool) -> Forecast:
 
     from transformers import AutoConfig
 
-    from harness.training import dry
-
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         config = AutoConfig.from_pretrained(
@@ -255,7 +265,7 @@ def made(spec: RunSpec, bf16: bool, rows: dict, own_rows: bool) -> Forecast:
         return drawn_out(spec, built, config, rows, own_rows, bf16)
 
 
-def drawn_out(spec, built, config, rows, own_rows, bf16) -> Forecast:
+def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool, bf16: bool) -> Forecast:
     """Of a run, from dry runs of some of its layers."""
     from harness.training import dry
 
@@ -271,10 +281,10 @@ def drawn_out(spec, built, config, rows, own_rows, bf16) -> Forecast:
         traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, layers)]
     first, last = traces[0], traces[-1]
     line = Line(depths, layers)
-    moments = {
+    moments: dict[str, dict] = {
         name: {
-            "allocated": line(getattr(first.moments.get(name, moment), "allocated"), moment.allocated),
-            "reserved": line(getattr(first.moments.get(name, moment), "reserved"), moment.reserved),
+            "allocated": line(first.moments.get(name, moment).allocated, moment.allocated),
+            "reserved": line(first.moments.get(name, moment).reserved, moment.reserved),
             "parts": {
                 part: line(first.moments.get(name, moment).parts.get(part, 0), size)
                 for part, size in moment.parts.items()
@@ -285,7 +295,9 @@ def drawn_out(spec, built, config, rows, own_rows, bf16) -> Forecast:
     for moment in moments.values():
         moment["reserved"] = max(moment["reserved"], moment["allocated"])
     work = {
-        name: {key: line(asdict(first.work.get(name, done))[key], value) for key, value in asdict(done).items()}
+        name: {
+            key: line(asdict(first.work.get(name, done))[key], value) for key, value in asdict(done).items()
+        }
         for name, done in last.work.items()
     }
     linear = ("parameters", "trainable", "weight_bytes", "trainable_bytes", "optimizer_bytes")
@@ -297,7 +309,7 @@ def drawn_out(spec, built, config, rows, own_rows, bf16) -> Forecast:
     return Forecast(last.rung, last.reason, bf16, moments, work, facts, saved, own_rows)
 
 
-def rebuilt(built):
+def rebuilt(built: Any) -> Any:
     return method.build(type(built), method.options(built))
 
 

@@ -1,8 +1,8 @@
 """torch's caching allocator, as far as it decides how much of a card is reserved for how many live bytes.
 
-After c10/cuda/CUDACachingAllocator.cpp: sizes are rounded, taken from the smallest free block that holds them,
-what is left of it stays free, and a segment is asked of the card where no block does. Nothing goes back but by
-torch.cuda.empty_cache.
+After c10/cuda/CUDACachingAllocator.cpp: sizes are rounded, taken from the smallest free block that holds
+them, what is left of it stays free, and a segment is asked of the card where no block does. Nothing goes back
+but by torch.cuda.empty_cache.
 """
 
 from bisect import bisect_left, insort

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.training.dry.allocator import Allocator
-from harness.work import Work
 from harness.training.dry.world import CARD, answered
+from harness.work import Work
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 

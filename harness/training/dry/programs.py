@@ -1,5 +1,5 @@
-"""Compiled layers on a card that is not there: what torch's partitioner keeps for backward, and what the fused
-kernels between leave in memory. Each kind of layer is traced once."""
+"""Compiled layers on a card that is not there: what torch's partitioner keeps for backward, and what fused
+kernels leave in memory. Each kind of layer is traced once."""
 
 from collections import defaultdict
 from contextlib import contextmanager, suppress
@@ -8,19 +8,31 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from harness.training.dry.ledger import told
-from harness.work import VIEWS, Work
 from harness.training.dry.world import CARD
 from harness.training.kernels import GRADED
+from harness.work import VIEWS, Work
 
 # What a compiler does not fuse: products, attention, and what other libraries bring.
-EXTERN = ("mm", "addmm", "bmm", "baddbmm", "convolution", "attention", "_fused", "cumsum", "sort", "topk", "index_put")
+EXTERN = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "attention",
+    "_fused",
+    "cumsum",
+    "sort",
+    "topk",
+    "index_put",
+)
 
 
 class Traced(Exception):
@@ -43,8 +55,10 @@ class Programs:
             leaves, tree = tree_flatten((args, kwargs))
             given = [leaf for leaf in leaves if torch.is_tensor(leaf)]
             lifted = [box[key] for box, key in spots]
-            key = kind(layer), tree, *(
-                (told(x), x.requires_grad) if torch.is_tensor(x) else x for x in (*leaves, *lifted)
+            key = (
+                kind(layer),
+                tree,
+                *((told(x), x.requires_grad) if torch.is_tensor(x) else x for x in (*leaves, *lifted)),
             )
             if key not in self.known:
                 self.known[key] = Program(own, leaves, tree, spots)
@@ -80,7 +94,9 @@ def places(layer):
                     yield box, key
                 state = getattr(value, "quant_state", None) if torch.is_tensor(value) else None
                 while state is not None:
-                    yield from ((vars(state), name) for name, x in list(vars(state).items()) if torch.is_tensor(x))
+                    yield from (
+                        (vars(state), name) for name, x in list(vars(state).items()) if torch.is_tensor(x)
+                    )
                     state = state.state2
         group = vars(module).get("group")
         if group is not None and group not in groups:
@@ -158,7 +174,9 @@ class Steps:
         self.base: dict = {}  # node -> the buffer that it lies in
         stands = set()
         for node in reversed(nodes[:-1]):
-            if node.op == "call_function" and (node in outputs or extern(node) or any(map(stops, node.users))):
+            if node.op == "call_function" and (
+                node in outputs or extern(node) or any(map(stops, node.users))
+            ):
                 stands.add(node)
         self.work, self.made = Work(), []
         reads: defaultdict = defaultdict(set)  # node -> buffers that its value is computed from
@@ -166,7 +184,9 @@ class Steps:
         order = []
         for node in nodes[:-1]:
             value = node.meta.get("val")
-            sources = set().union(*(reads[n] for n in node.all_input_nodes)) if node.all_input_nodes else set()
+            sources = (
+                set().union(*(reads[n] for n in node.all_input_nodes)) if node.all_input_nodes else set()
+            )
             if node.op in ("placeholder", "get_attr"):
                 reads[node] = {node}
             elif view(node):
@@ -179,7 +199,7 @@ class Steps:
             else:
                 reads[node] = sources
         results = [next(iter(reads[n]), None) if hasattr(n, "name") and view(n) else n for n in outputs]
-        self.results = [r.name if hasattr(r, "name") else None for r in results]
+        self.results = [getattr(r, "name", None) for r in results]
         self.lies = {n.name: r for n, r in zip(outputs, self.results, strict=True) if hasattr(n, "name")}
         self.shapes = [n.meta.get("val") if hasattr(n, "meta") else None for n in outputs]
         for place, (node, sources) in enumerate(order):
@@ -236,7 +256,7 @@ class Replay(torch.autograd.Function):
         del grads
         steps = program.backward
         found = steps.run(held, ctx.ledger)
-        made = []
+        made: list[torch.Tensor | None] = []
         for name, shape, needs in zip(steps.results, steps.shapes, program.needs, strict=False):
             if not needs or shape is None:
                 made.append(None)
@@ -253,7 +273,10 @@ def plain(tensor) -> torch.Tensor:
 
 def view(node) -> bool:
     packet = getattr(node.target, "overloadpacket", None)
-    return getattr(packet, "__name__", getattr(node.target, "__name__", "")) in (*VIEWS - {"empty", "empty_like"}, "getitem")
+    return getattr(packet, "__name__", getattr(node.target, "__name__", "")) in (
+        *VIEWS - {"empty", "empty_like"},
+        "getitem",
+    )
 
 
 def extern(node) -> bool:

@@ -1,4 +1,4 @@
-"""The rows that a forecast is made for: the dataset's own, where they lie here, else rows as long as may be."""
+"""The rows of a forecast: the dataset's own, where they lie here, else rows as long as may be."""
 
 from array import array
 
@@ -27,8 +27,9 @@ def own(spec: RunSpec, sources: dict) -> dict[str, list[Example]]:
     from harness.data import Template, token_rows
     from harness.training.model import load_tokenizer
 
-    template = Template(load_tokenizer(spec), spec.dataset["template"], spec.dataset.get("loss", "all"))
-    return token_rows(spec.dataset, sources, template, spec.own_hp.max_length).rows
+    dataset: dict = dict(spec.dataset)
+    template = Template(load_tokenizer(spec), dataset["template"], dataset.get("loss", "all"))
+    return token_rows(dataset, sources, template, spec.own_hp.max_length).rows
 
 
 def longest(length: int) -> Example:

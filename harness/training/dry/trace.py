@@ -9,24 +9,24 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
 from harness.data import Example, Shapes, batches_of, learned_tokens
-from harness.training.dry.ledger import Ledger, Moment
-from harness.training.dry.programs import Programs
-from harness.work import Work
-from harness.training.dry.world import CARD, Autocast, world
 from harness.method import Method, Unsupported
 from harness.record import EAGER, Phase, RunRecord
 from harness.spec import RunSpec
 from harness.training import evaluation, head, kernels, loop, weights
 from harness.training.adapters import Adapters, alike
+from harness.training.dry.ledger import Ledger, Moment
+from harness.training.dry.programs import Programs
+from harness.training.dry.world import CARD, Autocast, world
 from harness.training.engine import Engine
 from harness.training.kernels import Kernels, decoder_layers, tokens
 from harness.training.model import optimizer_bytes, sizes
 from harness.training.run import Run
+from harness.work import Work
 
 ALONE = 2  # micro-batches of a step that are computed: more hold no more
 READ = 2**14  # prompt tokens that are read at once, as harness/training/decoder.py has it
@@ -48,11 +48,14 @@ class Forecasted(Run):
     """A run whose model answers nothing: what it would be asked is made up, as long as it may be."""
 
     sampled = tokens = 0
+    ledger: Ledger
+    programs: Programs
 
     def sample(self, model, examples, new_tokens, copies=1, temperature=0.0):
         self.sampled += len(examples) * copies * new_tokens
         return [
-            [list(e.response_ids[:1]) * min(new_tokens, max(1, self.hp.max_length - len(e.prompt_ids)))] * copies
+            [list(e.response_ids[:1]) * min(new_tokens, max(1, self.hp.max_length - len(e.prompt_ids)))]
+            * copies
             for e in examples
         ]
 
@@ -70,6 +73,8 @@ class Forecasted(Run):
 
 class Foreseen(Kernels):
     """The ladder without a trial: the highest rung that the method and the machine allow."""
+
+    run: Forecasted
 
     def packed(self) -> Shapes | None:
         run, rows = self.run, self.run.batches.examples[:4]
@@ -90,6 +95,7 @@ class Foreseen(Kernels):
     def ready(self, batches: list[dict]) -> None:
         if self.untried:
             self.rung, self.untried = self.untried[0], []
+            self.run.record.arithmetic["training"] = {}  # a trial has found it out
             with self.run.meter.phase("compile"):
                 self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
                 self.adapters = Adapters(alike(self.model))
@@ -99,6 +105,7 @@ class Foreseen(Kernels):
             for parameter in self.parameters:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+                    self.run.ledger.is_part("gradients", parameter.grad)
         largest = sorted(batches, key=tokens)[-ALONE:]
         self.computed = [id(batch) for batch in largest]
         self.run.tokens = tokens(largest[-1])
@@ -288,7 +295,9 @@ def evaluated(model, run) -> dict:
         ledger.doing = "evaluate"
         evaluation.likelihoods(model, first, run)
         ledger.doing = ""
-    read = sum(e.length for e in scored) + (hp.validations + 1) * sum(e.length for e in run.splits["validation"])
+    read = sum(e.length for e in scored) + (hp.validations + 1) * sum(
+        e.length for e in run.splits["validation"]
+    )
     facts = {"evaluated": read / sum(e.length for e in first), "reads": 0, "tokens_written": 0}
     lengths = sorted((len(e.prompt_ids) for e in scored if e.prompt_ids), reverse=True)
     if not lengths:
@@ -333,7 +342,10 @@ def quantised(model, config, dtype):
         if isinstance(module, Linear4bit):
             own = module.weight
             plain = torch.empty(module.out_features, module.in_features, dtype=dtype, device=CARD)
-            settings = {n: getattr(own, n) for n in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+            settings = {
+                n: getattr(own, n)
+                for n in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            }
             module.weight = Params4bit(plain, requires_grad=False, module=module, **settings)._quantize(CARD)
     model.is_loaded_in_4bit = model.is_quantized = True
     model.hf_quantizer = quantizer

@@ -1,9 +1,9 @@
-"""A card that is not there: a training's own code runs on tensors of the device `meta`, which have shapes and
-types and hold nothing, as if that were a GPU.
+"""A card that is not there: a training's own code runs on tensors of the device `meta`, which have shapes
+and types and hold nothing, as if that were a GPU.
 
 What a GPU would do otherwise than `meta` is said here: autocast, the attention that torch takes, a few fused
-kernels. What a card tells its host (a number, a list, a copy) is made up, evenly spread: memory does not depend
-on it. The host's own tensors are real.
+kernels. What a card tells its host (a number, a list, a copy) is made up, evenly spread: memory hardly
+depends on it. The host's own tensors are real.
 """
 
 import math
@@ -20,18 +20,18 @@ from harness.training import head_kernel
 CARD = torch.device("meta")
 GENERATOR = torch.Generator
 aten = torch.ops.aten
-# As torch's CUDA backend has them (aten/src/ATen/autocast_mode.h): what autocast computes in 16 bits, and what
-# in 32. Functions, methods and operators by name.
+# As torch's CUDA backend has them (aten/src/ATen/autocast_mode.h): what autocast computes in 16 bits, and
+# what in 32. Functions, methods and operators by name.
 SHORT = {
     "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "mv",
     "chain_matmul", "multi_dot", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention", "einsum",
     "multi_head_attention_forward",
 }  # fmt: skip
 LONG = {
-    "layer_norm", "group_norm", "norm", "pow", "__pow__", "__rpow__", "rpow", "rsqrt", "reciprocal", "exp", "log",
-    "log2", "log10", "log1p", "expm1", "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum", "logsumexp",
-    "cross_entropy", "nll_loss", "mse_loss", "kl_div", "smooth_l1_loss", "softplus", "cosine_similarity", "cdist",
-    "dist", "tan", "acos", "asin", "cosh", "sinh", "erfinv",
+    "layer_norm", "group_norm", "norm", "pow", "__pow__", "__rpow__", "rpow", "rsqrt", "reciprocal", "exp",
+    "log", "log2", "log10", "log1p", "expm1", "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum",
+    "logsumexp", "cross_entropy", "nll_loss", "mse_loss", "kl_div", "smooth_l1_loss", "softplus", "cdist",
+    "cosine_similarity", "dist", "tan", "acos", "asin", "cosh", "sinh", "erfinv",
 }  # fmt: skip
 
 
@@ -109,8 +109,10 @@ def cast(tree, dtype):
     return tree
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernel that a GPU takes: flash attention, with a mask the memory-efficient one; of fp32 that too."""
+def attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """The kernel that a GPU takes: flash attention; with a mask, or in fp32, the memory-efficient one."""
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
@@ -170,7 +172,8 @@ def world():
     devices = [*optimizer._get_fused_kernels_supported_devices(), CARD.type]
     with ExitStack() as stack:
         for where, name, value in (
-            (torch, "Generator", lambda device="cpu": GENERATOR()), (torch, "autocast", Autocast), (torch.amp, "autocast", Autocast),
+            (torch, "Generator", lambda device="cpu": GENERATOR()),
+            (torch, "autocast", Autocast), (torch.amp, "autocast", Autocast),
             (torch.amp.autocast_mode, "autocast", Autocast),
             (torch, "is_autocast_enabled", lambda *_: Autocast.now[-1] is not None),
             (torch, "get_autocast_dtype", lambda *_: Autocast.now[-1] or torch.bfloat16),
