@@ -228,8 +228,8 @@ def truth(cls, spec, splits: dict) -> dict:
 def table(found: list[dict]) -> str:
     """A line a row, then the median and the worst error of peak memory, device memory and step time."""
     heads = (
-        "method", "model", "shape", "rung", "peak GiB, said", "is", "error", "device error", "step ms, said", "is",
-        "error",
+        "method", "model", "shape", "rung", "peak GiB, said", "is", "error", "device error", "step ms, said",
+        "is", "error",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip

@@ -18,7 +18,7 @@ from harness.plain import plain
 from harness.spec import RunSpec
 
 SOLD = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GB of cards that are sold
-SMALLER = 4  # halvings of a micro-batch that are tried
+SMALLER, ROUNDS = 2, 3  # halvings of a micro-batch, and knobs of an arm in all, that are tried
 GIB = 2**30
 LEFT = 0.93  # of a sold card, to programs
 
@@ -212,9 +212,8 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
         yield listing.paragraph(f"On {the(card)}: {count} runs to do, {done} cached; about {about(likely)}, "
                                 f"between {about(least)} and {about(most)}, and {disk} on disk.", 0)  # fmt: skip
         yield from within(arms, likely, options)
-        for arm in good:
-            if arm.forecast.verdict(card) != "fits":
-                yield listing.paragraph(f"  {arm.name}: {remedy(arm, card)}", 4)
+        for line in remedies([arm for arm in good if arm.forecast.verdict(card) != "fits"], card):
+            yield listing.paragraph(line, 4)
     else:
         yield f"{count} runs to do, {done} cached; {disk} on disk."
         yield listing.paragraph("There is no GPU here. --memory 16GB says what fits a card of so much, and "
@@ -254,44 +253,53 @@ def within(arms: list[Arm], likely: float, options) -> Iterator[str]:
     yield listing.paragraph(f"Within {about(options.hours)} fit {what}.", 0)
 
 
-def remedy(arm: Arm, card: Card) -> str:
-    """The one knob that changes least and lets it fit, tried by forecasts of its own."""
-    verdict, spec, made = arm.forecast.verdict(card), arm.runs[0], arm.forecast
-    need = made.device_at_least(card)
-    what = f"{verdict}: it needs {space(need)} to {space(made.device(card))} of {space(card.bytes)}"
-    for text, changes in knobs(spec, made):
-        tried = replace(spec, hp=replace(spec.hp, **changes))
-        found = next(iter(forecast.foreseen([tried], made.bf16).values()), None)
-        if found and found.verdict(card) == "fits":
-            return f"{what}. It fits with --set {text}"
-    return f"{what}. No smaller micro-batch, checkpointing or half the length lets it fit: take a larger card"
-
-
-def knobs(spec: RunSpec, made: Forecast) -> Iterator[tuple[str, dict[str, Any]]]:
-    """From what changes nothing but time to what changes the training."""
-    hp = spec.own_hp
-    cannot = made.facts.get("cannot", [])
-    size = hp.micro_batch_size
-    if "accumulation" not in cannot and spec.trains:
-        for _ in range(SMALLER):
-            if size > 1:
-                size //= 2
-                yield (
-                    f"hp.micro_batch_size={size} (the same steps, in more parts)",
-                    {"micro_batch_size": size},
-                )
-    if "gradient checkpointing" not in cannot and not hp.gradient_checkpointing and spec.trains:
-        yield "hp.gradient_checkpointing=true (a third more time)", {"gradient_checkpointing": True}
-        if "accumulation" not in cannot:
-            both = f"hp.micro_batch_size={size} hp.gradient_checkpointing=true"
-            yield both, {"micro_batch_size": size, "gradient_checkpointing": True}
-    if hp.eval_batch_size > 1:
-        yield (
-            f"hp.eval_batch_size={hp.eval_batch_size // 4 or 1}",
-            {"eval_batch_size": hp.eval_batch_size // 4 or 1},
+def remedies(arms: list[Arm], card: Card) -> Iterator[str]:
+    """Of each arm that does not fit, the one knob that changes least and lets it fit, by forecasts of its
+    own: the likeliest first, of all arms at once."""
+    left = {arm.name: (arm, list(likely_knobs(arm, card))) for arm in arms}
+    found: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        tried = {name: knobs.pop(0) for name, (_, knobs) in left.items() if knobs and name not in found}
+        specs = {name: changed(left[name][0].runs[0], changes) for name, (_, changes) in tried.items()}
+        made = forecast.foreseen(specs.values(), card.bf16) if specs else {}
+        for name, spec in specs.items():
+            one = made.get(spec.digest)
+            if one and not one.error and one.verdict(card) == "fits":
+                found[name] = f"fits with --set {tried[name][0]}"
+    for name, (arm, _) in left.items():
+        need, most = arm.forecast.device_at_least(card), arm.forecast.device(card)
+        takes = space(most) if most < 1.05 * need else f"{space(need)} to {space(most)}"
+        remedy = found.get(
+            name, "no smaller micro-batch and no checkpointing lets it fit: a larger card would"
         )
-    half = hp.max_length // 2
-    yield f"hp.max_length={half} (longer rows are cut)", {"max_length": half, "micro_batch_size": size}
+        yield f"  {name}: {arm.forecast.verdict(card)}, takes {takes}; {remedy}"
+
+
+def changed(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:
+    return replace(spec, hp=replace(spec.hp, **changes))
+
+
+def likely_knobs(arm: Arm, card: Card) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Smaller micro-batches, which leave the steps as they are, from where a straight line says that they fit;
+    then with layers computed again in backward."""
+    spec, made = arm.runs[0], arm.forecast
+    hp, parts, cannot = spec.own_hp, made.parts, made.facts.get("cannot", [])
+    if not spec.trains:
+        size = max(1, hp.eval_batch_size // 4)
+        yield f"hp.eval_batch_size={size}", {"eval_batch_size": size}
+        return
+    moving = parts["activations"] + parts["head"]
+    fixed = made.device_at_least(card) - moving
+    sizes = [hp.micro_batch_size]
+    while sizes[-1] > 1 and "accumulation" not in cannot:
+        sizes.append(sizes[-1] // 2)
+    fitting = [n for n in sizes[1:] if fixed + moving * n / sizes[0] < LEFT * card.bytes]
+    for size in fitting[:SMALLER]:
+        yield f"hp.micro_batch_size={size} (the same steps)", {"micro_batch_size": size}
+    if "gradient checkpointing" not in cannot and not hp.gradient_checkpointing:
+        for size in dict.fromkeys((sizes[0], sizes[-1])):
+            texts = ["hp.gradient_checkpointing=true"] + [f"hp.micro_batch_size={size}"] * (size != sizes[0])
+            yield " ".join(texts), {"gradient_checkpointing": True, "micro_batch_size": size}
 
 
 def space(size: float) -> str:
