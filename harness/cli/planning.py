@@ -191,7 +191,7 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
         if spec.members:
             yield plain(f"  {said:12} {describe(spec)}")
         if "(" in said and not spec.members:
-            yield listing.paragraph(f"  {describe(spec)}: {said}", 4)
+            yield plain(f"  {describe(spec)}: {said}")
     if options.verbose:
         yield from (plain(f"  {said:12} {spec.folder}") for spec, said in runs)
     reasons: dict[str | None, list[str]] = {}
@@ -209,8 +209,9 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
         least, likely, most = (
             sum(arm.forecast.total_seconds(card)[i] * arm.due for arm in good) for i in range(3)
         )
-        yield listing.paragraph(f"On {the(card)}: {count} runs to do, {done} cached; about {about(likely)}, "
-                                f"between {about(least)} and {about(most)}, and {disk} on disk.", 0)  # fmt: skip
+        yield listing.paragraph(f"On {the(card)}: {count} runs to do, {done} cached; about "
+                                f"{about(likely)}, between {about(least)} and {about(most)}, and {disk} on "
+                                "disk.", 0)  # fmt: skip
         yield from within(arms, likely, options)
         for line in remedies([arm for arm in good if arm.forecast.verdict(card) != "fits"], card):
             yield listing.paragraph(line, 4)
@@ -280,8 +281,8 @@ def changed(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:
 
 
 def likely_knobs(arm: Arm, card: Card) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Smaller micro-batches, which leave the steps as they are, from where a straight line says that they fit;
-    then with layers computed again in backward."""
+    """Smaller micro-batches, which leave the steps as they are, from where a straight line says that they
+    fit; then with layers computed again in backward."""
     spec, made = arm.runs[0], arm.forecast
     hp, parts, cannot = spec.own_hp, made.parts, made.facts.get("cannot", [])
     if not spec.trains:
