@@ -187,7 +187,8 @@ def truth(cls, spec, splits: dict) -> dict:
         return load_base(spec, torch.bfloat16, accelerator.device, **more)
 
     class Words:
-        pad_token_id = 0
+        pad_token_id = eos_token_id = 0
+        bos_token_id = 1
 
         def decode(self, ids, **_):
             return " ".join(map(str, ids))

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM
 
-from harness.data import Example, Shapes, batches_of, learned_tokens
+from harness.data import Batches, Example, Shapes, batches_of, learned_tokens
 from harness.method import Method, Unsupported
 from harness.record import EAGER, Phase, RunRecord
 from harness.spec import RunSpec
@@ -28,6 +30,7 @@ from harness.training.model import optimizer_bytes, sizes
 from harness.training.run import Run
 from harness.work import Work
 
+FEW = 4  # steps that are read before the first
 ALONE = 2  # micro-batches of a step that are computed: more hold no more
 READ = 2**14  # prompt tokens that are read at once, as harness/training/decoder.py has it
 
@@ -69,6 +72,22 @@ class Forecasted(Run):
             return torch.zeros((), device=CARD)
         with self.ledger.making("activations"):
             return super().accumulate(model, batches[:ALONE])
+
+
+class Few:
+    """The first steps of a training: a method that reads many before it begins holds no more for the rest."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        return islice(iter(self.batches), FEW)
 
 
 class Foreseen(Kernels):
@@ -204,7 +223,7 @@ def trained(model, run, deeper: float):
     """-> the model as it is kept, and what is known of it. `deeper`: how many times as many layers the whole
     model has, which decides whether compiling pays."""
     method, ledger = run.method, run.ledger
-    with ledger.entered("attach"):
+    with ledger.entered("attach"), patch.object(run, "batches", Few(run.batches)):
         model = method.attach(model, run)
         types = weights.loaded_types(model)
         weights.master_weights(model, "bf16" if run.accelerator.mixed_precision == "bf16" else "fp32")
