@@ -223,6 +223,20 @@ def devices() -> int:
     return cards or len(cores())
 
 
+def card_described() -> tuple[str, int] | None:
+    """The name and the bytes of the first card that this process may see, without torch."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        seen = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+        by_number = pynvml.nvmlDeviceGetHandleByIndex
+        handle = by_number(int(seen)) if seen.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(seen)
+        return pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    except Exception:  # NVML raises many kinds; whichever it is, the answer is unknown
+        return None
+
+
 def computes_bf16() -> bool:
     """Truly: a T4 only emulates it."""
     import torch

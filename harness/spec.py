@@ -36,6 +36,7 @@ class Hyperparams:
     devices: Natural = 1  # that one run computes on: each reads its share of every step's rows
     # Of what is trained, with gradients and moments; full: each device holds a part of it, else all of it.
     sharding: Literal["none", "full"] = "none"
+    memory_cap: NotNegative = 0.0  # GiB of the card that torch may take, as of a smaller one; 0: all
     # What follows also holds for an untouched model: it decides how a run is evaluated.
     # Of the arithmetic; auto: bf16 where the device truly has it, else fp32.
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -51,8 +52,10 @@ class Hyperparams:
 
 def hashed(hp: Hyperparams) -> dict:
     """As a spec is hashed: without what came later and is as it was before."""
-    later = {"kernels": "auto", "devices": 1, "sharding": "none"}
-    return {name: value for name, value in asdict(hp).items() if name not in later or value != later[name]}
+    return {name: value for name, value in asdict(hp).items() if name not in LATER or value != LATER[name]}
+
+
+LATER = {"kernels": "auto", "devices": 1, "sharding": "none", "memory_cap": 0.0}
 
 
 EVALUATION = ("precision", "max_length", "max_new_tokens", "eval_batch_size")

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails at once
 os.environ["TUNEOFF_CACHE"] = tempfile.mkdtemp(prefix="tuneoff-tests-")  # never the user's own
+os.environ["TUNEOFF_FORECASTS"] = "0"  # a plan's: seconds each; tests/test_forecast.py asks for them
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the runs that tests start: two at a time have a core each
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the oracles are fp32 on the CPU

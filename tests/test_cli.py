@@ -247,7 +247,7 @@ def test_a_plan_writes_nothing_anywhere(tmp_path):
     asked += ["--dataset", "rows.jsonl", "--set", "data.train=9", "data.validation=2", "data.test=4"]
     before = files(tmp_path)
     run = bench("plan", *asked, cwd=here, env=environment)
-    assert run.returncode == 0 and "will run" in run.stdout, run.stderr
+    assert run.returncode == 0 and "runs to do, 0 cached" in run.stdout, run.stderr
     changed = {path for path, state in files(tmp_path).items() if before.get(path) != state}
     assert changed <= {home / "temporary"}, "what its plugin's trial writes there is gone again"
 

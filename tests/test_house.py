@@ -16,10 +16,10 @@ FLOORS = [
     ["shape", "endings", "ranks"],
     ["spec", "metrics", "migrate", "packages"],
     ["record"],
-    ["store", "tuning", "machine", "data"],
+    ["store", "tuning", "machine", "data", "work"],
     ["method", "doctor", "measuring", "grade", "keeping", "tracking", "watchdog"],
     ["trial", "training"],
-    ["plan", "child", "preflight"],
+    ["plan", "child", "preflight", "forecast"],
     ["nursery"],
     ["bench", "report", "contract"],
     ["cli"],
@@ -92,7 +92,7 @@ def test_a_method_imports_the_method_interface_and_its_parents_alone(path):
 
 
 def test_these_rooms_and_all_methods_files_do_without_torch():
-    rooms = ("spec", "record", "errors", "store", "plan", "cli", "report", "grade")
+    rooms = ("spec", "record", "errors", "store", "plan", "cli", "report", "grade", "forecast")
     code = (
         f"import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
         f"import {', '.join(f'harness.{room}' for room in rooms)}, harness.method as m\n"

@@ -12,10 +12,13 @@ from harness.plain import plain, redacted
 from harness.search import TRIALS
 
 OK, SOME_FAILED, BAD_REQUEST, SIGNALLED = 0, 1, 2, 128  # and the signal's number, as shells have it
+TOO_LARGE = 3  # something of a plan cannot fit its card
+RUNS_AGAIN = "its method's code has changed; --force runs it again"
 COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
     "data, check, report, grade, merge, push, attention, lm-eval, doctor; each has its own --help.",
-    "plan": "What a run with the same arguments would do, and what is cached. Starts and writes nothing.",
+    "plan": "What a run with the same arguments would do and take of a card, and what is cached. Starts "
+    "nothing.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
@@ -37,8 +40,8 @@ EPILOG = """examples:
   {0} report                                   the report again, from cached results
   {0} grade                                    people grade ten answers of each method
 
-exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 130 interrupted,
-143 ended by SIGTERM, 129 by SIGHUP
+exit status: 0 all runs ok, 1 some run is not, 2 bad request (nothing started), 3 of plan: something cannot
+fit the card, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP
 """
 
 
@@ -259,6 +262,11 @@ ARGUMENTS = (
     ("--seed", ["grade"], once("N", "of the draw of these rows (default: 0)", type=count, default=0)),
     ("--port", ["grade"], once("N", "of the page's address (default: any that is free)", type=port,
                                default=0)),
+    ("--memory", ["plan"], once("SIZE", "what fits a card that is not at hand, as 16GB or 24GiB",
+                                type=memory)),
+    ("--hours", ["plan"], once("N", "what of the plan fits so many hours, as 4, 0.5, 4h or 30min",
+                               type=hours)),
+    ("-v", ["plan"], flag("the name of each run, too") | {"dest": "verbose"}),
     ("--memory", WITHIN, once("SIZE", "decide which to take on a card of this memory, as 24GB (of 1000) or "
                               "24GiB (of 1024)", type=memory)),
     ("--hours", WITHIN, once("N", "decide which to take within so many hours a run, as 4, 0.5, 4h or 30min",

@@ -8,11 +8,9 @@ import sys
 from contextlib import suppress
 from math import inf
 
-from harness.cli.arguments import OK, SOME_FAILED, program
+from harness.cli.arguments import OK, RUNS_AGAIN, SOME_FAILED, program
 from harness.errors import BadRequest, Problems, absent, unreadable, unwritable
 from harness.plain import plain, redacted
-
-RUNS_AGAIN = "its method's code has changed; --force runs it again"
 
 
 def run_command(options, typed: list[str]) -> int:
@@ -152,75 +150,10 @@ def failed(done: list) -> list:
 
 
 def plan_command(options, typed: list[str]) -> int:
-    from harness.cli import listing
-    from harness.cli.progress import describe
-    from harness.data import describe as sized
+    from harness.cli import planning
     from harness.store import Store
 
-    specs, store = planned(options), Store(options.results)
-    runs = [
-        {"run": spec.folder, "method": spec.method, "seed": spec.seed,
-         "state": state(spec, specs, store, options.force)}
-        | ({"ensemble": describe(spec)} if spec.members else {})
-        for spec in known(specs, store, options.force)
-    ]  # fmt: skip
-    if options.json:
-        print(json.dumps(runs, indent=1))
-        return OK
-    spec = specs.methods()[-1]
-    parts = ", ".join(part["name"] for part in spec.dataset["parts"])
-    rows = f"{sized(spec.dataset)} rows of each of {parts}"
-    hp = (f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in vars(spec.hp).items())
-    print(listing.paragraph(f"model {spec.model}; dataset {spec.dataset['name']}: {rows}", 2))
-    print(listing.paragraph("hyperparameters: " + ", ".join(hp), 2))
-    for part, columns in specs.unused.items():
-        if columns:
-            print(listing.paragraph(f"not used of {part}: {', '.join(columns)}", 2))
-    for run in runs:
-        print(plain(f"  {run['state']:12} {run['run']}  {run.get('ensemble', '')}".rstrip()))
-    if specs.tunings:
-        print(listing.paragraph(tuned(specs), 2))
-    return OK
-
-
-def tuned(specs) -> str:
-    """What the tuned track of a plan will do."""
-    names = [tuning.trial.method for tuning in specs.tunings]
-    which = f"each of {len(names)} methods" if len(names) > 1 else names[0]
-    seeds = " ".join(map(str, specs.seeds))
-    return f"tuned: {specs.trials} trials for {which}, then the best of each with seeds {seeds}"
-
-
-def known(specs, store, force: bool) -> list:
-    """The runs that can be named: as far as those trials lead that are cached, and all that wait for none."""
-    from harness.bench import cached
-
-    found: list = []
-    done: dict = {}
-    while stage := specs.upcoming(done):
-        found += stage
-        done |= {spec.digest: None if force else cached(spec, specs, store) for spec in stage}
-        if any(spec.trial and done[spec.digest] is None for spec in stage):
-            break
-    return found + [spec for spec in specs if spec not in found]
-
-
-def state(spec, specs, store, force: bool) -> str:
-    """What a bench would do with a run."""
-    from dataclasses import replace
-
-    from harness.bench import cached, stale
-
-    earlier = store.find(spec)
-    if earlier is None or force:
-        return "will run"
-    if cached(spec, specs, store):
-        return "cached" + f" ({RUNS_AGAIN})" * stale(replace(earlier, spec=spec))
-    if not earlier.ok:
-        return f"will run again ({earlier.status})"
-    if spec.members:
-        return "will run again (a member has other answers now)"
-    return "will run again (the untouched model has answers now)"
+    return planning.show(planned(options), Store(options.results), options)
 
 
 def list_command(options, typed: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The training path: one loop, one LM head, one decoder and one evaluation for every method."""
 
+from harness.training import dry
 from harness.training.attending import attention_maps
 from harness.training.checkpoint import packed, resume, snapshot, unpacked
 from harness.training.ensemble import Ensemble, outputs_of
@@ -15,7 +16,7 @@ from harness.training.weights import loaded_types, master_weights, one_arithmeti
 
 __all__ = [
     "PROMPTS", "Asked", "Ensemble", "Loop", "Reading", "Run", "Tasks", "Trial", "ask", "attention_maps",
-    "execute", "likelihoods", "limit_hub", "load_base", "loaded_types", "master_weights", "merge",
+    "dry", "execute", "likelihoods", "limit_hub", "load_base", "loaded_types", "master_weights", "merge",
     "one_arithmetic", "outputs_of", "packed", "prepare_model", "put_back", "read_data", "resolve_precision",
     "resume", "seed_everything", "snapshot", "stop_tokens", "unpacked",
 ]  # fmt: skip

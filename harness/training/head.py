@@ -103,7 +103,7 @@ class LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, softcap, learning, fused):
         device, trained = hidden.device.type, weight.requires_grad
-        ctx.fused = fused and device == "cuda" and head_kernel.triton is not None
+        ctx.fused = fused and head_kernel.serves(device)
         most = TRAINED_ROWS if trained else max(FUSED_ROWS, int(FUSED_SHARE * len(labels)))
         ctx.rows, ctx.softcap = most if ctx.fused else max(1, CHUNK // weight.shape[0]), softcap
         autocast = torch.is_autocast_enabled(device)

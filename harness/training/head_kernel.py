@@ -12,6 +12,10 @@ BLOCK = 8192  # logits at a time
 WARPS = 8  # of a program: 32 logits a thread
 
 
+def serves(device: str) -> bool:
+    return device == "cuda" and triton is not None
+
+
 def log_probabilities(logits, labels, softcap: float | None = None, weights=None, replace: bool = True):
     """(N, V), (N,) -> (N,) in fp32: log-probabilities of the labels, 0 at -100. With `replace`, logits become
     the slopes of their row's log-probability, times its weight (N,); 0 at -100."""

@@ -104,7 +104,7 @@ class Kernels:
         """Why there are only plain steps."""
         if self.run.hp.kernels == EAGER:
             return "as hp.kernels asks"
-        if self.run.device.type != "cuda":
+        if self.run.device.type not in ("cuda", "meta"):  # meta: a forecast of a GPU
             return "there is no GPU"
         if self.run.sharded:
             return "weights are gathered from several devices within the step"

@@ -127,6 +127,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],  # what a graph replays is cast anew
     )
+    capped(hp.memory_cap)
     meter = Meter(accelerator.device, lambda name: report(phase=name), place.others)
     if meter.card and meter.card.before and meter.card.before > machine.BUSY_BYTES:
         record.warnings.append(
@@ -288,6 +289,13 @@ def save_model(model, run: Run, folder: Path) -> None:
         traceback.print_exc()
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # half a model is none, and fills the disk
         record.warnings[-1] += f": {type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}"
+
+
+def capped(gib: float) -> None:
+    """Lets torch's allocator take so much of the card and no more; 0: all."""
+    if gib and torch.cuda.is_available():
+        share = gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 def seed_everything(seed: int) -> None:

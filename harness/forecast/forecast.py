@@ -1,0 +1,327 @@
+"""Forecasts: of each run a trace at two depths, drawn out to the model's own, and kept until code or request
+change. Torch is imported only where something is traced."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, method
+from harness.data import cache_folder
+from harness.forecast.cards import Card
+from harness.spec import RunSpec, digest
+from harness.work import Work, seconds_of
+
+DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
+SHALLOW = 12
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
+CODE = ("forecast", "training")  # folders whose change makes a forecast anew
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator, for each stream
+STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, that of the capture
+UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
+UNSURE_BYTES = 96 * 2**20
+UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
+TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
+
+
+@dataclass
+class Forecast:
+    """Of one run, on no particular card. Bytes and seconds.
+
+    `moments`: by phase and what goes on in it, the highest bytes allocated and reserved and, of those
+    allocated, what they are for. `work`: by what is done. `error`: why there is none.
+    """
+
+    rung: str = "eager"
+    reason: str | None = None
+    bf16: bool = True
+    moments: dict[str, dict] = field(default_factory=dict)
+    work: dict[str, dict] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    saved_bytes: float = 0
+    own_rows: bool = True  # else as long as they may be
+    error: str | None = None
+
+    @property
+    def peak(self) -> float:
+        """Bytes allocated at the highest moment of the training, as a report compares them."""
+        return self.highest.get("allocated", 0) + self.libraries
+
+    @property
+    def libraries(self) -> int:
+        return LIBRARY_BYTES * (STREAMS if "graph" in self.rung else 1)
+
+    @property
+    def highest(self) -> dict:
+        training = [m for name, m in self.moments.items() if phase_of(name) in ("attach", "train")]
+        return max(training or self.moments.values(), key=lambda m: m["allocated"], default={})
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {name: self.highest.get("parts", {}).get(name, 0) for name in PARTS}
+
+    def phase(self, phase: str, gauge: str = "allocated") -> float | None:
+        values = [m[gauge] for name, m in self.moments.items() if phase_of(name) == phase]
+        return max(values) if values else None
+
+    def device(self, card: Card) -> float:
+        """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
+        phases = {phase_of(name) for name in self.moments} - {TRIAL}
+        held = max((self.phase(phase, "reserved") or 0 for phase in phases), default=0)
+        return held + self.libraries + card.context
+
+    def device_at_least(self, card: Card) -> float:
+        """As it is when the allocator gives back what is free."""
+        phases = {phase_of(name) for name in self.moments} - {TRIAL}
+        return max((self.phase(phase) or 0 for phase in phases), default=0) + self.libraries + card.context
+
+    def unsure(self, size: float) -> float:
+        return size * UNSURE[self.rung] + UNSURE_BYTES
+
+    def verdict(self, card: Card) -> str:
+        """fits, tight or too large."""
+        if self.error:
+            return "unknown"
+        least = self.device_at_least(card)
+        if least - self.unsure(least) > card.bytes:
+            return "too large"
+        most = self.device(card)
+        return "fits" if most + self.unsure(least) <= card.bytes else "tight"
+
+    def seconds(self, card: Card) -> dict[str, float]:
+        """Of each phase; without what is read from disk and what a compiler takes."""
+        facts, made = self.facts, {name: Work(**work) for name, work in self.work.items()}
+        graph, steps = "graph" in self.rung, facts.get("steps", 0)
+
+        def of(name: str, times: float = 1.0, graph: bool = False) -> float:
+            return seconds_of(made[name], card, graph) * times if name in made else 0.0
+
+        found = {"attach": of("attach")}
+        if steps:
+            ratio = facts["micro_tokens"] / max(1, facts["traced_tokens"])
+            batch = made.get("micro-batch", Work())
+            whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
+            found["train"] = seconds_of(whole, card, graph) + of("step", steps)
+            found["rollout"] = of("token", facts.get("sampled", 0) / max(1, facts.get("at_once", 1)), True)
+        if facts.get("evaluated"):
+            found["evaluate"] = of("evaluate", facts["evaluated"], False)
+            found["generate"] = of("read", facts["reads"], False) + of(
+                "token", facts["tokens_written"], graph
+            )
+        return found
+
+    def total_seconds(self, card: Card) -> tuple[float, float, float]:
+        """The least, the likely and the most."""
+        likely = sum(self.seconds(card).values()) + 10
+        wide = UNSURE_TIME * (1 if self.own_rows else 2) * (1 if card.known else 2)
+        return likely / wide, likely, likely * (UNSURE_TIME if card.known else 2 * UNSURE_TIME)
+
+
+def phase_of(moment: str) -> str:
+    return moment.partition(" ")[0]
+
+
+def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], object] = lambda *_: None,
+             keep: bool = True) -> dict[str, Forecast]:  # fmt: skip
+    """By digest of the spec. Seeds of a method share one. `told(done, of)`: as they come."""
+    wanted = {spec.digest: (key_of(spec, bf16), spec) for spec in specs if not spec.members}
+    found: dict[str, Forecast] = {}
+    missing: dict[str, RunSpec] = {}
+    for key, spec in wanted.values():
+        if key not in found and (known := read(key)):
+            found[key] = known
+        elif key not in found:
+            missing.setdefault(key, spec)
+    if missing:
+        for key, made in traced(missing, bf16):
+            found[key] = made
+            told(len(found), len(found) + len(missing))
+            if keep and not made.error:
+                write(key, made)
+    return {name: found[key] for name, (key, _) in wanted.items() if key in found}
+
+
+# What is known already
+
+
+def key_of(spec: RunSpec, bf16: bool) -> str:
+    cls = method.resolve(spec.method, source(spec))
+    asked = replace(spec, seed=0, search=None, repeat=0).asked()
+    return digest([asked, spec.untouched, bf16, method.code_hash(cls), code(), [known(p) for p in LIBRARIES]])
+
+
+def source(spec: RunSpec) -> Any:
+    return method.find(spec.method, method.known_methods(spec.locations.get("plugins", ())))
+
+
+def known(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def code() -> str:
+    files = [
+        f
+        for folder in CODE
+        for f in sorted((ROOT / "harness" / folder).rglob("*.*"))
+        if f.suffix in (".py", ".toml")
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def place(key: str) -> Path:
+    return cache_folder() / "forecasts" / f"{key}.json"
+
+
+def read(key: str) -> Forecast | None:
+    try:
+        return Forecast(**json.loads(place(key).read_text("utf-8")))
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def write(key: str, made: Forecast) -> None:
+    path = place(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(asdict(made)), "utf-8")
+        part.replace(path)
+    except OSError:  # done without
+        pass
+
+
+# What is not
+
+
+def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forecast]]:
+    """In copies of this process, which has imported what they need, so that nothing of it is changed."""
+    import torch
+
+    from harness.training import dry
+
+    torch.set_num_threads(1)
+    shared: dict = {}
+    jobs = []
+    for key, spec in missing.items():
+        hp = spec.own_hp
+        same = digest([spec.dataset, spec.model, hp.max_length])
+        if same not in shared:
+            shared[same] = dry.rows_of(spec)
+        jobs.append((key, spec, bf16, same))
+    Jobs.rows = shared
+    workers = min(len(jobs), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if not hasattr(os, "fork") or workers < 1:
+        yield from map(job, jobs)
+        return
+    with multiprocessing.get_context("fork").Pool(workers, quiet) as pool:
+        yield from pool.imap_unordered(job, jobs)
+
+
+def quiet() -> None:
+    """A copy ends without a word."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Jobs:
+    rows: dict = {}
+
+
+def job(asked: tuple) -> tuple[str, Forecast]:
+    key, spec, bf16, same = asked
+    try:
+        return key, made(spec, bf16, *Jobs.rows[same])
+    except BaseException as error:  # a method's hooks are a stranger's
+        from harness.plain import redacted
+
+        text = redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return key, Forecast(error=text, bf16=bf16)
+
+
+def made(spec: RunSpec, bf16: bool, rows: dict, own_rows: bool) -> Forecast:
+    """Of one run, here and now."""
+    import io
+    import warnings
+    from contextlib import redirect_stderr, redirect_stdout
+
+    from transformers import AutoConfig
+
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        config = AutoConfig.from_pretrained(
+            spec.locations.get("model") or spec.model.removeprefix("random:"), trust_remote_code=False
+        )
+        built = method.build(method.resolve(spec.method, source(spec)), spec.options)
+        return drawn_out(spec, built, config, rows, own_rows, bf16)
+
+
+def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool, bf16: bool) -> Forecast:
+    """Of a run, from dry runs of some of its layers."""
+    from harness.training import dry
+
+    layers = config.get_text_config().num_hidden_layers
+    depths = (layers,) if layers <= SHALLOW else DEPTHS
+    programs = dry.Programs()
+    try:
+        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, depth, programs) for depth in depths]
+    except (AttributeError, IndexError, KeyError, ValueError):
+        if len(depths) == 1:
+            raise
+        depths = (layers,)  # an option names a layer that is not among the first
+        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, layers)]
+    first, last = traces[0], traces[-1]
+    line = Line(depths, layers)
+    moments: dict[str, dict] = {
+        name: {
+            "allocated": line(first.moments.get(name, moment).allocated, moment.allocated),
+            "reserved": line(first.moments.get(name, moment).reserved, moment.reserved),
+            "parts": {
+                part: line(first.moments.get(name, moment).parts.get(part, 0), size)
+                for part, size in moment.parts.items()
+            },
+        }
+        for name, moment in last.moments.items()
+    }
+    for moment in moments.values():
+        moment["reserved"] = max(moment["reserved"], moment["allocated"])
+    work = {
+        name: {
+            key: line(asdict(first.work.get(name, done))[key], value) for key, value in asdict(done).items()
+        }
+        for name, done in last.work.items()
+    }
+    linear = ("parameters", "trainable", "weight_bytes", "trainable_bytes", "optimizer_bytes")
+    facts = {
+        name: line(first.facts.get(name, value), value) if name in linear else value
+        for name, value in last.facts.items()
+    }
+    saved = line(first.saved_bytes, last.saved_bytes)
+    return Forecast(last.rung, last.reason, bf16, moments, work, facts, saved, own_rows)
+
+
+def rebuilt(built: Any) -> Any:
+    return method.build(type(built), method.options(built))
+
+
+@dataclass
+class Line:
+    """Through the values at two depths, to that of the whole model."""
+
+    depths: tuple[int, ...]
+    layers: int
+
+    def __call__(self, first: float, last: float) -> float:
+        if len(self.depths) == 1:
+            return last
+        a, b = self.depths
+        return max(0.0, last + (last - first) / (b - a) * (self.layers - b))

@@ -1,0 +1,183 @@
+"""What lies on a card at each moment: every storage from its making to its end, by what it is for."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.training.dry.allocator import Allocator
+from harness.training.dry.world import CARD, answered
+from harness.work import Work
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
+
+
+@dataclass
+class Moment:
+    """A stretch of a run: its highest sum of live bytes, of what this was made, and the most that torch's
+    allocator had reserved."""
+
+    allocated: int = 0
+    reserved: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def told(tree):
+    """What an operation can tell of what it is given."""
+    if isinstance(tree, torch.Tensor):
+        return tree.size(), tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, (list, tuple)):
+        return tuple(map(told, tree))
+    if isinstance(tree, dict):
+        return tuple((name, told(value)) for name, value in tree.items())
+    return type(tree), tree
+
+
+class Ledger(TorchDispatchMode):
+    """`with Ledger() as ledger: ...`; `at(moment, part)` says where the run is and what is made there.
+
+    Halves of a backward are told apart, so that in each the highest sum is a straight line in the number of
+    layers: it lies at one of its ends.
+    """
+
+    known: dict = {}  # operation and what it is given -> sizes, strides and types of what it gives
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole: set = set()  # operations that are made of no others
+        self.fresh: dict = {}  # operation -> whether what it gives is new
+        self.live: dict[int, weakref.ref] = {}
+        self.part: dict[int, str] = {}  # number of a storage -> what it is for
+        self.numbers: dict[int, int] = {}  # a live storage's address -> its number
+        self.changes: list[tuple[int, int, int]] = []  # number, bytes made or freed, bytes reserved after it
+        self.marks: list[tuple[int, str]] = [(0, "")]  # from which change on which moment it is
+        self.phase, self.now, self.doing, self.count = "", "weights", "", 0
+        self.base: set[int] = set()  # the parameters of the base model
+        self.allocator = Allocator()
+        self.work: defaultdict[str, Work] = defaultdict(Work)  # of each phase
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what operations are made of is no question to a card
+            found = self.computed(func, args, kwargs)
+        return found
+
+    def computed(self, func, args, kwargs):
+        if func not in self.whole:  # in inference mode operations come that are made of others
+            with self:
+                if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return found
+            self.whole.add(func)
+        found = answered(func, args, kwargs)
+        if found is NotImplemented:
+            found = self.given(func, args, kwargs)
+        for tensor in tensors(found):
+            self.number(tensor)
+        self.work[self.doing or self.phase].add(func, args, kwargs, found)
+        return found
+
+    def given(self, func, args, kwargs):
+        """The same for the same shapes: torch's own way to it takes a hundred times as long."""
+        if (fresh := self.fresh.get(func)) is None:
+            some = [*func._schema.arguments, *func._schema.returns]
+            fresh = self.fresh[func] = not any(value.alias_info for value in some)
+        if not fresh:
+            return func(*args, **kwargs)
+        key = func, told(args), told(kwargs)
+        try:
+            known = self.known.get(key)
+        except TypeError:  # what cannot be told apart
+            return func(*args, **kwargs)
+        if known is None:
+            found = func(*args, **kwargs)
+            outputs = found if isinstance(found, (tuple, list)) else (found,)
+            if all(isinstance(x, torch.Tensor) and x.device == CARD for x in outputs):
+                self.known[key] = type(found), [(x.size(), x.stride(), x.dtype) for x in outputs]
+            return found
+        kind, metas = known
+        made = [torch.empty_strided(size, stride, dtype=dtype, device=CARD) for size, stride, dtype in metas]
+        return made[0] if kind not in (tuple, list) else kind(made)
+
+    def number(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self.live:
+            size, number = storage.nbytes(), self.count
+            self.count += 1
+            self.part[number], self.numbers[address] = self.now, number
+            block = self.allocator.take(size)
+            held = block.size
+            self.changes.append((number, held, self.allocator.reserved))
+
+            def freed(_: object) -> None:
+                del self.live[address], self.numbers[address]
+                self.allocator.free(block)
+                self.changes.append((number, -held, self.allocator.reserved))
+
+            self.live[address] = weakref.ref(storage, freed)
+        return self.numbers[address]
+
+    def is_part(self, part: str, tree: object) -> None:
+        for tensor in tensors(tree):
+            self.part[self.number(tensor)] = part
+
+    def mark(self, moment: str) -> None:
+        self.marks.append((len(self.changes), f"{self.phase} {moment}".rstrip()))
+
+    @contextmanager
+    def making(self, part: str, moment: str = "") -> Iterator[None]:
+        """Within, what is made is for this."""
+        before, marked = self.now, self.marks[-1][1]
+        self.now = part
+        if moment:
+            self.mark(moment)
+        try:
+            yield
+        finally:
+            self.now = before
+            if moment:
+                self.marks.append((len(self.changes), marked))
+
+    @contextmanager
+    def entered(self, phase: str) -> Iterator[None]:
+        before, now, self.phase = self.phase, self.now, phase
+        self.now = {"load": "weights", "attach": "workspace"}.get(phase, "activations")
+        self.mark("")
+        try:
+            yield
+        finally:
+            self.phase, self.now = before, now
+            self.mark("")
+
+    def moments(self) -> dict[str, Moment]:
+        """By name, the highest of each."""
+        found: dict[str, Moment] = defaultdict(Moment)
+        held, total = dict.fromkeys(PARTS, 0), 0
+        ends = [start for start, _ in self.marks[1:]] + [len(self.changes)]
+        reserved = 0
+        for (start, name), end in zip(self.marks, ends, strict=True):
+            for place in range(start, max(end, start)):
+                number, size, reserved = self.changes[place]
+                held[self.part[number]] += size
+                total += size
+                half = " end" * (name.endswith("backward") and place - start > (end - start) / 2)
+                moment = found[name + half]
+                moment.reserved = max(moment.reserved, reserved)
+                if total > moment.allocated:
+                    moment.allocated, moment.parts = total, dict(held)
+        return {name: moment for name, moment in found.items() if name}
+
+
+def tensors(tree: object) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        if tree.device == CARD:
+            yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors(item)
+    elif isinstance(tree, dict):
+        yield from tensors(list(tree.values()))

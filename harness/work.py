@@ -1,0 +1,66 @@
+"""What a card has to do: products, bytes that are read and written, and launches."""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.forecast.cards import Card
+
+VIEWS = {"view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
+         "detach", "alias", "split", "unbind", "_unsafe_view", "as_strided", "unflatten", "diagonal", "chunk",
+         "split_with_sizes", "lift_fresh", "empty", "empty_like", "empty_strided", "_reshape_alias",
+         "new_empty", "is_same_size", "_local_scalar_dense"}  # fmt: skip
+
+
+@dataclass
+class Work:
+    products: float = 0.0  # FLOP of matrix products and attention in 16 bits
+    long_products: float = 0.0  # of those in 32 bits
+    moved: float = 0.0  # bytes, of what is no product
+    launches: float = 0.0  # kernels
+
+    def add(self, func: Any, args: tuple, kwargs: dict, found: Any) -> None:
+        import torch
+        from torch.utils.flop_counter import flop_registry
+
+        packet = func.overloadpacket
+        if packet.__name__ in VIEWS:
+            return
+        self.launches += 1
+        if packet in flop_registry:
+            flop = flop_registry[packet](*args, **kwargs, out_val=found)
+            first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+            if first is not None and first.element_size() == 2:
+                self.products += flop
+            else:
+                self.long_products += flop
+        else:
+            self.moved += sum(map(size, args)) + size(found)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(*(getattr(self, f.name) * times for f in fields(Work)))
+
+
+def size(tree: Any) -> int:
+    if isinstance(tree, (list, tuple)):
+        return sum(map(size, tree))
+    return tree.numel() * tree.element_size() if hasattr(tree, "element_size") else 0
+
+
+# What a card reaches of what its datasheet says, and what a launch costs: fitted to
+# shared measurements of an H200 (see the note in tests/test_forecast.py).
+PRODUCTS, LONG_PRODUCTS, MOVED = 0.65, 0.6, 0.75
+LAUNCH, REPLAYED = 9e-6, 2e-6  # seconds of a kernel by Python, and in a graph
+
+
+def seconds_of(work: Work, card: "Card", graph: bool = False) -> float:
+    """On a card. The host launches while the card computes: the longer of the two is what it takes."""
+    short = card.short if card.bf16 else card.long
+    busy = work.products / (short * PRODUCTS) + work.long_products / (card.long * LONG_PRODUCTS)
+    busy += work.moved / (card.bandwidth * MOVED)
+    if graph:
+        return busy + work.launches * REPLAYED
+    return max(busy, work.launches * LAUNCH)
