@@ -14,7 +14,7 @@ from harness.forecast.forecast import Forecast, drawn_out
 from harness.measuring import LiveTensors
 from harness.spec import Hyperparams, RunSpec
 from harness.training import Loop, dry, master_weights
-from harness.training.dry import allocator
+from harness.training.dry import allocator, programs
 
 CONFIG = tiny.gemma(
     num_hidden_layers=6, layer_types=["full_attention"] * 6, hidden_size=256, intermediate_size=512
@@ -82,16 +82,18 @@ def test_two_depths_tell_the_third(exact, monkeypatch):
     assert told.highest["allocated"] == pytest.approx(true, rel=0.01)
 
 
-def test_a_compiled_layer_keeps_what_an_h200_kept():
-    """LoRA of rank 8 on all linear layers of Gemma 3 1B, 8 x 512 tokens, all learned, compiled and captured:
-    7.69 GiB at the highest moment (torch 2.11, the second study of training steps)."""
+def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
+    """LoRA of rank 8 on all linear layers of Gemma 3 1B, 8 x 512 tokens, all learned, compiled and captured,
+    what is cheap computed again in backward: 7.25 GiB at the highest moment (torch 2.11)."""
+    cheap = ("used_far_apart", "long_fusible_chains", "materialized_backward")
+    monkeypatch.setattr(programs, "GRADED", {f"ban_recompute_{what}": False for what in cheap})
     hp = Hyperparams(batch_size=8, micro_batch_size=8, max_steps=4, kernels="compiled", validations=0)
     [row] = tiny.rows(1, prompt=(0, 0), response=(511, 511))
     asked = RunSpec("lora", 0, "g", {"language": "en", "reward": "rouge_l", "parts": []}, hp)
     config = copy.deepcopy(tiny.GEMMA_3_1B)
     found = drawn_out(asked, made("lora"), config, splits([row] * 32), True, True)
     assert found.rung == "compiled + graph"
-    assert found.peak / GIB == pytest.approx(7.69, rel=0.05)
+    assert found.peak / GIB == pytest.approx(7.25, rel=0.05)
 
 
 def test_the_allocator_asks_for_segments_as_torch_does():
