@@ -22,7 +22,8 @@ settings.register_profile("tests", deadline=None, derandomize=True, database=Non
 settings.load_profile("tests")
 
 SLOW = {  # whole files and single tests: whole runs, trainings, mutated inputs, what else takes seconds
-    "test_bench", "test_check", "test_cli", "test_contract", "test_demo", "test_dora", "test_fuzz_records",
+    "test_bench", "test_check", "test_cli", "test_contract", "test_demo", "test_devices", "test_dora",
+    "test_fuzz_records",
     "test_fuzz_requests", "test_fuzz_rows", "test_ggpo", "test_keeping", "test_kernels", "test_lisa",
     "test_loop", "test_lora_family", "test_methods", "test_new_metric", "test_objectives", "test_optimizers",
     "test_page",

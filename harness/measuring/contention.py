@@ -30,7 +30,7 @@ class Counters:
     own: float = 0.0  # CPU seconds of this process, of the children that it waited for, and of its bench
 
     @classmethod
-    def now(cls, others: tuple[int, ...] = ()) -> "Counters | None":
+    def now(cls, *others: int) -> "Counters | None":
         """Null where the system does not count. `others`: processes whose seconds are our own, too."""
         if (counted := machine.busy_seconds()) is None:
             return None
@@ -75,10 +75,10 @@ class Contention:
         self.earlier: list[str] = []  # of attempts that were stopped, and whose steps count on
 
     def open(self) -> None:
-        self.start = Counters.now(self.others)
+        self.start = Counters.now(*self.others)
 
     def close(self) -> None:
-        if self.start and (end := Counters.now(self.others)):
+        if self.start and (end := Counters.now(*self.others)):
             self.total.add(self.start, end)
             self.known = True
         self.start = None
