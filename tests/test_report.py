@@ -619,6 +619,8 @@ def test_hostile_text_is_inert_in_html(hostile):
     assert kinds == ["application/json", ""], "the data, and our own script"
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert images and all(set(a) == {"src", "alt"} for a in images)
+    sources = [attributes for tag, attributes in page.tags if tag == "source"]
+    assert all(set(a) == {"media", "srcset"} and a["srcset"].startswith("data:") for a in sources)
     assert all(a["src"].startswith("data:image/svg+xml;base64,") for a in images)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
