@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +30,7 @@ STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, 
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
+AT_ONCE = 128  # answers of a rollout, as harness/training/run.py has it
 TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
 
 
@@ -109,7 +112,7 @@ class Forecast:
             batch = made.get("micro-batch", Work())
             whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
             found["train"] = seconds_of(whole, card, graph) + of("step", steps)
-            found["rollout"] = of("token", facts.get("sampled", 0) / max(1, facts.get("at_once", 1)), True)
+            found["rollout"] = of("token", facts.get("sampled", 0) / AT_ONCE, True)
         if facts.get("evaluated"):
             found["evaluate"] = of("evaluate", facts["evaluated"], False)
             found["generate"] = of("read", facts["reads"], False) + of(
@@ -223,8 +226,17 @@ def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forec
     if not hasattr(os, "fork") or workers < 1:
         yield from map(job, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(workers, quiet) as pool:
-        yield from pool.imap_unordered(job, jobs)
+    copies = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, copies, quiet) as pool:
+        running = {pool.submit(job, one): one[0] for one in jobs}
+        try:
+            for done in as_completed(running):
+                try:
+                    yield done.result()
+                except BrokenProcessPool:  # what ends a copy ends no plan
+                    yield running[done], Forecast(error="its dry run ended without a word", bf16=bf16)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def quiet() -> None:
