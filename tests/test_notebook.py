@@ -81,7 +81,7 @@ def test_what_had_ended_is_not_run_again_and_the_report_is_shown(session, tmp_pa
     shown = session(PRESET="demo", ARGUMENTS=["--methods", "base"], INSTALL=False, FOLDER="kept")
     told = capsys.readouterr().out
     assert "ok   torch" in told, "the doctor"
-    assert "cached       base-s0-" in told and "1 of 1 cached" in told and "started" not in told
+    assert "0 runs to do, 1 cached" in told and "1 of 1 cached" in told and "started" not in told
     assert shown[0].startswith("<iframe") and "&lt;h1" in shown[0] and "<h1" not in shown[0]
     assert (tmp_path / "kept/reports/report.pdf").is_file()
 

@@ -458,7 +458,7 @@ def test_running_out_of_memory_is_a_result_and_is_not_tried_again(engine):
     record, begun = fabricate.record("lora", status="oom_gpu", error="out of memory", scores={}), []
     maker = engine(lambda spec, _: begun.append(spec) or record)
     assert ended(maker, record.spec).status == "oom_gpu" and len(begun) == 1
-    remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0)()  # its machine was lost just after
+    remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0, 0.0)()  # its machine was lost just after
     assert len(begun) == 1
 
 

@@ -204,7 +204,7 @@ def test_the_chosen_rate_is_footnoted_as_a_difference(report):
 def test_a_best_at_the_edge_and_an_unequal_budget_are_told(tmp_path):
     store = bench(tmp_path, "full", "lora", trials=2, seeds=[0], **BOTH)
     text = rendered(store, tmp_path)
-    assert "Best at the edge of what was tried" in text.split("## Plots")[0]
+    assert "Best at the edge of what was tried" in text.split("## What was found")[1].split("## ")[0]
     assert "best at the edge" in text and table(text, "The searches")["LoRA"]["Learning rate"].endswith("*")
     bench(tmp_path, "full", trials=5, seeds=[0], **BOTH)
     assert "Not the same number of trials: Full 5 and LoRA 2." in rendered(store, tmp_path)
