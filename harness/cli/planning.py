@@ -137,14 +137,14 @@ def table(arms: list[Arm], card: Card | None) -> str:
     from rich.text import Text
 
     wide = listing.width()
-    heads = ["Method", "Runs", "Peak", "On the card", "Disk", "A run takes", "Verdict"]
+    heads = ["Method", "Runs", "Peak", "On card", "Disk", "Time a run", "Verdict"]
     if not card:
         heads = ["Method", "Runs", "Peak", "Disk", "Needs a card of"]
     if wide >= 110:
         heads += ["Most of it", "Steps"]
     made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in heads:
-        right = name in ("Runs", "Peak", "On the card", "Disk", "A run takes", "Needs a card of")
+        right = name in ("Runs", "Peak", "On card", "Disk", "Time a run", "Needs a card of")
         made.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for arm in arms:
         cells = row(arm, card)
@@ -158,7 +158,7 @@ def row(arm: Arm, card: Card | None) -> dict[str, str]:
     made, done = arm.forecast, len(arm.runs) - arm.due
     runs = f"{arm.due}" + f" +{done} cached" * bool(done)
     if made.error:
-        blank = dict.fromkeys(("Peak", "On the card", "Disk", "A run takes", "Needs a card of", "Steps"), "?")
+        blank = dict.fromkeys(("Peak", "On card", "Disk", "Time a run", "Needs a card of", "Steps"), "?")
         return {"Method": arm.name, "Runs": runs, **blank, "Verdict": "unknown", "Most of it": "?"}
     largest = sorted(made.parts.items(), key=lambda item: -item[1])[:2]
     found = {
@@ -168,8 +168,8 @@ def row(arm: Arm, card: Card | None) -> dict[str, str]:
     }  # fmt: skip
     if card:
         on_card, verdict = made.device(card), made.verdict(card)
-        found |= {"On the card": space(on_card), "Verdict": verdict,
-                  "A run takes": about(made.total_seconds(card)[1])}  # fmt: skip
+        found |= {"On card": space(on_card), "Verdict": verdict,
+                  "Time a run": about(made.total_seconds(card)[1])}  # fmt: skip
     else:
         found["Needs a card of"] = smallest(made)
     return found

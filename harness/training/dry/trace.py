@@ -5,7 +5,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -75,10 +75,11 @@ class Forecasted(Run):
 
 
 class Few:
-    """The first steps of a training: a method that reads many before it begins holds no more for the rest."""
+    """The widest step of a training and the first ones: a method that reads many before it begins holds no
+    more for the rest."""
 
-    def __init__(self, batches: Batches):
-        self.batches = batches
+    def __init__(self, batches: Batches, widest: list[Example]):
+        self.batches, self.widest = batches, widest
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)
@@ -87,7 +88,7 @@ class Few:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Example]]:
-        return islice(iter(self.batches), FEW)
+        return chain([self.widest], islice(iter(self.batches), FEW))
 
 
 class Foreseen(Kernels):
@@ -223,7 +224,8 @@ def trained(model, run, deeper: float):
     """-> the model as it is kept, and what is known of it. `deeper`: how many times as many layers the whole
     model has, which decides whether compiling pays."""
     method, ledger = run.method, run.ledger
-    with ledger.entered("attach"), patch.object(run, "batches", Few(run.batches)):
+    few = Few(run.batches, max(run.batches, key=lambda examples: width(examples, run)))
+    with ledger.entered("attach"), patch.object(run, "batches", few):
         model = method.attach(model, run)
         types = weights.loaded_types(model)
         weights.master_weights(model, "bf16" if run.accelerator.mixed_precision == "bf16" else "fp32")
