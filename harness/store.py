@@ -1,5 +1,6 @@
 """`results/`: one folder a run. Keeps a run whole or not at all, finds it by digest, names what is no run."""
 
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from harness.claims import under_way
 from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import all_fit, check, parse
-from harness.spec import RunSpec, content_hash
+from harness.spec import RunSpec, content_hash, digest
 
 RECORD, OUTPUTS, UNSEEN = "record.json", "outputs.jsonl", "unseen.jsonl"
 EVENTS, MODEL = "events.jsonl", "model"
@@ -27,6 +28,7 @@ LM_EVAL = "lm-eval.json"  # where tasks of lm-evaluation-harness were asked
 CHECKPOINTS, EARLIER_EVENTS = "checkpoints", "events.jsonl"  # the second in the first: of the stopped run
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
+MARK = "complete.json"  # of a checkpoint that was written whole: the digest of each of its files
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
 # What may stand beside it.
 ATTEMPT, EARLIER, ASIDE, STOPPED = ".{}", ".{}.earlier", "{}.aside-{}", ".{}.stopped"
@@ -73,7 +75,7 @@ class Store:
         """The record of this spec, if its run is here whole, with its model if one was saved."""
         record, _ = self.standing(self.path(spec).name)
         saved = record.sizes.saved_bytes if record else None
-        files = (self.folder / record.folder / MODEL).rglob("*.safetensors") if record else ()
+        files = weights_in(self.folder / record.folder / MODEL) if record else ()
         try:
             return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
         except OSError:  # a link to nothing
@@ -295,6 +297,33 @@ def append(path: Path, value: dict) -> None:
     """Adds one line of JSON; whoever follows the file sees it at once."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def digest_of(file: Path) -> str:
+    """Of all of it, which is on the disk then."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files of a saved model that hold its weights."""
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Of a saved model's weights; null where there are none."""
+    files = weights_in(folder)
+    return digest([digest_of(file) for file in files]) if files else None
+
+
+def intact(checkpoint: Path) -> bool:
+    """Whether its files are as they were written."""
+    try:
+        digests = parse((checkpoint / MARK).read_text("utf-8"))
+        return all(digest_of(checkpoint / name) == expected for name, expected in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def leave(record: RunRecord, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What counts as a run, and what is kept of one wherever a kill falls."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -19,8 +20,8 @@ from harness.bench import loop as bench
 from harness.cli import main
 from harness.plan import Plan
 from harness.record import RunRecord
-from harness.spec import content_hash
-from harness.store import CHECKPOINTS, MODEL, OUTPUTS, RECORD, Store, append, save
+from harness.spec import content_hash, digest
+from harness.store import CHECKPOINTS, MARK, MODEL, OUTPUTS, RECORD, Store, append, save
 
 ROOT = Path(__file__).parents[1]
 SAVED = 4096  # bytes
@@ -372,18 +373,23 @@ def test_the_command_check_names_what_is_not_whole_and_changes_nothing(tmp_path,
     for seed in range(3):
         found = fabricate.record("lora", seed)
         found.sizes.saved_bytes = 5 if seed == 1 else None
+        found.hashes["model"] = digest([hashlib.sha256(b"whole").hexdigest()]) if seed == 1 else None
         kept.append(folder / fabricate.keep(folder, found).spec.folder)
     first, second, third = kept
     (second / MODEL).mkdir()
     (second / MODEL / "model.safetensors").write_bytes(b"whole")
     assert main(["check", str(folder)]) == 0 and "3 of 3 runs" in capsys.readouterr().out
     (first / OUTPUTS).write_text((first / OUTPUTS).read_text()[:-40])
-    (second / MODEL / "model.safetensors").write_bytes(b"half")
-    (folder / f".{third.name}" / CHECKPOINTS).mkdir(parents=True)
+    (second / MODEL / "model.safetensors").write_bytes(b"whole"[::-1])  # as long
+    damaged = folder / f".{third.name}" / CHECKPOINTS / "000000007"
+    damaged.mkdir(parents=True)
+    (damaged / "state.json").write_text("{}")
+    (damaged / MARK).write_text(json.dumps({"state.json": hashlib.sha256(b"[]").hexdigest()}))
     (folder / f".{third.name}.stopped").mkdir()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, said = main(["check", str(folder)]), capsys.readouterr().out
     assert code == 1 and f"FIX  {first}: {OUTPUTS}, line" in said
+    assert f"FIX  {damaged}: not as it was written" in said and "1 of 3 runs" in said
     assert f"FIX  {second}: its model" in said and f"note {folder / ('.' + third.name)}: goes on" in said
     assert f"note {folder / ('.' + third.name)}.stopped: goes on when its run is forced" in said
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -36,6 +36,14 @@ class Arm:
     def due(self) -> int:
         return sum(not state.startswith("cached") for state in self.states)
 
+    def verdict(self, card: Card) -> str:
+        return self.forecast.verdict(self.share(card))
+
+    def share(self, card: Card) -> Card:
+        """As much of it as its runs may take."""
+        cap = self.runs[0].own_hp.memory_cap * GIB
+        return card.of(min(card.bytes, cap + card.context)) if cap else card
+
 
 def show(specs, store, options) -> int:
     runs = [(spec, state(spec, specs, store, options.force)) for spec in known(specs, store, options.force)]
@@ -48,7 +56,8 @@ def show(specs, store, options) -> int:
         if arms:
             print(table(arms, card))
         print("\n".join(below(specs, arms, runs, card, options)))
-    return TOO_LARGE if card and any(arm.forecast.verdict(card) == "too large" for arm in arms) else OK
+    large = card and any(arm.due and arm.verdict(card) == "too large" for arm in arms)
+    return TOO_LARGE if large else OK
 
 
 def card_of(options) -> Card | None:
@@ -108,7 +117,7 @@ def as_json(spec: RunSpec, said: str, arms: list[Arm], card: Card | None) -> dic
     }  # fmt: skip
     if card:
         least, likely, most = made.total_seconds(card)
-        told |= {"card": card.name, "device_bytes": round(made.device(card)), "verdict": made.verdict(card),
+        told |= {"card": card.name, "device_bytes": round(made.device(card)), "verdict": arm.verdict(card),
                  "seconds": [round(x, 1) for x in (least, likely, most)]}  # fmt: skip
     return found | {"forecast": told}
 
@@ -167,7 +176,7 @@ def row(arm: Arm, card: Card | None) -> dict[str, str]:
         "Steps": made.rung if arm.runs[0].trains else "",
     }  # fmt: skip
     if card:
-        on_card, verdict = made.device(card), made.verdict(card)
+        on_card, verdict = made.device(card), arm.verdict(card)
         found |= {"On card": space(on_card), "Verdict": verdict,
                   "Time a run": about(made.total_seconds(card)[1])}  # fmt: skip
     else:
@@ -213,12 +222,13 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
                                 f"{about(likely)}, between {about(least)} and {about(most)}, and {disk} on "
                                 "disk.", 0)  # fmt: skip
         yield from within(arms, likely, options)
-        for line in remedies([arm for arm in good if arm.forecast.verdict(card) != "fits"], card):
+        for line in remedies([arm for arm in good if arm.verdict(card) != "fits"], card):
             yield listing.paragraph(line, 4)
     else:
         yield f"{count} runs to do, {done} cached; {disk} on disk."
         yield listing.paragraph("There is no GPU here. --memory 16GB says what fits a card of so much, and "
-                                "how long it takes." if good else "", 0)  # fmt: skip
+                                "how long it takes" + ", for --hours too" * bool(options.hours) + "."
+                                if good else "", 0)  # fmt: skip
     if any(not arm.forecast.own_rows for arm in good):
         yield listing.paragraph(
             "The rows are not here: all are taken to be as long as hp.max_length allows.", 0
@@ -257,7 +267,7 @@ def within(arms: list[Arm], likely: float, options) -> Iterator[str]:
 def remedies(arms: list[Arm], card: Card) -> Iterator[str]:
     """Of each arm that does not fit, the one knob that changes least and lets it fit, by forecasts of its
     own: the likeliest first, of all arms at once."""
-    left = {arm.name: (arm, list(likely_knobs(arm, card))) for arm in arms}
+    left = {arm.name: (arm, list(likely_knobs(arm, arm.share(card)))) for arm in arms}
     found: dict[str, str] = {}
     for _ in range(ROUNDS):
         tried = {name: knobs.pop(0) for name, (_, knobs) in left.items() if knobs and name not in found}
@@ -265,7 +275,7 @@ def remedies(arms: list[Arm], card: Card) -> Iterator[str]:
         made = forecast.foreseen(specs.values(), card.bf16) if specs else {}
         for name, spec in specs.items():
             one = made.get(spec.digest)
-            if one and not one.error and one.verdict(card) == "fits":
+            if one and not one.error and one.verdict(left[name][0].share(card)) == "fits":
                 found[name] = f"fits with --set {tried[name][0]}"
     for name, (arm, _) in left.items():
         need, most = arm.forecast.device_at_least(card), arm.forecast.device(card)
@@ -273,7 +283,7 @@ def remedies(arms: list[Arm], card: Card) -> Iterator[str]:
         remedy = found.get(
             name, "no smaller micro-batch and no checkpointing lets it fit: a larger card would"
         )
-        yield f"  {name}: {arm.forecast.verdict(card)}, takes {takes}; {remedy}"
+        yield f"  {name}: {arm.verdict(card)}, takes {takes}; {remedy}"
 
 
 def changed(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:

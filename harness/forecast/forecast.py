@@ -138,7 +138,9 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
     found: dict[str, Forecast] = {}
     missing: dict[str, RunSpec] = {}
     for key, spec in wanted.values():
-        if key not in found and (known := read(key)):
+        if spec.devices > 1:
+            found[key] = Forecast(error="runs on several devices (hp.devices) are not forecast")
+        elif key not in found and (known := read(key)):
             found[key] = known
         elif key not in found:
             missing.setdefault(key, spec)

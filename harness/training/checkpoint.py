@@ -3,9 +3,7 @@
 A checkpoint is written to the side and renamed, with a digest of each of its files; the last two are kept.
 """
 
-import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.errors import brief
 from harness.record import Resumption, RunRecord
-from harness.store import EARLIER_EVENTS, save
+from harness.store import EARLIER_EVENTS, MARK, digest_of, save
 
 if TYPE_CHECKING:
     from harness.training.loop import Loop
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 LAST = 0.2  # of the time between two: so much of a training that is done is worth one before it is evaluated
 BEFORE = "before it was stopped, "
 KEPT = 2  # should the disk have lied about the last
-STATE, TENSORS, MARK = "state.json", "tensors.safetensors", "complete.json"
+STATE, TENSORS = "state.json", "tensors.safetensors"
 PIECE = 2**22  # values of a tensor looked at together: 32 MiB as 64 bits
 NEAR = 1e-3  # relative: of frozen weights that attach computes, as residuals, once more on a GPU
 PROGRESS = (  # of a record: what a training has filled
@@ -179,13 +177,6 @@ def read(path: Path, run: "Run") -> dict:
     kept["record"] = RunRecord.from_json(kept["record"])
     kept["lost"] = lost(path.parent / EARLIER_EVENTS, kept["done"])
     return kept
-
-
-def digest_of(file: Path) -> str:
-    """Of all of it, which is on the disk then."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def made_by(run: "Run") -> dict[str, Any]:

@@ -26,7 +26,17 @@ from harness.plain import redacted
 from harness.ranks import ALONE, Place
 from harness.record import Data, Phase, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
-from harness.store import CHECKPOINTS, EVENTS, MODEL, OUTPUTS, UNSEEN, append, leave
+from harness.store import (
+    CHECKPOINTS,
+    EVENTS,
+    MODEL,
+    OUTPUTS,
+    UNSEEN,
+    append,
+    leave,
+    weights_digest,
+    weights_in,
+)  # fmt: skip
 from harness.training import evaluation, weights
 from harness.training.checkpoint import Checkpoints
 from harness.training.devices import Devices
@@ -279,7 +289,8 @@ def save_model(model, run: Run, folder: Path) -> None:
             run.method.save(model, folder / MODEL)
             run.template.tokenizer.save_pretrained(folder / MODEL)
             nameless(folder / MODEL, record.spec.hub_model)
-        sizes = [file.stat().st_size for file in (folder / MODEL).rglob("*.safetensors")]
+            sizes = [file.stat().st_size for file in weights_in(folder / MODEL)]
+            record.hashes["model"] = weights_digest(folder / MODEL)
         if sizes:
             record.sizes.saved_bytes = sum(sizes)
             record.warnings.pop()
