@@ -128,7 +128,19 @@ def test_gradients_that_go_wrong_later_are_told(traced):
     _, _, record = trained(Later())
     assert record.kernels.rung == "compiled" and 0.89 < record.kernels.apart < 0.91
     _, _, sound = trained(LoRA())
-    assert sound.kernels.apart < 1e-4
+    assert sound.kernels.apart < 1e-4 and not sound.kernels.reason
+
+
+def test_a_comparison_that_breaks_costs_no_training(traced):
+    class Breaks(LoRA):
+        def loss(self, model, batch, run):
+            if run.record.training and not run.fused:
+                raise torch.cuda.OutOfMemoryError("no room")
+            return super().loss(model, batch, run)
+
+    losses, _, record = trained(Breaks())
+    assert len(losses) == 3 and record.kernels.rung == "compiled" and record.kernels.apart is None
+    assert record.kernels.reason == "not compared after the last step: OutOfMemoryError: no room"
 
 
 def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil, floor, inf, log10
 
 from harness.metrics import METRICS
-from harness.record import RunRecord
+from harness.record import NEEDED, RunRecord
 from harness.report.answer import UNITS, count
 from harness.report.blocks import Block, Heading, Lead, Listing, Prose
 from harness.report.comparison import IDENTICAL, SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique, arm
@@ -153,7 +153,7 @@ def need(comparison: Comparison, technique: Technique) -> Need:
 
 def whole_memory(record: RunRecord, name: str) -> int | None:
     """Bytes. A card's gauge that fails in some phase, and so is below the allocator's, is unknown."""
-    most, held = (record.peak(of, tuple(record.phases)) for of in (name, "peak_reserved"))
+    most, held = (record.peak(of, NEEDED) for of in (name, "peak_reserved"))
     return None if name == "peak_device" and most is not None and most < (held or 0) else most
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from harness import __version__
 from harness.metrics import METRICS
-from harness.record import RunRecord, finite
+from harness.record import NEEDED, RunRecord, finite
 from harness.report.answer import answer
 from harness.report.comparison import (
     GIB,
@@ -74,12 +74,12 @@ def costs(comparison: Comparison) -> list[Cost]:
         return None if gibibytes is None else gibibytes * GIB
 
     def device(record: RunRecord) -> float | None:
-        return record.peak("peak_device", tuple(record.phases)) if record.spec.trains else None
+        return record.peak("peak_device", NEEDED) if record.spec.trains else None
 
     return [
         Cost("peak_memory", comparison.gauge.partition(" (")[0], "bytes", "lower", peak, max),
         Cost("seconds", "Training time", "seconds", "lower", seconds, sum),
-        Cost("device_memory", "Device memory, all phases", "bytes", "lower", device, max),
+        Cost("device_memory", "Device memory, highest phase", "bytes", "lower", device, max),
         Cost("energy", "Energy of the card while training", "joules", "lower", joules, sum),
         Cost("step_seconds", "Step, median", "seconds", "lower", step_seconds),
         Cost("tokens_per_second", "Tokens per second", "tokens/second", "higher", tokens_per_second),
