@@ -20,6 +20,7 @@ from harness.record import EAGER
 from harness.training import head
 from harness.training.adapters import Adapters, alike
 from harness.training.attention import flash
+from harness.training.compiling import compiling
 from harness.training.graphs import recorded
 
 if TYPE_CHECKING:
@@ -30,19 +31,13 @@ RUNGS = {  # name -> what a method says that it cannot
     "compiled": ("compiling",),
     "eager + graph": ("graphs",),
 }
-WORTH = 1e15  # parameters times tokens that a training reads: below, compiling takes longer than it saves
+WORTH = 1e15  # parameters times tokens that a training reads, for each kind of layer: below, compiling takes
+# longer than it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 LOSS = 0.02  # nats a token, as much
 MOST = 1e6  # of GRADIENTS, when they are of another world or no numbers
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
-GRADED = {
-    "autograd_cache_allow_custom_autograd_functions": True,  # the adapters' own are in the cache's key
-}
-GENERATED = {
-    # Leaves a part of some gradients unwritten from torch 2.10 on: github.com/pytorch/pytorch/issues/193061
-    "triton.mix_order_reduction": False,
-}
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
     "skip_nnmodule_hook_guards": False,
@@ -78,7 +73,8 @@ class Kernels:
         self.forwards: dict[torch.nn.Module, Callable] = {}
         self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
-        if run.hp.kernels == "auto" and sum(run.batches.tokens) * sum(map(numel, self.parameters)) < WORTH:
+        work = sum(run.batches.tokens) * sum(map(numel, self.parameters))
+        if run.hp.kernels == "auto" and work < WORTH * kinds(decoder_layers(self.causal)):
             cannot["compiling"] = "takes longer than it would save in so short a training"
         self.untried = []
         if not self.found.reason:
@@ -234,9 +230,8 @@ class Kernels:
         """Within, the decoder's layers are the fast ones; whoever else calls them finds them as they were."""
         layers = list(self.forwards)
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(TRACED))
-            stack.enter_context(torch._functorch.config.patch(GRADED))
-            stack.enter_context(torch._inductor.config.patch(GENERATED))
+            if "compiled" in self.rung:
+                stack.enter_context(compiling(**TRACED))
             stack.enter_context(self.adapters.installed())
             asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
             stack.callback(asking.remove)
@@ -415,6 +410,11 @@ def decoder_layers(causal) -> list:
     decoder, count = causal.get_decoder(), causal.config.get_text_config().num_hidden_layers
     lists = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     return list(lists[0]) if len(lists) == 1 else []
+
+
+def kinds(layers: list) -> int:
+    """How many programs layers are: those that EVA gives ranks of their own are one each."""
+    return len({tuple(parameter.shape for parameter in layer.parameters()) for layer in layers})
 
 
 def difference(expected: Any, found: Any) -> str | None:
