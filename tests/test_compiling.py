@@ -49,7 +49,7 @@ def test_of_a_norm_and_a_rotation(size):
         torch._dynamo.reset()
         found, codes = run_and_get_code(torch.compile(backward), *given)
     for a, b in zip(found, backward(*given), strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+        assert (a.float() - b.float()).norm() < 0.02 * b.float().norm()  # of bf16, rounded at other places
     for kernel in "".join(codes).split("@triton.jit")[1:]:
         stored, waits = set(), True
         for line in kernel.splitlines():

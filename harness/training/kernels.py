@@ -65,6 +65,7 @@ class Kernels:
     def __init__(self, model, run: "Run"):
         self.model, self.run, self.causal = model, run, head.causal_lm(model)
         self.parameters = list(model.parameters())  # a walk through all modules outlasts a small step
+        self.windowed = [m for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
         self.found = run.record.kernels
         self.rung, self.found.reason = EAGER, self.refusal()
         self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
@@ -226,15 +227,20 @@ class Kernels:
         return forward
 
     @contextmanager
-    def installed(self):
-        """Within, the decoder's layers are the fast ones; whoever else calls them finds them as they were."""
+    def installed(self, longest: int | None):
+        """Within, the decoder's layers are the fast ones, for rows of at most so many tokens; whoever else
+        calls them finds them as they were."""
         layers = list(self.forwards)
+        unfilled = [m for m in self.windowed if longest and longest <= m.sliding_window]
         with ExitStack() as stack:
             if "compiled" in self.rung:
                 stack.enter_context(compiling(**TRACED))
             stack.enter_context(self.adapters.installed())
             asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
             stack.callback(asking.remove)
+            for attention in unfilled:  # so that layers with a window and those without are one program
+                stack.callback(setattr, attention, "sliding_window", attention.sliding_window)
+                attention.sliding_window = None
             for layer in layers:
                 layer.forward = self.forwards[layer]
                 stack.callback(vars(layer).pop, "forward")
@@ -260,7 +266,10 @@ class Kernels:
         return self.quick(batch, share)
 
     def quick(self, batch: dict, share) -> torch.Tensor:
-        with self.installed(), flash(self.causal):  # in backward too, where layers are computed again
+        with (
+            self.installed(batch.get("max_length_q")),
+            flash(self.causal),
+        ):  # in backward too, where layers are computed again
             self.adapters.write()
             return plain_gradients(self.model, self.run, batch, share)
 
