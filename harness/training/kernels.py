@@ -267,7 +267,7 @@ class Kernels:
 
     def quick(self, batch: dict, share) -> torch.Tensor:
         with (
-            self.installed(batch.get("max_length_q")),
+            self.installed(batch.get("longest")),
             flash(self.causal),
         ):  # in backward too, where layers are computed again
             self.adapters.write()
