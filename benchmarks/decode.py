@@ -30,6 +30,7 @@ from harness.training import decoder, engine, slot_attention
 from harness.training.head import causal_lm
 
 GPU = torch.cuda.is_available()
+torch.backends.cuda.enable_cudnn_sdp(False)  # as a run does: it plans anew for each length
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16 if GPU else torch.float32
 NEVER = 10**9  # steps
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": False}

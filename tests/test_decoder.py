@@ -247,6 +247,7 @@ def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
 def test_compiled_layers_read_prompts_of_any_length(monkeypatch):
     """Dynamo alone, as above: the same logits, keys and values, by few programs."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(engine, "FEW", 2)
     engine.compiled_forward.cache_clear()
     torch._dynamo.utils.counters.clear()
     kinds = ["sliding_attention", "full_attention"] * 2
@@ -269,6 +270,7 @@ def test_compiled_layers_read_prompts_of_any_length(monkeypatch):
 
 
 def test_prompts_read_otherwise_by_compiled_layers_are_read_plainly(monkeypatch):
+    monkeypatch.setattr(engine, "FEW", 4)
     of = tiny.model(tiny.gemma(num_hidden_layers=2))
     prompts = [row.prompt_ids for row in ROWS][:4]
     with torch.inference_mode():

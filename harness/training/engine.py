@@ -20,6 +20,7 @@ from harness.training.slots import Slots
 
 ROUND = 128  # a slot's places come in so many: one compiled shape serves texts of nearly the same length
 PROGRAMS = 64  # of one kind of layer: its modes, the shapes
+FEW = 8  # prompts: so few are read plainly at once, while a compiler makes 1 and other small numbers special
 COMPILED_FROM = 50_000  # steps times layers: compiling takes 5 to 20 s and saves .1 to .2 ms of each
 
 
@@ -89,7 +90,7 @@ class Engine:
             ).last_hidden_state  # (B, T, H)
             return self.scored(hidden[rows, lengths - 1])
 
-        if self.reading != "compiled":
+        if self.reading != "compiled" or len(ids) < FEW:
             return logits()
         try:
             with compiled(self.layers, self.cache, "read"):
