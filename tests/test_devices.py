@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from harness.plan import Request, plan
 from harness.ranks import Place, Ranks
 from harness.record import RunRecord
 from harness.store import OUTPUTS, RESULT, SPEC
+from harness.training import reducer
 from harness.training.devices import Devices
 from harness.training.loop import train
 from harness.training.run import Run
@@ -174,6 +175,101 @@ def test_shares_are_the_whole_once_and_even(lengths, count):
     assert max(sizes) - min(sizes) <= 1
     totals = [sum(length for _, length in share) for share in shares]
     assert max(totals) - min(totals) <= 2 * max(lengths, default=0)
+
+
+# Sums beside a backward: what stands for a card remembers each gradient as it is when a mark is made
+
+
+class Mark:
+    def __init__(self, parameters):
+        self.parameters, self.then = parameters, []
+
+    def record(self):
+        self.then = [p.grad.clone() if p.grad is not None else None for p in self.parameters]
+
+
+class Queue:
+    """Of a card's stream: its sums read what stood there at the mark that they wait for."""
+
+    def __init__(self, parameters):
+        self.parameters, self.seen, self.waits = parameters, [], []
+
+    def wait_event(self, mark):
+        self.waits.append("mark")
+        self.seen = mark.then
+
+    def wait_stream(self, stream):
+        self.waits.append("backward")
+        self.seen = [p.grad for p in self.parameters]
+
+    def sum(self, tensor):
+        """Two devices with the same gradients; of one value each, as tests need no more."""
+        then = {p.grad.data_ptr(): old for p, old in zip(self.parameters, self.seen, strict=True)
+                if p.grad is not None}  # fmt: skip
+        tensor.copy_(2 * then[tensor.data_ptr()])
+
+
+class Twin:
+    count, talking = 2, True
+
+    def gathered(self, value):
+        return [value, value]
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """-> a reducer of these parameters, each a bucket of its own, on a card that is told late."""
+
+    def made(parameters):
+        queue, devices = Queue(parameters), Twin()
+        devices.sum = queue.sum
+        monkeypatch.setattr(torch.cuda, "Stream", lambda **_: queue)
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: Mark(parameters))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Queue(parameters))
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(reducer, "BUCKET_BYTES", 0)
+        found = reducer.Reducer(devices, parameters)
+        found.listen()
+        return found, queue
+
+    return made
+
+
+def test_sums_begin_beside_the_backward_and_miss_nothing(beside):
+    """Of micro-batches, of what is frozen or unused at the time, and of gradients that come in two parts."""
+    draw = torch.Generator().manual_seed(0)
+    first, second, unused, frozen = (torch.randn(3, 3, generator=draw).requires_grad_() for _ in range(4))
+    found, queue = beside([first, second, unused, frozen])
+    frozen.requires_grad_(False)
+
+    def step(*losses, looked_at=()):
+        for p in (first, second, unused, frozen):
+            p.grad = None
+        for loss in losses:
+            found.began()
+            for part in loss if isinstance(loss, list) else [loss]:
+                part().backward()
+        expected, queue.waits = [2 * first.grad, 2 * second.grad], []
+        found.add_up()
+        assert unused.grad is None and frozen.grad is None
+        for p, value in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(p.grad, value)
+        return queue.waits
+
+    def plain():
+        return (first @ second @ frozen).square().sum()
+
+    late = "backward"
+    assert step(plain) == [late, late, "mark", "mark"]  # unused and frozen have nothing to wait for
+    assert step(plain, plain) == [late, late, "mark", "mark"]  # of both micro-batches
+    assert step(plain, lambda: first.sum()) == [late, late, late, "mark"]
+    assert step([plain, lambda: first.sum()]) == [late, late, "mark", late]  # a backward in two parts
+    looks = first.register_post_accumulate_grad_hook(lambda p: None)
+    assert step(plain) == [late, late, "mark", late]  # who looks at a gradient may still read it
+    looks.remove()
+    assert found.made == set()  # of a step without rows, there is nothing that a mark could tell
+    found.close()
+    assert not any(first._post_accumulate_grad_hooks.values())
 
 
 # Whole runs

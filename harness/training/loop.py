@@ -18,6 +18,7 @@ from harness.training import evaluation, head
 from harness.training.checkpoint import resume, take_record, to
 from harness.training.kernels import Kernels
 from harness.training.reading import Reading
+from harness.training.reducer import Reducer
 from harness.training.sharding import in_full
 from harness.training.weights import Diverged
 
@@ -89,6 +90,7 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
         record.hashes |= loop.reading.hashes()
         run.reading, run.shapes = None, None
     loop.kernels.close()
+    loop.reducer.close()
     return loop
 
 
@@ -98,12 +100,14 @@ class Loop:
     def __init__(self, model, run: "Run"):
         hp, self.model, self.run, self.done = run.hp, model, run, 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Of weights in parts, sums are a part of each backward.
+        self.reducer = Reducer(run.devices, [] if run.sharded else self.parameters)
         self.optimizer = run.method.optimizer(model, run)
         warmup = min(math.ceil(hp.warmup_ratio * run.steps), run.steps - 1)  # a lone step is no warm-up
         self.scheduler = get_scheduler(hp.schedule, self.optimizer, warmup, run.steps)
         self.reading = run.reading = Reading(run.devices, run.device)
         prepare_model(model.train(), hp)
-        self.kernels = Kernels(model, run)
+        self.kernels = Kernels(model, run, self.reducer)
 
     def step(self, examples: list) -> dict:
         """One optimizer step. -> its loss and the like, as tensors that nobody has waited for."""
@@ -114,8 +118,7 @@ class Loop:
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
             loss = accumulate(batches, run, self.kernels.gradients, self.idle(len(batches), examples))
         run.record.arithmetic |= {"training": types} if types else {}
-        if not run.sharded:  # else that was part of each backward
-            run.devices.add_up(self.parameters)
+        self.reducer.add_up()
         self.reading.end_step(batches)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
