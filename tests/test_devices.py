@@ -23,10 +23,11 @@ from harness.plan import Request, plan
 from harness.ranks import Place, Ranks
 from harness.record import RunRecord
 from harness.store import OUTPUTS, RESULT, SPEC
-from harness.training import reducer
+from harness.training import loop, reducer
 from harness.training.devices import Devices
 from harness.training.loop import train
 from harness.training.run import Run
+from methods.full import Full
 
 ROWS = tiny.rows(6, seed=3)  # a step of 4 rows, and one of 2
 HP = tiny.hyperparams(
@@ -270,6 +271,31 @@ def test_sums_begin_beside_the_backward_and_miss_nothing(beside):
     assert found.made == set()  # of a step without rows, there is nothing that a mark could tell
     found.close()
     assert not any(first._post_accumulate_grad_hooks.values())
+
+
+class Told(Devices):
+    """One of two, the other of which does nothing. Remembers how many values were asked for, in order."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.asked = []
+
+    def sum(self, *tensors):
+        self.asked += [tensor.numel() for tensor in tensors]
+
+    def gathered(self, value):
+        return [value, value]
+
+
+def test_a_step_asks_for_gradients_before_what_waits_for_its_backward():
+    """Sums are made in the order in which they were asked for, whichever stream they are on."""
+    devices = Told()
+    model, run = tiny.attached(Full(), tiny.model(), ROWS, HP, devices=devices)
+    one = loop.Loop(model.train(), run)
+    sizes = [sum(p.numel() for p in bucket) for bucket in one.reducer.buckets]
+    devices.asked.clear()
+    one.step(next(iter(run.batches)))
+    assert devices.asked == [1, *sizes, 1, 5] and sum(sizes) == sum(p.numel() for p in model.parameters())
 
 
 # Whole runs

@@ -118,7 +118,8 @@ class Loop:
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
             loss = accumulate(batches, run, self.kernels.gradients, self.idle(len(batches), examples))
         run.record.arithmetic |= {"training": types} if types else {}
-        self.reducer.add_up()
+        self.reducer.add_up()  # before the loss is: its sum waits for the whole backward
+        loss = run.total(loss)
         self.reading.end_step(batches)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
@@ -205,7 +206,7 @@ def accumulate(
 ) -> torch.Tensor:
     """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
     loss is a mean over rows), however it is cut into micro-batches and these are spread over devices, whose
-    gradients are then to be added up. -> that mean, detached.
+    gradients are then to be added up. -> this one's share of that mean, detached.
     `gradients(batch, share)` adds those of a micro-batch; of `idle` ones, nothing."""
     by_tokens = run.method.mean_over == "tokens"
     weights = [targets(batch) if by_tokens else len(batch["labels"]) for batch in batches]
@@ -216,7 +217,7 @@ def accumulate(
     for batch in idle or []:
         gradients(dict(batch), 0.0)
     run.reading = own
-    return run.total(loss)
+    return loss
 
 
 def targets(batch: dict) -> torch.Tensor:
