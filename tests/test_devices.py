@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_run import SETTINGS, files  # noqa: F401, a fixture
 
 from harness import child, machine
+from harness.cli import main
 from harness.errors import BadRequest
 from harness.method import build, find, known_methods, resolve
 from harness.plan import Request, plan
@@ -442,6 +443,19 @@ def test_what_cannot_be_is_refused_by_the_plan(name, settings, said, two_cores):
     more = ["hp.micro_batch_size=16", "hp.max_grad_norm=0"]
     with pytest.raises(BadRequest, match=re.escape(said)):
         plan(Request([name], "demo", seeds=[0], settings=more + settings))
+
+
+def test_of_another_machine_no_cards_are_counted(two_cores, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TUNEOFF_FORECASTS", "0")
+    typed = ["--methods", "lora", "--seeds", "0", "--set", "hp.devices=4", "--results", str(tmp_path)]
+    assert main(["plan", *typed]) == 2
+    assert (
+        "there are 2 here, not 4: set it to 2; of another machine, plan --memory" in capsys.readouterr().err
+    )
+    assert main(["plan", *typed, "--memory", "80GB"]) == 0
+    assert "devices 4" in capsys.readouterr().out
+    typed.insert(typed.index("--results"), "hp.batch_size=3")
+    assert main(["plan", *typed, "--memory", "80GB"]) == 2  # wrong on any machine
 
 
 def test_one_device_is_hashed_as_before():
