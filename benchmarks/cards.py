@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import nan
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from train import GEMMA_3_1B, TINY, fixed_rows
 
 from harness import machine
 from harness.bench import bench, chosen
+from harness.bench.attempt import Slot
 from harness.bench.places import Here
 from harness.plan import Plan, Request, plan
 from harness.record import RunRecord
@@ -49,19 +50,17 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", default=["all"] if there else [], help="as run_bench.py has it")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250 if there else 12)
+    parser.add_argument("--steps", type=int, default=150 if there else 12)
     parser.add_argument("--model", type=Path, help="a folder")
     parser.add_argument("--json", type=Path, help="what was measured")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as ends:
         os.environ |= {"TUNEOFF_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1"}
-        specs = asked_for(asked, Path(folder))
-        places = chosen(None, asked.gpus)
-        alone = Watched(
-            specs[: len(asked.methods)], asked.seeds, Store(Path(folder, "alone")), one_of(places)
-        )
+        specs, places = asked_for(asked, Path(folder)), shared(chosen(None, asked.gpus), ends)
+        first = [spec for spec in specs if spec.seed == 0]
+        alone = Watched(first, asked.seeds, Store(Path(folder, "alone")), places(1))
         print(f"{'run':12} {'began':>6} {'seconds':>8} {'alone':>8} {'step ms':>8} {'alone':>8} {'ratio':>7}")
-        beside = Watched(specs, asked.seeds, Store(Path(folder, "beside")), places, alone)
+        beside = Watched(specs, asked.seeds, Store(Path(folder, "beside")), places(), alone)
     found = together(alone, beside)
     print(
         "{slots} at once: makespan {makespan:.1f} s, {over:.2f} times the {least:.1f} s that the runs allow; "
@@ -96,16 +95,20 @@ def asked_for(asked, folder: Path) -> list[RunSpec]:
     return sorted((spec for spec in plan(request) if spec.trains), key=lambda spec: spec.seed)
 
 
-def one_of(places):
-    """One of those places, alone."""
+def shared(places, ends: ExitStack):
+    """-> what opens so many of those places; they are the same each time, and so are the imports."""
+    found: list[Slot] = []
 
-    @contextmanager
-    def opened(plan, terms, first) -> Iterator[Here]:
-        with places(plan, terms, first) as here:
-            here.free = here.free[:1]
-            yield here
+    def some(count: int | None = None):
+        @contextmanager
+        def opened(plan, terms, first) -> Iterator[Here]:
+            if not found:
+                found.extend(ends.enter_context(places(plan, terms, first)).free)
+            yield Here(found[:count], terms)
 
-    return opened
+        return opened
+
+    return some
 
 
 class Watched:
@@ -161,6 +164,8 @@ def step(record: RunRecord) -> float:
 def together(alone: Watched, beside: Watched) -> dict:
     """What it came to."""
     fine = [record for record in beside.records.values() if record.ok]
+    if not fine:
+        sys.exit("no run has ended well")
     seconds = [beside.seconds(record.spec.folder) for record in fine]
     slots = max((record.provenance.at_once or 1 for record in fine), default=1)
     least = max(sum(seconds) / slots, *seconds)
