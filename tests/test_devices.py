@@ -26,6 +26,7 @@ from harness.record import RunRecord
 from harness.store import OUTPUTS, RESULT, SPEC
 from harness.training import loop, reducer
 from harness.training.devices import Devices
+from harness.training.graphs import recorded
 from harness.training.loop import train
 from harness.training.run import Run
 from methods.full import Full
@@ -272,6 +273,46 @@ def test_sums_begin_beside_the_backward_and_miss_nothing(beside):
     assert found.made == set()  # of a step without rows, there is nothing that a mark could tell
     found.close()
     assert not any(first._post_accumulate_grad_hooks.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own graphs and streams")
+def test_a_graph_marks_at_each_replay_and_its_sums_wait_for_that(monkeypatch):
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            torch.cuda._sleep(10**7)  # cycles: some milliseconds
+            return grad.clone()
+
+    monkeypatch.setattr(reducer, "BUCKET_BYTES", 0)
+    devices, given = Twin(), torch.ones(4, device="cuda")
+    devices.sum = lambda tensor: tensor.mul_(2)
+    weights = [torch.ones(4, device="cuda", requires_grad=True) for _ in range(3)]
+    found = reducer.Reducer(devices, weights)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+
+    def step():
+        found.began()
+        x = given
+        for weight in weights:
+            x = Slow.apply(x * weight)
+        x.sum().backward()
+
+    graph, _, _ = recorded(step, torch.cuda.graph_pool_handle())
+    made = frozenset(found.made)
+    assert made == {0, 1, 2}
+    for factor in (1, 2, 3):
+        given.fill_(factor)
+        torch._foreach_zero_([weight.grad for weight in weights])
+        graph.replay()
+        found.made = set(made)
+        found.add_up()
+        assert all(weight.grad.eq(2 * factor).all() for weight in weights)
+    found.close()
 
 
 class Told(Devices):
