@@ -22,6 +22,7 @@ from harness.training.adapters import Adapters, alike
 from harness.training.attention import flash
 from harness.training.compiling import compiling
 from harness.training.graphs import recorded
+from harness.training.reducer import Reducer
 
 if TYPE_CHECKING:
     from harness.training.run import Run
@@ -56,14 +57,16 @@ class Captured:
     added: dict[str, torch.Tensor]  # what the loss put into its batch
     read: bool  # the loss read the batch it was given
     gradients: list[tuple[torch.nn.Parameter, torch.Tensor]]  # to which it adds
+    made: frozenset[int]  # buckets of them, which it marks
 
 
 class Kernels:
     """`ready(batches)` before a step, then `gradients(batch, share)` adds those of a micro-batch's loss times
     its share of the step, and gives that product. `seconds`: of compiling and capturing."""
 
-    def __init__(self, model, run: "Run"):
+    def __init__(self, model, run: "Run", reducer: Reducer):
         self.model, self.run, self.causal = model, run, head.causal_lm(model)
+        self.reducer = reducer
         self.parameters = list(model.parameters())  # a walk through all modules outlasts a small step
         self.windowed = [m for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
         self.found = run.record.kernels
@@ -257,6 +260,7 @@ class Kernels:
         if self.rung == EAGER:
             for name in head.ROWS:  # the model's own attention has a mask
                 batch.pop(name, None)
+            self.reducer.began()
             return plain_gradients(self.model, self.run, batch, share)
         self.latest = dict(batch)  # to which a loss adds nothing
         if captured := self.graphs.get(self.key(batch)):
@@ -271,6 +275,7 @@ class Kernels:
             flash(self.causal),
         ):  # in backward too, where layers are computed again
             self.adapters.write()
+            self.reducer.began()
             return plain_gradients(self.model, self.run, batch, share)
 
     def replay(self, captured: Captured, batch: dict, share) -> torch.Tensor:
@@ -281,6 +286,7 @@ class Kernels:
             if parameter.grad is not gradient:  # as who has set it to none
                 parameter.grad = gradient.zero_()
         captured.graph.replay()
+        self.reducer.made = set(captured.made)
         batch.update({name: tensor.clone() for name, tensor in captured.added.items()})
         return captured.loss.clone()
 
@@ -301,7 +307,8 @@ class Kernels:
         self.run.meter.replayed = max(self.run.meter.replayed, held)
         added = {name: value for name, value in inner.items() if name not in batch}
         gradients = [(p, p.grad) for p in self.parameters if p.requires_grad]
-        return Captured(graph, given, share, loss, added, self.seen.batches > 0, gradients)
+        read, made = self.seen.batches > 0, frozenset(self.reducer.made)
+        return Captured(graph, given, share, loss, added, read, gradients, made)
 
     def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor]]:
         """Loss and, as far as they are compared, gradients."""
