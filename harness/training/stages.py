@@ -122,7 +122,6 @@ def together(first: Phase, other: Phase) -> Phase:
 
 def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = ALONE):
     """-> the model as the method loads it, and the run that it is trained and evaluated in."""
-    devices = Devices.joined(place)
 
     def report(**values):
         if place.rank:
@@ -144,6 +143,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place
             f"{meter.card.before / 2**30:.1f} GiB of the card were in use before the run: its times and "
             "device memory are not its own"
         )
+    devices = Devices.joined(place)  # what NCCL takes of the card is the run's
     record.phases = meter.phases
     record.provenance = replace(machine.provenance(precision), at_once=record.provenance.at_once)
     seed_everything(spec.seed)
