@@ -1,6 +1,7 @@
 """What runs will take of a card and how long they will last, before a weight is loaded."""
 
 from harness.forecast.cards import CARDS, Card, card_at_hand, card_named, card_of
+from harness.forecast.correcting import corrected
 from harness.forecast.forecast import Forecast, foreseen
 
-__all__ = ["CARDS", "Card", "Forecast", "card_at_hand", "card_named", "card_of", "foreseen"]
+__all__ = ["CARDS", "Card", "Forecast", "card_at_hand", "card_named", "card_of", "corrected", "foreseen"]

@@ -30,6 +30,10 @@ STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, 
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
+MEASURED, MEASURED_BYTES, MEASURED_TIME = 0.01, 48 * 2**20, 1.1  # the same of what a probe has measured
+START = 10.0  # seconds of a run before it loads: its process, tokens of the rows, the tokenizer
+READING = 1e9  # bytes a second of weights, from disk to the card
+COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name
 AT_ONCE = 128  # answers of a rollout, as harness/training/run.py has it
 TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
 
@@ -39,7 +43,8 @@ class Forecast:
     """Of one run, on no particular card. Bytes and seconds.
 
     `moments`: by phase and what goes on in it, the highest bytes allocated and reserved and, of those
-    allocated, what they are for. `work`: by what is done. `error`: why there is none.
+    allocated, what they are for. `work`: by what is done. `error`: why there is none. `tried`: how a probe
+    of it ended, whose measurements then stand in place of what was forecast; "": there was none.
     """
 
     rung: str = "eager"
@@ -51,6 +56,7 @@ class Forecast:
     saved_bytes: float = 0
     own_rows: bool = True  # else as long as they may be
     error: str | None = None
+    tried: str = ""
 
     @property
     def peak(self) -> float:
@@ -76,22 +82,29 @@ class Forecast:
 
     def device(self, card: Card) -> float:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
-        phases = {phase_of(name) for name in self.moments} - {TRIAL}
-        held = max((self.phase(phase, "reserved") or 0 for phase in phases), default=0)
-        return held + self.libraries + card.context
+        return self.most("reserved") + self.libraries + self.context(card)
 
     def device_at_least(self, card: Card) -> float:
         """As it is when the allocator gives back what is free."""
-        phases = {phase_of(name) for name in self.moments} - {TRIAL}
-        return max((self.phase(phase) or 0 for phase in phases), default=0) + self.libraries + card.context
+        return self.most("allocated") + self.libraries + self.context(card)
+
+    def most(self, gauge: str) -> float:
+        return max((m[gauge] for name, m in self.moments.items() if phase_of(name) != TRIAL), default=0)
+
+    def context(self, card: Card) -> float:
+        """What a process takes of a card beside torch's memory."""
+        return self.facts.get("context") or card.context
 
     def unsure(self, size: float) -> float:
+        most = self.most("allocated")
+        if any(m.get("measured") and m["allocated"] == most for m in self.moments.values()):
+            return size * MEASURED + MEASURED_BYTES
         return size * UNSURE[self.rung] + UNSURE_BYTES
 
     def verdict(self, card: Card) -> str:
-        """fits, tight or too large."""
-        if self.error:
-            return "unknown"
+        """fits, tight or too large; of a probe that ended otherwise, how."""
+        if self.error or self.tried not in ("", "ok"):
+            return "too large" if self.tried.startswith("oom") else self.tried or "unknown"
         least = self.device_at_least(card)
         if least - self.unsure(least) > card.bytes:
             return "too large"
@@ -99,18 +112,19 @@ class Forecast:
         return "fits" if most + self.unsure(least) <= card.bytes else "tight"
 
     def seconds(self, card: Card) -> dict[str, float]:
-        """Of each phase; without what is read from disk and what a compiler takes."""
+        """Of each phase, as measured where a probe has."""
         facts, made = self.facts, {name: Work(**work) for name, work in self.work.items()}
         graph, steps = "graph" in self.rung, facts.get("steps", 0)
 
         def of(name: str, times: float = 1.0, graph: bool = False) -> float:
             return seconds_of(made[name], card, graph) * times if name in made else 0.0
 
-        found = {"attach": of("attach")}
+        found = {"start": START, "load": facts.get("weight_bytes", 0) / READING, "attach": of("attach")}
         if steps:
             ratio = facts["micro_tokens"] / max(1, facts["traced_tokens"])
             batch = made.get("micro-batch", Work())
             whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
+            found["compile"] = sum(time for what, time in COMPILING.items() if what in self.rung)
             found["train"] = seconds_of(whole, card, graph) + of("step", steps)
             found["rollout"] = of("token", facts.get("sampled", 0) / AT_ONCE, True)
         if facts.get("evaluated"):
@@ -118,13 +132,15 @@ class Forecast:
             found["generate"] = of("read", facts["reads"], False) + of(
                 "token", facts["tokens_written"], graph
             )
-        return found
+        return found | facts.get("seconds", {})
 
     def total_seconds(self, card: Card) -> tuple[float, float, float]:
         """The least, the likely and the most."""
-        likely = sum(self.seconds(card).values()) + 10
+        known = sum(self.facts.get("seconds", {}).values())
+        rest = sum(self.seconds(card).values()) - known
         wide = UNSURE_TIME * (1 if self.own_rows else 2) * (1 if card.known else 2)
-        return likely / wide, likely, likely * (UNSURE_TIME if card.known else 2 * UNSURE_TIME)
+        most = UNSURE_TIME if card.known else 2 * UNSURE_TIME
+        return known / MEASURED_TIME + rest / wide, known + rest, known * MEASURED_TIME + rest * most
 
 
 def phase_of(moment: str) -> str:
