@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.child import AGAIN, WHERE, exhausted, out_of_memory
 from harness.claims import Claim
+from harness.forecast import expected
 from harness.nursery import Forked, Fresh, how
 from harness.plain import redacted
 from harness.record import RunRecord
@@ -84,7 +85,7 @@ def run(
     store = terms.store
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
-    folder, kills = store.attempt(spec, terms.anew), oom_kills()
+    folder, kills, said = store.attempt(spec, terms.anew), oom_kills(), expected(spec)
     own = {"reason": spec.reason, "locations": spec.locations}
     job: dict = {"spec": spec.asked() | own, "command": terms.command, "started": started}
     job |= {"cores": slot.cores, "at_once": slot.of, "cards": slot.cards, "checkpoint_seconds": terms.every}
@@ -122,6 +123,7 @@ def run(
             error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
         record = RunRecord(spec, status, error, command=terms.command, started=started)
     told(record, code, reason)
+    record.forecast = said
     if claim:
         claim.beat(now=True)
         record.beside = sorted(claim.beside)

@@ -9,15 +9,18 @@ import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from harness import ROOT, method
 from harness.data import cache_folder
-from harness.forecast.cards import Card
-from harness.spec import RunSpec, digest
+from harness.forecast.cards import Card, card_at_hand
+from harness.record import Expected
+from harness.spec import Hyperparams, RunSpec, digest, hashed
 from harness.work import Work, seconds_of
 
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
@@ -35,6 +38,9 @@ START = 10.0  # seconds of a run before it loads: its process, tokens of the row
 READING = 1e9  # bytes a second of weights, from disk to the card
 COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name
 AT_ONCE = 128  # answers of a rollout, as harness/training/run.py has it
+VALUES = (  # hyperparameters that change neither memory nor time
+    "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
+)  # fmt: skip
 TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
 
 
@@ -148,15 +154,16 @@ def phase_of(moment: str) -> str:
 
 
 def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], object] = lambda *_: None,
-             keep: bool = True) -> dict[str, Forecast]:  # fmt: skip
-    """By digest of the spec. Seeds of a method share one. `told(done, of)`: as they come."""
+             keep: bool = True, card: Card | None = None) -> dict[str, Forecast]:  # fmt: skip
+    """By digest of the spec. Seeds and learning rates of a method share one. `told(done, of)`: as they come.
+    `card`: of a probe on it, what that found."""
     wanted = {spec.digest: (key_of(spec, bf16), spec) for spec in specs if not spec.members}
     found: dict[str, Forecast] = {}
     missing: dict[str, RunSpec] = {}
     for key, spec in wanted.values():
         if spec.devices > 1:
             found[key] = Forecast(error="runs on several devices (hp.devices) are not forecast")
-        elif key not in found and (known := read(key)):
+        elif key not in found and (known := read(key, card)):
             found[key] = known
         elif key not in found:
             missing.setdefault(key, spec)
@@ -169,13 +176,38 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
     return {name: found[key] for name, (key, _) in wanted.items() if key in found}
 
 
+def expected(spec: RunSpec) -> Expected | None:
+    """What is known of a run before it begins on the card that is here, from what a plan or a bench has
+    kept."""
+    card = None if spec.members else card_at_hand()
+    made = read(key_of(spec, computes_bf16(spec.hp, card)), card) if card else None
+    if card is None or made is None or made.error or made.tried not in ("", "ok"):
+        return None
+    peak, device, least = made.peak, made.device(card), made.device_at_least(card)
+    off = made.unsure(least)
+    return Expected(
+        peak=(max(0.0, peak - made.unsure(peak)), peak, peak + made.unsure(peak)),
+        device=(max(0.0, least - off), device, device + off),
+        seconds=made.total_seconds(card),
+        rung=made.rung,
+        probed=bool(made.tried),
+    )
+
+
+def computes_bf16(hp: Hyperparams, card: Card | None) -> bool:
+    """In a run on such a card; without one, on any that has it."""
+    return hp.precision == "bf16" or (hp.precision == "auto" and (card is None or card.bf16))
+
+
 # What is known already
 
 
 def key_of(spec: RunSpec, bf16: bool) -> str:
     cls = method.resolve(spec.method, source(spec))
-    asked = replace(spec, seed=0, search=None, repeat=0).asked()
-    return digest([asked, spec.untouched, bf16, method.code_hash(cls), code(), [known(p) for p in LIBRARIES]])
+    hp = replace(spec.own_hp, **{name: getattr(Hyperparams(), name) for name in VALUES})
+    asked = [spec.method, spec.model, spec.dataset, hashed(hp), spec.options, spec.fingerprints]
+    kind = [spec.untouched, spec.trial, bf16]
+    return digest([asked, kind, method.code_hash(cls), code(), [known(p) for p in LIBRARIES]])
 
 
 def source(spec: RunSpec) -> Any:
@@ -189,6 +221,7 @@ def known(package: str) -> str:
         return ""
 
 
+@cache
 def code() -> str:
     files = [
         f
@@ -199,19 +232,21 @@ def code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def place(key: str) -> Path:
-    return cache_folder() / "forecasts" / f"{key}.json"
+def place(key: str, card: Card | None = None) -> Path:
+    """Of a forecast; with a card, of what a probe on it has made of that."""
+    probed = f"-{digest([card.name, card.bytes])}" if card else ""
+    return cache_folder() / "forecasts" / f"{key}{probed}.json"
 
 
-def read(key: str) -> Forecast | None:
-    try:
-        return Forecast(**json.loads(place(key).read_text("utf-8")))
-    except (OSError, TypeError, ValueError):
-        return None
+def read(key: str, card: Card | None = None) -> Forecast | None:
+    for path in (place(key, card), place(key)):
+        with suppress(OSError, TypeError, ValueError):
+            return Forecast(**json.loads(path.read_text("utf-8")))
+    return None
 
 
-def write(key: str, made: Forecast) -> None:
-    path = place(key)
+def write(key: str, made: Forecast, card: Card | None = None) -> None:
+    path = place(key, card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = path.with_suffix(f".{os.getpid()}")
