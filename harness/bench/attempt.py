@@ -38,7 +38,7 @@ READ_SECONDS = 10  # for what it still says, when it has ended
 class Terms:
     """What all runs of a bench share. `progress` is told of their `event`s; `limit`, `stall`: as the watchdog
     has them; `anew`: from its first step, whatever an earlier attempt has left; `every`: seconds between two
-    checkpoints of a training; 0: there are none."""
+    checkpoints of a training; 0: there are none; `probe`: their first steps alone."""
 
     store: Store
     command: str
@@ -47,6 +47,7 @@ class Terms:
     anew: bool = False
     every: float = CHECKPOINT_SECONDS
     stall: float = STALL_SECONDS
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def run(
     own = {"reason": spec.reason, "locations": spec.locations}
     job: dict = {"spec": spec.asked() | own, "command": terms.command, "started": started}
     job |= {"cores": slot.cores, "at_once": slot.of, "cards": slot.cards, "checkpoint_seconds": terms.every}
+    job |= {"probe": terms.probe}
     save(folder / SPEC, json.dumps(job, indent=1))
     log = (folder / LOG).open("wb", buffering=0)
     child = slot.begin(folder)

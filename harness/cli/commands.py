@@ -15,7 +15,7 @@ from harness.plain import plain, redacted
 
 def run_command(options, typed: list[str]) -> int:
     from harness import bench
-    from harness.cli import models, progress
+    from harness.cli import models, planning, progress
     from harness.store import Store
     from harness.tracking import Tracking
 
@@ -27,6 +27,7 @@ def run_command(options, typed: list[str]) -> int:
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
+            planning.before_runs(specs, store, options)
             limits = options.time_limit, options.checkpoints, options.stall_limit
             for ended in bench.bench(specs, store, command, watcher, options.force, *limits, where):
                 done.append(ended)

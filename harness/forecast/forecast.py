@@ -154,7 +154,7 @@ def phase_of(moment: str) -> str:
 
 
 def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], object] = lambda *_: None,
-             keep: bool = True, card: Card | None = None) -> dict[str, Forecast]:  # fmt: skip
+             card: Card | None = None) -> dict[str, Forecast]:  # fmt: skip
     """By digest of the spec. Seeds and learning rates of a method share one. `told(done, of)`: as they come.
     `card`: of a probe on it, what that found."""
     wanted = {spec.digest: (key_of(spec, bf16), spec) for spec in specs if not spec.members}
@@ -171,16 +171,18 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
         for key, made in traced(missing, bf16):
             found[key] = made
             told(len(found), len(found) + len(missing))
-            if keep and not made.error:
-                write(key, made)
+            if not made.error:
+                keep(key, made)
     return {name: found[key] for name, (key, _) in wanted.items() if key in found}
 
 
 def expected(spec: RunSpec) -> Expected | None:
     """What is known of a run before it begins on the card that is here, from what a plan or a bench has
     kept."""
-    card = None if spec.members else card_at_hand()
-    made = read(key_of(spec, computes_bf16(spec.hp, card)), card) if card else None
+    card, made = None if spec.members else card_at_hand(), None
+    if card:
+        with suppress(Exception):  # a method's file that is gone: the run itself says so
+            made = read(key_of(spec, computes_bf16(spec.hp, card)), card)
     if card is None or made is None or made.error or made.tried not in ("", "ok"):
         return None
     peak, device, least = made.peak, made.device(card), made.device_at_least(card)
@@ -245,7 +247,7 @@ def read(key: str, card: Card | None = None) -> Forecast | None:
     return None
 
 
-def write(key: str, made: Forecast, card: Card | None = None) -> None:
+def keep(key: str, made: Forecast, card: Card | None = None) -> None:
     path = place(key, card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
