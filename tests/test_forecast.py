@@ -35,11 +35,11 @@ def splits(rows) -> dict:
     return {"train": list(rows), "validation": [], "test": []}
 
 
-def live(name: str, hp, options=()):
+def live(name: str, hp, options=(), rows=ROWS):
     """What two steps on the widest rows hold, as torch's own tensors say; the loop as in a run."""
     own = made(name, options)
     model = tiny.model(CONFIG)
-    model, run = tiny.attached(own, model, ROWS, hp)
+    model, run = tiny.attached(own, model, rows, hp)
     master_weights(model, "fp32")
     loop = Loop(model, run)
     widest = max(run.batches, key=lambda rows: max(row.length for row in rows))

@@ -77,8 +77,11 @@ def batch_of(size: int) -> dict[str, Any]:
 
 def remedies(arms: list[Arm], card: Card) -> Iterator[str]:
     """Of each arm that does not fit, the one knob that changes least and lets it fit, by forecasts of its
-    own: the likeliest first, of all arms at once."""
-    left = {arm.name: (arm, list(likely_knobs(arm, arm.share(card)))) for arm in arms}
+    own: the likeliest first, of all arms at once. Of one whose probe failed otherwise, why."""
+    broken = [arm for arm in arms if arm.verdict(card) not in ("tight", "too large")]
+    for arm in broken:
+        yield f"  {arm.name}: {arm.verdict(card)}, as its probe found: {arm.forecast.facts.get('said')}"
+    left = {arm.name: (arm, list(likely_knobs(arm, arm.share(card)))) for arm in arms if arm not in broken}
     found: dict[str, str] = {}
     for _ in range(ROUNDS):
         tried = {name: knobs.pop(0) for name, (_, knobs) in left.items() if knobs and name not in found}
@@ -91,13 +94,11 @@ def remedies(arms: list[Arm], card: Card) -> Iterator[str]:
     for name, (arm, _) in left.items():
         need, most = arm.forecast.device_at_least(card), arm.forecast.device(card)
         takes = space(most) if most < 1.05 * need else f"{space(need)} to {space(most)}"
+        takes = "had no room in its probe" if arm.forecast.tried.startswith("oom") else f"takes {takes}"
         remedy = found.get(
             name, "no smaller micro-batch, checkpointing or shorter rows let it fit: a larger card would"
         )
-        verdict = arm.verdict(card)
-        if arm.forecast.tried not in ("", "ok"):
-            takes = f"as a probe found ({arm.forecast.facts.get('said') or verdict})"
-        yield f"  {name}: {verdict}, takes {takes}; {remedy}"
+        yield f"  {name}: {arm.verdict(card)}, {takes}; {remedy}"
 
 
 def changed(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:

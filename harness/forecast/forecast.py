@@ -19,7 +19,7 @@ from typing import Any
 from harness import ROOT, method
 from harness.data import cache_folder
 from harness.forecast.cards import Card, card_at_hand
-from harness.record import Expected
+from harness.record import TRAINING, Expected
 from harness.spec import Hyperparams, RunSpec, digest, hashed
 from harness.work import Work, seconds_of
 
@@ -34,9 +34,10 @@ UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + gra
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
 MEASURED, MEASURED_BYTES, MEASURED_TIME = 0.01, 48 * 2**20, 1.1  # the same of what a probe has measured
-START = 10.0  # seconds of a run before it loads: its process, tokens of the rows, the tokenizer
-READING = 1e9  # bytes a second of weights, from disk to the card
-COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name
+START = 3.0  # seconds of a run before its first phase: its process, the card's context
+LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
+DISK = 1e9  # bytes of weights a second, read and written: an assumption
+COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name: an assumption
 AT_ONCE = 128  # answers of a rollout, as harness/training/run.py has it
 VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
@@ -75,16 +76,12 @@ class Forecast:
 
     @property
     def highest(self) -> dict:
-        training = [m for name, m in self.moments.items() if phase_of(name) in ("attach", "train")]
+        training = [m for name, m in self.moments.items() if phase_of(name) in TRAINING]
         return max(training or self.moments.values(), key=lambda m: m["allocated"], default={})
 
     @property
     def parts(self) -> dict[str, float]:
         return {name: self.highest.get("parts", {}).get(name, 0) for name in PARTS}
-
-    def phase(self, phase: str, gauge: str = "allocated") -> float | None:
-        values = [m[gauge] for name, m in self.moments.items() if phase_of(name) == phase]
-        return max(values) if values else None
 
     def device(self, card: Card) -> float:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
@@ -125,7 +122,8 @@ class Forecast:
         def of(name: str, times: float = 1.0, graph: bool = False) -> float:
             return seconds_of(made[name], card, graph) * times if name in made else 0.0
 
-        found = {"start": START, "load": facts.get("weight_bytes", 0) / READING, "attach": of("attach")}
+        found = {"start": START, "load": LOADING + facts.get("weight_bytes", 0) / DISK}
+        found |= {"attach": of("attach"), "save": self.saved_bytes / DISK}
         if steps:
             ratio = facts["micro_tokens"] / max(1, facts["traced_tokens"])
             batch = made.get("micro-batch", Work())
@@ -186,11 +184,11 @@ def expected(spec: RunSpec) -> Expected | None:
     if card is None or made is None or made.error or made.tried not in ("", "ok"):
         return None
     peak, device, least = made.peak, made.device(card), made.device_at_least(card)
-    off = made.unsure(least)
+    off, (soon, likely, late) = made.unsure(least), made.total_seconds(card)
     return Expected(
         peak=(max(0.0, peak - made.unsure(peak)), peak, peak + made.unsure(peak)),
         device=(max(0.0, least - off), device, device + off),
-        seconds=made.total_seconds(card),
+        seconds=(max(0.0, soon - START), likely - START, late - START),  # of its phases alone
         rung=made.rung,
         probed=bool(made.tried),
     )
