@@ -13,9 +13,9 @@ from harness import child, cli, forecast
 from harness.bench import attempt
 from harness.cli import advice, arguments, beforehand, planning
 from harness.cli.arms import Arm
-from harness.cli.commands import planned
 from harness.forecast import CARDS, Forecast, corrected
 from harness.forks import in_a_copy
+from harness.plan import Request, plan
 from harness.record import PROBED, Expected, Phase, RunRecord, Sizes, Steps
 from harness.report import Report
 from harness.report.foretold import foretold, unforeseen
@@ -67,12 +67,9 @@ class Forked:
 
 
 def test_a_probe_leaves_a_record_and_no_run(tmp_path):
-    typed = [
-        "--methods", "lora", "--seeds", "0", "--results", str(tmp_path), "--set", "data.train=24",
-        "data.test=2", "data.validation=2", "hp.max_length=32", "hp.max_steps=4", "hp.precision=fp32",
-    ]  # fmt: skip
-    asked = arguments.parser("plan").parse_args(typed)
-    [one] = [one for one in planned(asked) if one.trains]
+    settings = ["data.train=24", "data.test=2", "data.validation=2", "hp.max_length=32", "hp.max_steps=4",
+                "hp.precision=fp32"]  # fmt: skip
+    one = plan(Request(["lora"], preset="demo", seeds=[0], settings=settings))[-1]
     terms = attempt.Terms(Store(tmp_path), "", beforehand.Unseen(), every=0.0, probe=True)
     record = attempt.run(one, terms, attempt.Slot(begin=Forked))
     assert record.ok, record.error

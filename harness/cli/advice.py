@@ -11,6 +11,7 @@ from harness.spec import RunSpec
 
 SMALLER, ROUNDS = 2, 5  # halvings of a micro-batch, and knobs of an arm in all, that are tried
 LEFT = 0.93  # of a sold card, to programs
+MOST = 128  # rows of a micro-batch: more of them make no step faster
 LEAST = 0.01  # of the rows: with less nothing is learned
 
 
@@ -47,8 +48,8 @@ def share_of_rows(arm: Arm, card: Card) -> float:
 
 
 def largest(arms: list[Arm], card: Card) -> dict[str, int]:
-    """Of each arm that trains, the largest micro-batch that fits, a power of two; 0: none. From where a
-    straight line says so, by a forecast of its own."""
+    """Of each arm that trains, the largest micro-batch that fits, a power of two up to MOST; 0: none.
+    From where a straight line says so, by a forecast of its own."""
     sizes: dict[str, int] = {}
     for arm in arms:
         spec, made = arm.runs[0], arm.forecast
@@ -56,7 +57,7 @@ def largest(arms: list[Arm], card: Card) -> dict[str, int]:
             moving = (made.parts["activations"] + made.parts["head"]) / spec.own_hp.micro_batch_size
             room = LEFT * arm.share(card).bytes - made.device_at_least(card)
             most = max(1, spec.own_hp.micro_batch_size + int(room / max(moving, 1)))
-            sizes[arm.name] = 1 << (most.bit_length() - 1)
+            sizes[arm.name] = min(MOST, 1 << (most.bit_length() - 1))
     found: dict[str, int] = {}
     left = {arm.name: arm for arm in arms if arm.name in sizes}
     for _ in range(SMALLER + 1):

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import forecast
 from harness.cli import beforehand, listing
-from harness.cli.advice import LEFT, largest, remedies, within
+from harness.cli.advice import LEFT, MOST, largest, remedies, within
 from harness.cli.arguments import OK, TOO_LARGE
 from harness.cli.arms import GIB, Arm, about, arms_of, energy, known, space, state
 from harness.cli.progress import describe
@@ -234,7 +234,8 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             yield listing.paragraph(line, 4)
         if options.memory and (sizes := largest(good, card)):
             length = good[-1].runs[0].own_hp.max_length
-            most = ", ".join(f"{name} {size or 'none'}" for name, size in sizes.items())
+            more = {0: "none", MOST: f"{MOST} or more"}
+            most = ", ".join(f"{name} {more.get(size, size)}" for name, size in sizes.items())
             yield listing.paragraph(f"Largest micro-batch of rows of {length} tokens that fits: {most}.", 0)
         if options.hours:
             yield listing.paragraph(within(good, card, options.hours), 0)
