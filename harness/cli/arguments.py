@@ -152,7 +152,7 @@ def card(text: str):
     if found := named.get(text.strip().lower().replace(" ", "-")):
         return found
     if text.strip()[:1].isalpha():
-        raise argparse.ArgumentTypeError(str(unknown("card", text, CARDS)))
+        raise argparse.ArgumentTypeError(str(unknown("card", text, CARDS, "16GB")))
     return memory(text)
 
 

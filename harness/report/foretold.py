@@ -20,7 +20,7 @@ HOW = (
 PLOT = (
     "What was said (a bar from the least to the most, a line at the likely) and what each seed took (marker)."
 )
-NONE = "Nothing was forecast of these runs before they began: a bench does so where it has a GPU of its own machine."
+NONE = "Nothing was forecast of these runs before they began: a bench does so where it has a GPU of its own."
 
 
 @dataclass(frozen=True)
