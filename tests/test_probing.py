@@ -3,6 +3,7 @@
 import io
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fabricate
 import pytest
@@ -174,6 +175,25 @@ def test_a_card_is_named_or_another_is_said_to_stand_in():
     assert arguments.card("16GB") == (16e9, False)
     with pytest.raises(Exception, match="did you mean H200"):
         arguments.card("H20")
+
+
+@pytest.mark.parametrize(
+    "train, asked, probed", [(10.0, False, False), (10.0, True, True), (1500.0, False, True)]
+)
+def test_a_bench_probes_where_it_is_asked_to_or_has_an_hour_ahead(
+    train, asked, probed, monkeypatch, tmp_path, capsys
+):
+    specs = plan(Request(["lora"], preset="demo", seeds=[0, 1, 2]))
+    monkeypatch.setattr(forecast, "card_at_hand", lambda: H200)
+    found = {one.digest: forecasted(train) for one in specs if one.trains}
+    monkeypatch.setattr(beforehand, "forecasts", lambda *_: found)
+    ends = lambda plan, runs, _: ((one, probe(status="oom_gpu", error="full")) for one in runs)  # noqa: E731
+    monkeypatch.setattr(beforehand, "probes", ends)
+    monkeypatch.setenv("TUNEOFF_CACHE", str(tmp_path / "cache"))
+    options = SimpleNamespace(on=None, probe=asked, results=tmp_path, force=False, json=False)
+    planning.before_runs(specs, Store(tmp_path), options)
+    told = capsys.readouterr().out
+    assert ("1 too large" in told) == probed and bool(told) == probed
 
 
 def test_a_probe_needs_the_card(capsys, tmp_path):

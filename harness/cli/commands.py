@@ -21,13 +21,13 @@ def run_command(options, typed: list[str]) -> int:
 
     specs, store = planned(options, keep=True), Store(options.results)
     where = bench.chosen(options.on, options.gpus)
+    planning.before_runs(specs, store, options)  # it makes copies of this process, which has no threads yet
     watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
     tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
     done: list = []
     command, stopped = command_line(typed), None
     try:
         with bench.lock(options.results):
-            planning.before_runs(specs, store, options)
             limits = options.time_limit, options.checkpoints, options.stall_limit
             for ended in bench.bench(specs, store, command, watcher, options.force, *limits, where):
                 done.append(ended)

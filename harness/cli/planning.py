@@ -9,6 +9,7 @@ from io import StringIO
 from typing import Any
 
 from harness import forecast
+from harness.bench import lock
 from harness.cli import beforehand, listing
 from harness.cli.advice import LEFT, MOST, largest, remedies, within
 from harness.cli.arguments import OK, TOO_LARGE
@@ -42,16 +43,18 @@ def before_runs(specs, store, options) -> None:
     card = None if options.on else forecast.card_at_hand()
     if not card and not options.probe:
         return
-    arms, runs = arms_with(specs, store, options, card, options.probe)
-    ahead = [arm for arm in arms if arm.due and not arm.forecast.error]
-    if card and ahead and sum(arm.seconds(card) * arm.due for arm in ahead) > beforehand.LONG:
-        arms, runs = arms_with(specs, store, options, card, True)
-        ahead = [arm for arm in arms if arm.due]
-    elif not card or not (options.probe or any(arm.verdict(card) != "fits" for arm in ahead)):
-        return
-    if card and ahead:
+    with lock(options.results):
+        arms, runs = arms_with(specs, store, options, card, options.probe)
+        ahead = [arm for arm in arms if arm.due and not arm.forecast.error]
+        if not (card and ahead):
+            return
+        long = sum(arm.seconds(card) * arm.due for arm in ahead) > beforehand.LONG
+        if long and not options.probe:
+            arms, runs = arms_with(specs, store, options, card, True)
+    if long or options.probe or any(arm.verdict(card) != "fits" for arm in ahead):
+        arms = [arm for arm in arms if arm.due]
         stream = sys.stderr if options.json else sys.stdout
-        print("\n".join([summary(ahead, runs, card), "", table(ahead, card), ""]), file=stream, flush=True)
+        print("\n".join([summary(arms, runs, card), "", table(arms, card), ""]), file=stream, flush=True)
 
 
 def card_of(options) -> Card | None:
