@@ -22,7 +22,7 @@ def within(arms: list[Arm], card: Card, hours: float) -> str:
     if whole <= hours:
         return f"That is within {about(hours)}."
     due = [arm for arm in arms if arm.due]
-    seeds = max(arm.due for arm in due)
+    seeds = max((arm.due for arm in due), default=0)
     training = {arm.name: share_of_rows(arm, card) for arm in due}
     once = sum(arm.seconds(card) for arm in due if not arm.runs[0].trains)
     seed = sum(arm.seconds(card) for arm in due if arm.runs[0].trains)

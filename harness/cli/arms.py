@@ -29,6 +29,10 @@ class Arm:
     def verdict(self, card: Card) -> str:
         return self.forecast.verdict(self.share(card))
 
+    def goes(self, card: Card) -> bool:
+        """Whether it is known to have room, or may have."""
+        return self.verdict(card) in ("fits", "tight")
+
     def share(self, card: Card) -> Card:
         """As much of it as its runs may take."""
         cap = self.runs[0].own_hp.memory_cap * GIB

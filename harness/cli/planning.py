@@ -143,11 +143,13 @@ def summary(arms: list[Arm], runs: list, card: Card | None) -> str:
     todo = f"{count} runs to do, {done} cached"
     if not (card and good):
         return listing.paragraph(f"{todo}; {disk}.", 0)
-    of_each = [arm.forecast.total_seconds(card) for arm in good for _ in range(arm.due)]
+    going = [arm for arm in good if arm.goes(card)]
+    of_each = [arm.forecast.total_seconds(card) for arm in going for _ in range(arm.due)]
     least, likely, most = (sum(times) for times in zip(*of_each, strict=True)) if of_each else (0, 0, 0)
-    joules = [arm.joules(card) for arm in good for _ in range(arm.due)]
+    joules = [arm.joules(card) for arm in going for _ in range(arm.due)]
     spent = f", {energy(sum(filter(None, joules)))}" if joules and None not in joules else ""
-    time = f": about {about(likely)} ({about(least)} to {about(most)}){spent}, {disk}" if count else ""
+    only = " for what fits" * (len(going) < len(good))
+    time = f": about {about(likely)}{only} ({about(least)} to {about(most)}){spent}, {disk}" if count else ""
     verdicts = Counter(arm.verdict(card) for arm in arms)
     fit = f"{verdicts.pop('fits', 0)} of {len(arms)} fit"
     others = [f"{number} {verdict}" for verdict, number in verdicts.items()]
@@ -199,7 +201,10 @@ def row(arm: Arm, card: Card | None) -> dict[str, str]:
         "Most of it": ", ".join(f"{name} {space(size)}" for name, size in largest_parts if size),
         "Steps": (made.rung + ", probed" * bool(made.tried)) * arm.runs[0].trains,
     }  # fmt: skip
-    if card:
+    if made.tried not in ("", "ok"):
+        found |= dict.fromkeys(("Peak", "On card", "Time a run", "Energy a run", "Most of it"), "–")
+        found["Verdict"] = arm.verdict(card) if card else made.tried
+    elif card:
         found |= {"On card": space(made.device(card)), "Time a run": about(arm.seconds(card)),
                   "Energy a run": energy(arm.joules(card)), "Verdict": arm.verdict(card)}  # fmt: skip
     else:
@@ -241,7 +246,8 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             most = ", ".join(f"{name} {more.get(size, size)}" for name, size in sizes.items())
             yield listing.paragraph(f"Largest micro-batch of rows of {length} tokens that fits: {most}.", 0)
         if options.hours:
-            yield listing.paragraph(within(good, card, options.hours), 0)
+            going = [arm for arm in good if arm.goes(card)]
+            yield listing.paragraph(within(going, card, options.hours), 0)
         yield from (listing.paragraph(line, 0) for line in of_the_card(card))
     elif good:
         said = "There is no GPU here: --memory 16GB says what fits a card of so much, and how long it takes."

@@ -44,6 +44,7 @@ def known_cards() -> dict[str, Card]:
 CARDS = known_cards()
 
 
+@cache
 def card_named(text: str, size: int | None = None) -> Card:
     """Of what the driver calls it: its line of the table, with the bytes that it has; else a guess."""
     said = tomllib.loads(Path(__file__).with_name("cards.toml").read_text("utf-8"))
