@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -152,16 +152,18 @@ class Forked:
 
 class Nursery:
     """`with Nursery(needs) as nursery: nursery.child(folder)`. `needs`: a further package -> the methods that
-    need it; `first`: the spec of a run, whose model and precision are tried where there is a card. Raises
-    Missing where something cannot be imported or opened."""
+    need it; `first`: the spec of a run, whose model and precision are tried where there is a card; `cards`:
+    those that it sees, none where it may see all. Raises Missing where something cannot be imported or
+    opened."""
 
-    def __init__(self, needs: dict[str, list[str]], first: dict | None = None):
+    def __init__(self, needs: dict[str, list[str]], first: dict | None = None, cards: Sequence[str] = ()):
         self.turn = threading.Lock()
         self.bench, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, tempfile.TemporaryFile() as said:
             self.process = subprocess.Popen(
                 [*PYTHON, "harness.nursery", *needs],
-                env=environment(), stdin=theirs.fileno(), stdout=said, stderr=subprocess.STDOUT,
+                env=environment() | ({"CUDA_VISIBLE_DEVICES": ",".join(cards)} if cards else {}),
+                stdin=theirs.fileno(), stdout=said, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
             theirs.close()

@@ -2,9 +2,11 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fabricate
 import pytest
 import tiny
 
@@ -14,6 +16,7 @@ from harness.spec import Hyperparams, RunSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import devices as several
 import train
 import train_table as table
 
@@ -213,3 +216,56 @@ def test_fixed_rows_are_as_long_as_they_should_be_and_as_much_is_learned(tmp_pat
     _, lengths, targets = call.planned(call.with_rows(spec))
     assert lengths == [[32, 32]] * 3
     assert targets == [2 * {"all": 31, "half": 16}[learned]] * 3
+
+
+class Cards(several.Call):
+    """Two cards, of which the second costs a tenth, and weights in parts have room."""
+
+    def __init__(self, **asked):
+        usual = {"methods": ["lora"], "parts": several.PARTS, "steps": 3, "seconds": 240.0, "json": None}
+        self.asked = SimpleNamespace(**{**usual, **asked})
+        self.began, self.rows, self.cuda, self.counts, self.most = time.monotonic(), [], True, [1, 2], 2
+        self.per_card, self.tokens, self.card, self.store, self.begin = 4, 64, "a card", None, None
+        self.blank = self.deep = RunSpec("base", 0, "bench", {}, Hyperparams(), search={})
+
+
+def run_of(spec, terms, slot):
+    """As long as the rows of a card take; its losses are off by half a thousandth where there are several."""
+    record, hp = fabricate.record(spec.method), spec.hp
+    if spec.method == "full" and hp.sharding == "none" and hp.memory_cap:
+        assert hp.memory_cap == round(0.9 * 16 * 10**9 / 2**30, 1)  # a thousand million weights
+        record.status, record.error = "oom_gpu", "out of memory on the GPU"
+    record.step_seconds = [9.0] * several.WARMUP + [
+        0.1 * hp.batch_size / 4 / hp.devices * hp.devices**0.1
+    ] * 3
+    count = len(record.step_seconds)
+    record.training = [{"loss": 3 - s / 8 + 5e-4 * (hp.devices > 1), "grad_norm": 1.0} for s in range(count)]
+    record.hashes["given"] = [str(hp.batch_size)] * count
+    return record
+
+
+def test_several_cards_are_held_to_one_and_sharding_to_a_limit_that_one_cannot_keep(monkeypatch, capsys):
+    monkeypatch.setattr(several, "run", run_of)
+    call = Cards()
+    call.measure()
+    _, two, same, free, parts, alone = call.rows
+    assert two["efficiency"] == pytest.approx(2**-0.1) and "apart" not in two
+    assert same["apart"] == parts["apart"] == pytest.approx(5e-4) and same["cards"] == 1
+    assert (parts["cards"], "error" in parts, alone["cards"]) == (2, False, 1)
+    assert alone["error"].startswith("oom_gpu") and "seconds" in free
+    assert "93.3%" in capsys.readouterr().out
+    call.rows, call.asked.seconds = [], 5.0
+    call.measure()
+    assert all("left out" in row["error"] for row in call.rows)
+
+
+def test_a_run_that_has_read_other_rows_is_wrong(monkeypatch):
+    def other(spec, *more):
+        record = run_of(spec, *more)
+        record.hashes["given"] = [str(spec.hp.devices)] * len(record.training)
+        return record
+
+    monkeypatch.setattr(several, "run", other)
+    call = Cards(parts=["same"])
+    call.measure()
+    assert call.rows[-1]["error"].startswith("WRONG")

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -234,13 +235,58 @@ def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
             made.read(prompts, list(range(13)), list(range(13)))
         expected.run(3)
         found.state.seen = found.state.length
-        with engine.compiled(found.layers, found.cache):
+        with engine.compiled(found.layers, found.cache, "step"):
             for _ in range(3):
                 found.step()
     assert torch.equal(found.answer[:, :4], expected.answer[:, :4])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not any("forward" in vars(layer) for layer in causal_lm(of).model.layers)
     engine.compiled_forward.cache_clear()
+
+
+def test_compiled_layers_read_prompts_of_any_length(monkeypatch):
+    """Dynamo alone, as above: the same logits, keys and values, by few programs."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(engine, "FEW", 2)
+    engine.compiled_forward.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    kinds = ["sliding_attention", "full_attention"] * 2
+    of = tiny.model(tiny.gemma(num_hidden_layers=4, layer_types=kinds, sliding_window=8))
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        plain, fast = (engine.Engine(of, 6, 40, 8, []) for _ in range(2))
+        for count, *lengths in [(6, 20, 40), (6, 12, 30), (4, 9, 20), (3, 5, 12), (5, 8, 33), (2, 4, 7)]:
+            sizes = torch.linspace(*lengths, count).int().tolist()
+            prompts = [torch.randint(3, 40, (size,), generator=draw).tolist() for size in sizes]
+            slots = list(range(count))[::-1]
+            expected = plain.read(prompts, slots, list(range(count)))
+            assert torch.equal(fast.read(prompts, slots, list(range(count))), expected)
+            fast.reading = "compiled"
+    assert fast.reading == "compiled" and fast.compared and not fast.refused
+    for a, b in zip(fast.cache.layers, plain.cache.layers, strict=True):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    engine.compiled_forward.cache_clear()
+
+
+def test_prompts_read_otherwise_by_compiled_layers_are_read_plainly(monkeypatch):
+    monkeypatch.setattr(engine, "FEW", 4)
+    of = tiny.model(tiny.gemma(num_hidden_layers=2))
+    prompts = [row.prompt_ids for row in ROWS][:4]
+    with torch.inference_mode():
+        plain, fast = (engine.Engine(of, 4, 40, 8, []) for _ in range(2))
+        expected = plain.read(prompts, [0, 1, 2, 3], [0, 1, 2, 3])
+        fast.reading = "compiled"
+
+        @contextmanager
+        def wrong(layers, cache, what):
+            with monkeypatch.context() as patched:
+                patched.setattr(fast, "scored", lambda hidden: -of.lm_head(hidden))
+                yield
+
+        monkeypatch.setattr(engine, "compiled", wrong)
+        assert torch.equal(fast.read(prompts, [0, 1, 2, 3], [0, 1, 2, 3]), expected)
+    assert fast.reading == "eager" and "logits differ" in fast.refused[0]
 
 
 @pytest.mark.skipif(not (slot_attention.triton and torch.cuda.is_available()), reason="a kernel of a GPU")

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +17,19 @@ from hypothesis import strategies as st
 from test_run import SETTINGS, files  # noqa: F401, a fixture
 
 from harness import child, machine
+from harness.cli import main
 from harness.errors import BadRequest
 from harness.method import build, find, known_methods, resolve
 from harness.plan import Request, plan
 from harness.ranks import Place, Ranks
 from harness.record import RunRecord
 from harness.store import OUTPUTS, RESULT, SPEC
+from harness.training import loop, reducer
 from harness.training.devices import Devices
+from harness.training.graphs import recorded
 from harness.training.loop import train
 from harness.training.run import Run
+from methods.full import Full
 
 ROWS = tiny.rows(6, seed=3)  # a step of 4 rows, and one of 2
 HP = tiny.hyperparams(
@@ -176,6 +180,166 @@ def test_shares_are_the_whole_once_and_even(lengths, count):
     assert max(totals) - min(totals) <= 2 * max(lengths, default=0)
 
 
+# Sums beside a backward: what stands for a card remembers each gradient as it is when a mark is made
+
+
+class Mark:
+    def __init__(self, parameters):
+        self.parameters, self.then = parameters, []
+
+    def record(self):
+        self.then = [p.grad.clone() if p.grad is not None else None for p in self.parameters]
+
+
+class Queue:
+    """Of a card's stream: its sums read what stood there at the mark that they wait for."""
+
+    def __init__(self, parameters):
+        self.parameters, self.seen, self.waits = parameters, [], []
+
+    def wait_event(self, mark):
+        self.waits.append("mark")
+        self.seen = mark.then
+
+    def wait_stream(self, stream):
+        self.waits.append("backward")
+        self.seen = [p.grad for p in self.parameters]
+
+    def sum(self, tensor):
+        """Two devices with the same gradients; of one value each, as tests need no more."""
+        then = {p.grad.data_ptr(): old for p, old in zip(self.parameters, self.seen, strict=True)
+                if p.grad is not None}  # fmt: skip
+        tensor.copy_(2 * then[tensor.data_ptr()])
+
+
+class Twin:
+    count, talking = 2, True
+
+    def gathered(self, value):
+        return [value, value]
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """-> a reducer of these parameters, each a bucket of its own, on a card that is told late."""
+
+    def made(parameters):
+        queue, devices = Queue(parameters), Twin()
+        devices.sum = queue.sum
+        monkeypatch.setattr(torch.cuda, "Stream", lambda **_: queue)
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: Mark(parameters))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Queue(parameters))
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(reducer, "BUCKET_BYTES", 0)
+        found = reducer.Reducer(devices, parameters)
+        found.listen()
+        return found, queue
+
+    return made
+
+
+def test_sums_begin_beside_the_backward_and_miss_nothing(beside):
+    """Of micro-batches, of what is frozen or unused at the time, and of gradients that come in two parts."""
+    draw = torch.Generator().manual_seed(0)
+    first, second, unused, frozen = (torch.randn(3, 3, generator=draw).requires_grad_() for _ in range(4))
+    found, queue = beside([first, second, unused, frozen])
+    frozen.requires_grad_(False)
+
+    def step(*losses, looked_at=()):
+        for p in (first, second, unused, frozen):
+            p.grad = None
+        for loss in losses:
+            found.began()
+            for part in loss if isinstance(loss, list) else [loss]:
+                part().backward()
+        expected, queue.waits = [2 * first.grad, 2 * second.grad], []
+        found.add_up()
+        assert unused.grad is None and frozen.grad is None
+        for p, value in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(p.grad, value)
+        return queue.waits
+
+    def plain():
+        return (first @ second @ frozen).square().sum()
+
+    late = "backward"
+    assert step(plain) == [late, late, "mark", "mark"]  # unused and frozen have nothing to wait for
+    assert step(plain, plain) == [late, late, "mark", "mark"]  # of both micro-batches
+    assert step(plain, lambda: first.sum()) == [late, late, late, "mark"]
+    assert step([plain, lambda: first.sum()]) == [late, late, "mark", late]  # a backward in two parts
+    looks = first.register_post_accumulate_grad_hook(lambda p: None)
+    assert step(plain) == [late, late, "mark", late]  # who looks at a gradient may still read it
+    looks.remove()
+    assert found.made == set()  # of a step without rows, there is nothing that a mark could tell
+    found.close()
+    assert not any(first._post_accumulate_grad_hooks.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own graphs and streams")
+def test_a_graph_marks_at_each_replay_and_its_sums_wait_for_that(monkeypatch):
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            torch.cuda._sleep(10**7)  # cycles: some milliseconds
+            return grad.clone()
+
+    monkeypatch.setattr(reducer, "BUCKET_BYTES", 0)
+    devices, given = Twin(), torch.ones(4, device="cuda")
+    devices.sum = lambda tensor: tensor.mul_(2)
+    weights = [torch.ones(4, device="cuda", requires_grad=True) for _ in range(3)]
+    found = reducer.Reducer(devices, weights)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+
+    def step():
+        found.began()
+        x = given
+        for weight in weights:
+            x = Slow.apply(x * weight)
+        x.sum().backward()
+
+    graph, _, _ = recorded(step, torch.cuda.graph_pool_handle())
+    made = frozenset(found.made)
+    assert made == {0, 1, 2}
+    for factor in (1, 2, 3):
+        given.fill_(factor)
+        torch._foreach_zero_([weight.grad for weight in weights])
+        graph.replay()
+        found.made = set(made)
+        found.add_up()
+        assert all(weight.grad.eq(2 * factor).all() for weight in weights)
+    found.close()
+
+
+class Told(Devices):
+    """One of two, the other of which does nothing. Remembers how many values were asked for, in order."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.asked = []
+
+    def sum(self, *tensors):
+        self.asked += [tensor.numel() for tensor in tensors]
+
+    def gathered(self, value):
+        return [value, value]
+
+
+def test_a_step_asks_for_gradients_before_what_waits_for_its_backward():
+    """Sums are made in the order in which they were asked for, whichever stream they are on."""
+    devices = Told()
+    model, run = tiny.attached(Full(), tiny.model(), ROWS, HP, devices=devices)
+    one = loop.Loop(model.train(), run)
+    sizes = [sum(p.numel() for p in bucket) for bucket in one.reducer.buckets]
+    devices.asked.clear()
+    one.step(next(iter(run.batches)))
+    assert devices.asked == [1, *sizes, 1, 5] and sum(sizes) == sum(p.numel() for p in model.parameters())
+
+
 # Whole runs
 
 SHORT = ["data.train=9", "hp.batch_size=4", "hp.micro_batch_size=1", "hp.max_steps=3"]  # of 4, 4 and 1 rows
@@ -320,6 +484,19 @@ def test_what_cannot_be_is_refused_by_the_plan(name, settings, said, two_cores):
     more = ["hp.micro_batch_size=16", "hp.max_grad_norm=0"]
     with pytest.raises(BadRequest, match=re.escape(said)):
         plan(Request([name], "demo", seeds=[0], settings=more + settings))
+
+
+def test_of_another_machine_no_cards_are_counted(two_cores, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TUNEOFF_FORECASTS", "0")
+    typed = ["--methods", "lora", "--seeds", "0", "--set", "hp.devices=4", "--results", str(tmp_path)]
+    assert main(["plan", *typed]) == 2
+    assert (
+        "there are 2 here, not 4: set it to 2; of another machine, plan --memory" in capsys.readouterr().err
+    )
+    assert main(["plan", *typed, "--memory", "80GB"]) == 0
+    assert "devices 4" in capsys.readouterr().out
+    typed.insert(typed.index("--results"), "hp.batch_size=3")
+    assert main(["plan", *typed, "--memory", "80GB"]) == 2  # wrong on any machine
 
 
 def test_one_device_is_hashed_as_before():

@@ -14,6 +14,7 @@ from harness.forecast.forecast import Forecast, drawn_out
 from harness.measuring import LiveTensors
 from harness.spec import Hyperparams, RunSpec
 from harness.training import Loop, dry, master_weights
+from harness.training.devices import Devices
 from harness.training.dry import allocator, programs
 
 CONFIG = tiny.gemma(
@@ -36,14 +37,15 @@ def splits(rows) -> dict:
 
 
 def live(name: str, hp, options=(), rows=ROWS):
-    """What two steps on the widest rows hold, as torch's own tensors say; the loop as in a run."""
+    """What two steps on the widest rows hold, as torch's own tensors say; the loop as in a run, of the first
+    device if there are several."""
     own = made(name, options)
     model = tiny.model(CONFIG)
-    model, run = tiny.attached(own, model, rows, hp)
+    model, run = tiny.attached(own, model, rows, hp, devices=Devices(0, hp.devices))
     master_weights(model, "fp32")
     loop = Loop(model, run)
     widest = max(run.batches, key=lambda rows: max(row.length for row in rows))
-    with LiveTensors(model, loop.optimizer) as seen:
+    with run.devices.silent(), LiveTensors(model, loop.optimizer) as seen:
         loop.step(widest)
         loop.step(widest)
     return seen.memory()
@@ -56,11 +58,12 @@ def exact(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, options",
-    [("full", {}), ("lora", {}), ("galore", {"rank": 8}), ("reft", {"rank": 4}), ("lisa", {})],
-)
-def test_a_dry_run_holds_what_a_real_training_holds(name, options, exact):
-    hp = tiny.hyperparams(kernels="eager")
+    "name, options, devices",
+    [("full", {}, 1), ("lora", {}, 1), ("galore", {"rank": 8}, 1), ("reft", {"rank": 4}, 1), ("lisa", {}, 1),
+     ("lora", {}, 2)],
+)  # fmt: skip
+def test_a_dry_run_holds_what_a_real_training_holds(name, options, devices, exact):
+    hp = tiny.hyperparams(kernels="eager", devices=devices)
     found = dry.trace(spec(name, hp, options), made(name, options), CONFIG, splits(ROWS), False, 6)
     highest = max((m for n, m in found.moments.items() if n.startswith("train")), key=lambda m: m.allocated)
     true = live(name, hp, options)
@@ -68,6 +71,9 @@ def test_a_dry_run_holds_what_a_real_training_holds(name, options, exact):
     parts = highest.parts
     assert parts["weights"] + parts["adapters"] == pytest.approx(true.weights, rel=0.02)
     assert parts["optimizer"] == pytest.approx(true.moments, rel=0.02, abs=4096)
+    assert found.facts["micro_batches"] == 2 and found.facts["steps"] == 2
+    share = sum(row.length for row in ROWS) / devices
+    assert share <= found.facts["micro_tokens"] <= 1.5 * share  # padding included
 
 
 def test_two_depths_tell_the_third(exact, monkeypatch):

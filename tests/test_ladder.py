@@ -17,6 +17,7 @@ from harness.training import attention, kernels
 from methods.full import Full
 from methods.lora import LoRA
 
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 HP = tiny.hyperparams(max_steps=3, kernels="compiled", batch_size=6, micro_batch_size=6)
 ROWS = tiny.rows(18, prompt=(12, 12), response=(6, 6))  # of one size, which is traced without symbols
 UNEVEN = tiny.rows(18)
@@ -159,12 +160,21 @@ def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):
     assert record.training[0]["grad_norm"] == 0
 
 
-def test_layers_are_one_program(traced, monkeypatch):
+@pytest.mark.parametrize(
+    "kinds, window, count",
+    [(["full_attention"] * 3, 4, 1), (KINDS, HP.max_length, 1), (KINDS, HP.max_length - 1, 2)],
+    ids=["alike", "window that no row fills", "window"],
+)
+def test_layers_are_one_program(kinds, window, count, traced, monkeypatch):
     """The first too, whose input nobody trains."""
     programs = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", lambda f, **_: torch._dynamo.optimize(programs, nopython=True)(f))
     rows = tiny.rows(18, prompt=(9, 9), response=(5, 5))
-    base = tiny.model(tiny.gemma(num_hidden_layers=3, layer_types=["full_attention"] * 3))
+    base = tiny.model(tiny.gemma(num_hidden_layers=3, layer_types=kinds, sliding_window=window))
     _, _, record = tiny.fit(LoRA(), HP, rows, base=base)
     assert record.kernels.rung == "compiled", record.kernels.reason
-    assert programs.frame_count == 1
+    assert programs.frame_count == count
+    layers = base.model.layers
+    assert [layer.self_attn.sliding_window for layer in layers] == [
+        window if kind == "sliding_attention" else None for kind in kinds
+    ]

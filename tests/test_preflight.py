@@ -149,8 +149,9 @@ def test_a_bench_on_a_card_begins_no_run_of_a_model_that_is_unfit(tmp_path, monk
     with (stubs / "torch.py").open("a") as file:
         file.write(CARD)
     (stubs / "sitecustomize.py").write_text(
-        "import harness.preflight as p\np.unfit = lambda first: [f'model {first[\"model\"]}: no']\n"
+        "import os, harness.preflight as p\n"
+        "p.unfit = lambda first: [f'{first[\"model\"]} on ' + os.environ['CUDA_VISIBLE_DEVICES']]\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(stubs))
-    with pytest.raises(Missing, match="every run: model mine: no"):
-        Nursery({}, first(tmp_path))
+    with pytest.raises(Missing, match="every run: mine on GPU-b"):  # not on one that others may have filled
+        Nursery({}, first(tmp_path), ["GPU-b"])

@@ -68,7 +68,7 @@ def here(plan: Plan, terms: Terms, first: RunSpec, cards: Sequence[str] = ()) ->
         if len(shares) > 1:  # the same for all runs; and one core is left, as where there is one run
             ends.enter_context(threads(max(1, len(shares[0].cores) - 1)))
         asked = first.asked() | {"locations": first.locations}
-        nursery = ends.enter_context(Nursery(needs(plan), asked))
+        nursery = ends.enter_context(Nursery(needs(plan), asked, cards))
         yield Here([replace(slot, begin=nursery.child) for slot in shares] or slots(nursery, plan), terms)
 
 

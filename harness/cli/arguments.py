@@ -18,7 +18,7 @@ COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
     "data, check, report, grade, merge, push, attention, lm-eval, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do and take of a card, and what is cached. Starts "
-    "nothing.",
+    "nothing, but for the steps of --probe.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",

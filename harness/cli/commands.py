@@ -19,7 +19,7 @@ def run_command(options, typed: list[str]) -> int:
     from harness.store import Store
     from harness.tracking import Tracking
 
-    specs, store = planned(options, keep=True), Store(options.results)
+    specs, store = planned(options, bool(options.on), keep=True), Store(options.results)
     where = bench.chosen(options.on, options.gpus)
     planning.before_runs(specs, store, options)  # it makes copies of this process, which has no threads yet
     watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
@@ -72,8 +72,9 @@ def tell(done: list, store, options) -> None:
         print("report: " + "  ".join(files), flush=True)
 
 
-def planned(options, keep: bool = False):
-    """The plan of a request, or every problem, those of the folders included."""
+def planned(options, elsewhere: bool, keep: bool = False):
+    """The plan of a request, or every problem, those of the folders included. `elsewhere`, `keep`: as a
+    request and its plan have them."""
     from harness.plan import Request, plan
     from harness.tracking import missing as untracked
 
@@ -81,7 +82,7 @@ def planned(options, keep: bool = False):
     request = Request(**{name: getattr(options, name) for name in typed},
                       sources=options.source, settings=options.set, sweeps=options.sweep,
                       tracks=options.track, trials=options.trials, repeat=options.repeat,
-                      ensembles=options.ensemble)  # fmt: skip
+                      ensembles=options.ensemble, elsewhere=elsewhere)  # fmt: skip
     problems, found = Problems(), None
     with problems.caught():
         found = plan(request, keep)
@@ -154,7 +155,7 @@ def plan_command(options, typed: list[str]) -> int:
     from harness.cli import planning
     from harness.store import Store
 
-    return planning.show(planned(options), Store(options.results), options)
+    return planning.show(planned(options, bool(options.memory)), Store(options.results), options)
 
 
 def list_command(options, typed: list[str]) -> int:

@@ -262,6 +262,9 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             "Peak: live tensors of the training; on card: with what torch's allocator and the process hold."
         )
         yield listing.paragraph(said, 0)
+    if any(arm.runs[0].devices > 1 for arm in good):
+        yield listing.paragraph("Of a run on several cards that is what each holds and computes; what they "
+                                "tell one another takes time and buffers that are not in it.", 0)  # fmt: skip
 
 
 def of_the_card(card: Card) -> Iterator[str]:

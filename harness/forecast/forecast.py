@@ -159,8 +159,8 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
     found: dict[str, Forecast] = {}
     missing: dict[str, RunSpec] = {}
     for key, spec in wanted.values():
-        if spec.devices > 1:
-            found[key] = Forecast(error="runs on several devices (hp.devices) are not forecast")
+        if spec.own_hp.sharding == "full":
+            found[key] = Forecast(error="weights in parts (hp.sharding=full) are not forecast")
         elif key not in found and (known := read(key, card)):
             found[key] = known
         elif key not in found:

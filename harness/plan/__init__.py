@@ -40,7 +40,7 @@ def plan(request: Request, keep: bool = False) -> Plan:
     if "tuned" in request.tracks and dataset:
         problems.extend(unsearchable(methods, wanted.hp, dataset))
     for hp in dict.fromkeys(replace(wanted.hp, **arm.changes) for arm in arms if arm.cls.trains):
-        problems.extend(misplaced(hp))
+        problems.extend(misplaced(hp, request.elsewhere))
     for arm in arms if dataset and not problems else ():
         problems.add("", endless(replace(wanted.hp, **arm.changes), dataset["train"]))
     if "identical" not in request.tracks:
@@ -80,13 +80,14 @@ def ensembles(request: Request, arms: list[Arm], problems: Problems) -> list[dic
     return find_ensembles(request.ensembles, arms, problems)
 
 
-def misplaced(hp: Hyperparams) -> Iterator[Problem]:
+def misplaced(hp: Hyperparams, elsewhere: bool = False) -> Iterator[Problem]:
     """Why a run cannot be on so many devices."""
     if hp.devices > hp.batch_size:
         what = f"{hp.devices} devices share the {hp.batch_size} rows of a step"
         yield Problem(what, "hp.devices", remedy=f"raise hp.batch_size, or set hp.devices={hp.batch_size}")
-    elif hp.devices > 1 and hp.devices > (there := machine.devices()):
-        yield Problem(f"there are {there} here, not {hp.devices}", "hp.devices", remedy=f"set it to {there}")
+    elif hp.devices > 1 and not elsewhere and hp.devices > (there := machine.devices()):
+        remedy = f"set it to {there}; of another machine, plan --memory says what fits each of its cards"
+        yield Problem(f"there are {there} here, not {hp.devices}", "hp.devices", remedy=remedy)
     if hp.sharding == "full" and hp.devices == 1:
         yield Problem(
             "one device has nobody to share with", "hp.sharding=full", remedy="set hp.devices to 2 or more"

@@ -35,6 +35,7 @@ class Request:
     trials: int = TRIALS
     ensembles: Sequence[str] = ()  # qlora+galore
     repeat: int = 0  # how often the first run is run again, unchanged
+    elsewhere: bool = False  # on other machines, whose cards cannot be counted here
 
 
 @dataclass

@@ -93,8 +93,9 @@ class Decoder:
                 free.append(slot)
             if ended:
                 report(answered=[*left.values()].count(0), rows=len(own))
-            if asked and len(free) >= max(1, min(count // REFILL, len(asked))):
-                while asked and free:
+            enough = max(1, count // REFILL)
+            if asked and len(free) >= min(enough, len(asked)):
+                while asked and len(free) >= min(enough, len(asked)):
                     some = asked[: fitting(prompts, asked, len(free))]
                     slots, free, asked = free[: len(some)], free[len(some) :], asked[len(some) :]
                     engine.read(

@@ -5,7 +5,8 @@ gradient that one device would have: the same batches, the same losses, the same
 
 By torch.distributed itself. DDP, and accelerate by way of it, follow the forward of the model they wrap,
 which the one LM head passes by (harness/training/head.py), and reduce within backward, which a step's graph
-has recorded; here what a step has added up is reduced once, whichever way it was computed.
+has recorded; here what a step has added up is reduced once (harness/training/reducer.py), whichever way it
+was computed.
 """
 
 import os
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from harness.ranks import Place
 
 T = TypeVar("T")
-BUCKET_BYTES = 25 * 2**20  # of gradients that are reduced together, as DDP has it; larger ones go alone
 # A rank that is gone is seen by rank 0 (harness/ranks.py); one that compiles or decodes is waited for.
 PATIENCE = timedelta(days=1)
 
@@ -38,7 +38,10 @@ class Devices:
         """All of a place's ranks have called this when it returns."""
         if place.count == 1:
             return cls()
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # one host
+        for library in ("GLOO", "NCCL"):  # they find one another on this host, whatever else there is
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        # Else NCCL would abort rank 0 for another that is gone, before its record says why.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         cuda = torch.cuda.is_available()
         port = 0 if place.rank == 0 else int(place.hear())
         store = dist.TCPStore("127.0.0.1", port, place.count, place.rank == 0, PATIENCE, False)
@@ -132,43 +135,3 @@ class Devices:
             dist.broadcast(whole, 0, group=None if whole.is_cuda else self.host)
             if whole.data_ptr() != tensor.data_ptr():
                 tensor.data.copy_(whole)
-
-    def add_up(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Gradients become the sums of all devices'. One that no device has stays none. Hooks that look at a
-        gradient as it grows, see it grow by those of the others."""
-        if not self.talking:
-            return
-        has = [
-            any(flags) for flags in zip(*self.gathered([p.grad is not None for p in parameters]), strict=True)
-        ]
-        grown = [p for p, there in zip(parameters, has, strict=True) if there]
-        for parameter in grown:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in grown]
-        for bucket in buckets(gradients):
-            if len(bucket) == 1 and bucket[0].is_contiguous():
-                self.sum(bucket[0])
-                continue
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            self.sum(flat)
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
-        for parameter in grown:
-            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                hook(parameter)
-
-
-def buckets(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one type."""
-    bucket: list[torch.Tensor] = []
-    held = 0
-    for gradient in gradients:
-        size = gradient.numel() * gradient.element_size()
-        if bucket and (held + size > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(gradient)
-        held += size
-    if bucket:
-        yield bucket

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from harness.record import EAGER
 from harness.training import slot_attention
+from harness.training.compiling import compiling
 from harness.training.graphs import recorded
 from harness.training.head import causal_lm, softcap_of, tolerance
 from harness.training.kernels import decoder_layers
@@ -19,6 +20,7 @@ from harness.training.slots import Slots
 
 ROUND = 128  # a slot's places come in so many: one compiled shape serves texts of nearly the same length
 PROGRAMS = 64  # of one kind of layer: its modes, the shapes
+FEW = 8  # prompts: so few are read plainly at once, while a compiler makes 1 and other small numbers special
 COMPILED_FROM = 50_000  # steps times layers: compiling takes 5 to 20 s and saves .1 to .2 ms of each
 
 
@@ -54,6 +56,7 @@ class Engine:
         self.numbers = torch.zeros(count, new_tokens + 1, device=self.device)
         self.ends: dict[int, int] = {}  # of the texts in the making: places up to here may be written
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.reading, self.compared = EAGER, False  # how prompts are read, and whether that was tried
         self.refused: list[str] = []  # faster kernels than it has, and why
 
     def read(self, prompts, slots: list[int], which: list[int], numbers=None) -> torch.Tensor:
@@ -64,10 +67,7 @@ class Engine:
         to, of = (torch.tensor(x, device=self.device) for x in (slots, [row[i] for i in which]))
         lengths = mask.sum(1)[of]
         with self.cache.filling(to, of):
-            hidden = self.decoder(
-                input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True
-            ).last_hidden_state  # (B, T, H)
-        logits = self.scored(hidden[of, lengths - 1])
+            logits = self.fastest_read(ids, mask, of, lengths)
         if numbers is not None:
             self.numbers[to, :-1] = numbers.to(self.device)
         chosen = self.choose(logits, self.numbers[to, :1])
@@ -80,6 +80,35 @@ class Engine:
         self.done[to] = self.stopping(chosen) | (self.new_tokens == 1)
         self.ends |= {slot: len(prompts[i]) for slot, i in zip(slots, which, strict=True)}
         return logits
+
+    def fastest_read(self, ids, mask, rows, lengths) -> torch.Tensor:
+        """(B, T) -> (S, V): what follows the prompts in these rows."""
+
+        def logits() -> torch.Tensor:
+            hidden = self.decoder(
+                input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True
+            ).last_hidden_state  # (B, T, H)
+            return self.scored(hidden[rows, lengths - 1])
+
+        if self.reading != "compiled" or len(ids) < FEW:
+            return logits()
+        try:
+            with compiled(self.layers, self.cache, "read"):
+                found = logits()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever cannot be compiled
+            self.refused.append(f"compiled prompts: {type(error).__name__}: {error}")
+        else:
+            if self.compared:
+                return found
+            expected = logits()
+            far, self.compared = distance(found, expected), True
+            if far <= self.tolerance:
+                return expected
+            self.refused.append(f"compiled prompts: logits differ by {far:.1%}")
+        self.reading = EAGER
+        return logits()
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -163,7 +192,7 @@ class Engine:
         try:
             expected = self.logits().clone()
             for self.cache.bounded, kernels in product([True] * bounded + [False], rungs):
-                within = compiled(self.layers, self.cache) if "compiled" in kernels else nullcontext()
+                within = compiled(self.layers, self.cache, "step") if "compiled" in kernels else nullcontext()
                 try:
                     with within:
                         graph = self.captured()
@@ -173,7 +202,7 @@ class Engine:
                     self.refused.append(f"{kernels}: {type(error).__name__}: {error}")
                     continue
                 if far <= self.tolerance:
-                    self.graph = graph
+                    self.graph, self.reading = graph, kernels.removesuffix(" + graph")
                     return kernels
                 self.refused.append(f"{kernels}: logits differ by {far:.1%}")
             return EAGER
@@ -189,14 +218,15 @@ class Engine:
 
 
 @contextmanager
-def compiled(layers, cache):
-    """Within, the decoder's layers run as one compiled function a class of layer; after it, as they did. What
-    is compiled is a copy of their forward: a training's own compiled code is another."""
+def compiled(layers, cache, what: str):
+    """Within, the decoder's layers run as one compiled function a class of layer; after it, as they did: for
+    a "step", which has one shape, or to "read" prompts, which have any. What is compiled is a copy of their
+    forward: a training's own compiled code is another."""
     before = [vars(layer).get("forward") for layer in layers]
     for layer, own in zip(layers, cache.layers, strict=True):
-        layer.forward = partial(alone, compiled_forward(layer.__class__), layer, own)
+        layer.forward = partial(alone, compiled_forward(layer.__class__, what), layer, own)
     try:
-        with torch._dynamo.config.patch(recompile_limit=PROGRAMS):
+        with compiling(recompile_limit=PROGRAMS):
             yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -206,17 +236,12 @@ def compiled(layers, cache):
 
 
 @lru_cache
-def compiled_forward(kind) -> Callable:
-    forward = kind.forward
-    copy = FunctionType(
-        forward.__code__.replace(co_name="decode"),
-        forward.__globals__,
-        "decode",
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return torch.compile(copy, dynamic=False)
+def compiled_forward(kind, what: str) -> Callable:
+    own = kind.forward
+    code = own.__code__.replace(co_name=what)
+    copy = FunctionType(code, own.__globals__, what, own.__defaults__, own.__closure__)
+    copy.__kwdefaults__ = own.__kwdefaults__
+    return torch.compile(copy, dynamic=what == "read")
 
 
 def alone(function, layer, own, *args, **kwargs):

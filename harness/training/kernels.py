@@ -20,7 +20,9 @@ from harness.record import EAGER
 from harness.training import head
 from harness.training.adapters import Adapters, alike
 from harness.training.attention import flash
+from harness.training.compiling import compiling
 from harness.training.graphs import recorded
+from harness.training.reducer import Reducer
 
 if TYPE_CHECKING:
     from harness.training.run import Run
@@ -30,19 +32,13 @@ RUNGS = {  # name -> what a method says that it cannot
     "compiled": ("compiling",),
     "eager + graph": ("graphs",),
 }
-WORTH = 1e15  # parameters times tokens that a training reads: below, compiling takes longer than it saves
+WORTH = 1e15  # parameters times tokens that a training reads, for each kind of layer: below, compiling takes
+# longer than it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 LOSS = 0.02  # nats a token, as much
 MOST = 1e6  # of GRADIENTS, when they are of another world or no numbers
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
-GRADED = {
-    "autograd_cache_allow_custom_autograd_functions": True,  # the adapters' own are in the cache's key
-}
-GENERATED = {
-    # Leaves a part of some gradients unwritten from torch 2.10 on: github.com/pytorch/pytorch/issues/193061
-    "triton.mix_order_reduction": False,
-}
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
     "skip_nnmodule_hook_guards": False,
@@ -61,15 +57,18 @@ class Captured:
     added: dict[str, torch.Tensor]  # what the loss put into its batch
     read: bool  # the loss read the batch it was given
     gradients: list[tuple[torch.nn.Parameter, torch.Tensor]]  # to which it adds
+    made: frozenset[int]  # buckets of them, which it marks
 
 
 class Kernels:
     """`ready(batches)` before a step, then `gradients(batch, share)` adds those of a micro-batch's loss times
     its share of the step, and gives that product. `seconds`: of compiling and capturing."""
 
-    def __init__(self, model, run: "Run"):
+    def __init__(self, model, run: "Run", reducer: Reducer):
         self.model, self.run, self.causal = model, run, head.causal_lm(model)
+        self.reducer = reducer
         self.parameters = list(model.parameters())  # a walk through all modules outlasts a small step
+        self.windowed = [m for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
         self.found = run.record.kernels
         self.rung, self.found.reason = EAGER, self.refusal()
         self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
@@ -78,7 +77,8 @@ class Kernels:
         self.forwards: dict[torch.nn.Module, Callable] = {}
         self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
-        if run.hp.kernels == "auto" and sum(run.batches.tokens) * sum(map(numel, self.parameters)) < WORTH:
+        work = sum(run.batches.tokens) * sum(map(numel, self.parameters))
+        if run.hp.kernels == "auto" and work < WORTH * kinds(decoder_layers(self.causal)):
             cannot["compiling"] = "takes longer than it would save in so short a training"
         self.untried = []
         if not self.found.reason:
@@ -230,16 +230,20 @@ class Kernels:
         return forward
 
     @contextmanager
-    def installed(self):
-        """Within, the decoder's layers are the fast ones; whoever else calls them finds them as they were."""
+    def installed(self, longest: int | None):
+        """Within, the decoder's layers are the fast ones, for rows of at most so many tokens; whoever else
+        calls them finds them as they were."""
         layers = list(self.forwards)
+        unfilled = [m for m in self.windowed if longest and longest <= m.sliding_window]
         with ExitStack() as stack:
-            stack.enter_context(torch._dynamo.config.patch(TRACED))
-            stack.enter_context(torch._functorch.config.patch(GRADED))
-            stack.enter_context(torch._inductor.config.patch(GENERATED))
+            if "compiled" in self.rung:
+                stack.enter_context(compiling(**TRACED))
             stack.enter_context(self.adapters.installed())
             asking = self.causal.get_input_embeddings().register_forward_hook(asked_for_gradient)
             stack.callback(asking.remove)
+            for attention in unfilled:  # so that layers with a window and those without are one program
+                stack.callback(setattr, attention, "sliding_window", attention.sliding_window)
+                attention.sliding_window = None
             for layer in layers:
                 layer.forward = self.forwards[layer]
                 stack.callback(vars(layer).pop, "forward")
@@ -256,6 +260,7 @@ class Kernels:
         if self.rung == EAGER:
             for name in head.ROWS:  # the model's own attention has a mask
                 batch.pop(name, None)
+            self.reducer.began()
             return plain_gradients(self.model, self.run, batch, share)
         self.latest = dict(batch)  # to which a loss adds nothing
         if captured := self.graphs.get(self.key(batch)):
@@ -265,8 +270,12 @@ class Kernels:
         return self.quick(batch, share)
 
     def quick(self, batch: dict, share) -> torch.Tensor:
-        with self.installed(), flash(self.causal):  # in backward too, where layers are computed again
+        with (
+            self.installed(batch.get("longest")),
+            flash(self.causal),
+        ):  # in backward too, where layers are computed again
             self.adapters.write()
+            self.reducer.began()
             return plain_gradients(self.model, self.run, batch, share)
 
     def replay(self, captured: Captured, batch: dict, share) -> torch.Tensor:
@@ -277,6 +286,7 @@ class Kernels:
             if parameter.grad is not gradient:  # as who has set it to none
                 parameter.grad = gradient.zero_()
         captured.graph.replay()
+        self.reducer.made = set(captured.made)
         batch.update({name: tensor.clone() for name, tensor in captured.added.items()})
         return captured.loss.clone()
 
@@ -297,7 +307,8 @@ class Kernels:
         self.run.meter.replayed = max(self.run.meter.replayed, held)
         added = {name: value for name, value in inner.items() if name not in batch}
         gradients = [(p, p.grad) for p in self.parameters if p.requires_grad]
-        return Captured(graph, given, share, loss, added, self.seen.batches > 0, gradients)
+        read, made = self.seen.batches > 0, frozenset(self.reducer.made)
+        return Captured(graph, given, share, loss, added, read, gradients, made)
 
     def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor]]:
         """Loss and, as far as they are compared, gradients."""
@@ -415,6 +426,11 @@ def decoder_layers(causal) -> list:
     decoder, count = causal.get_decoder(), causal.config.get_text_config().num_hidden_layers
     lists = [m for m in decoder.children() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     return list(lists[0]) if len(lists) == 1 else []
+
+
+def kinds(layers: list) -> int:
+    """How many programs layers are: those that EVA gives ranks of their own are one each."""
+    return len({tuple(parameter.shape for parameter in layer.parameters()) for layer in layers})
 
 
 def difference(expected: Any, found: Any) -> str | None:

@@ -18,6 +18,7 @@ from harness.training import evaluation, head
 from harness.training.checkpoint import resume, take_record, to
 from harness.training.kernels import Kernels
 from harness.training.reading import Reading
+from harness.training.reducer import Reducer
 from harness.training.sharding import in_full
 from harness.training.weights import Diverged
 
@@ -89,6 +90,7 @@ def train(model, run: "Run", kept: dict | None = None) -> "Loop":
         record.hashes |= loop.reading.hashes()
         run.reading, run.shapes = None, None
     loop.kernels.close()
+    loop.reducer.close()
     return loop
 
 
@@ -98,12 +100,14 @@ class Loop:
     def __init__(self, model, run: "Run"):
         hp, self.model, self.run, self.done = run.hp, model, run, 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Of weights in parts, sums are a part of each backward.
+        self.reducer = Reducer(run.devices, [] if run.sharded else self.parameters)
         self.optimizer = run.method.optimizer(model, run)
         warmup = min(math.ceil(hp.warmup_ratio * run.steps), run.steps - 1)  # a lone step is no warm-up
         self.scheduler = get_scheduler(hp.schedule, self.optimizer, warmup, run.steps)
         self.reading = run.reading = Reading(run.devices, run.device)
         prepare_model(model.train(), hp)
-        self.kernels = Kernels(model, run)
+        self.kernels = Kernels(model, run, self.reducer)
 
     def step(self, examples: list) -> dict:
         """One optimizer step. -> its loss and the like, as tensors that nobody has waited for."""
@@ -114,8 +118,8 @@ class Loop:
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
             loss = accumulate(batches, run, self.kernels.gradients, self.idle(len(batches), examples))
         run.record.arithmetic |= {"training": types} if types else {}
-        if not run.sharded:  # else that was part of each backward
-            run.devices.add_up(self.parameters)
+        self.reducer.add_up()  # before the loss is: its sum waits for the whole backward
+        loss = run.total(loss)
         self.reading.end_step(batches)
         if run.hp.max_grad_norm:
             norm = run.accelerator.clip_grad_norm_(self.parameters, run.hp.max_grad_norm)
@@ -209,7 +213,7 @@ def accumulate(
 ) -> torch.Tensor:
     """Gradients of the mean loss over all target tokens of the step (or its rows, if the method's
     loss is a mean over rows), however it is cut into micro-batches and these are spread over devices, whose
-    gradients are then to be added up. -> that mean, detached.
+    gradients are then to be added up. -> this one's share of that mean, detached.
     `gradients(batch, share)` adds those of a micro-batch; of `idle` ones, nothing."""
     by_tokens = run.method.mean_over == "tokens"
     weights = [targets(batch) if by_tokens else len(batch["labels"]) for batch in batches]
@@ -220,7 +224,7 @@ def accumulate(
     for batch in idle or []:
         gradients(dict(batch), 0.0)
     run.reading = own
-    return run.total(loss)
+    return loss
 
 
 def targets(batch: dict) -> torch.Tensor:

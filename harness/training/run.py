@@ -122,7 +122,7 @@ class Run:
         """Adds the gradients of a step with these micro-batches, as the training has them; of several devices
         each adds those of its own, and `total` gives the whole. -> the step's loss."""
         loop.prepare_model(model.train(), self.hp)
-        return loop.accumulate(batches, self, partial(plain_gradients, model, self))
+        return self.total(loop.accumulate(batches, self, partial(plain_gradients, model, self)))
 
     def total(self, value: torch.Tensor | float) -> torch.Tensor:
         """What this device has of a step's number or tensor, and all others, added up."""

@@ -24,7 +24,7 @@ from harness.measuring import Meter, host_peak
 from harness.method import Method
 from harness.plain import redacted
 from harness.ranks import ALONE, Place
-from harness.record import Data, Phase, RunRecord, Sizes, answers_hash
+from harness.record import EAGER, Data, Phase, RunRecord, Sizes, answers_hash
 from harness.spec import Hyperparams, RunSpec, content_hash
 from harness.store import (
     CHECKPOINTS,
@@ -250,6 +250,8 @@ def trained(model, run: Run):
     weights.check(start, end, record.training)
     if not run.sharded and any(other != end for other in run.devices.gathered(end)):
         record.warnings.append("the devices' weights are not the same to the bit after the last step")
+    if len(ways := dict.fromkeys(run.devices.gathered(record.kernels.rung or EAGER))) > 1:
+        record.warnings.append(f"its devices computed steps in different ways: {', '.join(ways)}")
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     del loop
     model.zero_grad()

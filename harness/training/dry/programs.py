@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from harness.training.compiling import GRADED
 from harness.training.dry.ledger import told
 from harness.training.dry.world import CARD
-from harness.training.kernels import GRADED
 from harness.work import VIEWS, Work
 
 # What a compiler does not fuse: products, attention, and what other libraries bring.

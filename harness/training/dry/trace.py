@@ -21,6 +21,7 @@ from harness.record import EAGER, Phase, RunRecord
 from harness.spec import RunSpec
 from harness.training import evaluation, head, kernels, loop, weights
 from harness.training.adapters import Adapters, alike
+from harness.training.devices import Devices
 from harness.training.dry.ledger import Ledger, Moment
 from harness.training.dry.programs import Programs
 from harness.training.dry.world import CARD, Autocast, world
@@ -55,7 +56,7 @@ class Forecasted(Run):
     programs: Programs
 
     def sample(self, model, examples, new_tokens, copies=1, temperature=0.0):
-        self.sampled += len(examples) * copies * new_tokens
+        self.sampled += len(examples) * copies * new_tokens // self.devices.count
         return [
             [list(e.response_ids[:1]) * min(new_tokens, max(1, self.hp.max_length - len(e.prompt_ids)))]
             * copies
@@ -209,7 +210,9 @@ def opened(spec, method, config, rows, bf16, ledger) -> Forecasted:
     run = Forecasted(
         method, hp, spec.seed, rows, dataset=spec.dataset, template=template, stops=[pad],
         accelerator=accelerator, meter=meter, record=RunRecord(spec, "ok"), load_base=load,
+        devices=Devices(0, spec.devices),
     )  # fmt: skip
+    run.devices.talking = False  # with the first one's share, alone
     run.ledger = ledger
     return run
 
@@ -319,8 +322,9 @@ def evaluated(model, run) -> dict:
     read = sum(e.length for e in scored) + (hp.validations + 1) * sum(
         e.length for e in run.splits["validation"]
     )
-    facts = {"evaluated": read / sum(e.length for e in first), "reads": 0, "tokens_written": 0}
-    lengths = sorted((len(e.prompt_ids) for e in scored if e.prompt_ids), reverse=True)
+    devices = run.devices.count
+    facts = {"evaluated": read / devices / sum(e.length for e in first), "reads": 0, "tokens_written": 0}
+    lengths = sorted((len(e.prompt_ids) for e in scored if e.prompt_ids), reverse=True)[::devices]
     if not lengths:
         return facts
     count, longest = min(hp.eval_batch_size, len(lengths)), lengths[0]
@@ -432,7 +436,8 @@ def shapes_of(run, packed: bool) -> Shapes:
     """As they will be cut: the same for all methods of a comparison."""
     key = *same(run), packed, "shapes"
     if key not in KNOWN:
-        KNOWN[key] = Shapes(run.batches, run.hp, packed=packed)
+        steps = [run.devices.share(step, lambda example: example.length) for step in run.batches]
+        KNOWN[key] = Shapes([step for step in steps if step], run.hp, packed=packed)
     return KNOWN[key]
 
 
@@ -441,5 +446,5 @@ def same(run) -> tuple:
     return id(run.batches.examples), run.seed, *(getattr(hp, name) for name in SHAPING)
 
 
-SHAPING = ("batch_size", "micro_batch_size", "max_length", "max_steps", "epochs", "packing")
+SHAPING = ("batch_size", "micro_batch_size", "max_length", "max_steps", "epochs", "packing", "devices")
 KNOWN: dict[tuple, Any] = {}
