@@ -1,27 +1,40 @@
-"""Forecasts held against a card: for each method, architecture and shape, what a run was said to take, and
-what it does.
+"""Forecasts held against a card: what a run was said to take, what a probe of it said then, and what it took.
 
-    python benchmarks/forecast.py --json forecast.json                       all methods, on a GPU
-    python benchmarks/forecast.py --json forecast.json --methods lora qlora --models llama
-    python benchmarks/forecast.py --json forecast.json --table               what is measured so far
+    python benchmarks/forecast.py --json forecast.jsonl --seconds 440          a fair sample, on a GPU
+    python benchmarks/forecast.py --json forecast.jsonl --methods lora --models llama
+    python benchmarks/forecast.py --json forecast.jsonl --table                what is measured so far
 
-A process a method and architecture, all shapes in it, some steps each; weights are drawn. Each row is kept as
-it comes: the same command goes on where it was stopped, and --methods names what is next.
+Methods, architectures and shapes come in a random order (--seed), so that what there is when the seconds are
+over is a fair sample. Each is measured in a process of its own, a copy of this one, which has imported what
+they need; weights are drawn. Meanwhile other cores forecast. Rows are printed and kept as they come: the same
+command goes on where it was stopped. What these processes print is in a .log beside the rows. A run here is
+its probe and then STEPS further steps: what these take more, the probe has not seen.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
+import random
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODELS = {
     "gemma": {
         "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
@@ -39,10 +52,21 @@ MODELS = {
         "tie_word_embeddings": True, "max_position_embeddings": 8192,
     },
 }  # fmt: skip
-SHAPES = ("8x512", "4x1024", "16x256", "2x2048", "8x512-ck", "8x512-compiled")  # rows x tokens, and how
-STEPS = 4
-LIMIT_SECONDS = 420  # of a process
-TIMED = 2  # steps at the end, whose mean is the step time
+# Rows x tokens, and how: mixed, rows of any length up to that; ck, gradient checkpointing.
+SHAPES = ("8x512", "4x1024", "16x256-mixed", "2x2048", "8x512-ck", "8x768-mixed")
+COMPILED, ONE_OF = "8x512-compiled", 6  # of so many pairs of method and architecture one is compiled, too
+TINY = {
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+}
+STEPS = 4  # of a training, after those of its probe
+RUN_SECONDS = 120  # of a process, at most
+FORECASTERS = 8  # processes: the other cores are left to what is measured
+WHAT = ("peak", "device", "step")
+Asked = tuple[str, str, str]  # method, architecture, shape
 
 
 def main() -> None:
@@ -52,29 +76,23 @@ def main() -> None:
     names = [name for name in known_methods() if name not in ("base", "base_nf4", "peft")]
     parser.add_argument("--methods", nargs="+", default=names)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--json", type=Path, required=True, help="what was measured; is added to")
-    parser.add_argument("--tiny", action="store_true", help="two layers: tries the benchmark itself")
+    parser.add_argument("--shapes", nargs="+", help="of each, in place of those that are drawn")
+    parser.add_argument("--json", type=Path, required=True, help="a row a line; is added to")
+    parser.add_argument("--seconds", type=float, default=440, help="after which nothing is waited for")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="small models: tries the benchmark itself")
     parser.add_argument("--table", action="store_true", help="print what is there alone")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.job:
-        return measure(json.loads(asked.job), asked.json)
-    done = rows(asked.json)
-    for model in [] if asked.table else asked.models:
-        for name in asked.methods:
-            there = {row["shape"] for row in done if (row["method"], row["model"]) == (name, model)}
-            if left := [shape for shape in asked.shapes if shape not in there]:
-                job = {"method": name, "model": model, "shapes": left, "tiny": asked.tiny}
-                command = [sys.executable, __file__, "--json", str(asked.json), "--job", json.dumps(job)]
-                began = time.time()
-                try:
-                    ended = subprocess.run(command, timeout=LIMIT_SECONDS, capture_output=True, text=True)
-                    said = "" if not ended.returncode else ended.stderr.strip().splitlines()[-1:]
-                except subprocess.TimeoutExpired:
-                    said = "not done in time"
-                print(f"{name} {model} {time.time() - began:.0f} s {said}", flush=True)
-    print(table(rows(asked.json)))
+    found = rows(asked.json)
+    if not asked.table:
+        left = [one for one in drawn(asked) if one not in {key_of(row) for row in found}]
+        with asked.json.open("a", encoding="utf-8") as file:
+            for row in measured(left, asked):
+                found.append(row)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(line(row), flush=True)
+    print(table(found))
 
 
 def rows(path: Path) -> list[dict]:
@@ -83,178 +101,307 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def measure(job: dict, path: Path) -> None:
-    """Of a method and an architecture, in this process: all forecasts first, then the shapes one by one."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
+def key_of(row: dict) -> Asked:
+    return row["method"], row["model"], row["shape"]
 
-    from harness import method
-    from harness.forecast.cards import card_named
 
-    cls = method.resolve(job["method"], method.find(job["method"], method.known_methods()))
-    here = torch.cuda.is_available()
-    name = torch.cuda.get_device_name(0) if here else "cpu"
-    card = card_named(name, torch.cuda.get_device_properties(0).total_memory if here else None)
+def drawn(asked) -> list[Asked]:
+    """In the order of the seed."""
+    draw, found = random.Random(asked.seed), []
+    for model in asked.models:
+        for name in asked.methods:
+            own = asked.shapes or [*SHAPES, *[COMPILED] * (draw.random() * ONE_OF < 1)]
+            found += [(name, model, shape) for shape in own]
+    draw.shuffle(found)
+    return found
+
+
+# Who does it: this process, and copies of it that are made before anybody asks for the card
+
+
+def measured(left: list[Asked], asked) -> Iterator[dict]:
+    """A row for each as soon as both sides are known. What is under way when the seconds are over is lost."""
+    from harness import machine
+    from harness.forks import in_a_copy
+    from harness.nursery import card_is_asked_in_a_copy
+
+    end, log = time.monotonic() + asked.seconds, asked.json.with_suffix(".log")
+    card = json.loads(in_a_copy(lambda: json.dumps(machine.card_described()).encode(), 60) or "null")
+    with card_is_asked_in_a_copy():
+        import_module("harness.training")
+        for name in ("bitsandbytes", "peft", *["torch._inductor.compile_fx"] * bool(card)):
+            with suppress(ImportError):
+                import_module(name)
+    print(f"{len(left)} to measure on {card[0] if card else 'no card'}; imported", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        model = MODELS[job["model"]] | ({"num_hidden_layers": 2} if job["tiny"] else {})
-        (Path(folder) / "config.json").write_text(json.dumps(model))
-        for shape in job["shapes"]:
-            row = {"method": job["method"], "model": job["model"], "shape": shape, "card": name}
-            try:
-                row |= one(cls, folder, shape, card, here)
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        for name, config in MODELS.items():
+            Path(folder, name).mkdir()
+            config = config | (TINY if asked.tiny else {})
+            Path(folder, name, "config.json").write_text(json.dumps(config))
+        forecaster = Copy(partial(forecast_all, left, folder), log)
+        made: dict[Asked, Any] = {}
+        told: dict[Asked, Any] = {}
+        try:
+            for one in left:
+                until = min(end, time.monotonic() + RUN_SECONDS)
+                told[one] = ended(Copy(partial(run, *one, folder), log), until)
+                if time.monotonic() > end:
+                    break
+                last = end if one == left[-1] else 0
+                while told.keys() - made.keys() and (said := forecaster.heard(last)):
+                    made[said[0]] = said[1]
+                for both in [both for both in told if both in made]:
+                    yield row_of(both, made.pop(both), told.pop(both), card)
+        finally:
+            forecaster.end()
 
 
-def spec_of(cls, folder: str, shape: str):
+class Copy:
+    """A copy of this process that does some work and says what it finds, by `say(value)`."""
+
+    def __init__(self, work: Callable[[Callable], object], log: Path):
+        self.line, theirs = multiprocessing.Pipe(False)
+        copies = multiprocessing.get_context("fork")
+        self.process = copies.Process(target=self.do, args=(work, theirs, log))
+        self.process.start()
+        theirs.close()
+
+    @staticmethod
+    def do(work: Callable[[Callable], object], line: Connection, log: Path) -> None:
+        os.setsid()
+        with log.open("ab", buffering=0) as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+        work(line.send)
+
+    def heard(self, end: float) -> Any:
+        """What it says next; null when it has ended, or the time is over."""
+        try:
+            return self.line.recv() if wait([self.line], max(0.0, end - time.monotonic())) else None
+        except EOFError:
+            return None
+
+    def end(self) -> None:
+        """With all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        self.line.close()
+
+
+def ended(copy: Copy, end: float) -> Any:
+    try:
+        return copy.heard(end) or "it did not end in time, or died"
+    finally:
+        copy.end()
+
+
+def forecast_all(left: list[Asked], folder: str, say: Callable) -> None:
+    from harness.forks import die_with
+
+    copies = multiprocessing.get_context("fork")
+    workers = max(1, min(FORECASTERS, len(os.sched_getaffinity(0)) - 1))
+    with ProcessPoolExecutor(workers, copies, partial(die_with, os.getpid())) as pool:
+        running = {pool.submit(forecast_one, *one, folder): one for one in left}
+        for done in as_completed(running):
+            say((running[done], done.result() if not done.exception() else str(done.exception())))
+
+
+def failed(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# What is asked
+
+
+def chosen(name: str):
+    from harness import method
+
+    return method.resolve(name, method.find(name, method.known_methods()))
+
+
+def spec_of(name: str, model: str, shape: str, folder: str):
     from harness import method
     from harness.spec import Hyperparams, RunSpec
 
-    size, _, way = shape.partition("-")
+    cls, (size, _, way) = chosen(name), shape.partition("-")
     count, tokens = map(int, size.split("x"))
     hp = Hyperparams(
         batch_size=count, micro_batch_size=count, max_length=tokens, max_steps=STEPS, validations=0,
         kernels="compiled" if way == "compiled" else "auto", gradient_checkpointing=way == "ck",
         max_grad_norm=0.0 if "gradient clipping" in cls.cannot else 1.0, eval_batch_size=count,
     )  # fmt: skip
-    options = method.options(method.build(cls, {}))
     dataset = {"name": "rows", "language": "en", "reward": "rouge_l", "parts": []}
-    return RunSpec(cls.name, 0, "random:bench", dataset, hp, options, locations={"model": folder})
+    options = method.options(method.build(cls, {}))
+    spec = RunSpec(
+        cls.name, 0, "random:bench", dataset, hp, options, locations={"model": f"{folder}/{model}"}
+    )
+    return cls, spec, {"train": examples(hp, way == "mixed"), "validation": [], "test": []}
 
 
-def examples(count: int, tokens: int) -> list:
+def examples(hp, mixed: bool) -> list:
     """Half of each is learned."""
     from array import array
 
     from harness.data import Example
 
-    half = array("i", range(5, 5 + tokens // 2))
-    return [Example(f"r:{i}", "r", "", "", half, half) for i in range(count)]
+    draw, found = random.Random(0), []
+    for number in range(hp.batch_size * STEPS):
+        half = (draw.randint(hp.max_length // 8, hp.max_length) if mixed else hp.max_length) // 2
+        ids = array("i", range(5, 5 + half))
+        found.append(Example(f"r:{number}", "r", "", "", ids, ids))
+    return found
 
 
-def one(cls, folder: str, shape: str, card, here: bool) -> dict:
+def forecast_one(name: str, model: str, shape: str, folder: str):
+    """-> a forecast and the seconds that it took, or why there is none."""
     from transformers import AutoConfig
 
     from harness import method
     from harness.forecast.forecast import drawn_out
 
-    spec = spec_of(cls, folder, shape)
-    train = examples(spec.hp.batch_size * STEPS, spec.hp.max_length)
-    splits = {"train": train, "validation": [], "test": []}
-    began, built = time.time(), method.build(cls, spec.options)
-    made = drawn_out(spec, built, AutoConfig.from_pretrained(folder), splits, True, True)
-    found = {
-        "rung": made.rung, "peak": made.peak, "device": made.device(card), "parts": made.parts,
-        "step": made.seconds(card)["train"] / STEPS, "spent": time.time() - began,
-        "unsure": made.unsure(made.peak),
-    }  # fmt: skip
-    return {"forecast": found} | ({"measured": truth(cls, spec, splits)} if here else {})
+    began = time.monotonic()
+    try:
+        cls, spec, splits = spec_of(name, model, shape, folder)
+        config = AutoConfig.from_pretrained(spec.locations["model"])
+        made = drawn_out(spec, method.build(cls, spec.options), config, splits, True, True)
+        return made, time.monotonic() - began
+    except BaseException as error:
+        return failed(error)
 
 
-def truth(cls, spec, splits: dict) -> dict:
-    """A load, an attach and some steps, by the run's own code."""
-    import gc
+# What is measured
 
+
+def run(name: str, model: str, shape: str, folder: str, say: Callable) -> None:
+    """A load, an attach, the steps of a probe and those of a training, by the run's own code."""
+    try:
+        say(steps(*spec_of(name, model, shape, folder)))
+    except BaseException as error:
+        say(failed(error))
+
+
+def steps(cls, spec, splits: dict) -> tuple:
+    """-> the record after the probe, and that after the training, step_seconds its own."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import AutocastKwargs
 
     from harness import method
     from harness.data import Template
-    from harness.measuring import Meter
+    from harness.measuring import Meter, StepClock
     from harness.record import RunRecord
-    from harness.training import (
-        Loop,
-        Run,
-        load_base,
-        loaded_types,
-        master_weights,
-        one_arithmetic,
-        put_back,
-    )  # fmt: skip
+    from harness.training import Run, load_base, resolve_precision, seed_everything, tried
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
+    precision = resolve_precision("auto")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+    )
     meter, record = Meter(accelerator.device), RunRecord(spec, "ok")
-    record.phases = meter.phases
+    record.phases, record.provenance.precision = meter.phases, precision
+    seed_everything(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     built = method.build(cls, spec.options)
-
-    def load(**more):
-        return load_base(spec, torch.bfloat16, accelerator.device, **more)
-
-    class Words:
-        pad_token_id = eos_token_id = 0
-        bos_token_id = 1
-
-        def decode(self, ids, **_):
-            return " ".join(map(str, ids))
-
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    load = partial(load_base, spec, dtype, accelerator.device)
     template = Template.__new__(Template)
     template.tokenizer = Words()
     with meter.phase("load"):
         model = built.load(load)
-    run = Run(
-        built, built.own(spec.own_hp), 0, splits, dataset=spec.dataset, template=template, stops=[0],
-        accelerator=accelerator, meter=meter, record=record, load_base=load,
-    )  # fmt: skip
-    with meter.phase("attach"):
-        model = built.attach(model, run)
-        types = loaded_types(model)
-        master_weights(model, "bf16")
-        one_arithmetic(model, types)
-    seconds = []
+        training = Run(
+            built, built.own(spec.own_hp), 0, splits, dataset=spec.dataset, template=template, stops=[0],
+            accelerator=accelerator, meter=meter, record=record, load_base=load,
+        )  # fmt: skip
+    loop = tried(model, training)
+    probe, clock, compiling = deepcopy(record), StepClock(training.device), []
     with meter.phase("train"):
-        loop = Loop(model, run)
-        for step in run.batches:
-            torch.cuda.synchronize()
-            began, compiling = time.perf_counter(), loop.kernels.seconds
-            loop.step(step)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began - (loop.kernels.seconds - compiling))
-        loop.kernels.close()
-    phases = {name: asdict(phase) for name, phase in meter.phases.items()}
-    peaks = [phases[name]["peak_allocated"] or 0 for name in ("attach", "train")]
-    found = {"rung": record.kernels.rung, "reason": record.kernels.reason, "peak": max(peaks) - before,
-             "device": max(p["peak_device"] or 0 for p in phases.values()) or None,
-             "reserved": max(p["peak_reserved"] or 0 for p in phases.values()),
-             "step": sum(seconds[-TIMED:]) / TIMED, "phases": phases}  # fmt: skip
-    put_back(types)
-    return found
+        for step in training.batches:
+            before = loop.kernels.seconds
+            with clock.step():
+                loop.step(step)
+            compiling.append(loop.kernels.seconds - before)
+        seconds = clock.read()
+    whole = replace(record, step_seconds=[s - c for s, c in zip(seconds, compiling, strict=True)])
+    return probe, deepcopy(whole)
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    pad_token_id = eos_token_id = 0
+    bos_token_id = 1
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+# What is said of it
+
+
+def row_of(one: Asked, made: Any, told: Any, card: tuple[str, int] | None) -> dict:
+    from harness.forecast import CARDS, card_named, corrected
+
+    row: dict = {**dict(zip(("method", "model", "shape"), one, strict=True)), "card": card and card[0]}
+    known = card_named(*card) if card else CARDS["H200"]
+    if isinstance(made, str) or isinstance(told, str):
+        return row | {"error": {"forecast": made if isinstance(made, str) else None,
+                                "run": told if isinstance(told, str) else None}}  # fmt: skip
+    (forecast, spent), (probe, whole) = made, told
+    after = corrected(forecast, probe)
+    for name, said in (("forecast", forecast), ("probe", after)):
+        seconds = said.seconds(known)
+        row[name] = {
+            "rung": said.rung, "peak": said.peak, "device": said.device(known), "parts": said.parts,
+            "step": (seconds["train"] + seconds.get("rollout", 0)) / STEPS, "unsure": said.unsure(said.peak),
+        }  # fmt: skip
+    row["forecast"]["spent"] = spent
+    row["measured"] = {
+        "rung": whole.kernels.rung, "reason": whole.kernels.reason,
+        "peak": whole.peak("peak_allocated"), "reserved": whole.peak("peak_reserved"),
+        "device": whole.peak("peak_device", ("load", "attach", "train", "rollout")),
+        "step": fmean(whole.step_seconds), "step_seconds": probe.step_seconds + whole.step_seconds,
+        "phases": {name: asdict(phase) for name, phase in whole.phases.items()},
+    }  # fmt: skip
+    return row
+
+
+def errors(row: dict, of: str) -> dict[str, float]:
+    if "measured" not in row:
+        return {}
+    return {what: row[of][what] / row["measured"][what] - 1 for what in WHAT if row["measured"].get(what)}
+
+
+def line(row: dict) -> str:
+    place = f"| {row['method']} | {row['model']} | {row['shape']} |"
+    if "error" in row:
+        why = "; ".join(f"{name}: {text}" for name, text in row["error"].items() if text)
+        return f"{place} {why} |"
+    said, found = row["forecast"], row["measured"]
+    off = {of: errors(row, of) for of in ("forecast", "probe")}
+    rung = said["rung"] if said["rung"] == found["rung"] else f"{said['rung']}, was {found['rung']}"
+    cells = [rung, f"{found['peak'] / 2**30:.2f}", f"{found['step'] * 1e3:.0f}"]
+    cells += [f"{off[of][what]:+.1%}" if what in off[of] else "–" for of in off for what in WHAT]
+    return f"{place} {' | '.join(cells)} |"
 
 
 def table(found: list[dict]) -> str:
-    """A line a row, then the median and the worst error of peak memory, device memory and step time."""
-    heads = (
-        "method", "model", "shape", "rung", "peak GiB, said", "is", "error", "device error", "step ms, said",
-        "is", "error",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    errors: dict[str, list[float]] = {"peak": [], "device": [], "step": []}
-    for row in found:
-        said, measured = row.get("forecast"), row.get("measured")
-        place = f"| {row['method']} | {row['model']} | {row['shape']} |"
-        if not (said and measured):
-            lines.append(f"{place} {row.get('error') or (said and said['rung'])} |")
-            continue
-        off = {name: said[name] / measured[name] - 1 for name in errors if measured.get(name)}
-        for name, error in off.items():
-            errors[name].append(abs(error))
-        rung = said["rung"] if said["rung"] == measured["rung"] else f"{said['rung']}, was {measured['rung']}"
-        lines.append(
-            f"{place} {rung} | {said['peak'] / 2**30:.2f} | {measured['peak'] / 2**30:.2f} | "
-            f"{off['peak']:+.1%} | {off.get('device', float('nan')):+.1%} | {said['step'] * 1e3:.0f} | "
-            f"{measured['step'] * 1e3:.0f} | {off['step']:+.0%} |"
-        )
-    for name, values in errors.items():
-        if values:
-            lines.append(
-                f"{name}: median error {median(values):.1%}, worst {max(values):.1%}, of {len(values)}"
-            )
+    """A line a row, then the median and the worst error of each figure, of forecasts and of probes."""
+    heads = ["method", "model", "shape", "steps", "peak GiB", "step ms"]
+    heads += [f"{of}: {what}" for of in ("forecast", "probe") for what in WHAT]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += [line(row) for row in sorted(found, key=key_of)] + [""]
+    whole = [row for row in found if "measured" in row]
+    for of in ("forecast", "probe"):
+        for what in WHAT:
+            off = [(abs(value), row) for row in whole if (value := errors(row, of).get(what)) is not None]
+            if off:
+                worst, row = max(off, key=lambda item: item[0])
+                lines.append(f"{of}, {what}: median error {median(e for e, _ in off):.1%}, worst {worst:.1%} "
+                             f"({' '.join(key_of(row))}), of {len(off)}")  # fmt: skip
+        beyond = [r for r in whole if abs(r[of]["peak"] - r["measured"]["peak"]) > r[of]["unsure"]]
+        lines.append(f"{of}: peak off by more than its range in {len(beyond)} of {len(whole)}")
+    lines.append(f"no figures of {len(found) - len(whole)} of {len(found)}")
     return "\n".join(lines)
 
 

@@ -43,8 +43,10 @@ def main(folder: Path) -> None:
     ended_by, ranks = None, Ranks()
 
     def compute(place: Place) -> None:
-        from harness.training import execute
+        from harness.training import execute, probe
 
+        if job.get("probe"):
+            return probe(spec, chosen, record, folder, place)
         execute(spec, chosen, record, folder, job["checkpoint_seconds"], place)
 
     try:

@@ -22,6 +22,7 @@ PHASES = (
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
 # What a card must have room for: compiled steps are compared with plain ones only where there is.
 NEEDED = tuple(phase for phase in PHASES if phase != "compile")
+PROBED = 3  # steps of each kind that a probe makes
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.\w{1,64})?", re.ASCII)  # of a method, or of a family's variant
 
 
@@ -146,6 +147,17 @@ class Memory:
         return self.weights + self.gradients + self.moments + self.activations
 
 
+@dataclass
+class Expected:
+    """What a run was said to take before it began: each the least, the likely and the most."""
+
+    peak: tuple[Amount, Amount, Amount]  # bytes of live tensors in its training
+    device: tuple[Amount, Amount, Amount]  # bytes that the card loses to it
+    seconds: tuple[Amount, Amount, Amount]  # of all its phases
+    rung: str = EAGER  # by which its steps were thought to be computed
+    probed: bool = False  # its first steps had been measured
+
+
 # What stands in a record's lists and dicts, as far as anybody relies on it
 
 
@@ -251,6 +263,7 @@ class RunRecord:
     disturbed: list[str] | None = None  # by whom or what the training was; null where nothing is known of it
     beside: list[str] | None = None  # folders of runs that were under way on its host meanwhile
     kernels: Steps = field(default_factory=Steps)
+    forecast: Expected | None = None  # null where there was none
     step_seconds: list[Amount] = field(default_factory=list)
     warmup_steps: Count = 0  # the first steps: in the training time, not in the steady step time
     tokens: Tokens = field(default_factory=Tokens)
@@ -337,7 +350,7 @@ class RunRecord:
             raise ValueError(f"not a run record: {error}") from error
         value["phases"] = {name: made(Phase, phase) for name, phase in value.get("phases", {}).items()}
         parts = {"tokens": Tokens, "data": Data, "sizes": Sizes, "provenance": Provenance}
-        parts |= {"memory": Memory, "kernels": Steps}
+        parts |= {"memory": Memory, "kernels": Steps, "forecast": Expected}
         said = {name: value[name] for name in parts if value.get(name) is not None}
         value |= {name: made(parts[name], part) for name, part in said.items()}
         value["ranks"] = [

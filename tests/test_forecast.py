@@ -36,12 +36,12 @@ def splits(rows) -> dict:
     return {"train": list(rows), "validation": [], "test": []}
 
 
-def live(name: str, hp, options=()):
+def live(name: str, hp, options=(), rows=ROWS):
     """What two steps on the widest rows hold, as torch's own tensors say; the loop as in a run, of the first
     device if there are several."""
     own = made(name, options)
     model = tiny.model(CONFIG)
-    model, run = tiny.attached(own, model, ROWS, hp, devices=Devices(0, hp.devices))
+    model, run = tiny.attached(own, model, rows, hp, devices=Devices(0, hp.devices))
     master_weights(model, "fp32")
     loop = Loop(model, run)
     widest = max(run.batches, key=lambda rows: max(row.length for row in rows))

@@ -6,5 +6,6 @@ what ended it is a status in its record, never the end of the bench.
 
 from harness.bench.loop import STOPPING, Busy, Done, bench, cached, lock, stale
 from harness.bench.places import chosen
+from harness.bench.probing import probes
 
-__all__ = ["STOPPING", "Busy", "Done", "bench", "cached", "chosen", "lock", "stale"]
+__all__ = ["STOPPING", "Busy", "Done", "bench", "cached", "chosen", "lock", "probes", "stale"]

@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.child import AGAIN, WHERE, exhausted, out_of_memory
 from harness.claims import Claim
+from harness.forecast import expected
 from harness.nursery import Forked, Fresh, how
 from harness.plain import redacted
 from harness.record import RunRecord
@@ -37,7 +38,7 @@ READ_SECONDS = 10  # for what it still says, when it has ended
 class Terms:
     """What all runs of a bench share. `progress` is told of their `event`s; `limit`, `stall`: as the watchdog
     has them; `anew`: from its first step, whatever an earlier attempt has left; `every`: seconds between two
-    checkpoints of a training; 0: there are none."""
+    checkpoints of a training; 0: there are none; `probe`: their first steps alone."""
 
     store: Store
     command: str
@@ -46,6 +47,7 @@ class Terms:
     anew: bool = False
     every: float = CHECKPOINT_SECONDS
     stall: float = STALL_SECONDS
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ def run(
     store = terms.store
     # To the microsecond: a report has its rows in this order, and runs side by side start within a second.
     started = datetime.now(UTC).isoformat(timespec="microseconds")
-    folder, kills = store.attempt(spec, terms.anew), oom_kills()
+    folder, kills, said = store.attempt(spec, terms.anew), oom_kills(), expected(spec)
     own = {"reason": spec.reason, "locations": spec.locations}
     job: dict = {"spec": spec.asked() | own, "command": terms.command, "started": started}
     job |= {"cores": slot.cores, "at_once": slot.of, "cards": slot.cards, "checkpoint_seconds": terms.every}
+    job |= {"probe": terms.probe}
     save(folder / SPEC, json.dumps(job, indent=1))
     log = (folder / LOG).open("wb", buffering=0)
     child = slot.begin(folder)
@@ -122,6 +125,7 @@ def run(
             error = f"it ended without a whole record ({RESULT} holds what it left): {fault}"
         record = RunRecord(spec, status, error, command=terms.command, started=started)
     told(record, code, reason)
+    record.forecast = said
     if claim:
         claim.beat(now=True)
         record.beside = sorted(claim.beside)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from harness import __version__
-from harness.errors import Problem, brief, writable
+from harness.errors import Problem, brief, unknown, writable
 from harness.plain import plain, redacted
 from harness.search import TRIALS
 
@@ -18,7 +18,7 @@ COMMANDS = {
     "run": "Compares fine-tuning methods on one model and dataset. Commands: run (the default), list, plan, "
     "data, check, report, grade, merge, push, attention, lm-eval, doctor; each has its own --help.",
     "plan": "What a run with the same arguments would do and take of a card, and what is cached. Starts "
-    "nothing.",
+    "nothing, but for the steps of --probe.",
     "list": "What can be asked for.",
     "data": "What a model will see of a dataset: rows with what is learned marked, lengths, what is cut. "
     "What was read is kept for a run, as a run would.",
@@ -144,6 +144,18 @@ def memory(text: str) -> tuple[float, bool]:
     return amount, unit in BINARY
 
 
+def card(text: str):
+    """The name of a card that a forecast knows, as `T4`; else as memory."""
+    from harness.forecast import CARDS
+
+    named = {name.lower(): found for name, found in CARDS.items()}
+    if found := named.get(text.strip().lower().replace(" ", "-")):
+        return found
+    if text.strip()[:1].isalpha():
+        raise argparse.ArgumentTypeError(str(unknown("card", text, CARDS, "16GB")))
+    return memory(text)
+
+
 def hours(text: str) -> float:
     """`4`, `4h` or `240min` -> seconds."""
     return measure(text, TIMES, "4h", bare="h")[0]
@@ -262,8 +274,10 @@ ARGUMENTS = (
     ("--seed", ["grade"], once("N", "of the draw of these rows (default: 0)", type=count, default=0)),
     ("--port", ["grade"], once("N", "of the page's address (default: any that is free)", type=port,
                                default=0)),
-    ("--memory", ["plan"], once("SIZE", "what fits a card that is not at hand, as 16GB or 24GiB",
-                                type=memory)),
+    ("--memory", ["plan"], once("SIZE|CARD", "what fits a card that is not at hand, as 16GB, 24GiB or T4",
+                                type=card)),
+    ("--probe", ASKING, flag("first make some steps of each method on the card, which correct its "
+                             "forecast; a run of more than an hour does so anyway")),
     ("--hours", ["plan"], once("N", "what of the plan fits so many hours, as 4, 0.5, 4h or 30min",
                                type=hours)),
     ("-v", ["plan"], flag("the name of each run, too") | {"dest": "verbose"}),

@@ -15,12 +15,13 @@ from harness.plain import plain, redacted
 
 def run_command(options, typed: list[str]) -> int:
     from harness import bench
-    from harness.cli import models, progress
+    from harness.cli import models, planning, progress
     from harness.store import Store
     from harness.tracking import Tracking
 
     specs, store = planned(options, bool(options.on), keep=True), Store(options.results)
     where = bench.chosen(options.on, options.gpus)
+    planning.before_runs(specs, store, options)  # it makes copies of this process, which has no threads yet
     watcher = progress.make(sys.stderr if options.json else sys.stdout, specs)
     tracking = Tracking(options.track_with, options.results, options.reports / "tracking")
     done: list = []

@@ -22,6 +22,7 @@ class Card:
     bf16: bool = True  # it truly computes so; else products are in 32 bits, and without flash attention
     context: float = CONTEXT
     known: bool = True  # else its speed is a guess
+    stands_in: bool = False  # for one of which the bytes alone are known
 
     def of(self, size: float) -> "Card":
         """The same with so many bytes."""
@@ -43,6 +44,7 @@ def known_cards() -> dict[str, Card]:
 CARDS = known_cards()
 
 
+@cache
 def card_named(text: str, size: int | None = None) -> Card:
     """Of what the driver calls it: its line of the table, with the bytes that it has; else a guess."""
     said = tomllib.loads(Path(__file__).with_name("cards.toml").read_text("utf-8"))
@@ -59,10 +61,12 @@ def whole(own: str, text: str) -> bool:
 
 
 def card_of(size: float) -> Card:
-    """For bytes that were asked: the card of the table that has as many, whose speed is then assumed."""
-    enough = [card for card in CARDS.values() if card.bytes * 1.12 >= size]
-    nearest = min(enough or CARDS.values(), key=lambda card: abs(card.bytes - size))
-    return replace(nearest, bytes=size)
+    """For bytes that were asked: the card of the table that has as many and computes in bf16, as all have
+    since 2020; its speed stands in."""
+    cards = [card for card in CARDS.values() if card.bf16]
+    enough = [card for card in cards if card.bytes * 1.12 >= size]
+    nearest = min(enough or cards, key=lambda card: abs(card.bytes - size))
+    return replace(nearest, bytes=size, known=False, stands_in=True)
 
 
 def card_at_hand() -> Card | None:

@@ -9,15 +9,18 @@ import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from harness import ROOT, method
 from harness.data import cache_folder
-from harness.forecast.cards import Card
-from harness.spec import RunSpec, digest
+from harness.forecast.cards import Card, card_at_hand
+from harness.record import TRAINING, Expected
+from harness.spec import Hyperparams, RunSpec, digest, hashed
 from harness.work import Work, seconds_of
 
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
@@ -30,7 +33,15 @@ STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, 
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
+MEASURED, MEASURED_BYTES, MEASURED_TIME = 0.01, 48 * 2**20, 1.1  # the same of what a probe has measured
+START = 3.0  # seconds of a run before its first phase: its process, the card's context
+LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
+DISK = 1e9  # bytes of weights a second, read and written: an assumption
+COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name: an assumption
 AT_ONCE = 128  # answers of a rollout, as harness/training/run.py has it
+VALUES = (  # hyperparameters that change neither memory nor time
+    "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
+)  # fmt: skip
 TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
 
 
@@ -39,7 +50,8 @@ class Forecast:
     """Of one run, on no particular card. Bytes and seconds.
 
     `moments`: by phase and what goes on in it, the highest bytes allocated and reserved and, of those
-    allocated, what they are for. `work`: by what is done. `error`: why there is none.
+    allocated, what they are for. `work`: by what is done. `error`: why there is none. `tried`: how a probe
+    of it ended, whose measurements then stand in place of what was forecast; "": there was none.
     """
 
     rung: str = "eager"
@@ -51,6 +63,7 @@ class Forecast:
     saved_bytes: float = 0
     own_rows: bool = True  # else as long as they may be
     error: str | None = None
+    tried: str = ""
 
     @property
     def peak(self) -> float:
@@ -63,35 +76,38 @@ class Forecast:
 
     @property
     def highest(self) -> dict:
-        training = [m for name, m in self.moments.items() if phase_of(name) in ("attach", "train")]
+        training = [m for name, m in self.moments.items() if phase_of(name) in TRAINING]
         return max(training or self.moments.values(), key=lambda m: m["allocated"], default={})
 
     @property
     def parts(self) -> dict[str, float]:
         return {name: self.highest.get("parts", {}).get(name, 0) for name in PARTS}
 
-    def phase(self, phase: str, gauge: str = "allocated") -> float | None:
-        values = [m[gauge] for name, m in self.moments.items() if phase_of(name) == phase]
-        return max(values) if values else None
-
     def device(self, card: Card) -> float:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
-        phases = {phase_of(name) for name in self.moments} - {TRIAL}
-        held = max((self.phase(phase, "reserved") or 0 for phase in phases), default=0)
-        return held + self.libraries + card.context
+        return self.most("reserved") + self.libraries + self.context(card)
 
     def device_at_least(self, card: Card) -> float:
         """As it is when the allocator gives back what is free."""
-        phases = {phase_of(name) for name in self.moments} - {TRIAL}
-        return max((self.phase(phase) or 0 for phase in phases), default=0) + self.libraries + card.context
+        return self.most("allocated") + self.libraries + self.context(card)
+
+    def most(self, gauge: str) -> float:
+        return max((m[gauge] for name, m in self.moments.items() if phase_of(name) != TRIAL), default=0)
+
+    def context(self, card: Card) -> float:
+        """What a process takes of a card beside torch's memory."""
+        return self.facts.get("context") or card.context
 
     def unsure(self, size: float) -> float:
+        most = self.most("allocated")
+        if any(m.get("measured") and m["allocated"] == most for m in self.moments.values()):
+            return size * MEASURED + MEASURED_BYTES
         return size * UNSURE[self.rung] + UNSURE_BYTES
 
     def verdict(self, card: Card) -> str:
-        """fits, tight or too large."""
-        if self.error:
-            return "unknown"
+        """fits, tight or too large; of a probe that ended otherwise, how."""
+        if self.error or self.tried not in ("", "ok"):
+            return "too large" if self.tried.startswith("oom") else self.tried or "unknown"
         least = self.device_at_least(card)
         if least - self.unsure(least) > card.bytes:
             return "too large"
@@ -99,18 +115,20 @@ class Forecast:
         return "fits" if most + self.unsure(least) <= card.bytes else "tight"
 
     def seconds(self, card: Card) -> dict[str, float]:
-        """Of each phase; without what is read from disk and what a compiler takes."""
+        """Of each phase, as measured where a probe has."""
         facts, made = self.facts, {name: Work(**work) for name, work in self.work.items()}
         graph, steps = "graph" in self.rung, facts.get("steps", 0)
 
         def of(name: str, times: float = 1.0, graph: bool = False) -> float:
             return seconds_of(made[name], card, graph) * times if name in made else 0.0
 
-        found = {"attach": of("attach")}
+        found = {"start": START, "load": LOADING + facts.get("weight_bytes", 0) / DISK}
+        found |= {"attach": of("attach"), "save": self.saved_bytes / DISK}
         if steps:
             ratio = facts["micro_tokens"] / max(1, facts["traced_tokens"])
             batch = made.get("micro-batch", Work())
             whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
+            found["compile"] = sum(time for what, time in COMPILING.items() if what in self.rung)
             found["train"] = seconds_of(whole, card, graph) + of("step", steps)
             found["rollout"] = of("token", facts.get("sampled", 0) / AT_ONCE, True)
         if facts.get("evaluated"):
@@ -118,13 +136,15 @@ class Forecast:
             found["generate"] = of("read", facts["reads"], False) + of(
                 "token", facts["tokens_written"], graph
             )
-        return found
+        return found | facts.get("seconds", {})
 
     def total_seconds(self, card: Card) -> tuple[float, float, float]:
         """The least, the likely and the most."""
-        likely = sum(self.seconds(card).values()) + 10
+        known = sum(self.facts.get("seconds", {}).values())
+        rest = sum(self.seconds(card).values()) - known
         wide = UNSURE_TIME * (1 if self.own_rows else 2) * (1 if card.known else 2)
-        return likely / wide, likely, likely * (UNSURE_TIME if card.known else 2 * UNSURE_TIME)
+        most = UNSURE_TIME if card.known else 2 * UNSURE_TIME
+        return known / MEASURED_TIME + rest / wide, known + rest, known * MEASURED_TIME + rest * most
 
 
 def phase_of(moment: str) -> str:
@@ -132,15 +152,16 @@ def phase_of(moment: str) -> str:
 
 
 def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], object] = lambda *_: None,
-             keep: bool = True) -> dict[str, Forecast]:  # fmt: skip
-    """By digest of the spec. Seeds of a method share one. `told(done, of)`: as they come."""
+             card: Card | None = None) -> dict[str, Forecast]:  # fmt: skip
+    """By digest of the spec. Seeds and learning rates of a method share one. `told(done, of)`: as they come.
+    `card`: of a probe on it, what that found."""
     wanted = {spec.digest: (key_of(spec, bf16), spec) for spec in specs if not spec.members}
     found: dict[str, Forecast] = {}
     missing: dict[str, RunSpec] = {}
     for key, spec in wanted.values():
         if spec.own_hp.sharding == "full":
             found[key] = Forecast(error="weights in parts (hp.sharding=full) are not forecast")
-        elif key not in found and (known := read(key)):
+        elif key not in found and (known := read(key, card)):
             found[key] = known
         elif key not in found:
             missing.setdefault(key, spec)
@@ -148,9 +169,34 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
         for key, made in traced(missing, bf16):
             found[key] = made
             told(len(found), len(found) + len(missing))
-            if keep and not made.error:
-                write(key, made)
+            if not made.error:
+                keep(key, made)
     return {name: found[key] for name, (key, _) in wanted.items() if key in found}
+
+
+def expected(spec: RunSpec) -> Expected | None:
+    """What is known of a run before it begins on the card that is here, from what a plan or a bench has
+    kept."""
+    card, made = None if spec.members else card_at_hand(), None
+    if card:
+        with suppress(Exception):  # a method's file that is gone: the run itself says so
+            made = read(key_of(spec, computes_bf16(spec.hp, card)), card)
+    if card is None or made is None or made.error or made.tried not in ("", "ok"):
+        return None
+    peak, device, least = made.peak, made.device(card), made.device_at_least(card)
+    off, (soon, likely, late) = made.unsure(least), made.total_seconds(card)
+    return Expected(
+        peak=(max(0.0, peak - made.unsure(peak)), peak, peak + made.unsure(peak)),
+        device=(max(0.0, least - off), device, device + off),
+        seconds=(max(0.0, soon - START), likely - START, late - START),  # of its phases alone
+        rung=made.rung,
+        probed=bool(made.tried),
+    )
+
+
+def computes_bf16(hp: Hyperparams, card: Card | None) -> bool:
+    """In a run on such a card; without one, on any that has it."""
+    return hp.precision == "bf16" or (hp.precision == "auto" and (card is None or card.bf16))
 
 
 # What is known already
@@ -158,8 +204,10 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
 
 def key_of(spec: RunSpec, bf16: bool) -> str:
     cls = method.resolve(spec.method, source(spec))
-    asked = replace(spec, seed=0, search=None, repeat=0).asked()
-    return digest([asked, spec.untouched, bf16, method.code_hash(cls), code(), [known(p) for p in LIBRARIES]])
+    hp = replace(spec.own_hp, **{name: getattr(Hyperparams(), name) for name in VALUES})
+    asked = [spec.method, spec.model, spec.dataset, hashed(hp), spec.options, spec.fingerprints]
+    kind = [spec.untouched, spec.trial, bf16]
+    return digest([asked, kind, method.code_hash(cls), code(), [known(p) for p in LIBRARIES]])
 
 
 def source(spec: RunSpec) -> Any:
@@ -173,6 +221,7 @@ def known(package: str) -> str:
         return ""
 
 
+@cache
 def code() -> str:
     files = [
         f
@@ -183,19 +232,21 @@ def code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def place(key: str) -> Path:
-    return cache_folder() / "forecasts" / f"{key}.json"
+def place(key: str, card: Card | None = None) -> Path:
+    """Of a forecast; with a card, of what a probe on it has made of that."""
+    probed = f"-{digest([card.name, card.bytes])}" if card else ""
+    return cache_folder() / "forecasts" / f"{key}{probed}.json"
 
 
-def read(key: str) -> Forecast | None:
-    try:
-        return Forecast(**json.loads(place(key).read_text("utf-8")))
-    except (OSError, TypeError, ValueError):
-        return None
+def read(key: str, card: Card | None = None) -> Forecast | None:
+    for path in (place(key, card), place(key)):
+        with suppress(OSError, TypeError, ValueError):
+            return Forecast(**json.loads(path.read_text("utf-8")))
+    return None
 
 
-def write(key: str, made: Forecast) -> None:
-    path = place(key)
+def keep(key: str, made: Forecast, card: Card | None = None) -> None:
+    path = place(key, card)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         part = path.with_suffix(f".{os.getpid()}")

@@ -20,6 +20,7 @@ from harness.report.certificate import certificate
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, score
 from harness.report.decision import Budget, decision
 from harness.report.ensembles import together
+from harness.report.foretold import foretold
 from harness.report.grades import graded
 from harness.report.outputs import endings
 from harness.report.plots import figures
@@ -143,6 +144,7 @@ def section(
         *endings(comparison, verdicts, store),
         b.Heading("Cost of each phase"),
         phases(comparison),
+        *foretold(comparison, suffix),
         *graded(comparison, store),
         *attended(comparison, store, suffix),
         *generations(comparison, store),

@@ -144,23 +144,30 @@ class Loop:
 
 def rehearsed(model, run: "Run") -> Memory | None:
     """What two steps on the widest examples hold in live tensors; null where that cannot be rehearsed."""
-
-    def width(examples: list) -> int:
-        parts = run.micro_batches(examples)
-        return max((len(rows) * max(row.length for row in rows) for rows in parts), default=0)
-
     if run.sharded:
         return None
 
     def measure() -> Memory:
         run.report = run.meter.on_enter = lambda *_, **__: None  # a rehearsal is shown to nobody
-        loop, widest = Loop(model, run), max(run.batches, key=width)
+        loop = Loop(model, run)
+        examples = widest(run)
         with run.devices.silent(), LiveTensors(model, loop.optimizer) as live:
-            loop.step(widest)
-            loop.step(widest)
+            loop.step(examples)
+            loop.step(examples)
         return live.memory()
 
     return rehearse(measure)
+
+
+def widest(run: "Run") -> list:
+    """The examples of the step whose largest micro-batch has the most tokens, padding included."""
+
+    def width(examples: list) -> int:
+        parts, together = run.micro_batches(examples), run.shapes and run.shapes.packed
+        lengths = ([row.length for row in rows] for rows in parts)
+        return max((sum(n) if together else len(n) * max(n) for n in lengths), default=0)
+
+    return max(run.batches, key=width)
 
 
 class Entry:

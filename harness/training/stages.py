@@ -200,10 +200,12 @@ def read_data(spec: RunSpec, hp: Hyperparams, record: RunRecord) -> tuple[Templa
     return template, {split: read.rows[split] if split in shown else [] for split in read.rows}
 
 
-def trained(model, run: Run):
-    """-> the model as the method keeps it."""
+def attached(model, run: Run):
+    """-> the model with what the method trains, and the types that this was loaded in: by parameter, and by
+    name of what lies in parts."""
     method, record = run.method, run.record
     record.hashes["batches"], record.tokens.sampled = run.batches.hashes, 0
+    loaded: dict = {}
     with run.meter.phase("attach"), tokens_read(model, run.meter) as read:
         model = method.attach(model, run)
         run.devices.same(model)
@@ -218,6 +220,13 @@ def trained(model, run: Run):
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")
     record.tokens.attach = sum(run.devices.gathered(int(sum(read))))
+    return model, types, loaded
+
+
+def trained(model, run: Run):
+    """-> the model as the method keeps it."""
+    method, record = run.method, run.record
+    model, types, loaded = attached(model, run)
     start = weights.fingerprints(types)
     kept = run.checkpoints.newest(model) if run.checkpoints else None
     went_on = kept is not None

@@ -10,6 +10,7 @@ from harness.report.plots.cost import (
     scores_on_paper,
 )
 from harness.report.plots.curves import by_learning_rate, criterion, loss_curves
+from harness.report.plots.forecast import said_and_measured
 from harness.report.plots.memory import memory_by_part
 from harness.report.plots.style import NARROW, Images, drawn, lay_out, looks
 from harness.report.reaching import SHARE, cost_to_reach, goal_of
@@ -18,7 +19,7 @@ from harness.report.verdicts import Verdicts
 
 __all__ = [
     "NARROW", "Images", "cost_alone", "criterion", "drawn", "figures", "lay_out", "looks", "safe",
-    "scores_on_paper",
+    "said_and_measured", "scores_on_paper",
 ]  # fmt: skip
 
 BARS = " Markers are means over seeds, bars ± one sample standard deviation in both directions."

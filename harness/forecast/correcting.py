@@ -1,0 +1,47 @@
+"""A forecast after a probe: what that measured stands in place of what was forecast."""
+
+from dataclasses import replace
+from statistics import fmean
+
+from harness.forecast.forecast import Forecast, phase_of
+from harness.record import PROBED, Phase, RunRecord
+
+ONCE = ("load", "attach", "compile")  # phases that a probe goes through as the run does
+
+
+def corrected(made: Forecast, record: RunRecord) -> Forecast:
+    """By the record of a probe, also of one that failed: then how it ended is what is known."""
+    if not record.ok:
+        return replace(made, tried=record.status, error=None, facts=made.facts | {"said": record.error})
+    if not record.step_seconds:  # nothing trains
+        return made
+    rung = record.kernels.rung or made.rung
+    found = replace(made, rung=rung, reason=record.kernels.reason, tried="ok", error=None)
+    phases = {name: phase for name, phase in record.phases.items() if phase.peak_allocated is not None}
+    moments = {name: moment for name, moment in made.moments.items() if phase_of(name) not in record.phases}
+    for name, phase in phases.items():
+        moments[name] = moment_of(phase, found.libraries, made, record)
+    seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
+    step = fmean(record.step_seconds[PROBED + 1 :])
+    seconds |= {"train": step * len(record.hashes["batches"]), "rollout": 0.0}  # this is in the steps
+    facts = made.facts | {"seconds": seconds, "context": context(record.phases["train"])}
+    return replace(found, moments=moments, facts=facts)
+
+
+def moment_of(phase: Phase, libraries: int, made: Forecast, record: RunRecord) -> dict:
+    """Of its parts, those are measured that the run itself can count; activations are what is left."""
+    allocated = (phase.peak_allocated or 0) - libraries  # which a forecast adds to all moments
+    reserved = max(allocated, (phase.peak_reserved or 0) - libraries)
+    sizes, parts = record.sizes, dict(made.parts)
+    own = (sizes.trainable_bytes or 0) if parts["adapters"] else 0
+    parts |= {"weights": (sizes.weight_bytes or 0) - own, "adapters": own}
+    parts["optimizer"] = sizes.optimizer_bytes or 0
+    parts["activations"] = max(0, allocated - sum(parts.values()) + parts["activations"])
+    return {"allocated": allocated, "reserved": reserved, "parts": parts, "measured": True}
+
+
+def context(phase: Phase) -> int | None:
+    """What the process takes of the card beside torch's memory; null where the driver does not say."""
+    if phase.peak_device is None or phase.peak_reserved is None:
+        return None
+    return phase.peak_device - phase.peak_reserved

@@ -1,0 +1,48 @@
+"""A run's first steps, really made: the widest, which says what memory a training takes, and one of middling
+width, which says what time. By the run's own code; nothing is validated, evaluated or kept."""
+
+from pathlib import Path
+
+from harness.measuring import StepClock
+from harness.method import Method
+from harness.ranks import ALONE, Place
+from harness.record import PROBED, RunRecord
+from harness.spec import RunSpec
+from harness.training.loop import Loop, rehearsed, widest
+from harness.training.model import optimizer_bytes
+from harness.training.run import Run
+from harness.training.stages import attached, gather, opened
+
+
+def probe(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = ALONE) -> None:
+    """Fills the record: phases, sizes, kernels, and step_seconds, PROBED of the widest step, then as many of
+    the middling one."""
+    model, run = opened(spec, method, record, folder, place)
+    if spec.trains:
+        tried(model, run)
+    gather(run)
+
+
+def tried(model, run: Run) -> Loop:
+    """As `probe`, of a model that is loaded."""
+    model, *_ = attached(model, run)
+    record, meter = run.record, run.meter
+    record.memory = rehearsed(model, run)
+    with meter.phase("train"):
+        loop, clock, compiling = Loop(model, run), StepClock(run.device), []
+        for examples in [widest(run)] * PROBED + [middling(run)] * PROBED:
+            before = loop.kernels.seconds
+            with clock.step():
+                loop.step(examples)
+            compiling.append(loop.kernels.seconds - before)
+        record.step_seconds = [max(0.0, s - c) for s, c in zip(clock.read(), compiling, strict=True)]
+    if record.memory:  # where no allocator counts
+        record.phases["train"].peak_allocated = record.memory.peak
+    record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
+    return loop
+
+
+def middling(run: Run) -> list:
+    """The examples of the step whose tokens are nearest to the mean of all."""
+    mean = sum(run.batches.tokens) / run.steps
+    return min(zip(run.batches, run.batches.tokens, strict=True), key=lambda step: abs(step[1] - mean))[0]
