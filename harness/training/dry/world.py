@@ -19,6 +19,7 @@ from harness.training import head_kernel
 
 CARD = torch.device("meta")
 GENERATOR = torch.Generator
+DRAW = torch.Generator()
 aten = torch.ops.aten
 # As torch's CUDA backend has them (aten/src/ATen/autocast_mode.h): what autocast computes in 16 bits, and
 # what in 32. Functions, methods and operators by name.
@@ -130,11 +131,10 @@ def attention(
 
 
 def made_up(tensor: torch.Tensor) -> torch.Tensor:
-    """What a card would tell the host, evenly spread: fractions, or counts from 0."""
+    """What a card would tell the host, evenly spread: fractions, others for each tensor, or counts from 0."""
     count = tensor.numel()
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        draw = torch.Generator().manual_seed(count)
-        drawn = torch.rand(count, generator=draw, dtype=torch.float64, device="cpu")
+        drawn = torch.rand(count, generator=DRAW, dtype=torch.float64, device="cpu")
         return drawn.to(tensor.dtype).view(tensor.shape)
     return torch.arange(count, device="cpu").to(tensor.dtype).view(tensor.shape)
 
@@ -169,6 +169,7 @@ def world():
     """Within, `CARD` is a GPU that computes nothing."""
     from torch.optim import adam, adamw, optimizer
 
+    DRAW.manual_seed(0)
     devices = [*optimizer._get_fused_kernels_supported_devices(), CARD.type]
     with ExitStack() as stack:
         for where, name, value in (
