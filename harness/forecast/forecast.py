@@ -112,7 +112,8 @@ class Forecast:
             ratio = facts["micro_tokens"] / max(1, facts["traced_tokens"])
             batch = made.get("micro-batch", Work())
             whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
-            found["train"] = seconds_of(whole, card, graph) + of("first step") + of("step", steps - 1)
+            found["train"] = seconds_of(whole, card, graph) + of("step", steps)
+            found["first step"] = max(0.0, of("first step") - of("step"))
             reads, tokens = facts.get("rollout_reads", 0), facts.get("rollout_tokens", 0)
             found["rollout"] = of("rollout read", reads) + of("rollout token", tokens, True)
         if facts.get("evaluated"):

@@ -155,13 +155,14 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def entered(self, phase: str) -> Iterator[None]:
-        before, now, self.phase = self.phase, self.now, phase
+        before, self.phase = (self.phase, self.now), phase
         self.now = {"load": "weights", "attach": "workspace"}.get(phase, "activations")
         self.mark("")
         try:
-            yield
+            with self.counted(""):
+                yield
         finally:
-            self.phase, self.now = before, now
+            self.phase, self.now = before
             self.mark("")
 
     def moments(self) -> dict[str, Moment]:

@@ -19,6 +19,7 @@ from harness.training.dry.world import CARD
 from harness.training.engine import Engine
 from harness.training.kernels import Kernels, decoder_layers, tokens
 from harness.training.run import AT_ONCE, Run
+from harness.work import Work
 
 TWICE = 2  # computed: the first time makes what is kept, the second begins with it
 SHAPING = ("batch_size", "micro_batch_size", "max_length", "packing")  # what shapes and plans depend on
@@ -82,7 +83,8 @@ class WidestFirst:
 def few_forwards(model, run: DryRun):
     """Within, of a method's own forwards without gradients some are computed, the others are counted."""
     decoder, ledger = head.causal_lm(model).get_decoder(), run.ledger
-    own, made, width = decoder.forward, [], decoder.config.get_text_config().hidden_size
+    own, width = decoder.forward, decoder.config.get_text_config().hidden_size
+    made: list[Work] = []  # of a token
 
     def forward(*args, **kwargs):
         ids = kwargs.get("input_ids")

@@ -8,6 +8,7 @@ depends on it. The host's own tensors are real.
 
 import math
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from unittest.mock import patch
 
 import torch
@@ -19,7 +20,7 @@ from harness.training import head_kernel
 
 CARD = torch.device("meta")
 GENERATOR = torch.Generator
-DRAW = torch.Generator()
+TRIFLE = 1e-6
 aten = torch.ops.aten
 # As torch's CUDA backend has them (aten/src/ATen/autocast_mode.h): what autocast computes in 16 bits, and
 # what in 32. Functions, methods and operators by name.
@@ -130,13 +131,32 @@ def attention(
     )[0]
 
 
+class Told:
+    count = count()  # tensors that the host was told of
+
+
 def made_up(tensor: torch.Tensor) -> torch.Tensor:
-    """What a card would tell the host, evenly spread: fractions, others for each tensor, or counts from 0."""
-    count = tensor.numel()
+    """What a card would tell the host: fractions, or counts from 0. The same for tensors of one size, so that
+    layers stay alike, but for a trifle: of equals the first is the largest, as of layers the lowest, above
+    which a backward must cross all."""
+    size = tensor.numel()
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        drawn = torch.rand(count, generator=DRAW, dtype=torch.float64, device="cpu")
-        return drawn.to(tensor.dtype).view(tensor.shape)
-    return torch.arange(count, device="cpu").to(tensor.dtype).view(tensor.shape)
+        found = evenly(size) * (1 - TRIFLE * next(Told.count))
+    else:
+        found = torch.arange(size, device="cpu")
+    return found.to(tensor.dtype).view(tensor.shape)
+
+
+def evenly(size: int) -> torch.Tensor:
+    """Fractions as van der Corput has them: each 2, 4, 8, ... of them in order are spread evenly, too."""
+    bits = max(0, size - 1).bit_length()
+    left, found = (
+        torch.arange(size, device="cpu"),
+        torch.full((size,), 0.5 ** (bits + 1), dtype=torch.float64),
+    )
+    for bit in range(bits):
+        found += (left >> bit & 1) * 0.5 ** (bit + 1)
+    return found
 
 
 def answered(func, args, kwargs):
@@ -169,7 +189,7 @@ def world():
     """Within, `CARD` is a GPU that computes nothing."""
     from torch.optim import adam, adamw, optimizer
 
-    DRAW.manual_seed(0)
+    Told.count = count()
     devices = [*optimizer._get_fused_kernels_supported_devices(), CARD.type]
     with ExitStack() as stack:
         for where, name, value in (
