@@ -70,9 +70,10 @@ class Ledger(TorchDispatchMode):
 
     def computed(self, func, args, kwargs):
         if func not in self.whole:  # in inference mode operations come that are made of others
-            with self:
-                if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
-                    return found
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):  # nor has a GPU one
+                with self:
+                    if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
+                        return found
             self.whole.add(func)
         found = answered(func, args, kwargs)
         if found is NotImplemented:

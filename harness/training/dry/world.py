@@ -114,13 +114,16 @@ def cast(tree, dtype):
 def attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """The kernel that a GPU takes: flash attention; with a mask, or in fp32, the memory-efficient one."""
+    """The kernel that a GPU takes: flash attention; with a mask, or in fp32, the memory-efficient one, which
+    has as many keys as queries: else products and a softmax, as torch's documentation has it."""
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
