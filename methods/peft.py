@@ -148,6 +148,9 @@ class Peft(Method):
                 **self.defaults(model, run), **schedule(run.steps), **dict.fromkeys(SEEDS, run.seed)
             )
             adapted = get_peft_model(model, config)
+            for name, parameter in adapted.named_parameters():
+                if ".ranknum." in name:  # AdaLoRA's, which PEFT 0.21 trains once it was moved or cast
+                    parameter.requires_grad_(False)
         except ValueError as error:
             raise Unsupported(f"PEFT's {self.kind} does not fit this model or training: {error}") from error
         if not self.starts_at_base:

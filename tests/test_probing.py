@@ -49,7 +49,7 @@ def test_a_probe_makes_the_widest_and_a_middling_step_and_finds_what_a_training_
     middling = tokens[off.index(min(off))]
     assert all(sum(row.length for row in step) == middling for step in taken[PROBED:])
     assert len({sum(row.length for row in step) for step in taken}) == 2
-    true = live("lora", hp, rows=rows).peak
+    true = live("lora", CONFIG, hp, rows=rows).peak
     assert run.record.phases["train"].peak_allocated == pytest.approx(true, rel=0.001)
 
 

@@ -29,6 +29,7 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head",
 CODE = ("forecast", "training")  # folders whose change makes a forecast anew
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator, for each stream
+THREADS = 2  # of a training: backward has its own, and cuBLAS a workspace for each
 STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, that of the capture
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
@@ -38,7 +39,6 @@ START = 3.0  # seconds of a run before its first phase: its process, the card's 
 LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
 DISK = 1e9  # bytes of weights a second, read and written: an assumption
 COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name: an assumption
-AT_ONCE = 128  # answers of a rollout, as harness/training/run.py has it
 VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip
@@ -72,7 +72,8 @@ class Forecast:
 
     @property
     def libraries(self) -> int:
-        return LIBRARY_BYTES * (STREAMS if "graph" in self.rung else 1)
+        threads = THREADS if self.facts.get("steps") else 1
+        return LIBRARY_BYTES * (STREAMS if "graph" in self.rung else threads)
 
     @property
     def highest(self) -> dict:
@@ -130,11 +131,13 @@ class Forecast:
             whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
             found["compile"] = sum(time for what, time in COMPILING.items() if what in self.rung)
             found["train"] = seconds_of(whole, card, graph) + of("step", steps)
-            found["rollout"] = of("token", facts.get("sampled", 0) / AT_ONCE, True)
+            found["first step"] = max(0.0, of("first step") - of("step"))
+            reads, tokens = facts.get("rollout_reads", 0), facts.get("rollout_tokens", 0)
+            found["rollout"] = of("rollout read", reads) + of("rollout token", tokens, True)
         if facts.get("evaluated"):
             found["evaluate"] = of("evaluate", facts["evaluated"], False)
-            found["generate"] = of("read", facts["reads"], False) + of(
-                "token", facts["tokens_written"], graph
+            found["generate"] = of("generate read", facts["reads"]) + of(
+                "generate token", facts["tokens_written"], graph
             )
         return found | facts.get("seconds", {})
 
@@ -288,14 +291,14 @@ def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forec
                     yield done.result()
                 except BrokenProcessPool:  # what ends a copy ends no plan
                     yield running[done], Forecast(error="its dry run ended without a word", bf16=bf16)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        finally:  # waits: who is still at work when Python ends breaks a pipe, and says so
+            pool.shutdown(cancel_futures=True)
 
 
 def quiet() -> None:
     """A copy ends without a word."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Jobs:
@@ -365,13 +368,8 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
         }
         for name, done in last.work.items()
     }
-    linear = ("parameters", "trainable", "weight_bytes", "trainable_bytes", "optimizer_bytes")
-    facts = {
-        name: line(first.facts.get(name, value), value) if name in linear else value
-        for name, value in last.facts.items()
-    }
     saved = line(first.saved_bytes, last.saved_bytes)
-    return Forecast(last.rung, last.reason, bf16, moments, work, facts, saved, own_rows)
+    return Forecast(last.rung, last.reason, bf16, moments, work, last.facts, saved, own_rows)
 
 
 def rebuilt(built: Any) -> Any:

@@ -59,10 +59,10 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten.lift_fresh.default:  # it is given a tensor that Python has just made
-            for tensor in tensors((args, kwargs)):
+            for tensor in held((args, kwargs)):
                 self.number(tensor, there=True)
         made = func(*args, **(kwargs or {}))
-        for tensor in tensors(made):
+        for tensor in held(made):
             self.number(tensor)
         return made
 
@@ -93,7 +93,7 @@ class LiveTensors(TorchDispatchMode):
                 self.is_part("gradients", parameter.grad)
 
     def find_moments(self) -> None:
-        for tensor in tensors(dict(self.optimizer.state)):
+        for tensor in held(dict(self.optimizer.state)):
             self.is_part("moments", tensor)
 
     def memory(self) -> Memory:
@@ -108,15 +108,19 @@ class LiveTensors(TorchDispatchMode):
 
 
 def tensors(tree: object) -> Iterator[torch.Tensor]:
-    """Those that hold bytes. By hand: a library's walk over trees takes longer than a small operation."""
+    """In lists, tuples, dicts. By hand: a library's walk over trees takes longer than a small operation."""
     if isinstance(tree, torch.Tensor):
-        if tree.layout == torch.strided and tree.device.type != "meta":
-            yield tree
+        yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
             yield from tensors(item)
     elif isinstance(tree, dict):
         yield from tensors(list(tree.values()))
+
+
+def held(tree: object) -> Iterator[torch.Tensor]:
+    """Those of them that hold bytes."""
+    return (t for t in tensors(tree) if t.layout == torch.strided and t.device.type != "meta")
 
 
 def rehearse(measure: Callable[[], Memory]) -> Memory | None:

@@ -2,6 +2,7 @@
 
 from harness.training.dry.programs import Programs
 from harness.training.dry.rows import rows_of
+from harness.training.dry.run import width
 from harness.training.dry.trace import Traced, trace
 
-__all__ = ["Programs", "Traced", "rows_of", "trace"]
+__all__ = ["Programs", "Traced", "rows_of", "trace", "width"]

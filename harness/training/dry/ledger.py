@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harness.measuring import tensors
 from harness.training.dry.allocator import Allocator
 from harness.training.dry.world import CARD, answered
 from harness.work import Work
@@ -50,12 +51,13 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.whole: set = set()  # operations that are made of no others
         self.fresh: dict = {}  # operation -> whether what it gives is new
-        self.live: dict[int, weakref.ref] = {}
+        self.live: dict[int, tuple[int, weakref.ref]] = {}  # a live storage's address -> its number
         self.part: dict[int, str] = {}  # number of a storage -> what it is for
-        self.numbers: dict[int, int] = {}  # a live storage's address -> its number
         self.changes: list[tuple[int, int, int]] = []  # number, bytes made or freed, bytes reserved after it
         self.marks: list[tuple[int, str]] = [(0, "")]  # from which change on which moment it is
-        self.phase, self.now, self.doing, self.count = "", "weights", "", 0
+        self.phase, self.now = "", "weights"
+        self.doing = ""  # whose work it is, where that is not the phase's
+        self.count = 0
         self.base: set[int] = set()  # the parameters of the base model
         self.allocator = Allocator()
         self.work: defaultdict[str, Work] = defaultdict(Work)  # of each phase
@@ -68,14 +70,15 @@ class Ledger(TorchDispatchMode):
 
     def computed(self, func, args, kwargs):
         if func not in self.whole:  # in inference mode operations come that are made of others
-            with self:
-                if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
-                    return found
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):  # nor has a GPU one
+                with self:
+                    if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
+                        return found
             self.whole.add(func)
         found = answered(func, args, kwargs)
         if found is NotImplemented:
             found = self.given(func, args, kwargs)
-        for tensor in tensors(found):
+        for tensor in of_card(found):
             self.number(tensor)
         self.work[self.doing or self.phase].add(func, args, kwargs, found)
         return found
@@ -108,21 +111,21 @@ class Ledger(TorchDispatchMode):
         if address not in self.live:
             size, number = storage.nbytes(), self.count
             self.count += 1
-            self.part[number], self.numbers[address] = self.now, number
+            self.part[number] = self.now
             block = self.allocator.take(size)
             held = block.size
             self.changes.append((number, held, self.allocator.reserved))
 
             def freed(_: object) -> None:
-                del self.live[address], self.numbers[address]
+                del self.live[address]
                 self.allocator.free(block)
                 self.changes.append((number, -held, self.allocator.reserved))
 
-            self.live[address] = weakref.ref(storage, freed)
-        return self.numbers[address]
+            self.live[address] = number, weakref.ref(storage, freed)
+        return self.live[address][0]
 
     def is_part(self, part: str, tree: object) -> None:
-        for tensor in tensors(tree):
+        for tensor in of_card(tree):
             self.part[self.number(tensor)] = part
 
     def mark(self, moment: str) -> None:
@@ -143,14 +146,24 @@ class Ledger(TorchDispatchMode):
                 self.marks.append((len(self.changes), marked))
 
     @contextmanager
-    def entered(self, phase: str) -> Iterator[None]:
-        before, now, self.phase = self.phase, self.now, phase
-        self.now = {"load": "weights", "attach": "workspace"}.get(phase, "activations")
-        self.mark("")
+    def counted(self, what: str) -> Iterator[None]:
+        """Within, work is of this, not of the phase."""
+        before, self.doing = self.doing, what
         try:
             yield
         finally:
-            self.phase, self.now = before, now
+            self.doing = before
+
+    @contextmanager
+    def entered(self, phase: str) -> Iterator[None]:
+        before, self.phase = (self.phase, self.now), phase
+        self.now = {"load": "weights", "attach": "workspace"}.get(phase, "activations")
+        self.mark("")
+        try:
+            with self.counted(""):
+                yield
+        finally:
+            self.phase, self.now = before
             self.mark("")
 
     def moments(self) -> dict[str, Moment]:
@@ -160,24 +173,19 @@ class Ledger(TorchDispatchMode):
         ends = [start for start, _ in self.marks[1:]] + [len(self.changes)]
         reserved = 0
         for (start, name), end in zip(self.marks, ends, strict=True):
-            for place in range(start, max(end, start)):
-                number, size, reserved = self.changes[place]
-                held[self.part[number]] += size
-                total += size
+            for place in range(start, end + 1):
                 half = " end" * (name.endswith("backward") and place - start > (end - start) / 2)
                 moment = found[name + half]
                 moment.reserved = max(moment.reserved, reserved)
-                if total > moment.allocated:
+                if total > moment.allocated:  # at first what was there before
                     moment.allocated, moment.parts = total, dict(held)
+                if place < end:
+                    number, size, reserved = self.changes[place]
+                    held[self.part[number]] += size
+                    total += size
         return {name: moment for name, moment in found.items() if name}
 
 
-def tensors(tree: object) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        if tree.device == CARD:
-            yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors(item)
-    elif isinstance(tree, dict):
-        yield from tensors(list(tree.values()))
+def of_card(tree: object) -> Iterator[torch.Tensor]:
+    """The tensors of the card."""
+    return (tensor for tensor in tensors(tree) if tensor.device == CARD)

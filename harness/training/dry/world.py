@@ -8,6 +8,7 @@ depends on it. The host's own tensors are real.
 
 import math
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from unittest.mock import patch
 
 import torch
@@ -19,6 +20,7 @@ from harness.training import head_kernel
 
 CARD = torch.device("meta")
 GENERATOR = torch.Generator
+TRIFLE = 1e-6
 aten = torch.ops.aten
 # As torch's CUDA backend has them (aten/src/ATen/autocast_mode.h): what autocast computes in 16 bits, and
 # what in 32. Functions, methods and operators by name.
@@ -112,13 +114,16 @@ def cast(tree, dtype):
 def attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """The kernel that a GPU takes: flash attention; with a mask, or in fp32, the memory-efficient one."""
+    """The kernel that a GPU takes: flash attention; with a mask, or in fp32, the memory-efficient one, which
+    has as many keys as queries: else products and a softmax, as torch's documentation has it."""
     if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
@@ -129,14 +134,32 @@ def attention(
     )[0]
 
 
+class Told:
+    count = count()  # tensors that the host was told of
+
+
 def made_up(tensor: torch.Tensor) -> torch.Tensor:
-    """What a card would tell the host, evenly spread: fractions, or counts from 0."""
-    count = tensor.numel()
+    """What a card would tell the host: fractions, or counts from 0. The same for tensors of one size, so that
+    layers stay alike, but for a trifle: of equals the first is the largest, as of layers the lowest, above
+    which a backward must cross all."""
+    size = tensor.numel()
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-        draw = torch.Generator().manual_seed(count)
-        drawn = torch.rand(count, generator=draw, dtype=torch.float64, device="cpu")
-        return drawn.to(tensor.dtype).view(tensor.shape)
-    return torch.arange(count, device="cpu").to(tensor.dtype).view(tensor.shape)
+        found = evenly(size) * (1 - TRIFLE * next(Told.count))
+    else:
+        found = torch.arange(size, device="cpu")
+    return found.to(tensor.dtype).view(tensor.shape)
+
+
+def evenly(size: int) -> torch.Tensor:
+    """Fractions as van der Corput has them: each 2, 4, 8, ... of them in order are spread evenly, too."""
+    bits = max(0, size - 1).bit_length()
+    left, found = (
+        torch.arange(size, device="cpu"),
+        torch.full((size,), 0.5 ** (bits + 1), dtype=torch.float64),
+    )
+    for bit in range(bits):
+        found += (left >> bit & 1) * 0.5 ** (bit + 1)
+    return found
 
 
 def answered(func, args, kwargs):
@@ -169,6 +192,7 @@ def world():
     """Within, `CARD` is a GPU that computes nothing."""
     from torch.optim import adam, adamw, optimizer
 
+    Told.count = count()
     devices = [*optimizer._get_fused_kernels_supported_devices(), CARD.type]
     with ExitStack() as stack:
         for where, name, value in (
