@@ -29,7 +29,7 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
-from harness.report.plots import NARROW, Images
+from harness.report.plots import NARROW, Images, draw
 from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
 from harness.report.text import markdown
@@ -80,14 +80,15 @@ class Report:
 
     def documents(self, kinds: set[str]) -> dict[str, list[Block]]:
         """`report`, which is an index if there are several comparisons, then one for each of these. Their
-        plots are drawn as these kinds (svg, png, narrow), and no figure is kept."""
-        found = {}
-        for name, blocks in documents(self.comparisons, self.store, self.corrupt, self.budget):
-            for block in blocks:
-                if isinstance(block, Plot) and isinstance(block.images, Images):
-                    block.images.draw(kinds)
-            found[name] = blocks
+        plots are drawn as these kinds (svg, png, narrow)."""
+        found = dict(documents(self.comparisons, self.store, self.corrupt, self.budget))
+        draw(undrawn(*found.values()), kinds)
         return found
+
+
+def undrawn(*documents: list[Block]) -> list[Images]:
+    plots = (block for block in chain(*documents) if isinstance(block, Plot))
+    return [plot.images for plot in plots if isinstance(plot.images, Images)]
 
 
 def render(
@@ -228,6 +229,7 @@ def write_pdf(report: Report, made: Documents) -> bytes:
     if len(parts) > 1:
         parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
     firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
+    draw(undrawn(*firsts), {"svg"})
     return typeset(list(zip(firsts, parts, strict=True)), report.now)
 
 

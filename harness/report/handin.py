@@ -79,8 +79,6 @@ def leading_metric(comparison: Comparison, verdicts: Verdicts) -> Metric | None:
 def picture(what: str, comparison: Comparison, images: dict | None) -> list[b.Block]:
     if images is None:
         return []
-    if isinstance(images, plots.Images):  # not drawn yet
-        images.draw(["svg"])
     tuned = any(comparison.untuned(technique) for technique in comparison.trained)
     hollow = " Hollow: with the shared hyperparameters, filled: at its own best." * tuned
     front = " Grey steps: the Pareto front, as far as it is known." * (not comparison.random_weights)

@@ -46,13 +46,22 @@ def parts(record: RunRecord) -> dict[str, int]:
     return found | {"allocator, context": max(device - known[highest], 0)}
 
 
-@drawn
-def memory_by_part(comparison: Comparison, wide: bool = True) -> Figure | None:
-    """Stacked bars of the parts, and a marker a phase. The least first; below, who has no result, and why."""
+def known(comparison: Comparison) -> tuple[dict[str, dict[str, float]], str]:
+    """GiB of each technique's parts, and what the peaks of its phases are measured by; empty: not known."""
     of_parts = {t.label: mean_parts([parts(r) for r in t.done]) for t in comparison.trained}
     gauge = next((g for g in ("peak_allocated", "peak_host") if len(phases_known(comparison, g)) > 1), "")
-    if not gauge and not any(of_parts.values()):
-        return None
+    return of_parts, gauge
+
+
+def any_known(comparison: Comparison) -> bool:
+    of_parts, gauge = known(comparison)
+    return bool(gauge) or any(of_parts.values())
+
+
+@drawn(any_known)
+def memory_by_part(comparison: Comparison, wide: bool = True) -> Figure:
+    """Stacked bars of the parts, and a marker a phase. The least first; below, who has no result, and why."""
+    of_parts, gauge = known(comparison)
     done = [t for t in comparison.trained if t.done]
     done.sort(key=lambda t: (t.mean(comparison.peak_memory) or 0.0, t.label))
     rows = [*done, *(t for t in comparison.trained if not t.done)]
