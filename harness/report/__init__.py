@@ -15,6 +15,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from harness.forks import each
 from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.answer import answer
@@ -217,10 +218,13 @@ def write_terminal(blocks: list[Block], width: int) -> str:
 
 def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
-    found: dict = dict.fromkeys(made)
-    for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
-        found[name] = embedded(comparison, verdicts, report.store, report.budget)
-    return {name: write_html(made[name], report.now, data) for name, data in found.items()}
+    of = dict(zip(list(made)[-len(report.judged) :], report.judged, strict=True))
+
+    def page(name: str) -> str:
+        data = embedded(*of[name], report.store, report.budget) if name in of else None
+        return write_html(made[name], report.now, data)
+
+    return dict(zip(made, each(page, list(made)), strict=True))
 
 
 def write_pdf(report: Report, made: Documents) -> bytes:
