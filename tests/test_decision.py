@@ -58,7 +58,11 @@ def bench(arms: dict[str, tuple], base: float | None = None, **changes):
     costs = [standing(MEMORY, {n: np.log(v[1] - 3) for n, v in arms.items()}, 0.001),
              standing(TIME, {n: np.log(v[2] * 3600) for n, v in arms.items()}, 0.001)]  # fmt: skip
     standings = {s.quantity.name: s for s in metrics + costs}
-    return comparisons(records)[0], SimpleNamespace(standings=standings, metrics=metrics, costs=costs)
+    return comparisons(records)[0], Given(standings=standings, metrics=metrics, costs=costs, pairs={})
+
+
+class Given(SimpleNamespace, Verdicts):
+    """Verdicts without records."""
 
 
 def said(comparison, verdicts, budget=None) -> list[str]:

@@ -22,7 +22,7 @@ from harness.report.answer import answer
 from harness.report.blocks import Block, Heading, Lead, Listing, Plot, Prose, Title
 from harness.report.comparison import Comparison, comparisons
 from harness.report.decision import Budget, decision
-from harness.report.document import documents, unreadable
+from harness.report.document import documents
 from harness.report.embedded import embedded
 from harness.report.export import write_csv, write_json, write_latex
 from harness.report.grades import contestants
@@ -105,8 +105,8 @@ def render(
 
 def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> list[Path]:
     """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
-    document plots: *.png for Markdown, *.svg for HTML and PDF. Of several comparisons report.md and
-    report.html are an index of one file for each. -> the paths of the files that are called report.
+    document plots: *.png for Markdown, *.svg for HTML and PDF. Of several comparisons report.md, .html and
+    .pdf are an index of one file for each. -> the paths of the files that are called report.
 
     Raises ValueError for an unknown format, and Unwritten, when all else is written, for one that cannot be
     written here.
@@ -218,7 +218,7 @@ def write_terminal(blocks: list[Block], width: int) -> str:
 
 def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
-    of = dict(zip(list(made)[-len(report.judged) :], report.judged, strict=True))
+    of = named(report, made)
 
     def page(name: str) -> str:
         data = embedded(*of[name], report.store, report.budget) if name in of else None
@@ -227,21 +227,27 @@ def write_pages(report: Report, made: Documents) -> dict[str, str]:
     return dict(zip(made, each(page, list(made)), strict=True))
 
 
-def write_pdf(report: Report, made: Documents) -> bytes:
-    """Each comparison's two pages, then its appendix: what the other documents have of it, less the index."""
-    parts = list(made.values())[-len(report.comparisons) :]
-    if len(parts) > 1:
-        parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
-    firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
-    draw(undrawn(*firsts), {"svg"})
-    return typeset(list(zip(firsts, parts, strict=True)), report.now)
+def write_pdf(report: Report, made: Documents) -> dict[str, bytes]:
+    """Each comparison's two pages, then its appendix: what the other documents have of it; and the index."""
+    first = {name: pages(*judged, report.budget) for name, judged in named(report, made).items()}
+    draw(undrawn(*first.values()), {"svg"})
+
+    def pdf(name: str) -> bytes:
+        return typeset(first.get(name, []), made[name], report.now)
+
+    return dict(zip(made, each(pdf, list(made)), strict=True))
+
+
+def named(report: Report, made: Documents) -> dict[str, tuple[Comparison, Verdicts]]:
+    """By the documents' names, of which an index is none."""
+    return dict(zip(list(made)[-len(report.judged) :], report.judged, strict=True))
 
 
 DRAWINGS = {"md": "png", "html": "svg", "pdf": "svg"}  # document -> the kind of its plots
 WRITERS: dict[str, Callable[[Report, Documents], Mapping[str, str | bytes]]] = {  # -> files' names, content
     "md": lambda report, made: {n: write_markdown(blocks, report.now) for n, blocks in made.items()},
     "html": write_pages,
-    "pdf": lambda report, made: {"report": write_pdf(report, made)},
+    "pdf": write_pdf,
     "csv": lambda report, _: {"report": write_csv(report.judged, report.store)},
     "json": lambda report, _: {
         "report": write_json(report.judged, report.store, report.corrupt, report.now, report.budget)

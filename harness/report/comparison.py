@@ -420,7 +420,10 @@ def seconds(record: RunRecord) -> float | None:
 
 def scale_of_time(comparison: Comparison) -> tuple[str, int]:
     """A unit in which its training times read well, and its seconds."""
-    longest = max((t for r in comparison.records if (t := seconds(r)) is not None), default=0)
+    return scale(max((t for r in comparison.records if (t := seconds(r)) is not None), default=0))
+
+
+def scale(longest: float) -> tuple[str, int]:
     return ("h", 3600) if longest >= 3600 else ("min", 60) if longest >= 120 else ("s", 1)
 
 

@@ -181,7 +181,7 @@ class Choice:
         self.ranked = self.among(self.standing)
         self.top = first_of(self.standing, self.ranked)
         order = self.ranked + [name for name in self.fit if name not in self.ranked]
-        pairs = dominating(verdicts, group)
+        pairs = verdicts.dominating(group)
         self.beaten = {n: by for n in order if (by := [o for o in order if (o, n) in pairs])}
         self.best_of_both = [name for name in self.top if name not in self.beaten] or self.top
 
@@ -403,16 +403,6 @@ class Choice:
         if self.comparison.searches or self.comparison.random_weights or not self.done:
             return "Tuning: below, each is at its own best." if self.group.endswith(IDENTICAL) else ""
         return "Tuning: each at its own best (--track tuned) may rank otherwise."
-
-
-def dominating(verdicts: Verdicts, group: str) -> set[tuple[str, str]]:
-    """(by, whom): known to be better in some score or cost, and to be worse in none. Who lacks a verdict in
-    one of them neither dominates nor is dominated: it may be the better one there."""
-    standings = [standing for standing in verdicts.standings.values() if standing.ranked(group)]
-    ranked = [set(standing.ranked(group)) for standing in standings]
-    names = set.intersection(*ranked) if ranked else set()
-    better = {pair for standing in standings for pair in standing.won if names.issuperset(pair)}
-    return {(by, name) for by, name in better if (name, by) not in better}
 
 
 def leading(comparison: Comparison, verdicts: Verdicts) -> Standing | None:

@@ -189,6 +189,7 @@ class Verdicts:
         self.metrics = [s for s in self.standings.values() if s.quantity not in COSTS]
         self.costs = [s for s in self.standings.values() if s.quantity in COSTS]
         self.fronts: dict[tuple[str, str, str], list[str]] = {}  # what `front` has found
+        self.pairs: dict[str, set[tuple[str, str]]] = {}  # what `dominating` has found
         self.faults = [
             Standing(Quantity.of(m), [replace(e, groups=()) for e in scored(comparison, m)])
             for m in (faults(comparison.spec.dataset) if known else ())
@@ -207,6 +208,17 @@ class Verdicts:
             beaten = {other for one, other in better if (other, one) not in better}
             self.fronts[cost, gain, group] = [name for name in names if name not in beaten]
         return self.fronts[cost, gain, group]
+
+    def dominating(self, group: str) -> set[tuple[str, str]]:
+        """(by, whom): known to be better in some score or cost, and to be worse in none. Who lacks a verdict
+        in one of them neither dominates nor is dominated: it may be the better one there."""
+        if group not in self.pairs:
+            standings = [standing for standing in self.standings.values() if standing.ranked(group)]
+            ranked = [set(standing.ranked(group)) for standing in standings]
+            names = set.intersection(*ranked) if ranked else set()
+            better = {pair for standing in standings for pair in standing.won if names.issuperset(pair)}
+            self.pairs[group] = {(by, name) for by, name in better if (name, by) not in better}
+        return self.pairs[group]
 
     def steps(self, cost: str, gain: str, group: str) -> list[tuple[str, str]]:
         """Neighbours on the front of which the second is known to cost more, and to gain more."""
