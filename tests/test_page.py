@@ -10,7 +10,7 @@ from pathlib import Path
 import fabricate
 import pytest
 
-from harness.report import Budget, page, render
+from harness.report import Budget, missing, page, render
 from harness.report.blocks import Heading
 from harness.report.comparison import comparisons
 from harness.report.decision import Choice, need
@@ -137,6 +137,12 @@ def test_several_comparisons_are_several_files_and_an_index(tmp_path):
         assert all(f"report.{kind}" in path.read_text("utf-8") for path in pages)
         plots = [set(re.findall(r"plots/[\w-]+", path.read_text("utf-8"))) for path in pages]
         assert not set.intersection(*plots)
+    pypdf = pytest.importorskip("pypdf")
+    if not missing():
+        [written] = render(Store(tmp_path / "r"), tmp_path / "out", ("pdf",))
+        first = {p: pypdf.PdfReader(p).pages[0].extract_text() for p in (tmp_path / "out").glob("*.pdf")}
+        assert len(first) == 3 and first.pop(written).startswith("2 comparisons")
+        assert all(re.search(r"learning rate 0\.000[12]", text) for text in first.values())
 
 
 # In a browser

@@ -23,7 +23,7 @@ from harness.report.text import listed, shorten
 from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
 
 ALL = 12  # techniques whose reasons have room
-CLAUSE, SENTENCE, PARAGRAPH = 170, 330, 1100  # characters that one of many may take
+CLAUSE, SENTENCE, PARAGRAPH = 170, 330, 1500  # characters that one of many may take
 MOST = 8  # challenges
 CHANGES = {  # axis -> what a method of it changes, in a sentence
     "parameterisation": "how the change of the weights is held",

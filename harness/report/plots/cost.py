@@ -89,16 +89,18 @@ def with_memory(comparison: Comparison) -> list[Technique]:
 
 
 @drawn(with_memory)
-def cost_alone(comparison: Comparison) -> Figure:
+def cost_alone(comparison: Comparison, wide: bool = True) -> Figure:
     """Memory against time, for weights whose scores mean nothing."""
     techniques = with_memory(comparison)
-    figure = Figure(figsize=(6.4, 3.8 + 0.05 * len(techniques)), layout="constrained")
+    figure = Figure(
+        figsize=(6.4 if wide else WIDTHS[wide], 3.8 + 0.05 * len(techniques)), layout="constrained"
+    )
     ax = figure.subplots()
     scatter(ax, comparison, techniques, scaled_time(comparison), comparison.peak_memory)
     point_to_better(ax, "lower")
     ax.set_xlabel(time_unit(comparison))
     ax.set_ylabel(comparison.gauge)
-    name_missing(figure, comparison)
+    name_missing(figure, comparison, 120 if wide else 50)
     finish(figure)
     return figure
 
@@ -192,7 +194,7 @@ def name_best(ax, better: str) -> None:
                    for item in ax.to_label for x, y, name, bars in [item]]  # fmt: skip
 
 
-def name_missing(figure: Figure, comparison: Comparison, most: int = 120) -> None:
+def name_missing(figure: Figure, comparison: Comparison, most: int) -> None:
     """Below the panels, `most` characters a line: who is not in them, or with fewer seeds, and why."""
     look = looks(comparison)
     said = [(t, f"{name_of(t)}: {short(t.status)}") for t in comparison.trained if t.status]

@@ -10,7 +10,19 @@ from harness.metrics import Metric
 from harness.plain import plain
 from harness.report.comparison import Comparison, Technique, score
 from harness.report.plots.labels import name_ends, settle_ends
-from harness.report.plots.style import INK, WIDTHS, drawn, lay_out, logarithmic, looks, name_of, short, sized
+from harness.report.plots.style import (
+    BRIEF,
+    INK,
+    NAME,
+    WIDTHS,
+    drawn,
+    lay_out,
+    logarithmic,
+    looks,
+    name_of,
+    short,
+    sized,
+)
 from harness.report.reaching import SHARE, goal_of, mean_curve, series
 from harness.spec import digest
 from harness.tuning import Found
@@ -59,8 +71,12 @@ def by_learning_rate(comparison: Comparison, wide: bool = True) -> Figure:
         ax.margins(0.08, 0.12)
         ax.set_visible(i < panels)
     there = {t.spec.method for t in trained} | {found.tuning.trial.method for found in comparison.searches}
-    handles = [Line2D([], [], **sized(look[m], 5), label=short(titles[m])) for m in look if m in there]
-    most = max(1, (140 if wide else 60) // (max(len(str(handle.get_label())) for handle in handles) + 8))
+    handles = [
+        Line2D([], [], **sized(look[m], 5), label=short(titles[m], NAME if wide else BRIEF))
+        for m in look
+        if m in there
+    ]
+    most = max(1, (140 if wide else 56) // (max(len(str(handle.get_label())) for handle in handles) + 8))
     columns = -(-len(handles) // -(-len(handles) // most))  # rows that are equally long
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
     lay_out(figure)
@@ -150,7 +166,7 @@ def loss_curves(comparison: Comparison, objective: str, wide: bool = True) -> Fi
             lines.append(np.array([steps, losses]))
             if known := np.flatnonzero(np.isfinite(losses)).tolist():
                 end = float(steps[known[-1]]), float(losses[known[-1]])
-                ends[curve].append((*end, name_of(technique), style))
+                ends[curve].append((*end, name_of(technique, wide), style))
         ax.set_title(f"{curve.capitalize()} loss")
         ax.locator_params(nbins=6)
         ax.set_xlabel("Optimizer step")

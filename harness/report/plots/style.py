@@ -25,6 +25,7 @@ PLACES = len(COLOURS) * len(MARKERS)
 SALT = 236155  # with it no two of the methods that come with Tuneoff look the same: tests/test_plots.py
 INK, SOFT, FAINT = "#333333", "#666666", "#8a8a8a"
 NAME = 32  # characters of a label
+BRIEF = 20  # on a phone
 WIDTHS = {True: 9.4, False: 4.4}  # inches: beside a page's text, and on a phone
 NARROW = "narrow"  # of a phone
 PLACES_IN_SVG = re.compile(rb' (?:d|x|y)="[^"]*"')
@@ -167,14 +168,14 @@ def sized(look: dict, points: float) -> dict:
     return {**look, "markersize": points * (1.35 if look["marker"] == "*" else 1)}
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = NAME) -> str:
     """A name that fits beside a point. Both ends are kept: marks of a track and of options are last."""
-    text = " ".join(plain(text).split())
-    return text if len(text) <= NAME else f"{text[: NAME - 13].rstrip()}…{text[-12:].lstrip()}"
+    text, last = " ".join(plain(text).split()), 3 * most // 8
+    return text if len(text) <= most else f"{text[: most - 1 - last].rstrip()}…{text[-last:].lstrip()}"
 
 
-def name_of(technique: Technique) -> str:
-    return short(technique.label)
+def name_of(technique: Technique, wide: bool = True) -> str:
+    return short(technique.label, NAME if wide else BRIEF)
 
 
 def logarithmic(ax, steps: tuple[int, ...]) -> None:
