@@ -54,8 +54,8 @@ def in_a_copy(answer: Callable[[], bytes], seconds: float) -> bytes:
 
 def each(work: Callable[[Any], Any], items: list) -> list:
     """What `work` gives of each item, in their order: on Linux from copies of this process, one a core. Not
-    where it has other threads, as a copy would wait forever for what one of these holds. What work raises is
-    raised."""
+    where it has other threads, as a copy would wait forever for what one of these holds; nor may the work
+    ask libraries that compute in threads of their own, as torch and typst. What work raises is raised."""
     copies = min(len(os.sched_getaffinity(0)), len(items), MOST) if sys.platform == "linux" else 1
     if copies > 1 and threading.active_count() == 1:
         with (

@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib")
 from harness.cli import main
 from harness.cli.arguments import parse_arguments
 from harness.report import Budget, Report, conclusion, render
+from harness.report.budget import rounded_up
 from harness.report.comparison import comparisons, read_outputs
-from harness.report.decision import choices_of, decision, rounded_up
+from harness.report.decision import choices_of, decision
 from harness.report.stats import Sample
 from harness.report.verdicts import MEMORY, TIME, Entrant, Quantity, Standing, Verdicts
 from harness.store import Store

@@ -12,8 +12,9 @@ import pytest
 
 from harness.report import Budget, missing, page, render
 from harness.report.blocks import Heading
+from harness.report.budget import need
 from harness.report.comparison import comparisons
-from harness.report.decision import Choice, need
+from harness.report.decision import Choice
 from harness.report.distinctions import distinctions
 from harness.report.embedded import embedded
 from harness.report.prompts import asked

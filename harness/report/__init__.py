@@ -20,8 +20,9 @@ from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.answer import answer
 from harness.report.blocks import Block, Heading, Lead, Listing, Plot, Prose, Title
+from harness.report.budget import Budget
 from harness.report.comparison import Comparison, comparisons
-from harness.report.decision import Budget, decision
+from harness.report.decision import decision
 from harness.report.document import documents
 from harness.report.embedded import embedded
 from harness.report.export import write_csv, write_json, write_latex
@@ -232,10 +233,7 @@ def write_pdf(report: Report, made: Documents) -> dict[str, bytes]:
     first = {name: pages(*judged, report.budget) for name, judged in named(report, made).items()}
     draw(undrawn(*first.values()), {"svg"})
 
-    def pdf(name: str) -> bytes:
-        return typeset(first.get(name, []), made[name], report.now)
-
-    return dict(zip(made, each(pdf, list(made)), strict=True))
+    return {name: typeset(first.get(name, []), made[name], report.now) for name in made}
 
 
 def named(report: Report, made: Documents) -> dict[str, tuple[Comparison, Verdicts]]:

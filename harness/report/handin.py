@@ -14,9 +14,10 @@ from harness.report import blocks as b
 from harness.report import differences, plots
 from harness.report.answer import answer, count, data_title, too_long
 from harness.report.appendix import setup
+from harness.report.budget import Budget
 from harness.report.certificate import facts
 from harness.report.comparison import STATUS, Comparison, Technique
-from harness.report.decision import Budget, choices_of, leading
+from harness.report.decision import choices_of, leading
 from harness.report.differences import inside
 from harness.report.results import left, legend, table, words
 from harness.report.text import listed, shorten
