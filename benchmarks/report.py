@@ -73,8 +73,8 @@ def main() -> None:
 
 
 def measure(stage: str, folder: str) -> None:
-    """One stage in this process; its last words are seconds on a core, those of its copies among them, and the
-    most GiB of resident memory of any of them."""
+    """One stage in this process; its last words are seconds on a core, those of its copies among them, and
+    the most GiB of resident memory of any of them."""
     STAGES[stage](Path(folder))
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
     copies = resource.getrusage(resource.RUSAGE_CHILDREN)
