@@ -25,6 +25,7 @@ chance that depends on method, row and seed.
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -72,10 +73,13 @@ def main() -> None:
 
 
 def measure(stage: str, folder: str) -> None:
-    """One stage in this process; its last words are seconds on a core and the most GiB of resident memory."""
+    """One stage in this process; its last words are seconds on a core, those of its copies among them, and
+    the most GiB of resident memory of any of them."""
     STAGES[stage](Path(folder))
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
-    print(time.process_time(), int(peak[1]) / 2**20)
+    copies = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = time.process_time() + copies.ru_utime + copies.ru_stime
+    print(busy, max(int(peak[1]), copies.ru_maxrss) / 2**20)
 
 
 def metrics(folder: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from harness import metrics, migrate
 from harness.claims import under_way
+from harness.forks import each
 from harness.plain import redacted
 from harness.record import Output, Phase, RunRecord, finite
 from harness.shape import all_fit, check, parse
@@ -28,6 +29,7 @@ LM_EVAL = "lm-eval.json"  # where tasks of lm-evaluation-harness were asked
 CHECKPOINTS, EARLIER_EVENTS = "checkpoints", "events.jsonl"  # the second in the first: of the stopped run
 SPEC, RESULT = "spec.json", "result.json"  # what a bench gives its child, and what it gives back
 TEST_ROW = ("id", "part", "prompt", "reference", "tokens")  # of an output: what is the same for all runs
+SHARE = 64  # runs that are read in one go: fewer are not worth a second process
 MARK = "complete.json"  # of a checkpoint that was written whole: the digest of each of its files
 RUN = re.compile(r"[^.].*-s\d+-[0-9a-f]{12}")  # the name of a run's folder
 # What may stand beside it.
@@ -83,15 +85,22 @@ class Store:
 
     def load(self) -> tuple[list[RunRecord], list[str]]:
         """The records of all whole runs, in the order of their start, and a line for each that is not."""
-        records, corrupt = [], []
-        for path in sorted(self.folder.glob("[!.]*")):
-            if ".aside-" in path.name or not (RUN.fullmatch(path.name) or os.path.lexists(path / RECORD)):
-                continue
-            record, reason = self.standing(path.name)
-            if record:
-                records.append(record)
-            else:
-                corrupt.append(f"{path}: {reason}")
+        names = [
+            path.name for path in sorted(self.folder.glob("[!.]*"))
+            if ".aside-" not in path.name and (RUN.fullmatch(path.name) or os.path.lexists(path / RECORD))
+        ]  # fmt: skip
+
+        def read(some: list[str]) -> tuple[list, dict]:
+            found = [self.standing(name) for name in some]
+            return found, {key: numbers for key, numbers in self.numbers.items() if key[0] in some}
+
+        parts = each(read, [names[i : i + SHARE] for i in range(0, len(names), SHARE)])
+        for _, numbers in parts:
+            self.numbers |= numbers
+        found = [standing for part, _ in parts for standing in part]
+        records = [record for record, _ in found if record]
+        read_from = ((self.folder / name, *standing) for name, standing in zip(names, found, strict=True))
+        corrupt = [f"{path}: {reason}" for path, record, reason in read_from if not record]
         return sorted(records, key=lambda r: (r.started, r.folder)), corrupt
 
     def records(self) -> Iterator[RunRecord]:

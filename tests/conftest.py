@@ -53,6 +53,7 @@ def undrawn(request, monkeypatch):
     """Plots take most of a report's time: where a test reads words alone, none is drawn."""
     from harness.report import plots
 
+    nothing = {"png": b"", "svg": b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'}
     if not request.node.get_closest_marker("drawn"):
         for name in (
             "scores_by_cost",
@@ -62,7 +63,7 @@ def undrawn(request, monkeypatch):
             "by_learning_rate",
             "loss_curves",
         ):
-            monkeypatch.setattr(plots, name, lambda *arguments: {"png": b"", "svg": b""})
+            monkeypatch.setattr(plots, name, lambda *arguments: nothing)
 
 
 def pytest_collection_modifyitems(items):

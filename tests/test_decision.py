@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib")
 from harness.cli import main
 from harness.cli.arguments import parse_arguments
 from harness.report import Budget, Report, conclusion, render
+from harness.report.budget import rounded_up
 from harness.report.comparison import comparisons, read_outputs
-from harness.report.decision import choices_of, decision, rounded_up
+from harness.report.decision import choices_of, decision
 from harness.report.stats import Sample
 from harness.report.verdicts import MEMORY, TIME, Entrant, Quantity, Standing, Verdicts
 from harness.store import Store
@@ -58,7 +59,11 @@ def bench(arms: dict[str, tuple], base: float | None = None, **changes):
     costs = [standing(MEMORY, {n: np.log(v[1] - 3) for n, v in arms.items()}, 0.001),
              standing(TIME, {n: np.log(v[2] * 3600) for n, v in arms.items()}, 0.001)]  # fmt: skip
     standings = {s.quantity.name: s for s in metrics + costs}
-    return comparisons(records)[0], SimpleNamespace(standings=standings, metrics=metrics, costs=costs)
+    return comparisons(records)[0], Given(standings=standings, metrics=metrics, costs=costs, pairs={})
+
+
+class Given(SimpleNamespace, Verdicts):
+    """Verdicts without records."""
 
 
 def said(comparison, verdicts, budget=None) -> list[str]:

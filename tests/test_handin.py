@@ -21,8 +21,9 @@ import pypdf
 from harness.cli import main
 from harness.cli.arguments import FORMATS
 from harness.report import WRITERS, Unwritten, handin, plots, render
+from harness.report.budget import Budget
 from harness.report.comparison import comparisons
-from harness.report.decision import Budget, decision
+from harness.report.decision import decision
 from harness.report.handin import pages
 from harness.report.text import latex, spreadsheet
 from harness.report.verdicts import judged

@@ -10,10 +10,11 @@ from pathlib import Path
 import fabricate
 import pytest
 
-from harness.report import Budget, page, render
+from harness.report import Budget, missing, page, render
 from harness.report.blocks import Heading
+from harness.report.budget import need
 from harness.report.comparison import comparisons
-from harness.report.decision import Choice, need
+from harness.report.decision import Choice
 from harness.report.distinctions import distinctions
 from harness.report.embedded import embedded
 from harness.report.prompts import asked
@@ -137,6 +138,15 @@ def test_several_comparisons_are_several_files_and_an_index(tmp_path):
         assert all(f"report.{kind}" in path.read_text("utf-8") for path in pages)
         plots = [set(re.findall(r"plots/[\w-]+", path.read_text("utf-8"))) for path in pages]
         assert not set.intersection(*plots)
+    pypdf = pytest.importorskip("pypdf")
+    if not missing():
+        [written] = render(Store(tmp_path / "r"), tmp_path / "out", ("pdf",))
+        read = {path: pypdf.PdfReader(path) for path in (tmp_path / "out").glob("*.pdf")}
+        said = {path: " ".join(page.extract_text() for page in pdf.pages) for path, pdf in read.items()}
+        assert len(said) == 3 and said.pop(written).startswith("2 comparisons")
+        for text in said.values():  # its pages, and its appendix
+            assert text.count(re.search(r"learning rate 0\.000[12]", text)[0]) > 1
+            assert "Cost of each phase" in text
 
 
 # In a browser

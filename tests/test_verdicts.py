@@ -37,6 +37,8 @@ def test_the_sets_that_cannot_be_told_apart_are_the_graphs_largest_cliques():
         found = Standing(SCORE, [Entrant(f"{i:02}", s, ("",)) for i, s in enumerate(samples)], draws=500)
         ties = networkx.Graph([(a, b) for a, b in found.pairs if found.verdict(a, b).word == "tied"])
         ties.add_nodes_from(found.ranked(""))
+        both = {pair for a, b in found.pairs for pair in ((a, b), (b, a))}
+        assert found.won == {pair for pair in both if found.verdict(*pair).word == "higher"}
         expected = sorted(map(sorted, networkx.find_cliques(ties)))
         assert sorted(map(sorted, found.alike(""))) == expected and (len(expected) > 1) == (spread > 0)
 

@@ -15,13 +15,15 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from harness.forks import each
 from harness.plain import plain
 from harness.record import RunRecord
 from harness.report.answer import answer
 from harness.report.blocks import Block, Heading, Lead, Listing, Plot, Prose, Title
+from harness.report.budget import Budget
 from harness.report.comparison import Comparison, comparisons
-from harness.report.decision import Budget, decision
-from harness.report.document import documents, unreadable
+from harness.report.decision import decision
+from harness.report.document import documents
 from harness.report.embedded import embedded
 from harness.report.export import write_csv, write_json, write_latex
 from harness.report.grades import contestants
@@ -29,7 +31,7 @@ from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
 from harness.report.pdf import REMEDY, Unsettable, missing, typeset
-from harness.report.plots import NARROW, Images
+from harness.report.plots import NARROW, Images, draw
 from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
 from harness.report.text import markdown
@@ -80,14 +82,15 @@ class Report:
 
     def documents(self, kinds: set[str]) -> dict[str, list[Block]]:
         """`report`, which is an index if there are several comparisons, then one for each of these. Their
-        plots are drawn as these kinds (svg, png, narrow), and no figure is kept."""
-        found = {}
-        for name, blocks in documents(self.comparisons, self.store, self.corrupt, self.budget):
-            for block in blocks:
-                if isinstance(block, Plot) and isinstance(block.images, Images):
-                    block.images.draw(kinds)
-            found[name] = blocks
+        plots are drawn as these kinds (svg, png, narrow)."""
+        found = dict(documents(self.comparisons, self.store, self.corrupt, self.budget))
+        draw(undrawn(*found.values()), kinds)
         return found
+
+
+def undrawn(*documents: list[Block]) -> list[Images]:
+    plots = (block for block in chain(*documents) if isinstance(block, Plot))
+    return [plot.images for plot in plots if isinstance(plot.images, Images)]
 
 
 def render(
@@ -103,8 +106,8 @@ def render(
 
 def write(report: Report, folder: Path, formats: tuple[str, ...] = USUAL) -> list[Path]:
     """Writes report.md, .html, .pdf, .csv, .json, .tex, those that are asked for, into a folder, and beside a
-    document plots: *.png for Markdown, *.svg for HTML and PDF. Of several comparisons report.md and
-    report.html are an index of one file for each. -> the paths of the files that are called report.
+    document plots: *.png for Markdown, *.svg for HTML and PDF. Of several comparisons report.md, .html and
+    .pdf are an index of one file for each. -> the paths of the files that are called report.
 
     Raises ValueError for an unknown format, and Unwritten, when all else is written, for one that cannot be
     written here.
@@ -216,26 +219,33 @@ def write_terminal(blocks: list[Block], width: int) -> str:
 
 def write_pages(report: Report, made: Documents) -> dict[str, str]:
     """Each document as HTML, with the data that its script shows; an index has none."""
-    found: dict = dict.fromkeys(made)
-    for name, (comparison, verdicts) in zip(list(found)[-len(report.judged) :], report.judged, strict=True):
-        found[name] = embedded(comparison, verdicts, report.store, report.budget)
-    return {name: write_html(made[name], report.now, data) for name, data in found.items()}
+    of = named(report, made)
+
+    def page(name: str) -> str:
+        data = embedded(*of[name], report.store, report.budget) if name in of else None
+        return write_html(made[name], report.now, data)
+
+    return dict(zip(made, each(page, list(made)), strict=True))
 
 
-def write_pdf(report: Report, made: Documents) -> bytes:
-    """Each comparison's two pages, then its appendix: what the other documents have of it, less the index."""
-    parts = list(made.values())[-len(report.comparisons) :]
-    if len(parts) > 1:
-        parts[-1] = [*parts[-1], *unreadable(report.corrupt)]
-    firsts = [pages(comparison, verdicts, report.budget) for comparison, verdicts in report.judged]
-    return typeset(list(zip(firsts, parts, strict=True)), report.now)
+def write_pdf(report: Report, made: Documents) -> dict[str, bytes]:
+    """Each comparison's two pages, then its appendix: what the other documents have of it; and the index."""
+    first = {name: pages(*judged, report.budget) for name, judged in named(report, made).items()}
+    draw(undrawn(*first.values()), {"svg"})
+
+    return {name: typeset(first.get(name, []), made[name], report.now) for name in made}
+
+
+def named(report: Report, made: Documents) -> dict[str, tuple[Comparison, Verdicts]]:
+    """By the documents' names, of which an index is none."""
+    return dict(zip(list(made)[-len(report.judged) :], report.judged, strict=True))
 
 
 DRAWINGS = {"md": "png", "html": "svg", "pdf": "svg"}  # document -> the kind of its plots
 WRITERS: dict[str, Callable[[Report, Documents], Mapping[str, str | bytes]]] = {  # -> files' names, content
     "md": lambda report, made: {n: write_markdown(blocks, report.now) for n, blocks in made.items()},
     "html": write_pages,
-    "pdf": lambda report, made: {"report": write_pdf(report, made)},
+    "pdf": write_pdf,
     "csv": lambda report, _: {"report": write_csv(report.judged, report.store)},
     "json": lambda report, _: {
         "report": write_json(report.judged, report.store, report.corrupt, report.now, report.budget)

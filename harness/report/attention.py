@@ -56,7 +56,7 @@ def read(store: Store, record: RunRecord) -> Maps | None:
         return None
 
 
-@drawn
+@drawn()
 def draw(maps: Maps) -> Figure:
     tokens = [plain(token).strip()[:9] or "\u2423" for token in maps["tokens"]]
     before, after = (np.array(maps[name]) for name in ("before", "after"))

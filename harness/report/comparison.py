@@ -213,7 +213,7 @@ class Comparison:
         parts = self.spec.dataset.get("parts", [])
         return all(part.get("format") == "pairs" for part in parts if not part.get("unseen"))
 
-    @property
+    @cached_property
     def preferred_to(self) -> dict[str, list[str]]:
         """Digest of the untouched model's answers -> the runs whose preferences are over them; none: over the
         pairs of the data alone."""
@@ -266,7 +266,7 @@ class Comparison:
         dataset = self.spec.dataset
         return f"{self.spec.model} on {dataset.get('title') or dataset.get('name') or 'unnamed data'}"
 
-    @property
+    @cached_property
     def counted(self) -> bool:
         """Whether bytes of live tensors are known; else only what the process took is."""
         return any(r.peak("peak_allocated", tuple(r.phases)) is not None for r in self.records)
@@ -420,7 +420,10 @@ def seconds(record: RunRecord) -> float | None:
 
 def scale_of_time(comparison: Comparison) -> tuple[str, int]:
     """A unit in which its training times read well, and its seconds."""
-    longest = max((t for r in comparison.records if (t := seconds(r)) is not None), default=0)
+    return scale(max((t for r in comparison.records if (t := seconds(r)) is not None), default=0))
+
+
+def scale(longest: float) -> tuple[str, int]:
     return ("h", 3600) if longest >= 3600 else ("min", 60) if longest >= 120 else ("s", 1)
 
 

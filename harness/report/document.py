@@ -16,9 +16,10 @@ from harness.report.appendix import (
     setup,
 )
 from harness.report.attention import attended
+from harness.report.budget import Budget
 from harness.report.certificate import certificate
 from harness.report.comparison import SEEDS_TO_RANK, STATUS, Comparison, score
-from harness.report.decision import Budget, decision
+from harness.report.decision import decision
 from harness.report.ensembles import together
 from harness.report.foretold import foretold
 from harness.report.grades import graded

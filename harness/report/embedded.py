@@ -12,8 +12,9 @@ import numpy as np
 from harness.metrics import METRICS
 from harness.plain import plain, shorten
 from harness.report import plots
+from harness.report.budget import Budget, measured
 from harness.report.comparison import Comparison, Technique
-from harness.report.decision import Budget, Choice, leading, measured
+from harness.report.decision import Choice, leading
 from harness.report.export import quantities
 from harness.report.prompts import asked
 from harness.report.tables import choose

@@ -19,6 +19,7 @@ from harness import __version__
 from harness.metrics import METRICS
 from harness.record import NEEDED, RunRecord, finite
 from harness.report.answer import answer
+from harness.report.budget import Budget
 from harness.report.comparison import (
     GIB,
     Comparison,
@@ -28,7 +29,7 @@ from harness.report.comparison import (
     tokens_per_second,
     watt_hours,
 )
-from harness.report.decision import Budget, Choice, choices_of
+from harness.report.decision import Choice, choices_of
 from harness.report.results import ordered
 from harness.report.tables import brief
 from harness.report.tasks import asked_of

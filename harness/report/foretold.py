@@ -7,8 +7,8 @@ from statistics import fmean
 
 from harness.record import Expected, RunRecord
 from harness.report import blocks as b
+from harness.report.budget import whole_seconds
 from harness.report.comparison import GIB, Comparison, Technique
-from harness.report.decision import whole_seconds
 from harness.report.plots import said_and_measured
 from harness.report.text import UNKNOWN, listed, number, spread
 

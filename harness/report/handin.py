@@ -14,16 +14,17 @@ from harness.report import blocks as b
 from harness.report import differences, plots
 from harness.report.answer import answer, count, data_title, too_long
 from harness.report.appendix import setup
+from harness.report.budget import Budget
 from harness.report.certificate import facts
 from harness.report.comparison import STATUS, Comparison, Technique
-from harness.report.decision import Budget, choices_of, leading
+from harness.report.decision import choices_of, leading
 from harness.report.differences import inside
 from harness.report.results import left, legend, table, words
 from harness.report.text import listed, shorten
 from harness.report.verdicts import MEMORY, TIME, Standing, Verdicts
 
 ALL = 12  # techniques whose reasons have room
-CLAUSE, SENTENCE, PARAGRAPH = 170, 330, 1100  # characters that one of many may take
+CLAUSE, SENTENCE, PARAGRAPH = 170, 330, 1500  # characters that one of many may take
 MOST = 8  # challenges
 CHANGES = {  # axis -> what a method of it changes, in a sentence
     "parameterisation": "how the change of the weights is held",
@@ -79,8 +80,6 @@ def leading_metric(comparison: Comparison, verdicts: Verdicts) -> Metric | None:
 def picture(what: str, comparison: Comparison, images: dict | None) -> list[b.Block]:
     if images is None:
         return []
-    if isinstance(images, plots.Images):  # not drawn yet
-        images.draw(["svg"])
     tuned = any(comparison.untuned(technique) for technique in comparison.trained)
     hollow = " Hollow: with the shared hyperparameters, filled: at its own best." * tuned
     front = " Grey steps: the Pareto front, as far as it is known." * (not comparison.random_weights)

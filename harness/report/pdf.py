@@ -1,10 +1,11 @@
-"""A report as PDF, typeset by typst: each comparison on two pages, then all the rest of it as an appendix.
+"""A report as PDF, typeset by typst: a comparison on two pages, then all the rest of it as an appendix.
 
 What is said stands in JSON that the template reads, so that no text of a stranger is ever read as markup.
 """
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,29 +36,28 @@ def missing() -> str:
     return ""
 
 
-def typeset(reports: list[tuple[list[Block], list[Block]]], now: str) -> bytes:
-    """`reports`: the pages and the appendix of each comparison. -> the PDF. Raises Unsettable."""
+def typeset(pages: list[Block], appendix: list[Block], now: str) -> bytes:
+    """-> the PDF; of an index, which has no pages, its blocks alone. Raises Unsettable."""
     if reason := missing():
         raise Unsettable(f"{reason}: {REMEDY}")
     import typst
 
-    def made(parts: list, sizes: list[float], by: Callable, **asked: Any) -> Any:
-        inputs = {"reports": json.dumps(parts), "now": now, "sizes": json.dumps(sizes)}
+    def made(by: Callable, size: float, whole: bool, **asked: Any) -> Any:
+        report = {"title": title, "pages": first, "appendix": rest if whole else []}
+        inputs = {"report": json.dumps(report), "now": now, "size": json.dumps(size)}
         try:
             return by(TEMPLATE, sys_inputs=inputs, **asked)
         except typst.TypstError as error:
             raise Unsettable(f"typst cannot set it: {plain(error)}") from error
 
-    parts = [{"pages": written(pages), "appendix": written(appendix)} for pages, appendix in reports]
-    sizes = []
-    for part in parts:
-        for size in SIZES:
-            alone = [{**part, "appendix": []}]
-            [last] = json.loads(made(alone, [size], typst.query, selector="<last>", field="value"))
-            if last <= PAGES:
-                break
-        sizes.append(size)
-    return made(parts, sizes, typst.compile, format="pdf")
+    def holds(size: float) -> bool:
+        [last] = json.loads(made(typst.query, size, whole=False, selector="<last>", field="value"))
+        return last <= PAGES
+
+    first, rest = written(pages), written(appendix)
+    title = next(block["text"] for block in first + rest if block["kind"] == "title")
+    place = bisect_left(SIZES, True, hi=len(SIZES) - 1, key=holds) if pages else 0
+    return made(typst.compile, SIZES[place], whole=True, format="pdf")
 
 
 def written(blocks: list[Block]) -> list[dict]:

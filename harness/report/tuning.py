@@ -2,13 +2,13 @@
 
 from itertools import combinations
 
-from harness.record import TRAINING
+from harness.record import TRAINING, Phase
 from harness.report.blocks import Block, Heading, Listing, Prose, Table
-from harness.report.comparison import Comparison, Technique, arm
+from harness.report.comparison import Comparison, Technique, arm, scale
 from harness.report.differences import interval, place
 from harness.report.plots import criterion
 from harness.report.tables import without_unknown
-from harness.report.text import UNKNOWN, duration, listed, number
+from harness.report.text import UNKNOWN, listed, number, spread
 from harness.report.verdicts import Standing, Verdicts
 from harness.tuning import Found
 
@@ -102,9 +102,10 @@ def turned(comparison: Comparison, verdicts: Verdicts) -> list[str] | None:
 
 def searched(comparison: Comparison) -> Table:
     """What was chosen, of what, and what it took."""
-    rows = [[title(comparison, found), *chosen(found), *cost(found)] for found in comparison.searches]
+    unit, one = scale(max((trained_for(found) for found in comparison.searches), default=0))
+    rows = [[title(comparison, found), *chosen(found), *cost(found, one)] for found in comparison.searches]
     columns = ["The searches", "Learning rate", "Tried", "Further option", "Judged by", "Trials",
-               "Tuning cost", "Tokens", "Energy (Wh)"]  # fmt: skip
+               f"Tuning cost ({unit})", "Tokens", "Energy (Wh)"]  # fmt: skip
     table = without_unknown(Table(columns, rows, words=(0, 1, 2, 3, 4, 5)))
     table.notes = [
         "Tuning cost: attaching and training in all trials; it is in no technique's training time. Declared: "
@@ -139,11 +140,21 @@ def chosen(found: Found) -> list[str]:
     return [rate, tried, further if option else UNKNOWN, f"{criterion(found)} {number(value, 3)}", count]
 
 
-def cost(found: Found) -> list[str]:
-    phases = [record.phases[name] for record in found.records for name in TRAINING if name in record.phases]
+def phases_of(found: Found) -> list[Phase]:
+    """Of the trainings of all trials."""
+    return [record.phases[name] for record in found.records for name in TRAINING if name in record.phases]
+
+
+def trained_for(found: Found) -> float:
+    return sum(phase.seconds for phase in phases_of(found))
+
+
+def cost(found: Found, one: int) -> list[str]:
+    """`one`: seconds of a unit of time."""
+    phases = phases_of(found)
     tokens = [(r.tokens.trained or 0) + (r.tokens.attach or 0) for r in found.records]
     joules = [phase.joules for phase in phases if phase.joules is not None]
     energy = sum(joules) / 3600 if joules and len(joules) == len(phases) else None
     busy = any(record.disturbed for record in found.records)  # and the card's energy is not theirs alone
-    time = duration(sum(phase.seconds for phase in phases)) + "†" * busy
+    time = spread([trained_for(found) / one]) + "†" * busy
     return [time, number(sum(tokens), 0), number(None if busy else energy)]

@@ -89,7 +89,7 @@ class Standing:
         pairs += [(e.label, b) for e in known for b in dict.fromkeys(e.against) if b in self.entrants]
         self.family = Family({e.label: e.sample for e in known}, pairs, draws)
         self.pairs = set(pairs)
-        self.won = {pair for pair in pairs for pair in (pair, pair[::-1]) if self.wins(*pair)}
+        self.won = self.wins()
         self.orders: dict[str, list[str]] = {}  # group -> what `ranked` has found
         self.sets: dict[str, list[list[str]]] = {}  # group -> what `alike` has found
 
@@ -110,8 +110,14 @@ class Standing:
             return Verdict(difference, f"no ranking: {reason}")
         return Verdict(difference, {1: "higher", -1: "lower", 0: "tied"}[difference.sign])
 
-    def wins(self, one: str, other: str) -> bool:
-        return self.verdict(one, other).sign == (1 if self.quantity.better == "higher" else -1)
+    def wins(self) -> set[tuple[str, str]]:
+        """(one, other): the verdict says that the one is better. Of all at once, as there may be a hundred
+        thousand."""
+        values, width, pairs = self.family.values, self.family.width, self.family.pairs
+        ranked = {label for label, entrant in self.entrants.items() if not entrant.unranked}
+        told = np.flatnonzero(np.isfinite(values) & (np.abs(values) > width)).tolist()
+        higher = {pairs[i] if values[i] > 0 else pairs[i][::-1] for i in told if ranked.issuperset(pairs[i])}
+        return higher if self.quantity.better == "higher" else {(low, high) for high, low in higher}
 
     def beats(self, one: str, other: str) -> bool:
         """Whether a verdict says so; looked up, as it is asked of all pairs again and again."""
@@ -182,6 +188,8 @@ class Verdicts:
         self.standings = {s.quantity.name: s for s in found if s.family.pairs}
         self.metrics = [s for s in self.standings.values() if s.quantity not in COSTS]
         self.costs = [s for s in self.standings.values() if s.quantity in COSTS]
+        self.fronts: dict[tuple[str, str, str], list[str]] = {}  # what `front` has found
+        self.pairs: dict[str, set[tuple[str, str]]] = {}  # what `dominating` has found
         self.faults = [
             Standing(Quantity.of(m), [replace(e, groups=()) for e in scored(comparison, m)])
             for m in (faults(comparison.spec.dataset) if known else ())
@@ -193,13 +201,24 @@ class Verdicts:
         both = [self.standings[name] for name in (cost, gain) if name in self.standings]
         if len(both) < 2:
             return []
-        names = [name for name in both[0].ranked(group) if name in both[1].ranked(group)]
+        if (cost, gain, group) not in self.fronts:
+            names = [name for name in both[0].ranked(group) if name in both[1].ranked(group)]
+            members = set(names)
+            better = {pair for pair in both[0].won | both[1].won if members.issuperset(pair)}
+            beaten = {other for one, other in better if (other, one) not in better}
+            self.fronts[cost, gain, group] = [name for name in names if name not in beaten]
+        return self.fronts[cost, gain, group]
 
-        def beaten(name: str, by: str) -> bool:
-            better, worse = ([s.beats(*pair) for s in both] for pair in ((by, name), (name, by)))
-            return any(better) and not any(worse)
-
-        return [name for name in names if not any(beaten(name, other) for other in names)]
+    def dominating(self, group: str) -> set[tuple[str, str]]:
+        """(by, whom): known to be better in some score or cost, and to be worse in none. Who lacks a verdict
+        in one of them neither dominates nor is dominated: it may be the better one there."""
+        if group not in self.pairs:
+            standings = [standing for standing in self.standings.values() if standing.ranked(group)]
+            ranked = [set(standing.ranked(group)) for standing in standings]
+            names = set.intersection(*ranked) if ranked else set()
+            better = {pair for standing in standings for pair in standing.won if names.issuperset(pair)}
+            self.pairs[group] = {(by, name) for by, name in better if (name, by) not in better}
+        return self.pairs[group]
 
     def steps(self, cost: str, gain: str, group: str) -> list[tuple[str, str]]:
         """Neighbours on the front of which the second is known to cost more, and to gain more."""

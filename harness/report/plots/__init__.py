@@ -12,13 +12,13 @@ from harness.report.plots.cost import (
 from harness.report.plots.curves import by_learning_rate, criterion, loss_curves
 from harness.report.plots.forecast import said_and_measured
 from harness.report.plots.memory import memory_by_part
-from harness.report.plots.style import NARROW, Images, drawn, lay_out, looks
+from harness.report.plots.style import NARROW, Images, draw, drawn, lay_out, looks
 from harness.report.reaching import SHARE, cost_to_reach, goal_of
 from harness.report.text import listed, number
 from harness.report.verdicts import Verdicts
 
 __all__ = [
-    "NARROW", "Images", "cost_alone", "criterion", "drawn", "figures", "lay_out", "looks", "safe",
+    "NARROW", "Images", "cost_alone", "criterion", "draw", "drawn", "figures", "lay_out", "looks", "safe",
     "said_and_measured", "scores_on_paper",
 ]  # fmt: skip
 

@@ -31,12 +31,15 @@ NAMED = 80  # points of a panel: more names have no room
 WIDE = 3  # times the least: costs further apart are on a logarithmic axis, or all but one would be one spot
 
 
-@drawn
-def scores_by_cost(comparison: Comparison, verdicts: Verdicts, wide: bool = True) -> Figure | None:
+def with_scores(comparison: Comparison, *_) -> list[Technique]:
+    names = [metric.name for metric in comparison.metrics]
+    return [t for t in comparison.trained if any(t.values(partial(score, metric=name)) for name in names)]
+
+
+@drawn(with_scores)
+def scores_by_cost(comparison: Comparison, verdicts: Verdicts, wide: bool = True) -> Figure:
     """Each compared metric against memory and training time: `wide`, beside each other."""
     metrics, techniques = comparison.metrics, with_scores(comparison)
-    if not techniques:
-        return None
     tall = 3.2 + 0.05 * min(len(techniques), 2 * NAMED)
     lines, columns = (len(metrics), 2) if wide else (2 * len(metrics), 1)
     figure = Figure(figsize=(WIDTHS[wide], tall * lines), layout="constrained")
@@ -53,13 +56,11 @@ def scores_by_cost(comparison: Comparison, verdicts: Verdicts, wide: bool = True
     return figure
 
 
-@drawn
+@drawn(lambda comparison, verdicts, chosen: chosen and with_scores(comparison))
 def scores_on_paper(
     comparison: Comparison, verdicts: Verdicts, chosen: list[tuple[Metric, Quantity]]
-) -> Figure | None:
+) -> Figure:
     """A panel each, side by side, as wide as a page's text."""
-    if not with_scores(comparison) or not chosen:
-        return None
     figure = Figure(figsize=(7.4, 2.6), layout="constrained")
     for ax, (metric, quantity) in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         ax.set_xlabel(panel(ax, comparison, verdicts, metric, quantity))
@@ -83,24 +84,23 @@ def panel(ax, comparison: Comparison, verdicts: Verdicts, metric: Metric, quanti
     return unit
 
 
-def with_scores(comparison: Comparison) -> list[Technique]:
-    names = [metric.name for metric in comparison.metrics]
-    return [t for t in comparison.trained if any(t.values(partial(score, metric=name)) for name in names)]
+def with_memory(comparison: Comparison) -> list[Technique]:
+    return [t for t in comparison.trained if t.values(comparison.peak_memory)]
 
 
-@drawn
-def cost_alone(comparison: Comparison) -> Figure | None:
+@drawn(with_memory)
+def cost_alone(comparison: Comparison, wide: bool = True) -> Figure:
     """Memory against time, for weights whose scores mean nothing."""
-    techniques = [t for t in comparison.trained if t.values(comparison.peak_memory)]
-    if not techniques:
-        return None
-    figure = Figure(figsize=(6.4, 3.8 + 0.05 * len(techniques)), layout="constrained")
+    techniques = with_memory(comparison)
+    figure = Figure(
+        figsize=(6.4 if wide else WIDTHS[wide], 3.8 + 0.05 * len(techniques)), layout="constrained"
+    )
     ax = figure.subplots()
     scatter(ax, comparison, techniques, scaled_time(comparison), comparison.peak_memory)
     point_to_better(ax, "lower")
     ax.set_xlabel(time_unit(comparison))
     ax.set_ylabel(comparison.gauge)
-    name_missing(figure, comparison)
+    name_missing(figure, comparison, 120 if wide else 50)
     finish(figure)
     return figure
 
@@ -194,7 +194,7 @@ def name_best(ax, better: str) -> None:
                    for item in ax.to_label for x, y, name, bars in [item]]  # fmt: skip
 
 
-def name_missing(figure: Figure, comparison: Comparison, most: int = 120) -> None:
+def name_missing(figure: Figure, comparison: Comparison, most: int) -> None:
     """Below the panels, `most` characters a line: who is not in them, or with fewer seeds, and why."""
     look = looks(comparison)
     said = [(t, f"{name_of(t)}: {short(t.status)}") for t in comparison.trained if t.status]

@@ -6,10 +6,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from harness.metrics import Metric
 from harness.plain import plain
 from harness.report.comparison import Comparison, Technique, score
 from harness.report.plots.labels import name_ends, settle_ends
-from harness.report.plots.style import INK, drawn, lay_out, logarithmic, looks, name_of, short, sized
+from harness.report.plots.style import (
+    BRIEF,
+    INK,
+    NAME,
+    WIDTHS,
+    drawn,
+    lay_out,
+    logarithmic,
+    looks,
+    name_of,
+    short,
+    sized,
+)
 from harness.report.reaching import SHARE, goal_of, mean_curve, series
 from harness.spec import digest
 from harness.tuning import Found
@@ -17,23 +30,29 @@ from harness.tuning import Found
 CROWD = 6  # techniques in a plot of curves: single seeds of more hide the means
 
 
-@drawn
-def by_learning_rate(comparison: Comparison) -> Figure | None:
-    """What the trials of each search were judged by, and the scores of all arms, against the learning rate.
-    None where no method has two."""
-    judged = sorted({criterion(found) for found in comparison.searches})
+def judged_by(comparison: Comparison) -> list[str]:
+    return sorted({criterion(found) for found in comparison.searches})
+
+
+def varied(comparison: Comparison) -> list[Metric]:
+    """What is drawn against the learning rate: nothing where no method has two."""
+    rates = {(t.spec.method, learning_rate(t)) for t in comparison.trained if t.done}
+    several = len(rates) > len({method for method, _ in rates})
+    return comparison.metrics if several and not comparison.random_weights else []
+
+
+@drawn(lambda comparison: judged_by(comparison) or varied(comparison))
+def by_learning_rate(comparison: Comparison, wide: bool = True) -> Figure:
+    """What the trials of each search were judged by, and the scores of all arms, against the rate."""
+    judged, metrics = judged_by(comparison), varied(comparison)
     trained = [t for t in comparison.trained if t.done]
-    rates = {(t.spec.method, learning_rate(t)) for t in trained}
-    varied = len(rates) > len({method for method, _ in rates})
-    metrics = comparison.metrics if varied and not comparison.random_weights else []
-    if not judged and not metrics:
-        return None
     titles = {f.tuning.trial.method: f.tuning.trial.method for f in comparison.searches}
     titles |= {t.spec.method: t.card.get("title") or t.spec.method for t in comparison.trained}
     look = looks(comparison)
-    lines = -(-(len(judged) + len(metrics)) // 2)  # of two panels each
-    figure = Figure(figsize=(9.4, 3.3 * lines + 0.4), layout="constrained")
-    axes: list = list(figure.subplots(lines, 2, squeeze=False).flat)
+    panels, columns = len(judged) + len(metrics), 2 if wide else 1
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(WIDTHS[wide], 3.3 * lines + 0.4), layout="constrained")
+    axes: list = list(figure.subplots(lines, columns, squeeze=False).flat)
     for ax, name in zip(axes, judged, strict=False):
         ax.set_ylabel(name.capitalize())
         for found in comparison.searches:
@@ -50,10 +69,14 @@ def by_learning_rate(comparison: Comparison) -> Figure | None:
         ax.set_xlabel("Learning rate")
         ax.locator_params(axis="y", nbins=6)
         ax.margins(0.08, 0.12)
-        ax.set_visible(i < len(judged) + len(metrics))
+        ax.set_visible(i < panels)
     there = {t.spec.method for t in trained} | {found.tuning.trial.method for found in comparison.searches}
-    handles = [Line2D([], [], **sized(look[m], 5), label=short(titles[m])) for m in look if m in there]
-    most = max(1, 140 // (max(len(str(handle.get_label())) for handle in handles) + 8))
+    handles = [
+        Line2D([], [], **sized(look[m], 5), label=short(titles[m], NAME if wide else BRIEF))
+        for m in look
+        if m in there
+    ]
+    most = max(1, (140 if wide else 56) // (max(len(str(handle.get_label())) for handle in handles) + 8))
     columns = -(-len(handles) // -(-len(handles) // most))  # rows that are equally long
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)
     lay_out(figure)
@@ -105,15 +128,23 @@ def criterion(found: Found) -> str:
     return found.criterion.label.lower() if found.criterion else "validation loss"
 
 
-@drawn
-def loss_curves(comparison: Comparison, objective: str) -> Figure | None:
+def of_objective(comparison: Comparison, objective: str) -> list[Technique]:
+    return [t for t in comparison.trained if t.objective == objective and t.done]
+
+
+def with_losses(comparison: Comparison, objective: str) -> bool:
+    techniques = of_objective(comparison, objective)
+    return any(r.training or r.validation for technique in techniques for r in technique.done)
+
+
+@drawn(with_losses)
+def loss_curves(comparison: Comparison, objective: str, wide: bool = True) -> Figure:
     """Training and validation loss of the methods of one objective: mean line, thin line a seed."""
-    techniques = [t for t in comparison.trained if t.objective == objective and t.done]
-    if not any(r.training or r.validation for technique in techniques for r in technique.done):
-        return None
+    techniques = of_objective(comparison, objective)
     look, goal, crowd = looks(comparison), goal_of(techniques), len(techniques) > CROWD
-    figure = Figure(figsize=(9.4, max(3.7, 0.9 + 0.15 * len(techniques))), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    tall, panels = max(3.7, 0.9 + 0.15 * len(techniques)), (1, 2) if wide else (2, 1)
+    figure = Figure(figsize=(WIDTHS[wide], tall * panels[0]), layout="constrained")
+    left, right = figure.subplots(*panels)
     ends: dict[str, list[tuple[float, float, str, dict]]] = {"training": [], "validation": []}
     for ax, curve in ((left, "training"), (right, "validation")):
         lines = []
@@ -135,7 +166,7 @@ def loss_curves(comparison: Comparison, objective: str) -> Figure | None:
             lines.append(np.array([steps, losses]))
             if known := np.flatnonzero(np.isfinite(losses)).tolist():
                 end = float(steps[known[-1]]), float(losses[known[-1]])
-                ends[curve].append((*end, name_of(technique), style))
+                ends[curve].append((*end, name_of(technique, wide), style))
         ax.set_title(f"{curve.capitalize()} loss")
         ax.locator_params(nbins=6)
         ax.set_xlabel("Optimizer step")

@@ -9,14 +9,12 @@ from harness.report.plots.memory import name_rows
 from harness.report.plots.style import FAINT, INK, WIDTHS, drawn, lay_out, looks
 
 
-@drawn
+@drawn(lambda comparison, rows, sides, unit: any(one.measured for both in sides.values() for one in both))
 def said_and_measured(
     comparison: Comparison, rows: list[Technique], sides: dict[str, Any], unit: str, wide: bool = True
-) -> Figure | None:
+) -> Figure:
     """`sides`: label -> memory (GiB) and time (unit), each with `said` (least, likely, most) and
     `measured`."""
-    if not any(one.measured for both in sides.values() for one in both):
-        return None
     lines, columns = (1, 2) if wide else (2, 1)
     height = (1.1 + 0.24 * len(rows)) * lines
     figure = Figure(figsize=(WIDTHS[wide], height), layout="constrained")
@@ -37,6 +35,6 @@ def said_and_measured(
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
     for ax in axes[:1] if wide else axes:
-        name_rows(ax, rows, comparison)
+        name_rows(ax, rows, comparison, wide)
     lay_out(figure)
     return figure

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
 
 from harness.record import PHASES, TRAINING, RunRecord
 from harness.report.comparison import GIB, Comparison, Technique
@@ -46,29 +47,38 @@ def parts(record: RunRecord) -> dict[str, int]:
     return found | {"allocator, context": max(device - known[highest], 0)}
 
 
-@drawn
-def memory_by_part(comparison: Comparison, wide: bool = True) -> Figure | None:
-    """Stacked bars of the parts, and a marker a phase. The least first; below, who has no result, and why."""
+def known(comparison: Comparison) -> tuple[dict[str, dict[str, float]], str]:
+    """GiB of each technique's parts, and what the peaks of its phases are measured by; empty: not known."""
     of_parts = {t.label: mean_parts([parts(r) for r in t.done]) for t in comparison.trained}
     gauge = next((g for g in ("peak_allocated", "peak_host") if len(phases_known(comparison, g)) > 1), "")
-    if not gauge and not any(of_parts.values()):
-        return None
+    return of_parts, gauge
+
+
+def any_known(comparison: Comparison) -> bool:
+    of_parts, gauge = known(comparison)
+    return bool(gauge) or any(of_parts.values())
+
+
+@drawn(any_known)
+def memory_by_part(comparison: Comparison, wide: bool = True) -> Figure:
+    """Stacked bars of the parts, and a marker a phase. The least first; below, who has no result, and why."""
+    of_parts, gauge = known(comparison)
     done = [t for t in comparison.trained if t.done]
     done.sort(key=lambda t: (t.mean(comparison.peak_memory) or 0.0, t.label))
     rows = [*done, *(t for t in comparison.trained if not t.done)]
-    panels: list[Callable] = [lambda ax: draw_parts(ax, rows, of_parts)] * any(of_parts.values())
-    panels += [lambda ax: draw_phases(ax, rows, gauge)] * bool(gauge)
+    panels: list[Callable] = [lambda ax: draw_parts(ax, rows, of_parts, wide)] * any(of_parts.values())
+    panels += [lambda ax: draw_phases(ax, rows, gauge, wide)] * bool(gauge)
     lines, columns = (1, len(panels)) if wide else (len(panels), 1)
     figure = Figure(figsize=(WIDTHS[wide], (1.5 + 0.2 * len(rows)) * lines), layout="constrained")
     axes: list = list(figure.subplots(lines, columns, sharey=wide, squeeze=False).flat)
     for ax, draw in zip(axes, panels, strict=True):
         draw(ax)
-        ax.locator_params(axis="x", nbins=6)
+        ax.locator_params(axis="x", nbins=6 if wide else 4)
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
         ax.set_xlim(left=0)
     for ax in axes[:1] if wide else axes:
-        name_rows(ax, rows, comparison)
+        name_rows(ax, rows, comparison, wide)
     lay_out(figure)
     return figure
 
@@ -85,7 +95,7 @@ def phases_known(comparison: Comparison, gauge: str) -> set[str]:
             if getattr(phase, gauge) is not None}  # fmt: skip
 
 
-def draw_parts(ax, rows: list[Technique], of_parts: dict[str, dict[str, float]]) -> None:
+def draw_parts(ax, rows: list[Technique], of_parts: dict[str, dict[str, float]], wide: bool) -> None:
     left = [0.0] * len(rows)
     for name, style in PARTS.items():
         widths = [of_parts[t.label].get(name, 0.0) for t in rows]
@@ -102,10 +112,10 @@ def draw_parts(ax, rows: list[Technique], of_parts: dict[str, dict[str, float]])
                     xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5)  # fmt: skip
     ax.set_xlabel("Memory of the training (GiB, lower is better)")
     ax.set_xlim(right=1.25 * max(left))
-    explain(ax, "By part, at the highest moment", 2)
+    explain(ax, "By part, at the highest moment", 2, wide)
 
 
-def draw_phases(ax, rows: list[Technique], gauge: str) -> None:
+def draw_phases(ax, rows: list[Technique], gauge: str, wide: bool) -> None:
     for name in PHASES:
         marker, colour = OF_PHASE[name]
         peaks = [max((p for r in t.records if (p := r.peak(gauge, (name,))) is not None), default=None)
@@ -117,20 +127,22 @@ def draw_phases(ax, rows: list[Technique], gauge: str) -> None:
                     else 0.5)  # fmt: skip
     held = "live tensors" if gauge == "peak_allocated" else "resident memory of the process"
     ax.set_xlabel(f"Memory (GiB, {held})")
-    explain(ax, "By phase, the peak of each", 4)
+    explain(ax, "By phase, the peak of each", 4, wide)
 
 
-def explain(ax, title: str, columns: int) -> None:
-    """A title, and under it the key."""
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=columns, frameon=False, fontsize=7.5,
-              title=title, alignment="left", title_fontproperties={"weight": "bold", "size": 10},
-              handlelength=1.6, columnspacing=1.2)  # fmt: skip
+def explain(ax, title: str, columns: int, wide: bool) -> None:
+    """A title, and under it the key: over the names, too, where there is less room."""
+    across, left = (ax.transAxes, -0.03) if wide else (ax.figure.transFigure, 0.0)
+    there = blended_transform_factory(across, ax.transAxes)
+    ax.legend(loc="lower left", bbox_to_anchor=(left, 1.0), bbox_transform=there, ncols=columns,
+              frameon=False, fontsize=7.5, title=title, alignment="left", handlelength=1.6,
+              title_fontproperties={"weight": "bold", "size": 10}, columnspacing=1.2)  # fmt: skip
 
 
-def name_rows(ax, rows: list[Technique], comparison: Comparison) -> None:
+def name_rows(ax, rows: list[Technique], comparison: Comparison, wide: bool) -> None:
     """The names at the left, each with its marker."""
     look = looks(comparison)
-    ax.set_yticks(range(len(rows)), [name_of(t) for t in rows], fontsize=8)
+    ax.set_yticks(range(len(rows)), [name_of(t, wide) for t in rows], fontsize=8)
     ax.tick_params(axis="y", pad=14)
     for i, technique in enumerate(rows):
         hollow = {"markerfacecolor": "white"} if comparison.untuned(technique) else {}

@@ -3,7 +3,7 @@
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import partial, wraps
 from inspect import signature
 from typing import Any
@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from harness.forks import each
 from harness.plain import plain
 from harness.report.comparison import Comparison, Technique
 from harness.spec import digest
@@ -24,6 +25,7 @@ PLACES = len(COLOURS) * len(MARKERS)
 SALT = 236155  # with it no two of the methods that come with Tuneoff look the same: tests/test_plots.py
 INK, SOFT, FAINT = "#333333", "#666666", "#8a8a8a"
 NAME = 32  # characters of a label
+BRIEF = 20  # on a phone
 WIDTHS = {True: 9.4, False: 4.4}  # inches: beside a page's text, and on a phone
 NARROW = "narrow"  # of a phone
 PLACES_IN_SVG = re.compile(rb' (?:d|x|y)="[^"]*"')
@@ -53,21 +55,36 @@ STYLE = {
 
 
 class Images(dict):
-    """A figure as {"svg": ..., "png": ...}, those that were asked for: without time, program name or random
-    ids in it. `narrow`, as SVG: the same with its panels below each other, as a phone has room for."""
+    """A picture as {"svg": ..., "png": ...}, each made when it is first asked for: without time, program name
+    or random ids in it. `narrow`, as SVG: the same with its panels below each other, as a phone has room
+    for; a picture without panels beside each other has none."""
 
-    def __init__(self, figure: Figure, narrow: Callable[[], Figure | None] | None = None):
-        figure.set_layout_engine("none")  # it is laid out: not again for each kind
-        self.figure, self.narrow = figure, narrow
+    def __init__(self, make: Callable[[], Figure], narrow: Callable[[], Figure] | None = None):
+        self.make, self.make_narrow = make, narrow
 
-    def draw(self, kinds: Iterable[str]) -> None:
-        """Once, as the figure, which takes megabytes, is let go."""
-        for kind in kinds:
-            if kind != NARROW:
-                self[kind] = saved(self.figure, kind)
-            elif self.narrow and (figure := self.narrow()):
-                self[kind] = saved(figure, "svg")
-        del self.figure, self.narrow
+    def __missing__(self, kind: str) -> bytes:
+        self |= self.made([kind])
+        return self[kind]
+
+    @property
+    def figure(self) -> Figure:
+        return self.make()
+
+    def made(self, kinds: Collection[str]) -> dict[str, bytes]:
+        """The kinds that there are; no figure, which takes megabytes, is kept."""
+        found, wide = {}, [kind for kind in kinds if kind != NARROW]
+        if wide:
+            figure = self.make()  # once for all of them
+            found = {kind: saved(figure, kind) for kind in wide}
+        if NARROW in kinds and self.make_narrow:
+            found[NARROW] = saved(self.make_narrow(), "svg")
+        return found
+
+
+def draw(pictures: list[Images], kinds: Collection[str]) -> None:
+    """All pictures as these kinds, several at once: they share nothing."""
+    for picture, found in zip(pictures, each(lambda one: one.made(kinds), pictures), strict=True):
+        picture |= found
 
 
 def saved(figure: Figure, kind: str) -> bytes:
@@ -89,22 +106,26 @@ def slim(svg: bytes) -> bytes:
     return PLACES_IN_SVG.sub(rounded, re.sub(rb"\n +<", b"\n<", svg))
 
 
-def drawn(draw):
-    """Runs a drawing function in the report's style; its figure as images, or None for none. One that takes
-    `wide` draws a narrow figure too."""
-    two = "wide" in signature(draw).parameters
+def drawn(there: Callable[..., Any] = lambda *_: True):
+    """A drawing function in the report's style: its figure as images, or None where `there`, of the same
+    arguments, finds nothing to draw. One that takes `wide` draws a narrow figure too."""
 
-    def styled(*args, **options) -> Figure | None:
-        logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **options)
+    def decorated(draw: Callable[..., Figure]):
+        two = "wide" in signature(draw).parameters
 
-    @wraps(draw)
-    def wrapped(*args) -> Images | None:
-        figure = styled(*args)
-        return Images(figure, partial(styled, *args, wide=False) if two else None) if figure else None
+        def styled(*args, **options) -> Figure:
+            logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+            with matplotlib.rc_context(STYLE):
+                return draw(*args, **options)
 
-    return wrapped
+        @wraps(draw)
+        def wrapped(*args) -> Images | None:
+            narrow = partial(styled, *args, wide=False) if two else None
+            return Images(partial(styled, *args), narrow) if there(*args) else None
+
+        return wrapped
+
+    return decorated
 
 
 def lay_out(figure: Figure) -> None:
@@ -112,7 +133,7 @@ def lay_out(figure: Figure) -> None:
     would place anew each time that it draws."""
     if engine := figure.get_layout_engine():
         engine.execute(figure)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # which would draw all of it once more for each kind
     lefts: dict[float, float] = {}  # of the labels of a column of axes: they are aligned
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
@@ -147,14 +168,14 @@ def sized(look: dict, points: float) -> dict:
     return {**look, "markersize": points * (1.35 if look["marker"] == "*" else 1)}
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = NAME) -> str:
     """A name that fits beside a point. Both ends are kept: marks of a track and of options are last."""
-    text = " ".join(plain(text).split())
-    return text if len(text) <= NAME else f"{text[: NAME - 13].rstrip()}…{text[-12:].lstrip()}"
+    text, last = " ".join(plain(text).split()), 3 * most // 8
+    return text if len(text) <= most else f"{text[: most - 1 - last].rstrip()}…{text[-last:].lstrip()}"
 
 
-def name_of(technique: Technique) -> str:
-    return short(technique.label)
+def name_of(technique: Technique, wide: bool = True) -> str:
+    return short(technique.label, NAME if wide else BRIEF)
 
 
 def logarithmic(ax, steps: tuple[int, ...]) -> None:

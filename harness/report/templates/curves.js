@@ -100,7 +100,7 @@ const charts = [scatters(), curves()].filter(Boolean);
 const place = find("plots") ?? find("results");
 if (charts.length && place) {
   const title = made("h3", { textContent: "Draw your own" });
-  place.querySelector(":scope > h2").parentElement.append(title, ...charts);
+  place.append(title, ...charts);
 }
 let width = innerWidth;
 addEventListener("resize", () => {
