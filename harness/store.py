@@ -72,10 +72,11 @@ class Store:
     # Reading: nothing that a record says is believed before `read` has looked at all of the run
 
     def find(self, spec: RunSpec) -> RunRecord | None:
-        """The record of this spec, if its run is here whole, with its model if one was saved."""
+        """The record of this spec, if its run is here whole, with the model that it leaves."""
         record, _ = self.standing(self.path(spec).name)
-        saved = record.sizes.saved_bytes if record else None
-        files = weights_in(self.folder / record.folder / MODEL) if record else ()
+        if not record or record.lacks_model:
+            return None
+        saved, files = record.sizes.saved_bytes, weights_in(self.folder / record.folder / MODEL)
         try:
             return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
         except OSError:  # a link to nothing
@@ -190,8 +191,10 @@ class Store:
         checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing. What
         lies beside a run that is ok is of an attempt that began anew already, and was stopped."""
         standing, _ = self.standing(spec.folder)
-        anew = anew and not (standing and standing.ok)
         folder, final = self.folder / ATTEMPT.format(spec.folder), self.folder / spec.folder
+        if anew:
+            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+        anew = anew and not (standing and standing.ok)
         kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
         aside = self.folder / STOPPED.format(spec.folder)
         if kept and not anew:
@@ -200,8 +203,6 @@ class Store:
                 if '"step"' in (kept / EVENTS).read_text("utf-8", "replace"):
                     (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
             (kept / CHECKPOINTS).rename(aside)
-        if anew:
-            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if aside.is_dir():
@@ -213,7 +214,7 @@ class Store:
         the place of one that is. What is no whole run, or one of a newer version, is set aside: nothing that
         cannot be read is overwritten."""
         attempt = self.folder / ATTEMPT.format(spec.folder)
-        if record.status in FINAL:
+        if record.status in FINAL and not record.lacks_model:
             shutil.rmtree(attempt / CHECKPOINTS, ignore_errors=True)
         for half in attempt.glob(".*.part"):  # of a writer that was killed
             half.unlink()

@@ -352,7 +352,7 @@ def test_what_another_process_is_keeping_is_left_to_it(tmp_path):
 def test_a_run_that_somebody_else_finishes_meanwhile_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(attempt, "run", lambda *_: pytest.fail("it ran twice"))
-    record, told = fabricate.record("lora", sizes=Sizes()), []
+    record, told = fabricate.record("lora", sizes=Sizes(saved_bytes=0)), []
     path = tmp_path / f".{record.spec.folder}.claim"
     foreign(path)
 
@@ -433,7 +433,7 @@ def ended(engine: Threads, spec, signals=()) -> RunRecord:
 
 
 def test_a_run_on_an_engine_comes_back_with_its_scores(engine):
-    record = fabricate.record("lora", sizes=Sizes())
+    record = fabricate.record("lora", sizes=Sizes(saved_bytes=0))
     found = ended(engine(lambda *_: record), record.spec)
     assert found.ok and found.scores and Threads.sent == [record.spec.folder]
 

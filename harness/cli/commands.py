@@ -51,7 +51,7 @@ def run_command(options, typed: list[str]) -> int:
     finally:
         if stopped:
             raise stopped
-    return SOME_FAILED if failed(done) else OK
+    return SOME_FAILED if failed(done) or any(ended.record.lacks_model for ended in done) else OK
 
 
 def unfinished(error: Exception, done: list, specs: list) -> int:

@@ -281,14 +281,28 @@ def save_model(model, run: Run, folder: Path) -> None:
     costs the model alone."""
     record = run.record
     record.status = "ok"
-    record.warnings.append(f"the trained model of {record.spec.folder} was not saved")
+    record.warnings.append(
+        f"the trained model of {record.spec.folder} was not saved, so the same command runs it again"
+    )
     leave(record, folder)
+
+    def write() -> None:
+        (folder / MODEL).mkdir()
+        run.method.save(model, folder / MODEL)
+        run.template.tokenizer.save_pretrained(folder / MODEL)
+        nameless(folder / MODEL, record.spec.hub_model)
+
     try:
         with run.meter.phase("save"):
-            (folder / MODEL).mkdir()
-            run.method.save(model, folder / MODEL)
-            run.template.tokenizer.save_pretrained(folder / MODEL)
-            nameless(folder / MODEL, record.spec.hub_model)
+            try:
+                write()
+            except Exception:
+                if not (folder / CHECKPOINTS).is_dir():
+                    raise
+                # Its checkpoints, larger than a model and done with, make room for it.
+                for taken in (MODEL, CHECKPOINTS):
+                    shutil.rmtree(folder / taken, ignore_errors=True)
+                write()
             sizes = [file.stat().st_size for file in weights_in(folder / MODEL)]
             record.hashes["model"] = weights_digest(folder / MODEL)
         if sizes:
