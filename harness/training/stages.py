@@ -230,7 +230,9 @@ def trained(model, run: Run):
         record.memory = rehearsed(model, run)
     if run.device.type == "cpu" and not (went_on or record.memory):
         record.warnings.append("live tensors could not be counted here: peak memory is unknown")
-    run.report = with_progress(run)
+    if kept:
+        run.report(earlier=sum(phase.seconds for phase in kept["record"].phases.values()))
+    run.report = with_progress(run, sum(kept["steps"]["seconds"]) if kept else 0.0)
     loop = train(model, run, kept)
     if record.memory:  # where no allocator counts
         record.phases["train"].peak_allocated = record.memory.peak
@@ -261,9 +263,10 @@ def leaps(record: RunRecord) -> list[str]:
             "hp.learning_rate, or a longer hp.warmup_ratio, may be steadier"]  # fmt: skip
 
 
-def with_progress(run: Run):
-    """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes."""
-    report, started, tokens = run.report, time.perf_counter(), list(accumulate(run.batches.tokens))
+def with_progress(run: Run, earlier: float = 0.0):
+    """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes. `earlier`: seconds of
+    the steps that were made before the training was stopped, whose tokens count as well."""
+    report, started, tokens = run.report, time.perf_counter() - earlier, [*accumulate(run.batches.tokens)]
 
     def told(**values):
         if "step" in values:
