@@ -6,6 +6,7 @@ What can go on to look for more adds to a list of `Problems`; what cannot raises
 import difflib
 import os
 import stat
+import tempfile
 import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -131,9 +132,11 @@ def unwritable(folder: Path) -> Problem | None:
         pass
     except OSError as error:
         return Problem(error.strerror or str(error), shown(folder))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return Problem(f"cannot write in {existing}", remedy="choose another folder")
-    return None
+    try:  # rights do not say it: root has them in /proc, and on a disk that takes no file any more
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return Problem(f"cannot write in {existing} ({error.strerror})", remedy="choose another folder")
 
 
 def unreadable(folder: Path) -> Problem | None:
@@ -150,6 +153,13 @@ def neighbour(path: Path) -> str:
         return ""
     near = difflib.get_close_matches(path.name, names, n=1)
     return str(path.parent / near[0]) if near else ""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in words: of a file its path and the cause, without the system's number for it."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return f"{shown(error.filename)}: {error.strerror}" if error.filename else error.strerror
 
 
 def shown(path: Path | str) -> str:
