@@ -198,11 +198,7 @@ class Store:
         kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
         aside = self.folder / STOPPED.format(spec.folder)
         if kept and not anew:
-            shutil.rmtree(aside, ignore_errors=True)
-            with suppress(OSError):  # of an attempt that had trained
-                if '"step"' in (kept / EVENTS).read_text("utf-8", "replace"):
-                    (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
-            (kept / CHECKPOINTS).rename(aside)
+            put_by(kept, aside)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if aside.is_dir():
@@ -221,9 +217,7 @@ class Store:
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
             if (attempt / CHECKPOINTS).is_dir():
-                stopped = self.folder / STOPPED.format(spec.folder)
-                shutil.rmtree(stopped, ignore_errors=True)
-                (attempt / CHECKPOINTS).rename(stopped)
+                put_by(attempt, self.folder / STOPPED.format(spec.folder))
             shutil.rmtree(attempt)
             return
         if reason:
@@ -257,6 +251,15 @@ class Store:
         """Where something of this name is not in the way."""
         paths = (self.folder / ASIDE.format(name, i) for i in count(1))
         return next(path for path in paths if not os.path.lexists(path))
+
+
+def put_by(attempt: Path, aside: Path) -> None:
+    """The checkpoints of an attempt, with its events, which tell what was lost since the last."""
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # of an attempt that had trained
+        if '"step"' in (attempt / EVENTS).read_text("utf-8", "replace"):
+            (attempt / EVENTS).replace(attempt / CHECKPOINTS / EARLIER_EVENTS)
+    (attempt / CHECKPOINTS).rename(aside)
 
 
 def score(record: RunRecord, outputs: list[dict]) -> dict[str, np.ndarray]:

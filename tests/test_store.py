@@ -22,7 +22,18 @@ from harness.cli import main
 from harness.plan import Plan
 from harness.record import SEAL, RunRecord
 from harness.spec import content_hash, digest
-from harness.store import CHECKPOINTS, MARK, MODEL, OUTPUTS, RECORD, Store, append, save
+from harness.store import (
+    CHECKPOINTS,
+    EARLIER_EVENTS,
+    EVENTS,
+    MARK,
+    MODEL,
+    OUTPUTS,
+    RECORD,
+    Store,
+    append,
+    save,
+)
 
 ROOT = Path(__file__).parents[1]
 SAVED = 4096  # bytes
@@ -329,12 +340,14 @@ def test_a_run_that_is_forced_and_stopped_goes_on_when_it_is_forced_again(killed
     store = Store(tmp_path)
     spec = kept(tmp_path, command="old").spec
     (store.attempt(spec, anew=True) / CHECKPOINTS / "000000004").mkdir(parents=True)
+    append(tmp_path / f".{spec.folder}" / EVENTS, {"step": 5, "seconds": 2.0})
     if killed == "run":
         (tmp_path / f".{spec.folder}" / ".result.json.ab12.part").touch()
         store.keep(spec, fabricate.record("lora", status="interrupted", error="killed"))
     assert store.find(spec).command == "old"
     folder = store.attempt(spec, anew=True)
     assert (folder / CHECKPOINTS / "000000004").is_dir()
+    assert (folder / CHECKPOINTS / EARLIER_EVENTS).is_file(), "what was lost is known"
     store.keep(spec, attempted_in(folder, spec, "new"))
     assert store.find(spec).command == "new" and not list(tmp_path.glob(".*"))
 
