@@ -6,7 +6,6 @@ What can go on to look for more adds to a list of `Problems`; what cannot raises
 import difflib
 import os
 import stat
-import tempfile
 import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -123,6 +122,8 @@ def absent(path: Path, what: str = "file or folder") -> Problem | None:
 
 def unwritable(folder: Path) -> Problem | None:
     """Why files cannot be written in a folder that need not exist yet; None if they can."""
+    import tempfile  # it imports `random`, which a working directory may have as well: after that is left out
+
     existing = next(p for p in [folder, *folder.absolute().parents] if os.path.lexists(p))
     if problem := absent(existing, "folder"):
         return problem
