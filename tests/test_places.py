@@ -544,6 +544,8 @@ def test_results_that_are_away_for_a_moment_call_no_run_off(engine, tmp_path):
     away = tmp_path.with_name("away")
 
     def one(spec, signals):
+        while not remote.read(maker.file(remote.SENT, spec)).get("task"):
+            time.sleep(0.01)
         tmp_path.rename(away)
         time.sleep(0.2)
         away.rename(tmp_path)
