@@ -122,6 +122,8 @@ def absent(path: Path, what: str = "file or folder") -> Problem | None:
 
 def unwritable(folder: Path) -> Problem | None:
     """Why files cannot be written in a folder that need not exist yet; None if they can."""
+    import tempfile  # it imports `random`, which a working directory may have as well: after that is left out
+
     existing = next(p for p in [folder, *folder.absolute().parents] if os.path.lexists(p))
     if problem := absent(existing, "folder"):
         return problem
@@ -131,9 +133,11 @@ def unwritable(folder: Path) -> Problem | None:
         pass
     except OSError as error:
         return Problem(error.strerror or str(error), shown(folder))
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return Problem(f"cannot write in {existing}", remedy="choose another folder")
-    return None
+    try:  # rights do not say it: root has them in /proc, and on a disk that takes no file any more
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except OSError as error:
+        return Problem(f"cannot write in {existing} ({error.strerror})", remedy="choose another folder")
 
 
 def unreadable(folder: Path) -> Problem | None:
@@ -150,6 +154,13 @@ def neighbour(path: Path) -> str:
         return ""
     near = difflib.get_close_matches(path.name, names, n=1)
     return str(path.parent / near[0]) if near else ""
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in words: of a file its path and the cause, without the system's number for it."""
+    if not (isinstance(error, OSError) and error.strerror):
+        return str(error)
+    return f"{shown(error.filename)}: {error.strerror}" if error.filename else error.strerror
 
 
 def shown(path: Path | str) -> str:

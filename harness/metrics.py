@@ -412,9 +412,11 @@ def total(outputs: list[dict], dataset: Mapping) -> dict[str, list[float]]:
 
 
 def scores(sums: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
-    """Sums over test rows (width,), by metric -> their scores; null for what is not finite."""
+    """Sums over test rows (width,), by metric -> their scores; null for what is not finite, and nothing of a
+    metric that is not known here, as of a later version."""
+    known = {name: np.asarray(of, dtype=float) for name, of in sums.items() if name in METRICS}
     with np.errstate(all="ignore"):
-        found = {name: float(METRICS[name].value(np.asarray(s, dtype=float))) for name, s in sums.items()}
+        found = {name: float(METRICS[name].value(of)) for name, of in known.items()}
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 

@@ -283,10 +283,18 @@ class RunRecord:
     # DERIVED from the outputs and from what was asked
     scores: dict[str, float | None] = field(default_factory=dict, compare=False)
     folder: str = field(default="", compare=False)  # in which it is kept
+    # As read: its file has a digest of itself, so that an edit would be seen. Earlier versions wrote none.
+    sealed: bool = field(default=False, compare=False)
 
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def lacks_model(self) -> bool:
+        """All was measured, and the model that it was to leave is not there: no room, or a kill."""
+        leaves = self.spec.leaves_model and not self.spec.trial
+        return self.ok and leaves and self.sizes.saved_bytes is None
 
     @property
     def judged_by_loss(self) -> bool:
@@ -322,7 +330,7 @@ class RunRecord:
         for name in DERIVED:
             del value[name]
         value["spec"] = self.spec.asked()
-        return json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+        return json.dumps(with_seal(finite(value)), indent=1, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "RunRecord":
@@ -332,6 +340,8 @@ class RunRecord:
             raise ValueError("not a run record")
         if not 1 <= value["schema"] <= SCHEMA:
             raise ValueError(f"schema {value['schema']}, this version reads 1 to {SCHEMA}: upgrade tuneoff")
+        if (sealed := SEAL in value) and value.pop(SEAL) != digest(value):
+            raise ValueError("record.json was changed since the run")
         try:
             value = migrate.record(value)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -343,6 +353,7 @@ class RunRecord:
         asked = value["spec"]
         if not NAME.fullmatch(asked["method"]):
             raise ValueError(f"{asked['method']!r} is no method's name")
+        value["sealed"] = sealed
         value["folder"] = folder_name(asked)  # of what was asked then: a later version may ask for more
         try:
             value["spec"] = RunSpec.from_json(asked)
@@ -360,7 +371,12 @@ class RunRecord:
         return made(cls, value)
 
 
-DERIVED = ("scores", "folder")  # of a record: not in its JSON
+DERIVED = ("scores", "folder", "sealed")  # of a record: not in its JSON
+SEAL = "digest"  # in its JSON: of all the rest of it, however that is set out
+
+
+def with_seal(value: dict) -> dict:
+    return value | {SEAL: digest(json.loads(json.dumps(value)))}  # keys are texts there, as whoever reads has
 
 
 def made(kind, value: dict):

@@ -74,10 +74,11 @@ class Store:
     # Reading: nothing that a record says is believed before `read` has looked at all of the run
 
     def find(self, spec: RunSpec) -> RunRecord | None:
-        """The record of this spec, if its run is here whole, with its model if one was saved."""
+        """The record of this spec, if its run is here whole, with the model that it leaves."""
         record, _ = self.standing(self.path(spec).name)
-        saved = record.sizes.saved_bytes if record else None
-        files = weights_in(self.folder / record.folder / MODEL) if record else ()
+        if not record or record.lacks_model:
+            return None
+        saved, files = record.sizes.saved_bytes, weights_in(self.folder / record.folder / MODEL)
         try:
             return record if saved is None or saved == sum(file.stat().st_size for file in files) else None
         except OSError:  # a link to nothing
@@ -199,18 +200,14 @@ class Store:
         checkpoints of an earlier attempt, if there are, or not if it is to begin `anew`; else nothing. What
         lies beside a run that is ok is of an attempt that began anew already, and was stopped."""
         standing, _ = self.standing(spec.folder)
-        anew = anew and not (standing and standing.ok)
         folder, final = self.folder / ATTEMPT.format(spec.folder), self.folder / spec.folder
+        if anew:
+            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+        anew = anew and not (standing and standing.ok)
         kept = next((place for place in (folder, final) if (place / CHECKPOINTS).is_dir()), None)
         aside = self.folder / STOPPED.format(spec.folder)
         if kept and not anew:
-            shutil.rmtree(aside, ignore_errors=True)
-            with suppress(OSError):  # of an attempt that had trained
-                if '"step"' in (kept / EVENTS).read_text("utf-8", "replace"):
-                    (kept / EVENTS).replace(kept / CHECKPOINTS / EARLIER_EVENTS)
-            (kept / CHECKPOINTS).rename(aside)
-        if anew:
-            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+            put_by(kept, aside)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if aside.is_dir():
@@ -222,16 +219,14 @@ class Store:
         the place of one that is. What is no whole run, or one of a newer version, is set aside: nothing that
         cannot be read is overwritten."""
         attempt = self.folder / ATTEMPT.format(spec.folder)
-        if record.status in FINAL:
+        if record.status in FINAL and not record.lacks_model:
             shutil.rmtree(attempt / CHECKPOINTS, ignore_errors=True)
         for half in attempt.glob(".*.part"):  # of a writer that was killed
             half.unlink()
         earlier, reason = self.standing(spec.folder)
         if earlier and earlier.ok and not record.ok:
             if (attempt / CHECKPOINTS).is_dir():
-                stopped = self.folder / STOPPED.format(spec.folder)
-                shutil.rmtree(stopped, ignore_errors=True)
-                (attempt / CHECKPOINTS).rename(stopped)
+                put_by(attempt, self.folder / STOPPED.format(spec.folder))
             shutil.rmtree(attempt)
             return
         if reason:
@@ -265,6 +260,15 @@ class Store:
         """Where something of this name is not in the way."""
         paths = (self.folder / ASIDE.format(name, i) for i in count(1))
         return next(path for path in paths if not os.path.lexists(path))
+
+
+def put_by(attempt: Path, aside: Path) -> None:
+    """The checkpoints of an attempt, with its events, which tell what was lost since the last."""
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # of an attempt that had trained
+        if '"step"' in (attempt / EVENTS).read_text("utf-8", "replace"):
+            (attempt / EVENTS).replace(attempt / CHECKPOINTS / EARLIER_EVENTS)
+    (attempt / CHECKPOINTS).rename(aside)
 
 
 def score(record: RunRecord, outputs: list[dict]) -> dict[str, np.ndarray]:

@@ -251,7 +251,7 @@ def stubbed(monkeypatch):
             terms.store.keep(spec, record)
             return record
         record = fabricate.record(spec.method, spec.seed)
-        record.spec, record.sizes = spec, Sizes()
+        record.spec, record.sizes = spec, Sizes(saved_bytes=0)
         return fabricate.keep(terms.store.folder, record)
 
     monkeypatch.setattr(attempt, "run", run)

@@ -522,7 +522,7 @@ def test_what_was_measured_is_safe_before_the_model_is_saved(error, tmp_path):
     assert breaks.found.ok and breaks.found.signatures == record.signatures
     assert "save" not in breaks.found.phases
     assert "was not saved" in breaks.found.warnings[-1]
-    assert record.ok and record.warnings[-1].endswith(f"was not saved: {error.__name__}: for hf_[hidden]")
+    assert record.ok and record.warnings[-1].endswith(f"runs it again: {error.__name__}: for hf_[hidden]")
     assert not (tmp_path / "model").exists(), "half a model is none"
 
 
@@ -534,9 +534,26 @@ def test_a_save_that_wrote_no_weights_is_told(name, warnings, tmp_path):
 
     run = tiny.run(method=Saves())
     save_model(None, run, tmp_path)
-    told = [warning.endswith("was not saved: it wrote no weights") for warning in run.record.warnings]
+    told = [warning.endswith("runs it again: it wrote no weights") for warning in run.record.warnings]
     assert told == [True] * warnings
     assert run.record.sizes == Sizes(saved_bytes=None if warnings else 4)
+
+
+def test_a_models_own_checkpoints_make_room_for_it(tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "000000004"
+
+    class Large(Method):
+        def save(self, model, folder):
+            (folder / "half.safetensors").write_text("half")
+            if checkpoint.exists():
+                raise OSError(28, "No space left on device")
+            (folder / "weights.safetensors").write_text("1234")
+
+    run = tiny.run(method=Large())
+    checkpoint.mkdir(parents=True)
+    save_model(None, run, tmp_path)
+    assert run.record.warnings == [] and run.record.sizes.saved_bytes == 8
+    assert not checkpoint.parent.exists()
 
 
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(begin, tmp_path):
@@ -589,7 +606,7 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         record = running.run(plan(asked)[-1], running.Terms(Store(disk), "", Shown()))
         assert record.ok, record.error
         assert record.scores["bleu4"] and len(record.training) == 12
-        assert [w for w in record.warnings if "was not saved: " in w and "o space" in w], record.warnings
+        assert [w for w in record.warnings if "was not saved, so" in w and "o space" in w], record.warnings
         assert record.provenance.waiting and record.sizes.saved_bytes is None
         folder = next(disk.glob("full_disk*"))
         assert len((folder / "outputs.jsonl").read_text().splitlines()) == 12

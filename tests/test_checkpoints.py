@@ -13,9 +13,10 @@ import tiny
 import torch
 from test_cli import BITFIT, SMALL, bench, records
 
+from harness.cli.progress import step_text
 from harness.measuring.contention import Contention
-from harness.store import CHECKPOINTS, OUTPUTS
-from harness.training import checkpoint, evaluation
+from harness.store import CHECKPOINTS, EVENTS, OUTPUTS
+from harness.training import checkpoint, evaluation, stages
 from harness.training.checkpoint import STATE, TENSORS, Checkpoints, lost, take_record
 from harness.training.loop import train
 from methods.galore import GaLore
@@ -147,18 +148,31 @@ def test_what_disturbed_a_stopped_attempt_is_not_forgotten(tmp_path, monkeypatch
     assert run.meter.contention.reasons([]) == [f"before it was stopped, {busy[0]}"]
 
 
-EVENTS = '{"phase": "train"}\n{"step": 3, "seconds": 1.5}\n{"step": 4, "seconds": 2.0}\n{"step": 5, "sec'
+TOLD = '{"phase": "train"}\n{"step": 3, "seconds": 1.5}\n{"step": 4, "seconds": 2.0}\n{"step": 5, "sec'
 
 
 @pytest.mark.parametrize(
     ("text", "done", "seconds"),
-    [(EVENTS, 3, 0.5), (EVENTS, 2, 0.5), (EVENTS, 4, 0.0), (EVENTS, 5, None), (EVENTS, 1, None),
+    [(TOLD, 3, 0.5), (TOLD, 2, 0.5), (TOLD, 4, 0.0), (TOLD, 5, None), (TOLD, 1, None),
      ("", 1, None), (None, 1, None)],
 )  # fmt: skip
 def test_what_a_stop_has_cost_is_known_or_not(text, done, seconds, tmp_path):
     if text is not None:
         (tmp_path / "events.jsonl").write_text(text)
     assert lost(tmp_path / "events.jsonl", done) == seconds
+
+
+def test_tokens_a_second_and_the_time_left_are_of_all_steps_also_after_a_stop(monkeypatch):
+    """Eight steps of 100 tokens and 3 s, of which six were made before it was stopped."""
+    now = [1000.0]
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    run, said = tiny.run(hp=HP), []
+    run.batches, run.report = SimpleNamespace(tokens=[100] * 10), lambda **values: said.append(values)
+    report = stages.with_progress(run, earlier=18.0)
+    for step in (7, 8):
+        now[0] += 3.0
+        report(step=step, steps=10, loss=1.0)
+    assert step_text(said[-1]).startswith("step 8/10, loss 1.000, 33 tokens/s, 6 s left")
 
 
 def changed(folder):
@@ -231,6 +245,12 @@ def test_a_killed_run_is_gone_on_from_by_the_same_command(tmp_path):
     for name in ("training", "validation", "tokens", "signatures", "sizes"):  # two processes, the same bits
         assert sturdy[name] == calm[name]
     assert all(sturdy["hashes"][name] == calm["hashes"][name] for name in ("batches", "given", "learned"))
+    events = (next(tmp_path.glob("results/sturdy-*")) / EVENTS).read_text().splitlines()
+    told = [event for event in map(json.loads, events) if event.keys() & {"earlier", "step"}]
+    before = sum(sturdy["step_seconds"][: resumed["step"]])
+    assert told[0]["earlier"] > before and told[1]["step"] == resumed["step"] + 1
+    assert sturdy["phases"]["train"]["seconds"] > sum(sturdy["step_seconds"]), "of both processes"
+    assert told[1]["seconds"] > before, "as long as all those steps took whose tokens it counts"
     outputs = [next(tmp_path.glob(f"results/{name}-*")) / OUTPUTS for name in ("sturdy", "calm")]
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert not list(tmp_path.glob(f"results/*/{CHECKPOINTS}")) and not list(tmp_path.glob("results/.s*"))

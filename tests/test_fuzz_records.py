@@ -27,9 +27,9 @@ from harness.bench.attempt import follow
 from harness.cli.progress import Lines, outcome
 from harness.cli.remaining import Remaining
 from harness.plan import Plan
-from harness.record import RunRecord
+from harness.record import SEAL, RunRecord
 from harness.report import comparisons, documents, results
-from harness.spec import content_hash, folder_name
+from harness.spec import content_hash, digest, folder_name
 from harness.store import OUTPUTS, RECORD, Store
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference" / "demo"
@@ -69,8 +69,9 @@ def shortened(folder: Path) -> Path:
 
 
 def write(folder: Path, value, outputs) -> None:
+    """Without the digest of itself, by which any change would be refused before it is read."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(json.dumps(value))
+    (folder / RECORD).write_text(json.dumps({name: value[name] for name in value if name != SEAL}))
     (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in outputs))
 
 
@@ -174,6 +175,8 @@ def test_damaged_runs_are_named_and_the_rest_is_reported(runs, tmp_path, monkeyp
         if kind == "record":
             value, what = damage(json.loads(record), draw)
             (place / RECORD).write_text(json.dumps(value))
+            with pytest.raises(ValueError):
+                RunRecord.from_json(json.dumps(value | {SEAL: digest(json.loads(record))}))
             if draw.random() < 0.5:  # whoever changes a spec can rename its folder
                 place = place.rename(renamed(place, value))
         elif kind == "outputs":

@@ -206,6 +206,11 @@ def scored(outputs: list[dict], **dataset) -> dict:
     return metrics.scores(metrics.total(outputs, dataset))
 
 
+def test_sums_of_a_metric_that_came_later_are_no_score():
+    """As in the start of a record that a later version wrote."""
+    assert metrics.scores({"rouge_l": [3.0, 4.0], "later": [[]]}) == {"rouge_l": pytest.approx(0.75)}
+
+
 def test_a_summary_weighs_tokens_over_the_corpus_and_texts_over_rows():
     outputs = [output(), output(tokens=12, nll=30.0, correct=11, stopped=False, sums={"rouge_l": [0.0, 1]})]
     found = scored(outputs)

@@ -20,7 +20,7 @@ from test_bench import stub
 from test_cli import BITFIT
 
 from harness import claims, machine
-from harness.bench import attempt, loop, places, remote
+from harness.bench import attempt, loop, places, ray, remote, slurm
 from harness.claims import Claim, Superseded
 from harness.cli import main
 from harness.errors import BadRequest
@@ -352,7 +352,7 @@ def test_what_another_process_is_keeping_is_left_to_it(tmp_path):
 def test_a_run_that_somebody_else_finishes_meanwhile_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(attempt, "run", lambda *_: pytest.fail("it ran twice"))
-    record, told = fabricate.record("lora", sizes=Sizes()), []
+    record, told = fabricate.record("lora", sizes=Sizes(saved_bytes=0)), []
     path = tmp_path / f".{record.spec.folder}.claim"
     foreign(path)
 
@@ -386,7 +386,7 @@ class Threads(remote.Engine):
         return names
 
     def work(self, name, job):
-        for _ in range(remote.LOSSES + 2):
+        for _ in range(1 + ray.MOST):
             try:
                 job()
                 break
@@ -405,6 +405,7 @@ class Threads(remote.Engine):
 def engine(tmp_path, monkeypatch):
     """-> a function that makes an engine on one store, and does its runs by `one(spec, signals)`."""
     monkeypatch.setattr(remote, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(remote, "LAG_SECONDS", 0.1)
     monkeypatch.setattr(Threads, "working", {})
     monkeypatch.setattr(Threads, "sent", [])
 
@@ -433,7 +434,7 @@ def ended(engine: Threads, spec, signals=()) -> RunRecord:
 
 
 def test_a_run_on_an_engine_comes_back_with_its_scores(engine):
-    record = fabricate.record("lora", sizes=Sizes())
+    record = fabricate.record("lora", sizes=Sizes(saved_bytes=0))
     found = ended(engine(lambda *_: record), record.spec)
     assert found.ok and found.scores and Threads.sent == [record.spec.folder]
 
@@ -458,7 +459,7 @@ def test_running_out_of_memory_is_a_result_and_is_not_tried_again(engine):
     record, begun = fabricate.record("lora", status="oom_gpu", error="out of memory", scores={}), []
     maker = engine(lambda spec, _: begun.append(spec) or record)
     assert ended(maker, record.spec).status == "oom_gpu" and len(begun) == 1
-    remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0, 0.0)()  # its machine was lost just after
+    remote.Job(record.spec, maker.terms)()  # its machine was lost just after
     assert len(begun) == 1
 
 
@@ -513,14 +514,100 @@ def test_a_task_that_is_to_make_room_is_no_loss(engine):
     record = fabricate.record("lora", status="interrupted", error="preempted", scores={})
     maker = engine(lambda *_: record)
     maker.note(record.spec, "task")
-    job = remote.Job(record.spec, maker.terms.store.folder, "", None, 0.0, 0.0)
+    job = remote.Job(record.spec, maker.terms)
     for _ in range(5):
         job([signal.SIGTERM])
     assert remote.read(maker.file(remote.TOLD, record.spec)) == {"begun": 0}
 
 
+def test_a_run_that_ended_as_it_was_asked_to_make_room_is_done(engine):
+    record = fabricate.record("lora", sizes=Sizes(saved_bytes=0))
+    maker = engine(lambda *_: record)
+    maker.note(record.spec, "task")
+    remote.Job(record.spec, maker.terms)([signal.SIGTERM])
+    assert remote.read(maker.file(remote.TOLD, record.spec))["record"]["status"] == "ok"
+
+
+def test_a_forced_run_begins_anew_once_and_then_goes_on(engine, monkeypatch):
+    record, asked = fabricate.record("lora", status="interrupted", error="preempted", scores={}), []
+    maker = engine(None)
+    monkeypatch.setattr(remote, "alone", lambda spec, terms, *_: asked.append(terms.anew) or record)
+    maker.note(record.spec, "task")
+    job = remote.Job(record.spec, replace(maker.terms, anew=True))
+    for _ in range(3):
+        job([signal.SIGTERM])
+    assert asked == [True, False, False]
+
+
+def test_results_that_are_away_for_a_moment_call_no_run_off(engine, tmp_path):
+    record, seen = fabricate.record("lora", sizes=Sizes(saved_bytes=0)), []
+    away = tmp_path.with_name("away")
+
+    def one(spec, signals):
+        while not remote.read(maker.file(remote.SENT, spec)).get("task"):
+            time.sleep(0.01)
+        tmp_path.rename(away)
+        time.sleep(0.2)
+        away.rename(tmp_path)
+        seen.extend(signals)
+        maker.file(remote.SENT, spec).unlink()
+        while not signals:
+            time.sleep(0.01)
+        return record
+
+    maker = engine(one)
+    assert ended(maker, record.spec).ok and not seen
+
+
+def test_what_an_earlier_attempt_has_told_is_not_shown_of_a_run_that_waits(engine, tmp_path, monkeypatch):
+    record, told = fabricate.record("lora", sizes=Sizes(saved_bytes=0)), []
+    stale = tmp_path / remote.ATTEMPT.format(record.spec.folder) / remote.EVENTS
+    stale.parent.mkdir()
+    stale.write_text('{"step": 7}\n')
+    maker = engine(lambda *_: record)
+    maker.terms.progress = SimpleNamespace(event=lambda spec, values: told.append(values))
+    waits, work = threading.Event(), Threads.work
+    monkeypatch.setattr(Threads, "work", lambda *given: waits.wait(30) and work(*given))
+    maker.more([record.spec])
+    threading.Timer(0.2, waits.set).start()
+    assert maker.run(record.spec, None, (), lambda: None).ok and not told
+
+
+def test_a_run_that_was_lost_is_not_written_beside_a_process_that_is_at_it(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(remote.Job, "__call__", lambda self: None)
+    spec, order = fabricate.record("lora").spec, []
+    path = tmp_path / f".{spec.folder}.claim"
+    foreign(path)
+    threading.Timer(0.3, lambda: order.append("let go") or path.unlink()).start()
+    assert ended(engine(None), spec).status == "interrupted" and order == ["let go"]
+
+
+SQUEUE = "#!/bin/sh\n[ -e {0}/away ] && echo gone >&2 && exit 1\ncat {0}/queue\n"
+
+
+def test_a_controller_that_does_not_answer_ends_no_run_and_sends_none_twice(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(SQUEUE.format(tmp_path))
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(slurm.Slurm, "look_seconds", 0.0)
+    engine = slurm.Slurm(attempt.Terms(Store(tmp_path / "results"), "", Silent()), 1)
+    (tmp_path / "away").touch()
+    with pytest.raises(BadRequest, match="squeue does not answer: gone"):
+        engine.holds("12_0")
+    (tmp_path / "away").unlink()
+    (tmp_path / "queue").write_text("12_0\n12_1\n")
+    assert engine.holds("12_0") and not engine.holds("12_2")
+    (tmp_path / "away").touch()
+    monkeypatch.setattr(engine, "send", lambda jobs: ["13"])
+    (tmp_path / "results").mkdir()
+    engine.more([fabricate.record("lora").spec])
+    assert engine.holds("12_0") and engine.holds("13"), "as it was, with what was sent since"
+
+
 def test_a_machine_that_does_not_see_the_results_says_so(tmp_path):
-    job = remote.Job(fabricate.record("lora").spec, tmp_path / "elsewhere", "", None, 0.0, 0.0)
+    job = remote.Job(fabricate.record("lora").spec, attempt.Terms(Store(tmp_path / "elsewhere"), "", None))
     with pytest.raises(FileNotFoundError, match="all machines must"):
         job()
 

@@ -90,7 +90,7 @@ def test_a_run_that_has_no_room_is_refused_before_it_starts_and_one_that_is_ther
     assert not list(tmp_path.iterdir())
     for spec in plan(Request(["full", "lora"], seeds=[0, 1])):
         found = fabricate.record("full", spec.seed)
-        found.spec, found.sizes.saved_bytes = spec, None
+        found.spec, found.sizes.saved_bytes = spec, 0
         fabricate.keep(tmp_path / "results", found)
     assert cli.main(["plan", *asked]) == cli.OK
 

@@ -380,6 +380,26 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     assert all(re.search("Permission denied|no right to read|cannot write", line) for line in said), said
 
 
+@pytest.mark.fault(13)
+@pytest.mark.skipif(os.geteuid() != 0, reason="others lack the rights, which is told as well")
+@pytest.mark.parametrize("folder", ["/proc/x", "/proc", "/sys/x"])
+def test_a_folder_that_takes_no_file_is_named_before_anything_is_done(folder, capsys):
+    for command in (["--methods", "lora", "--results"], ["report", "--reports"], ["plan", "--reports"]):
+        assert cli.main([*command, folder]) == cli.BAD_REQUEST
+        said = capsys.readouterr().err
+        assert f"{command[-1]}: cannot write in /" in said and "choose another folder" in said
+        assert "Errno" not in said
+
+
+def test_what_the_system_refuses_is_told_with_its_path_and_without_its_number(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "/results/x")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", full)
+    assert cli.main(["doctor"]) == cli.BAD_REQUEST
+    assert capsys.readouterr().err == "error: /results/x: No space left on device\n"
+
+
 def test_a_folder_that_is_gone_is_told(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -6,7 +6,7 @@ import re
 import textwrap
 import time
 from dataclasses import asdict
-from itertools import product
+from itertools import chain, product
 from types import SimpleNamespace
 
 import datasets
@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from harness.data import splits
 from harness.data.duplicates import Asked, Seen
-from harness.data.formats import said
+from harness.data.formats import Conversation, said
+from harness.data.leaks import Held
 from harness.data.spec import DatasetSpec, PartSpec, dataset_names, load_spec, own_rows
 from harness.data.splits import make_splits
 from harness.errors import BadRequest, Problems
@@ -279,6 +280,42 @@ def test_a_held_out_text_stands_whole_in_no_longer_one(place, copies, tmp_path):
     found = make_splits(spec, {"tiny": str(tmp_path)})
     learned = [" ".join(c.messages[0]["content"].split()) for c in found.rows["train"]]
     assert not [text for text in texts if any(text in one for one in learned)]
+
+
+QUOTED = {  # a question and its answer -> a text that holds them
+    "both": lambda asks, answers, other: f"{other}\n\nQ: {asks}\n\nA: {answers}\n\n{other[::-1]}",
+    "the question": lambda asks, answers, other: f"{other} {asks.upper()}, {other[::-1]}",
+    "the answer": lambda asks, answers, other: f"{other}: “{answers}” {other[::-1]}",
+    "the borders": lambda asks, answers, other: f"{other} {asks[-40:]} {answers[:48]} {other[::-1]}",
+}
+
+
+@pytest.mark.parametrize("copies", [1, 12])
+@pytest.mark.parametrize("held", ["text", "instruction"])
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_a_text_and_a_conversation_do_not_leak_into_each_other(quoted, held, copies):
+    """However often; but what many conversations begin with leaks nothing."""
+    pairs = list(zip(sentences(4, length=24), sentences(4, seed=1, length=24), strict=True))
+    others = iter(sentences(150, seed=2, length=24))
+
+    def text(said: str) -> Conversation:
+        return Conversation("", "", [{"role": "assistant", "content": said}])
+
+    def conversation(asks: str, answers: str) -> Conversation:
+        return Conversation("", "", turns(asks, answers)["messages"])
+
+    texts = [[text(QUOTED[quoted](*pair, next(others))) for _ in range(copies)] for pair in pairs]
+    asked = [[conversation(*pair) for _ in range(copies)] for pair in pairs]
+    rows, learned = (texts, asked) if held == "text" else (asked, texts)
+    free = [text(next(others)) for _ in range(30)]
+    free += [conversation(f"{next(others)} {asks}", next(others)) for asks, _ in pairs if held != "text"]
+    form = next(others)
+    free += [conversation(f"{form} {next(others)}", next(others)) for _ in range(12)]
+    free += [text(f"{form} {next(others)}")]
+    later = [*chain(*learned), *free]
+    held_out = [own[0] for own in rows] + [conversation(f"{form} {next(others)}", next(others))]
+    leaks = Held(held_out, later, 0.0).leaks(later)
+    assert leaks == ["shared_passages"] * (4 * copies) + [None] * len(free)
 
 
 # Nearness

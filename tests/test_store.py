@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,20 @@ from harness.bench import attempt, places
 from harness.bench import loop as bench
 from harness.cli import main
 from harness.plan import Plan
-from harness.record import RunRecord
+from harness.record import SEAL, RunRecord
 from harness.spec import content_hash, digest
-from harness.store import CHECKPOINTS, MARK, MODEL, OUTPUTS, RECORD, Store, append, save
+from harness.store import (
+    CHECKPOINTS,
+    EARLIER_EVENTS,
+    EVENTS,
+    MARK,
+    MODEL,
+    OUTPUTS,
+    RECORD,
+    Store,
+    append,
+    save,
+)
 
 ROOT = Path(__file__).parents[1]
 SAVED = 4096  # bytes
@@ -36,12 +48,24 @@ def kept(folder: Path, method: str = "lora", seed: int = 0, **changes) -> RunRec
     if found.ok:
         found.hashes["outputs"] = content_hash(folder / found.spec.folder / OUTPUTS)
     save(folder / found.spec.folder / RECORD, found.to_json())
-    (folder / found.spec.folder / MODEL).mkdir()
-    (folder / found.spec.folder / MODEL / "adapter_model.safetensors").write_bytes(bytes(SAVED))
+    model_in(folder / found.spec.folder)
     return found
 
 
+def model_in(folder: Path) -> int:
+    (folder / MODEL).mkdir()
+    return (folder / MODEL / "adapter_model.safetensors").write_bytes(bytes(SAVED))
+
+
 def edit(path: Path, change) -> None:
+    """As of an earlier version, whose records have no digest: what it says is looked at then."""
+    value = json.loads(path.read_text("utf-8"))
+    value.pop(SEAL, None)
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def by_hand(path: Path, change) -> None:
     value = json.loads(path.read_text("utf-8"))
     change(value)
     path.write_text(json.dumps(value))
@@ -120,6 +144,10 @@ FAULTS = {  # what is done to a run -> what is said of it
     "no status": (with_(lambda r: r.update(status="fine")), "record.status must be one of"),
     "no phase": (with_(lambda r: r["phases"].update(nap={})), "a name in record.phases must be one of"),
     "a newer schema": (with_(lambda r: r.update(schema=3)), "upgrade tuneoff"),
+    "a number by hand": (
+        lambda run: by_hand(run / RECORD, lambda r: r["phases"]["train"].update(seconds=1.0)),
+        "record.json was changed since the run",
+    ),
     "half a record": (lambda run: os.truncate(run / RECORD, 500), "column"),
     "lists in lists": (lambda run: (run / RECORD).write_text("[" * 10**5), "without end"),
     "not UTF-8": (lambda run: (run / RECORD).write_bytes(b"\xff\xfe{}"), "utf-8"),
@@ -186,6 +214,36 @@ def test_a_run_without_its_model_is_reported_and_run_again(tmp_path):
     assert store.find(spec) is None and store.load()[1] == []
 
 
+def test_a_run_whose_model_had_no_room_is_reported_and_run_again_from_its_last_checkpoint(tmp_path):
+    store = Store(tmp_path)
+    spec = kept(tmp_path, command="old").spec
+    for number, anew in enumerate((False, False, True)):
+        folder = store.attempt(spec, anew)
+        there = [path.name for path in folder.glob(f"{CHECKPOINTS}/*")]
+        assert there == (["000000060"] if number == 1 else []), "forced, it begins anew"
+        (folder / CHECKPOINTS / "000000060").mkdir(parents=True, exist_ok=True)
+        found = attempted_in(folder, spec, "new")
+        found.sizes.saved_bytes = None
+        shutil.rmtree(folder / MODEL)
+        store.keep(spec, found)
+        (record,), corrupt = store.load()
+        assert record.command == "new" and not corrupt and store.find(spec) is None
+        assert (tmp_path / spec.folder / CHECKPOINTS / "000000060").is_dir()
+    store.keep(spec, attempted(store, spec, "newest"))
+    assert store.find(spec).command == "newest" and not list(tmp_path.rglob(CHECKPOINTS))
+
+
+@pytest.mark.parametrize("indent, newline", [(None, "\n"), (3, "\r\n")])
+def test_a_record_that_is_set_out_otherwise_is_the_same(indent, newline, tmp_path):
+    found = fabricate.record("lora", notes={"by layer": {2: 0.1, 10: 1e-9}, "odd": "\ud800 é"})
+    path = tmp_path / RECORD
+    value = json.loads(found.to_json())
+    path.write_text(json.dumps(dict(reversed(value.items())), indent=indent), "utf-8", newline=newline)
+    assert RunRecord.from_json(path.read_text("utf-8")).sealed
+    del value[SEAL]
+    assert not RunRecord.from_json(json.dumps(value)).sealed
+
+
 def test_a_record_of_a_version_that_asked_for_less_is_still_found(tmp_path):
     """A hyperparameter that has come since has its default; the folder is named after what was asked then."""
     kept(tmp_path)
@@ -208,7 +266,7 @@ def attempted_in(folder, spec, command: str) -> RunRecord:
     test = fabricate.outputs(spec.method, spec.seed, ROWS)
     (folder / OUTPUTS).write_text("".join(json.dumps(output) + "\n" for output in test))
     found.hashes["outputs"] = content_hash(folder / OUTPUTS)
-    found.sizes.saved_bytes = None
+    found.sizes.saved_bytes = model_in(folder)
     return found
 
 
@@ -282,12 +340,14 @@ def test_a_run_that_is_forced_and_stopped_goes_on_when_it_is_forced_again(killed
     store = Store(tmp_path)
     spec = kept(tmp_path, command="old").spec
     (store.attempt(spec, anew=True) / CHECKPOINTS / "000000004").mkdir(parents=True)
+    append(tmp_path / f".{spec.folder}" / EVENTS, {"step": 5, "seconds": 2.0})
     if killed == "run":
         (tmp_path / f".{spec.folder}" / ".result.json.ab12.part").touch()
         store.keep(spec, fabricate.record("lora", status="interrupted", error="killed"))
     assert store.find(spec).command == "old"
     folder = store.attempt(spec, anew=True)
     assert (folder / CHECKPOINTS / "000000004").is_dir()
+    assert (folder / CHECKPOINTS / EARLIER_EVENTS).is_file(), "what was lost is known"
     store.keep(spec, attempted_in(folder, spec, "new"))
     assert store.find(spec).command == "new" and not list(tmp_path.glob(".*"))
 
@@ -372,7 +432,7 @@ def test_the_command_check_names_what_is_not_whole_and_changes_nothing(tmp_path,
     folder, kept = tmp_path / "results", []
     for seed in range(3):
         found = fabricate.record("lora", seed)
-        found.sizes.saved_bytes = 5 if seed == 1 else None
+        found.sizes.saved_bytes = 5 if seed == 1 else 0
         found.hashes["model"] = digest([hashlib.sha256(b"whole").hexdigest()]) if seed == 1 else None
         kept.append(folder / fabricate.keep(folder, found).spec.folder)
     first, second, third = kept
@@ -383,13 +443,15 @@ def test_the_command_check_names_what_is_not_whole_and_changes_nothing(tmp_path,
     (second / MODEL / "model.safetensors").write_bytes(b"whole"[::-1])  # as long
     damaged = folder / f".{third.name}" / CHECKPOINTS / "000000007"
     damaged.mkdir(parents=True)
+    by_hand(third / RECORD, lambda record: record.update(sizes={}))
     (damaged / "state.json").write_text("{}")
     (damaged / MARK).write_text(json.dumps({"state.json": hashlib.sha256(b"[]").hexdigest()}))
     (folder / f".{third.name}.stopped").mkdir()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, said = main(["check", str(folder)]), capsys.readouterr().out
     assert code == 1 and f"FIX  {first}: {OUTPUTS}, line" in said
-    assert f"FIX  {damaged}: not as it was written" in said and "1 of 3 runs" in said
+    assert f"FIX  {damaged}: not as it was written" in said and "0 of 3 runs" in said
+    assert f"FIX  {third}: record.json was changed since the run" in said
     assert f"FIX  {second}: its model" in said and f"note {folder / ('.' + third.name)}: goes on" in said
     assert f"note {folder / ('.' + third.name)}.stopped: goes on when its run is forced" in said
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

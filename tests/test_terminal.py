@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -15,6 +16,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
 from harness.cli import main
+from harness.cli.progress import Lines
 from harness.cli.remaining import Remaining
 from harness.plan import Plan
 from harness.record import Phase
@@ -176,6 +178,21 @@ def test_what_a_run_takes_beside_its_phases_is_added_to_cached_ones():
     for record in (base, dora):
         remaining.end(record, True)
     assert run(remaining, clock, lora, 20, 5) == "3 of 5 runs done, 80 min left", "20, and 30 twice"
+
+
+def test_a_run_that_went_on_after_a_stop_takes_as_long_as_all_of_it_did():
+    (base, lora, dora, *rest), clock, remaining = watched("lora", "dora", seeds=(0, 1))
+    lines = Lines(StringIO(), remaining)
+    run(remaining, clock, base, 1, 5)
+    for record, minutes in ((lora, 10), (dora, 30)):
+        lines.start(record.spec, 1, 5)
+        lines.event(record.spec, {"earlier": 60.0 * (minutes - 4)})
+        clock.now += 60 * 4
+        lines.end(record, False)
+    assert str(remaining) == "3 of 5 runs done, 40 min left", "10 and 30"
+    lines.start(rest[0].spec, 4, 5)
+    lines.event(rest[0].spec, {"earlier": 60.0 * 8})
+    assert str(remaining) == "3 of 5 runs done, 32 min left", "it needs but 2 more"
 
 
 def test_cached_runs_tell_of_a_device_of_the_same_name_alone():

@@ -136,7 +136,7 @@ def run(
 
 def told(record: RunRecord, code: int, reason: End | None) -> None:
     """Adds to a record what its process could not know: that it ended while saving, or why it was ended."""
-    if record.ok and code:  # all was measured: it ended while its model was being saved
+    if record.lacks_model and code:
         record.warnings[-1] += f": {how(code)}"
     if reason and not record.ok:
         record.status, record.error = reason.status, reason.error

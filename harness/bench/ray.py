@@ -5,14 +5,16 @@ from contextlib import contextmanager, suppress
 
 from harness.bench.attempt import Terms
 from harness.bench.remote import LOSSES, Engine, Job
+from harness.errors import BadRequest
 from harness.nursery import python_path
 from harness.spec import digest
 
 NAMESPACE = "tuneoff"
+MOST = LOSSES + 1  # times that Ray begins a run again: the last only says that it was lost too often
 
 
 class Runner:
-    """Does a run where Ray has put it. Of a machine that is lost, Ray begins it on another, once more."""
+    """Does a run where Ray has put it. Where a machine is lost, Ray begins it again on another."""
 
     def __init__(self, job: Job):
         import ray
@@ -22,7 +24,7 @@ class Runner:
 
 
 class Ray(Engine):
-    name = "ray"
+    name, log = "ray", "`ray logs` may say more"
 
     def __init__(self, terms: Terms, devices: int):
         super().__init__(terms)
@@ -35,7 +37,7 @@ class Ray(Engine):
         names = [f"{of}-{job.spec.folder}" for job in jobs]
         for job, name in zip(jobs, names, strict=True):
             self.cancel(name)  # of an earlier bench, for a run that is to be done anew
-            options = {"name": name, "lifetime": "detached", "max_restarts": LOSSES, **self.needs}
+            options = {"name": name, "lifetime": "detached", "max_restarts": MOST, **self.needs}
             options["runtime_env"] = {"env_vars": {"PYTHONPATH": python_path()}}
             ray.remote(Runner).options(**options).remote(job)
         return names
@@ -59,6 +61,8 @@ def share(devices: int) -> dict[str, int]:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cards = devices if any(node.get("GPU") for node in nodes) else 0
+    if cards > max((node.get("GPU", 0) for node in nodes), default=0):
+        raise BadRequest(f"--on ray: no machine of the cluster has hp.devices={devices} cards")
     able = [node for node in nodes if node.get("CPU") and node.get("GPU", 0) >= cards]
     cores = min((node["CPU"] // max(1, node.get("GPU", 0)) for node in able), default=1)
     return {"num_gpus": cards, "num_cpus": max(1, int(cores) * max(1, cards))}

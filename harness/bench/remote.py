@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from harness.bench.attempt import GRACE_SECONDS, Slot, Terms, alone, follow
 from harness.child import AGAIN
-from harness.claims import here
+from harness.claims import Claim, here
 from harness.record import RunRecord
 from harness.shape import parse
 from harness.spec import RunSpec
@@ -28,6 +28,7 @@ TOLD = ".{}.told"  # the task: how often it has begun, and at last its record
 LOSSES = 2  # of a run's machine, after which it is begun again: more, and it may be the run that does it
 LOOK_SECONDS = 1.0  # between two looks at a file of the store, which may lie across a network
 ENDING_SECONDS = GRACE_SECONDS + 30
+LAG_SECONDS = 60.0  # until a network's file system shows what another machine has written (NFS: acdirmax)
 
 
 def read(path: Path) -> dict:
@@ -45,6 +46,21 @@ def tidy(folder: Path, spec: RunSpec) -> None:
         (folder / kind.format(spec.folder)).unlink(missing_ok=True)
 
 
+def given_up(spec: RunSpec, terms: Terms, why: str, signals: Sequence[int] = ()) -> RunRecord:
+    """The record of a run that left none. Its machine may be alive and out of reach: its claim is awaited."""
+    record = RunRecord(spec, "interrupted", f"{why}; {AGAIN}", command=terms.command)
+    record.started = datetime.now(UTC).isoformat(timespec="microseconds")
+
+    def waiting(who: str) -> None:
+        if signals:
+            raise KeyboardInterrupt(*signals[:1])
+
+    with Claim(terms.store.folder, spec.folder, waiting):
+        terms.store.attempt(spec)
+        terms.store.keep(spec, record)
+    return record
+
+
 # In the task
 
 
@@ -53,56 +69,47 @@ class Job:
     """What a task does, wherever it is begun and however often: the run, once."""
 
     spec: RunSpec
-    results: Path
-    command: str
-    limit: float | None
-    every: float
-    stall: float
+    terms: Terms
 
     def __call__(self, signals: list[int] | None = None) -> None:
         """`signals`: those that ask it to end now and to be begun again, as where a machine is taken away."""
-        sent, told = (self.results / name.format(self.spec.folder) for name in (SENT, TOLD))
-        if not self.results.is_dir():
-            raise FileNotFoundError(f"{here()['host']} does not see {self.results}: all machines must")
-        begun = read(told).get("begun", 0)
-        if not sent.exists() or read(told).get("record"):  # it was called off, or is done
+        results, signals = self.terms.store.folder, [] if signals is None else signals
+        sent, told = (results / name.format(self.spec.folder) for name in (SENT, TOLD))
+        if not results.is_dir():
+            raise FileNotFoundError(f"{here()['host']} does not see {results}: all machines must")
+        said = read(told)
+        if not sent.exists() or said.get("record"):  # it was called off, or is done
             return
+        begun, record = said.get("begun", 0), None
         save(told, json.dumps({"begun": begun + 1}))
         if begun > LOSSES:
-            record = self.lost(begun)
+            why = f"its machine was lost {begun} times, or ran out of memory: the engine's log may say"
+            record = given_up(self.spec, self.terms, why)
         else:
-            record = self.done(sent, signals := [] if signals is None else signals)
-            if signals and sent.exists():  # it was no loss
-                save(told, json.dumps({"begun": begun}))
+            terms = replace(self.terms, anew=self.terms.anew and not said)  # once begun, it goes on
+            with suppress(KeyboardInterrupt):  # it was asked while another process was still at it
+                record = self.done(terms, sent, signals)
+            if signals and sent.exists() and (record is None or record.status == "interrupted"):
+                save(told, json.dumps({"begun": begun}))  # it was no loss
                 return
-        save(told, json.dumps({"begun": begun + 1, "record": json.loads(record.to_json())}))
+        if record:
+            save(told, json.dumps({"begun": begun + 1, "record": json.loads(record.to_json())}))
 
-    def done(self, sent: Path, signals: list[int]) -> RunRecord:
+    def done(self, terms: Terms, sent: Path, signals: list[int]) -> RunRecord:
         over = threading.Event()
 
         def watch() -> None:
             while not over.wait(LOOK_SECONDS):
-                if not sent.exists():
-                    signals.append(signal.SIGTERM)
-                    return
+                with suppress(OSError):  # a file system that is away for a moment calls nothing off
+                    if terms.store.folder.is_dir() and not sent.exists():
+                        signals.append(signal.SIGTERM)
+                        return
 
         threading.Thread(target=watch, daemon=True).start()
         try:
-            terms = Terms(
-                Store(self.results), self.command, Silent(), self.limit, False, self.every, self.stall
-            )
             return alone(self.spec, terms, Slot(of=None), signals)
         finally:
             over.set()
-
-    def lost(self, times: int) -> RunRecord:
-        """A run whose machines did not survive it."""
-        store, started = Store(self.results), datetime.now(UTC).isoformat(timespec="microseconds")
-        why = f"its machine was lost {times} times, or ran out of memory: the engine's log may say; {AGAIN}"
-        record = RunRecord(self.spec, "interrupted", why, command=self.command, started=started)
-        store.attempt(self.spec)
-        store.keep(self.spec, record)
-        return record
 
 
 class Silent:
@@ -117,15 +124,16 @@ class Silent:
 @dataclass
 class Engine:
     """Places are tasks of an engine. What each has: `send` begins tasks, `look` names those that wait or
-    work, `cancel` ends one."""
+    work, `cancel` ends one; `log` is where their output is."""
 
     terms: Terms
-    name = ""
+    name = log = ""
     look_seconds = LOOK_SECONDS
     tasks: dict[str, str] = field(default_factory=dict)  # by run: its folder
     looked: float = 0.0
     there: set[str] = field(default_factory=set)
     turn: threading.Lock = field(default_factory=threading.Lock)
+    silent: bool = False  # a task has ended without a word
 
     def send(self, jobs: list[Job]) -> list[str]:
         """-> the name of each one's task, in their order."""
@@ -151,24 +159,21 @@ class Engine:
         new = []
         for spec in specs:
             earlier = read(self.file(SENT, spec))
-            done = read(self.file(TOLD, spec)).get("record")
-            if earlier.get("on") == self.name and (done or self.holds(earlier["task"])):
-                self.tasks[spec.folder] = earlier["task"]
+            task, done = earlier.get("task", ""), read(self.file(TOLD, spec)).get("record")
+            if earlier.get("on") == self.name and (done or self.holds(task)):
+                self.tasks[spec.folder] = task
             else:
                 new.append(spec)
         for spec in new:
-            if self.terms.anew:
-                self.terms.store.attempt(spec, anew=True)
             self.file(TOLD, spec).unlink(missing_ok=True)
             self.note(spec, "")  # before it begins: without it, it was called off
         if new:
-            folder = self.terms.store.folder.resolve()
-            terms = self.terms
-            shared = folder, terms.command, terms.limit, terms.every, terms.stall
-            for spec, task in zip(new, self.send([Job(spec, *shared) for spec in new]), strict=True):
+            terms = replace(self.terms, store=Store(self.terms.store.folder.resolve()), progress=Silent())
+            tasks = self.send([Job(spec, terms) for spec in new])
+            for spec, task in zip(new, tasks, strict=True):
                 self.note(spec, task)
             with self.turn:
-                self.looked = 0.0
+                self.there = self.there | set(tasks)
         return [None] * len(specs)
 
     def note(self, spec: RunSpec, task: str) -> None:
@@ -181,6 +186,8 @@ class Engine:
 
         def tell(values: dict) -> None:
             if not started:
+                if not read(self.file(TOLD, spec)).get("begun"):  # an earlier attempt's event
+                    return
                 started.append(True)
                 begun()
             self.terms.progress.event(spec, values)
@@ -193,28 +200,30 @@ class Engine:
             self.call_off(task, signals)
             if task.record() is None:  # it had not begun
                 raise KeyboardInterrupt(signal.SIGINT)
-        return self.result(task)
+        return self.result(task, signals)
 
     def call_off(self, task: "Task", signals: Sequence[int]) -> None:
         """Has the run leave a checkpoint and its record, and waits for it; not after another Ctrl-C."""
         presses, end = signals.count(signal.SIGINT), time.monotonic() + ENDING_SECONDS
-        if not read(self.file(TOLD, task.spec)):  # it has not begun
+        if not read(self.file(TOLD, task.spec)).get("begun"):  # it has not, or waits to go on
             self.cancel(task.name)
         self.file(SENT, task.spec).unlink(missing_ok=True)
         while task.poll() is None and signals.count(signal.SIGINT) == presses and time.monotonic() < end:
             task.rest(LOOK_SECONDS)
         self.cancel(task.name)
 
-    def result(self, task: "Task") -> RunRecord:
+    def result(self, task: "Task", signals: Sequence[int]) -> RunRecord:
         """As it stands in the store, with its scores, where it took its place there."""
-        found, told = self.terms.store.find(task.spec), task.record()
+        end = time.monotonic() + LAG_SECONDS
+        while (told := task.record()) is None and not signals and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
         if told is None:
-            why = f"its task on {self.name} ended without a record: do all machines see the results? {AGAIN}"
-            told = RunRecord(task.spec, "interrupted", why, command=self.terms.command)
-            told.started = datetime.now(UTC).isoformat(timespec="microseconds")
-            if not found:
-                self.terms.store.attempt(task.spec)
-                self.terms.store.keep(task.spec, told)
+            self.silent = True
+            why = (
+                f"its task on {self.name} ended without a record: do all machines see the results? {self.log}"
+            )
+            told = given_up(task.spec, self.terms, why, signals)
+        found, _ = self.terms.store.standing(task.spec.folder)
         return found if found and found.started == told.started else told
 
 

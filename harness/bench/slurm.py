@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from harness.bench.attempt import GRACE_SECONDS, Terms
+from harness.bench.attempt import Terms
 from harness.bench.remote import ENDING_SECONDS, Engine, Job
+from harness.errors import BadRequest
 from harness.nursery import python_path
 
 MINUTES = 24 * 60  # of a task: SBATCH_TIMELIMIT says otherwise; then it is begun again, from its checkpoint
@@ -24,9 +25,10 @@ class Requeued:
 
     def __init__(self, job: Job):
         self.job = job
+        self.signals: list[int] = []
+        self.thread: threading.Thread | None = None
 
     def __call__(self) -> None:
-        self.signals: list[int] = []
         self.thread = threading.Thread(target=self.job, args=[self.signals])
         self.thread.start()
         while self.thread.is_alive():
@@ -36,12 +38,13 @@ class Requeued:
         from submitit.helpers import DelayedSubmission
 
         self.signals.append(signal.SIGTERM)
-        self.thread.join(GRACE_SECONDS)
+        if self.thread:
+            self.thread.join(ENDING_SECONDS - 10)  # of Slurm's patience; the rest is for queueing again
         return DelayedSubmission(Requeued(self.job))
 
 
 class Slurm(Engine):
-    name = "slurm"
+    name, log = "slurm", f"{FOLDER} in the results has its output"
     look_seconds = 10.0  # its controller serves everybody
 
     def __init__(self, terms: Terms, devices: int):
@@ -52,7 +55,9 @@ class Slurm(Engine):
         import submitit
 
         limit = self.terms.limit
-        executor = submitit.SlurmExecutor(folder=self.terms.store.folder.resolve() / FOLDER)
+        # A training may take many times a task's limit: submitit would give it up after three.
+        folder = self.terms.store.folder.resolve() / FOLDER
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=10**6)
         executor.update_parameters(
             job_name="tuneoff",
             time=max(1, round(limit / 60) + 15) if limit else MINUTES,
@@ -61,13 +66,18 @@ class Slurm(Engine):
             setup=[f"export PYTHONPATH={shlex.quote(python_path())}"],
             **({"gpus_per_node": self.devices} if has_cards() else {}),
         )
-        return [str(job.job_id) for job in executor.submit_array([Requeued(job) for job in jobs])]
+        try:
+            return [str(job.job_id) for job in executor.submit_array([Requeued(job) for job in jobs])]
+        except submitit.core.utils.FailedJobError as error:  # no such partition, no account
+            raise BadRequest(f"--on slurm: {' '.join(str(error).split())}") from error
 
     def look(self) -> set[str]:
         asked = subprocess.run(
             ["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True
         )
-        return set(asked.stdout.split()) if asked.returncode == 0 else self.there  # it is away: as it was
+        if asked.returncode and not self.looked:  # else what an earlier bench has sent would be sent twice
+            raise BadRequest(f"--on slurm: squeue does not answer: {asked.stderr.strip()}")
+        return self.there if asked.returncode else set(asked.stdout.split())  # it is away: as it was
 
     def cancel(self, task: str) -> None:
         subprocess.run(["scancel", task], capture_output=True)
@@ -80,6 +90,7 @@ def has_cards() -> bool:
 
 @contextmanager
 def opened(terms: Terms, devices: int) -> Iterator[Slurm]:
-    yield Slurm(terms, devices)
-    if not list(terms.store.folder.glob(".*.sent")):
+    engine = Slurm(terms, devices)
+    yield engine
+    if not engine.silent and not list(terms.store.folder.glob(".*.sent")):
         shutil.rmtree(terms.store.folder / FOLDER, ignore_errors=True)

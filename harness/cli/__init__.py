@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from harness.cli.arguments import BAD_REQUEST, OK, SIGNALLED, SOME_FAILED, parse_arguments
 from harness.cli.commands import COMMANDS, complain
-from harness.errors import BadRequest
+from harness.errors import BadRequest, reason
 
 __all__ = ["BAD_REQUEST", "OK", "SIGNALLED", "SOME_FAILED", "main"]
 
@@ -45,7 +45,8 @@ def main(typed: list[str] | None = None) -> int:
         sys.stderr.close()
         return OK
     except OSError as error:  # the folder that this was started in is gone, a disk is full
-        complain(f"error: {error}" + (": is the current folder still there?" if not error.filename else ""))
+        lost = "" if error.filename else ": is the current folder still there?"
+        complain(f"error: {reason(error)}{lost}")
         return BAD_REQUEST
 
 

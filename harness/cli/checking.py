@@ -22,11 +22,17 @@ def check_results(folder: Path, as_json: bool) -> int:
     """Reads all that is there, as a report would, and changes nothing."""
     store = Store(folder)
     records, wrong = store.load()
-    saved = [record for record in records if record.ok and record.sizes.saved_bytes is not None]
-    broken = [record for record in saved if not (store.find(record.spec) and as_saved(folder, record))]
-    wrong += [f"{folder / record.folder}: its model is not as it was saved" for record in broken]
+    broken = [r for r in records if r.ok and not (store.find(r.spec) and as_saved(folder, r))]
+    wrong += [
+        f"{folder / r.folder}: its model {'was not saved' if r.lacks_model else 'is not as it was saved'}"
+        for r in broken
+    ]
     whole, runs = len(records) - len(broken), len(records) - len(broken) + len(wrong)
     notes = [f"{folder / r.folder}: {r.error or r.status}" for r in records if not r.ok]
+    if loose := sum(not record.sealed for record in records):
+        notes.append(
+            f"{folder}: an edit would not be seen in records of earlier versions, of which it has {loose}"
+        )
     stopped = [path.parent for path in sorted(folder.glob(f".*/{CHECKPOINTS}"))]
     wrong += [
         f"{path}: not as it was written: it will not be used"

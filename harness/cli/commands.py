@@ -9,7 +9,7 @@ from contextlib import suppress
 from math import inf
 
 from harness.cli.arguments import OK, RUNS_AGAIN, SOME_FAILED, program
-from harness.errors import BadRequest, Problems, absent, unreadable, unwritable
+from harness.errors import BadRequest, Problems, absent, reason, unreadable, unwritable
 from harness.plain import plain, redacted
 
 
@@ -52,11 +52,13 @@ def run_command(options, typed: list[str]) -> int:
     finally:
         if stopped:
             raise stopped
-    return SOME_FAILED if failed(done) else OK
+    return SOME_FAILED if failed(done) or any(ended.record.lacks_model for ended in done) else OK
 
 
 def unfinished(error: Exception, done: list, specs: list) -> int:
-    complain(f"error: {error}. {len(done)} of {len(specs)} runs are kept; the same command continues.")
+    complain(
+        f"error: {reason(error)}. {len(done)} of {len(specs)} runs are kept; the same command continues."
+    )
     return SOME_FAILED
 
 
@@ -233,7 +235,7 @@ def report_command(options, typed: list[str]) -> int:
     try:
         report, files = reported(Store(options.results), options)
     except (OSError, ValueError) as error:
-        raise BadRequest(str(error)) from error
+        raise BadRequest(reason(error)) from error
     if options.json:
         print(json.dumps(files, indent=1))
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.arguments import OK, program
-from harness.errors import BadRequest, Problem, Problems, absent, shown
+from harness.errors import BadRequest, Problem, Problems, absent, shown, unwritable
 from harness.keeping import CARD, MERGED, kept_run, licence_of, listed, nameless, place, taken, upload
 from harness.plain import plain
 from harness.record import RunRecord
@@ -58,9 +58,10 @@ def push(options) -> int:
     return OK
 
 
-def opened(options) -> Store:
+def opened(options, writes: bool = False) -> Store:
     problems = Problems()
-    problems.add("--results", absent(options.results, "folder"))
+    missing = absent(options.results, "folder")
+    problems.add("--results", missing or (unwritable(options.results) if writes else None))
     problems.refuse()
     return Store(options.results)
 
@@ -158,7 +159,7 @@ def attention(options) -> int:
     """Leaves beside each run what its model attends to in one test conversation, before and after."""
     from harness import method
 
-    store, problems, found = opened(options), Problems(), []
+    store, problems, found = opened(options, writes=True), Problems(), []
     for record in [kept_run(store, text) for text in dict.fromkeys(options.runs)]:
         cls, source, _ = restorable(record, options, problems)
         found.append((record, cls, source))

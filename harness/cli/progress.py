@@ -88,6 +88,8 @@ class Lines:
         self.say(f"{self.names[spec.digest]}: started")
 
     def event(self, spec, values: dict) -> None:
+        if "earlier" in values:
+            self.remaining.went_on(spec, values["earlier"])
         if "step" in values and (tenth := values["step"] * 10 // values["steps"]) > self.shown[spec.digest]:
             self.shown[spec.digest] = tenth
             self.say(f"{self.names[spec.digest]}: {step_text(values)}")
@@ -134,6 +136,8 @@ class Live:
     def event(self, spec, values: dict) -> None:
         self.show()
         task = self.tasks[spec.digest]
+        if "earlier" in values:
+            self.remaining.went_on(spec, values["earlier"])
         if "phase" in values:
             self.progress.update(task, description=f"{self.names[spec.digest]}: {values['phase']}")
         elif "step" in values:

@@ -40,6 +40,11 @@ class Remaining:
         self.begun[spec.digest] = kind(spec), self.clock()
         self.slots = max(self.slots, len(self.begun))  # that many run side by side
 
+    def went_on(self, spec: RunSpec, earlier: float) -> None:
+        """A run under way had taken so many seconds before it was stopped."""
+        of, began = self.begun[spec.digest]
+        self.begun[spec.digest] = of, began - earlier
+
     def end(self, record: RunRecord, cached: bool) -> None:
         self.done += 1
         self.left[kind(record.spec)] -= 1

@@ -21,7 +21,7 @@ def lm_eval(options) -> int:
     """Leaves the scores beside each run. What was asked before, in the same way, is not asked again."""
     from harness import method
 
-    problems, store = Problems(), opened(options)
+    problems, store = Problems(), opened(options, writes=True)
     problems.add("lm-eval", None if installed("lm_eval") else "lm_eval is not installed", REMEDY)
     problems.add("--include-path", absent(options.include_path, "folder") if options.include_path else None)
     runs = [kept_run(store, text) for text in dict.fromkeys(options.runs)] or kept_runs(store)

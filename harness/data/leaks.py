@@ -5,7 +5,8 @@ So a later row is passed over where
 
 - it answers what a held-out row is asked: an answer of each follows the same turns (`shared_turns`);
 - it asks a held-out question in another place, or answers one by the same LONG words (`shared_questions`);
-- it is plain text with PASSAGE words that follow each other in a held-out one (`shared_passages`);
+- PASSAGE words follow each other in it and in a held-out row, one of them or both plain text: what a
+  conversation asks and answers may stand in a text, and the other way round (`shared_passages`);
 - its prompt says nearly what a held-out one says, see harness.data.duplicates (`near_duplicates`).
 
 System turns stand apart: another one does not make another question. No leak is what the user says in less
@@ -29,12 +30,14 @@ OPENING = 4  # words: "how are you" is nobody's own question
 LONG = 10  # words: "yes, that works for me, thank you" or "i need to find a doctor" may be said by chance
 PASSAGE = 20  # words: more than a saying, a line of code or of a licence
 WORDS = Words()
-KINDS = {"turns": "shared_turns", "question": "shared_questions", "answer": "shared_questions",
-         "passage": "shared_passages"}  # of a key -> as its leaks are counted  # fmt: skip
+KINDS = {  # of a key -> as its leaks are counted
+    "turns": "shared_turns", "question": "shared_questions", "answer": "shared_questions",
+    "passage": "shared_passages", "quote": "shared_passages",
+}  # fmt: skip
 LEAKS = {  # as they are counted
     "shared_turns": "answer what a held-out row is asked, after the same turns",
     "shared_questions": "ask or answer in another place what a held-out row does",
-    "shared_passages": "are texts with a passage of a held-out one",
+    "shared_passages": "share a passage with a held-out row, one of them or both plain text",
     "near_duplicates": "ask nearly what a held-out row does",
 }
 
@@ -44,12 +47,17 @@ class Held:
 
     def __init__(self, rows: list[Conversation], among: list[Conversation], threshold: float):
         self.prompts = {prompt(row.messages) for row in rows}
-        self.keys = {key for row in rows for key, *_ in keys(row.messages, held=True)}
+        self.mixed = len({is_text(row.messages) for row in chain(rows, among)}) > 1
+        self.keys = {key for row in rows for key, *_ in keys(row.messages, True, self.mixed)}
         ways: dict[tuple, set] = {key: set() for key in self.keys}
         for row in chain(rows, among):
-            for key, way, *_ in keys(row.messages):
-                if key in ways:
+            asked = self.mixed and not is_text(row.messages)
+            for key, way, *_ in keys(row.messages, mixed=self.mixed):
+                if key in ways and key[0] != "quote":
                     ways[key].add(way)
+                # That texts repeat a quote makes no form of it: that conversations share it does.
+                if asked and key[0] == "passage" and (quote := ("quote", key[1])) in ways:
+                    ways[quote].add(way)
         forms = {key for key, found in ways.items() if len(found) > MANY}
         self.keys -= forms - questions(forms, rows, among)
         self.near = Seen(list(map(question, rows)), map(question, among), threshold) if threshold else None
@@ -63,7 +71,8 @@ class Held:
     def leak(self, row: Conversation) -> str | None:
         if prompt(row.messages) in self.prompts:
             return "shared_turns"
-        found = {KINDS[kind] for kind, key in self.keys & {key for key, *_ in keys(row.messages)}}
+        own = {key for key, *_ in keys(row.messages, mixed=self.mixed)}
+        found = {KINDS[kind] for kind, _ in self.keys & own}
         return next((leak for leak in LEAKS if leak in found), None)
 
 
@@ -92,16 +101,21 @@ def questions(forms: set, rows: list[Conversation], among: list[Conversation]) -
     }  # fmt: skip
 
 
-def keys(messages: list[dict], held: bool = False) -> Iterator[tuple[tuple, bytes, bytes, bool]]:
+def keys(
+    messages: list[dict], held: bool = False, mixed: bool = False
+) -> Iterator[tuple[tuple, bytes, bytes, bool]]:
     """What a row asks and answers, wherever it may be cut: one of KINDS with a digest; what tells one way to
     answer it from another; what else stands before it, if anything; whether it is asked last, and no small
     talk. The way of a passage, and of a short question with its answer ("thanks", "you are welcome"), is the
-    row."""
-    row = digest(" ".join(map(said, messages)))
-    if is_text(messages):
-        words = Numbered([[WORDS[word] for word in words_of(said(messages[0]))]])
+    row. `mixed`: there are texts and conversations. A passage is of a held-out text, which any row may have;
+    a quote of a held-out conversation, which only a text must not have: two of these may be about one."""
+    row, no_turns = digest(" ".join(map(said, messages))), is_text(messages)
+    if no_turns or mixed:
+        turns_said = (words_of(said(message)) for message in messages if message["role"] != "system")
+        words = Numbered([[WORDS[word] for word in chain.from_iterable(turns_said)]])
+        kinds = ["passage"] * (no_turns or not held) + ["quote"] * (mixed and no_turns != held)
         for passage in words.runs(PASSAGE)[1].tolist():
-            yield ("passage", passage), row, b"", False
+            yield from (((kind, passage), row, b"", False) for kind in kinds)
     turns, system, asked, told, before = hashlib.sha256(), "", "", 0, b""
     alone = sum(message["role"] == "user" for message in messages) == 1
     for place, message in enumerate(messages):

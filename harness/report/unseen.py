@@ -17,8 +17,8 @@ from harness.store import UNSEEN, Store, Tested
 
 HOW = (
     "Parts that are only tested: no row of them was trained or validated on, and rows that ask the same, or "
-    "plain texts that hold the same passages, were left out of the training. A gain here generalises beyond "
-    "the data; a perplexity of general text that rises is what was forgotten."
+    "texts and answers that hold the same passages, were left out of the training. A gain here generalises "
+    "beyond the data; a perplexity of general text that rises is what was forgotten."
 )
 NOTE = (
     f"Change: against the untouched model, with intervals of {CONFIDENCE:.0%} that hold for all of a "

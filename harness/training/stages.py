@@ -239,7 +239,9 @@ def trained(model, run: Run):
         record.memory = rehearsed(model, run)
     if run.device.type == "cpu" and not (went_on or record.memory):
         record.warnings.append("live tensors could not be counted here: peak memory is unknown")
-    run.report = with_progress(run)
+    if kept:
+        run.report(earlier=sum(phase.seconds for phase in kept["record"].phases.values()))
+    run.report = with_progress(run, sum(kept["steps"]["seconds"]) if kept else 0.0)
     loop = train(model, run, kept)
     if record.memory:  # where no allocator counts
         record.phases["train"].peak_allocated = record.memory.peak
@@ -272,9 +274,10 @@ def leaps(record: RunRecord) -> list[str]:
             "hp.learning_rate, or a longer hp.warmup_ratio, may be steadier"]  # fmt: skip
 
 
-def with_progress(run: Run):
-    """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes."""
-    report, started, tokens = run.report, time.perf_counter(), list(accumulate(run.batches.tokens))
+def with_progress(run: Run, earlier: float = 0.0):
+    """Adds to a step's event what progress shows: tokens so far, seconds, peak bytes. `earlier`: seconds of
+    the steps that were made before the training was stopped, whose tokens count as well."""
+    report, started, tokens = run.report, time.perf_counter() - earlier, [*accumulate(run.batches.tokens)]
 
     def told(**values):
         if "step" in values:
@@ -292,14 +295,28 @@ def save_model(model, run: Run, folder: Path) -> None:
     costs the model alone."""
     record = run.record
     record.status = "ok"
-    record.warnings.append(f"the trained model of {record.spec.folder} was not saved")
+    record.warnings.append(
+        f"the trained model of {record.spec.folder} was not saved, so the same command runs it again"
+    )
     leave(record, folder)
+
+    def write() -> None:
+        (folder / MODEL).mkdir()
+        run.method.save(model, folder / MODEL)
+        run.template.tokenizer.save_pretrained(folder / MODEL)
+        nameless(folder / MODEL, record.spec.hub_model)
+
     try:
         with run.meter.phase("save"):
-            (folder / MODEL).mkdir()
-            run.method.save(model, folder / MODEL)
-            run.template.tokenizer.save_pretrained(folder / MODEL)
-            nameless(folder / MODEL, record.spec.hub_model)
+            try:
+                write()
+            except Exception:
+                if not (folder / CHECKPOINTS).is_dir():
+                    raise
+                # Its checkpoints, larger than a model and done with, make room for it.
+                for taken in (MODEL, CHECKPOINTS):
+                    shutil.rmtree(folder / taken, ignore_errors=True)
+                write()
             sizes = [file.stat().st_size for file in weights_in(folder / MODEL)]
             record.hashes["model"] = weights_digest(folder / MODEL)
         if sizes:
