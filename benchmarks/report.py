@@ -57,11 +57,12 @@ def main() -> None:
         return measure(*options.stage)
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
-        rows, runs = STORES[options.store]
-        fabricated(results, options.rows or rows, runs())
+        rows, made = STORES[options.store]
+        rows = options.rows or rows
+        fabricated(results, rows, made())
         size = sum(file.stat().st_size for file in results.rglob("*.jsonl")) / 2**20
         runs = len(list(results.glob("*/record.json")))
-        print(f"{runs} runs of {options.rows:,} rows, {size:,.0f} MiB of outputs\n")
+        print(f"{runs} runs of {rows:,} rows, {size:,.0f} MiB of outputs\n")
         print("| what | seconds | on a core | peak GiB |\n|---|---:|---:|---:|", flush=True)
         for stage in options.stages:
             command = [sys.executable, __file__, "--stage", stage, folder]
