@@ -23,6 +23,7 @@ from harness.report.foretold import foretold, unforeseen
 from harness.spec import Hyperparams
 from harness.store import Store
 from harness.training import tried
+from harness.work import PRODUCTS
 
 GIB = 2**30
 H200 = CARDS["H200"]
@@ -86,7 +87,7 @@ def forecasted(train=100.0, **facts) -> Forecast:
     parts = {"weights": 2 * GIB, "optimizer": GIB, "activations": 6 * GIB}
     moments = {"train forward": {"allocated": 9 * GIB, "reserved": 10 * GIB, "parts": parts},
                "evaluate": {"allocated": 3 * GIB, "reserved": 4 * GIB, "parts": {}}}  # fmt: skip
-    work = {"micro-batch": {"products": 0.65 * H200.short * train}}
+    work = {"micro-batch": {"products": PRODUCTS * H200.short * train}}
     known: dict = {"steps": 50, "micro_batches": 1, "micro_tokens": 1, "traced_tokens": 1, "cannot": []}
     return Forecast("eager", moments=moments, work=work, facts=known | facts)
 

@@ -21,7 +21,7 @@ from harness.data import cache_folder
 from harness.forecast.cards import Card, card_at_hand
 from harness.record import TRAINING, Expected
 from harness.spec import Hyperparams, RunSpec, digest, hashed
-from harness.work import Work, seconds_of
+from harness.work import NOTHING, Work, seconds_of
 
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
 SHALLOW = 12
@@ -38,7 +38,7 @@ MEASURED, MEASURED_BYTES, MEASURED_TIME = 0.01, 48 * 2**20, 1.1  # the same of w
 START = 3.0  # seconds of a run before its first phase: its process, the card's context
 LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
 DISK = 1e9  # bytes of weights a second, read and written: an assumption
-COMPILING = {"compiled": 60.0, "graph": 5.0}  # seconds, where a rung has it in its name: an assumption
+COMPILING = {"compiled": 20.0, "graph": 2.0}  # seconds, where a rung has it in its name: on an H200, cold
 VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip
@@ -121,7 +121,8 @@ class Forecast:
         graph, steps = "graph" in self.rung, facts.get("steps", 0)
 
         def of(name: str, times: float = 1.0, graph: bool = False) -> float:
-            return seconds_of(made[name], card, graph) * times if name in made else 0.0
+            work = made.get(name, NOTHING)
+            return times * (seconds_of(NOTHING, card, work) if graph else seconds_of(work, card))
 
         found = {"start": START, "load": LOADING + facts.get("weight_bytes", 0) / DISK}
         found |= {"attach": of("attach"), "save": self.saved_bytes / DISK}
@@ -130,7 +131,9 @@ class Forecast:
             batch = made.get("micro-batch", Work())
             whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
             found["compile"] = sum(time for what, time in COMPILING.items() if what in self.rung)
-            found["train"] = seconds_of(whole, card, graph) + of("step", steps)
+            between = made.get("step", NOTHING) * steps
+            launched, replayed = (between, whole) if graph else (whole + between, NOTHING)
+            found["train"] = seconds_of(launched, card, replayed)
             found["first step"] = max(0.0, of("first step") - of("step"))
             reads, tokens = facts.get("rollout_reads", 0), facts.get("rollout_tokens", 0)
             found["rollout"] = of("rollout read", reads) + of("rollout token", tokens, True)
