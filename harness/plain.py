@@ -68,3 +68,8 @@ def redacted_in(value):
     if isinstance(value, list):
         return [redacted_in(item) for item in value]
     return redacted(value) if isinstance(value, str) else value
+
+
+def space(size: float) -> str:
+    """Bytes, as a person reads them."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"

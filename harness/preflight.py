@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness import machine, method
 from harness.errors import Problem
+from harness.plain import space
 from harness.spec import ENSEMBLE, RunSpec
 
 GIB = 2**30
@@ -46,17 +47,15 @@ def crowded(runs: Sequence[RunSpec], folder: Path) -> tuple[Problem | None, str]
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free, saved, held = shutil.disk_usage(place).free, each * len(whole), each * HELD * AT_ONCE
     if saved > free:
-        what = (
-            f"the models of {len(whole)} runs will take {saved / GIB:.3g} GiB or more, of which "
-            f"{free / GIB:.3g} GiB are free"
-        )
+        counted = f"the models of {len(whole)} runs" if len(whole) > 1 else "the model of the run"
+        what = f"{counted} will take {space(saved)} or more, and {space(free)} are free"
         return Problem(
             what, remedy="choose a folder on another disk, fewer seeds, or methods with adapters"
         ), ""
     if saved + held > free:
         return None, (
-            f"checkpoints may take {held / GIB:.3g} GiB while all weights are trained, and "
-            f"{(free - saved) / GIB:.3g} GiB are left for them: a training that is stopped may begin anew"
+            f"checkpoints may take {space(held)} while all weights are trained, and "
+            f"{space(free - saved)} are left for them: a training that is stopped may begin anew"
         )
     return None, ""
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from harness import forecast
-from harness.cli.arms import Arm, about, space
+from harness.cli.arms import Arm, about
 from harness.forecast import Card
+from harness.plain import space
 from harness.spec import RunSpec
 
 SMALLER, ROUNDS = 2, 5  # halvings of a micro-batch, and knobs of an arm in all, that are tried

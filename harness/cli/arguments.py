@@ -148,12 +148,24 @@ def card(text: str):
     """The name of a card that a forecast knows, as `T4`; else as memory."""
     from harness.forecast import CARDS
 
-    named = {name.lower(): found for name, found in CARDS.items()}
-    if found := named.get(text.strip().lower().replace(" ", "-")):
+    if found := named(text):
         return found
     if text.strip()[:1].isalpha():
         raise argparse.ArgumentTypeError(str(unknown("card", text, CARDS, "16GB")))
     return memory(text)
+
+
+def room(text: str) -> tuple[float, bool]:
+    """As memory, of a named card too."""
+    found = named(text)
+    return (found.bytes, True) if found else memory(text)
+
+
+def named(text: str):
+    """The card of this name, or none."""
+    from harness.forecast import CARDS
+
+    return {name.lower(): found for name, found in CARDS.items()}.get(text.strip().lower().replace(" ", "-"))
 
 
 def hours(text: str) -> float:
@@ -281,8 +293,8 @@ ARGUMENTS = (
     ("--hours", ["plan"], once("N", "what of the plan fits so many hours, as 4, 0.5, 4h or 30min",
                                type=hours)),
     ("-v", ["plan"], flag("the name of each run, too") | {"dest": "verbose"}),
-    ("--memory", WITHIN, once("SIZE", "decide which to take on a card of this memory, as 24GB (of 1000) or "
-                              "24GiB (of 1024)", type=memory)),
+    ("--memory", WITHIN, once("SIZE|CARD", "decide which to take on a card of this memory, as 24GB (of "
+                              "1000), 24GiB (of 1024) or T4", type=room)),
     ("--hours", WITHIN, once("N", "decide which to take within so many hours a run, as 4, 0.5, 4h or 30min",
                              type=hours)),
     ("--results", (*ASKING, "list", "report", "grade", *KEPT), once(

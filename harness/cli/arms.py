@@ -88,10 +88,6 @@ def state(spec: RunSpec, specs, store, force: bool) -> str:
     return "will run again (the untouched model has answers now)"
 
 
-def space(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
-
-
 def about(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -23,10 +23,7 @@ def check_results(folder: Path, as_json: bool) -> int:
     store = Store(folder)
     records, wrong = store.load()
     broken = [r for r in records if r.ok and not (store.find(r.spec) and as_saved(folder, r))]
-    wrong += [
-        f"{folder / r.folder}: its model {'was not saved' if r.lacks_model else 'is not as it was saved'}"
-        for r in broken
-    ]
+    wrong += [f"{folder / r.folder}: its model {fault(folder, r)}" for r in broken]
     whole, runs = len(records) - len(broken), len(records) - len(broken) + len(wrong)
     notes = [f"{folder / r.folder}: {r.error or r.status}" for r in records if not r.ok]
     if loose := sum(not record.sealed for record in records):
@@ -49,12 +46,23 @@ def check_results(folder: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"whole": whole, "wrong": wrong, "notes": notes}, indent=1))
         return SOME_FAILED if wrong else OK
+    if not runs:
+        below = sorted({path.parent.parent for path in folder.glob("*/*/record.json")})
+        near = f": try {', '.join(map(str, below[:3]))}" if below else ""
+        raise BadRequest(f"{folder} holds no runs{near}")
     print(f"ok   whole, in record, outputs, hashes and model: {whole} of {runs} runs")
     for line in notes:
         print(plain(f"note {line}"))
     for line in wrong:
         print(plain(f"FIX  {line}\n     -> {AGAIN}"))
     return SOME_FAILED if wrong else OK
+
+
+def fault(folder: Path, record: RunRecord) -> str:
+    if record.lacks_model:
+        return "was not saved"
+    there = (folder / record.folder / MODEL).is_dir()
+    return "is not as it was saved" if there else "is not there: its scores are, and a report has them"
 
 
 def as_saved(folder: Path, record: RunRecord) -> bool:

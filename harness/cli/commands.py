@@ -255,6 +255,11 @@ def reported(store, options) -> tuple:
     except Unwritten as error:
         complain(f"error: {error}")
         files = error.written
+    if report.corrupt:
+        complain(
+            f"note: not in the report, as they cannot be read: {len(report.corrupt)} runs, such as "
+            f"{report.corrupt[0]}; `check {options.results}` names all"
+        )
     if stale := earlier(report, options.reports, files):
         named = ", ".join(map(str, stale))
         complain(f"note: not rendered now, and perhaps of other runs or another budget: {named}")

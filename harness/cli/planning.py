@@ -13,12 +13,12 @@ from harness.bench import lock
 from harness.cli import beforehand, listing
 from harness.cli.advice import LEFT, MOST, largest, remedies, within
 from harness.cli.arguments import OK, TOO_LARGE
-from harness.cli.arms import GIB, Arm, about, arms_of, energy, known, space, state
+from harness.cli.arms import GIB, Arm, about, arms_of, energy, known, state
 from harness.cli.progress import describe
 from harness.data import describe as sized
 from harness.errors import BadRequest
 from harness.forecast import CARDS, Card
-from harness.plain import plain
+from harness.plain import plain, space
 from harness.spec import RunSpec
 
 SOLD = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # GB of cards that are sold
@@ -139,17 +139,17 @@ def summary(arms: list[Arm], runs: list, card: Card | None) -> str:
     """What fits, how long it takes, and what it leaves on the disk."""
     done, count = sum(said.startswith("cached") for _, said in runs), sum(arm.due for arm in arms)
     good = [arm for arm in arms if not arm.forecast.error]
-    disk = f"{space(sum(arm.forecast.saved_bytes * arm.due for arm in good))} on disk"
+    going = [arm for arm in good if not card or arm.goes(card)]
+    disk = f"{space(sum(arm.forecast.saved_bytes * arm.due for arm in going))} on disk"
     todo = f"{count} runs to do, {done} cached"
     if not (card and good):
         return listing.paragraph(f"{todo}; {disk}.", 0)
-    going = [arm for arm in good if arm.goes(card)]
     of_each = [arm.forecast.total_seconds(card) for arm in going for _ in range(arm.due)]
     least, likely, most = (sum(times) for times in zip(*of_each, strict=True)) if of_each else (0, 0, 0)
     joules = [arm.joules(card) for arm in going for _ in range(arm.due)]
     spent = f", {energy(sum(filter(None, joules)))}" if joules and None not in joules else ""
     only = " for what fits" * (len(going) < len(good))
-    time = f": about {about(likely)}{only} ({about(least)} to {about(most)}){spent}, {disk}" if count else ""
+    time = f": about {about(likely)}{only} ({about(least)} to {about(most)}){spent}, {disk}" * bool(of_each)
     verdicts = Counter(arm.verdict(card) for arm in arms)
     fit = f"{verdicts.pop('fits', 0)} of {len(arms)} fit"
     others = [f"{number} {verdict}" for verdict, number in verdicts.items()]
@@ -244,7 +244,8 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             length = good[-1].runs[0].own_hp.max_length
             more = {0: "none", MOST: f"{MOST} or more"}
             most = ", ".join(f"{name} {more.get(size, size)}" for name, size in sizes.items())
-            yield listing.paragraph(f"Largest micro-batch of rows of {length} tokens that fits: {most}.", 0)
+            full = f"Largest micro-batch that fits, were all rows {length} tokens long: {most}."
+            yield listing.paragraph(full, 0)
         if options.hours:
             going = [arm for arm in good if arm.goes(card)]
             yield listing.paragraph(within(going, card, options.hours), 0)

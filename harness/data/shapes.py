@@ -105,10 +105,12 @@ class Shapes:
         return Shape(size.tokens, size.targets, longest, rows)
 
     def roomy(self, need: Need, sequences: int) -> Size:
-        """For what was not planned, as a model's own answers: a width that others have, half or all of it
-        targets. It remembers nothing, so that a training that is continued has the same."""
-        wide = [size.tokens for size in self.sizes if size.tokens >= need.tokens]
-        tokens = min(wide, default=max(need.tokens, self.hp.max_length))
+        """For what was not planned, as a model's own answers: a width that others have, else GRAIN doubled
+        until it is wide enough, half or all of it targets. It remembers nothing, so that a training that is
+        continued has the same."""
+        doubled = [GRAIN * 2**k for k in range(32) if GRAIN * 2**k < self.hp.max_length]
+        wide = [*(size.tokens for size in self.sizes), *doubled, self.hp.max_length]
+        tokens = min((width for width in wide if width >= need.tokens), default=need.tokens)
         half, whole = ceil(sequences * tokens / 2), sequences * tokens
         return Size(tokens, half if need.targets <= half else whole, sequences)
 

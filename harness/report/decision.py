@@ -97,6 +97,7 @@ class Choice:
         if len(self.ranked) < 2 or not self.standing:
             return f"no choice by scores ({self.silent(self.fit)})"
         most = f"the {extreme(self.standing)} {inside(self.standing.quantity.label)}"
+        most += " of those that can be ranked" * (len(self.ranked) < len(self.fit))
         if len(self.top) == 1:
             return f"{self.top[0]}, with {most}{self.caveat(self.top)}"
         others = len(self.top) - len(self.best_of_both)

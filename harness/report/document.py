@@ -61,6 +61,7 @@ NOISE = (
     "The noise floor: a run of this bench repeated unchanged, and how far apart it came out. A difference "
     "below it may have no reason."
 )
+UNREAD = "Records that could not be read: {}. They are listed at the end."
 WENT_ON = (
     "From a checkpoint, in another process. Their times, energy and peaks are those of the steps that count; "
     "what was lost, and what it took to go on, stands here alone."
@@ -88,22 +89,24 @@ def index(
 ) -> list[b.Block]:
     """What differs between the comparisons, and what each one decided."""
     rows = []
-    for comparison in comparisons:
+    for comparison, name in zip(comparisons, files, strict=True):
         decided = decision(comparison, judged(comparison, store), budget)
         leads = [block.text for block in decided if isinstance(block, b.Lead)]
         rows.append([
             comparison.subject,
+            name,
             comparison.apart or UNKNOWN,
             listed([t.label for t in comparison.trained]) or UNKNOWN,
             f"{sum(record.ok for record in comparison.records)} of {len(comparison.records)}",
             max(record.started for record in comparison.records)[:16].replace("T", " "),
             "\n".join(leads) or UNKNOWN,
         ])  # fmt: skip
-    columns = ["Comparison", "What differs", "Techniques", "Runs done", "Last run", "Decision"]
+    columns = ["Comparison", "File", "What differs", "Techniques", "Runs done", "Last run", "Decision"]
     return [
         b.Title(f"{len(comparisons)} comparisons"),
+        *[b.Notice(UNREAD.format(len(corrupt)))] * bool(corrupt),
         b.Prose(SEVERAL),
-        b.Table(columns, rows, words=(0, 1, 2, 4, 5), links=files),
+        b.Table(columns, rows, words=(0, 1, 2, 3, 5, 6), links=files),
         *unreadable(corrupt),
     ]
 
@@ -179,7 +182,7 @@ def notices(comparison: Comparison, checks: list, corrupt: list[str]) -> list[b.
         )
     found += comparison.warnings + preferences(comparison)
     if corrupt:
-        found.append(f"Records that could not be read: {len(corrupt)}. They are listed at the end.")
+        found.append(UNREAD.format(len(corrupt)))
     return [b.Notice(text) for text in found]
 
 

@@ -327,7 +327,8 @@ def save_model(model, run: Run, folder: Path) -> None:
     except BaseException as error:
         traceback.print_exc()
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # half a model is none, and fills the disk
-        record.warnings[-1] += f": {type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}"
+        said = f"{type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}"
+        record.warnings[-1] += ": the disk is full" if "No space left" in said else f": {said}"
 
 
 def capped(gib: float) -> None:
