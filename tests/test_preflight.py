@@ -47,7 +47,7 @@ def disk(monkeypatch, free: float):
             "the models of 3 runs will take 6.0 GiB or more, and 5.9 GiB are free",
             "",
         ),
-        (6.1, ("full", "lora"), "", "may take 36.0 GiB while all weights are trained, and 0.1 GiB are left"),
+        (6.1, ("full", "lora"), "", "may take 36.0 GiB while all weights are trained, and 102 MiB are left"),
         (42.1, ("full", "lora"), "", ""),
         (0.1, ("lora", "qlora", "smt", "reft"), "", ""),
         (11.9, ("full", "galore"), "the models of 6 runs", ""),

@@ -28,6 +28,7 @@ from harness.spec import digest
 from harness.tuning import Found
 
 CROWD = 6  # techniques in a plot of curves: single seeds of more hide the means
+POINTS = 200  # of a line, at most: a smooth one shows no more
 
 
 def judged_by(comparison: Comparison) -> list[str]:
@@ -159,6 +160,8 @@ def loss_curves(comparison: Comparison, objective: str, wide: bool = True) -> Fi
                 ax.plot(*s.T, **line, linewidth=0.6, alpha=0.35)
             steps, losses = mean_curve(seeds)
             losses = smooth(losses, len(steps) // (20 if crowd else 50) if curve == "training" else 0)
+            shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).astype(int))
+            steps, losses = steps[shown], losses[shown]
             every = max(1, len(steps) // 6) if curve == "training" else 1
             ax.plot(steps, losses, linewidth=1.2 if crowd else 1.6,
                     markevery=(every // 2, every), **sized(style, 4.5) | line,
