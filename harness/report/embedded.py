@@ -21,7 +21,7 @@ from harness.report.tables import choose
 from harness.report.verdicts import Verdicts
 from harness.store import Store
 
-SAMPLES = 320_000  # bytes of test rows in a page
+SAMPLES = 300_000  # bytes of test rows in a page
 LONGEST = 4_000  # characters of a shown text
 TRIED = 50  # rows, whose size says how many there is room for
 POINTS = 200  # of a learning curve
