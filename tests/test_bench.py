@@ -606,7 +606,8 @@ def test_a_full_disk_costs_the_model_alone(tmp_path):
         record = running.run(plan(asked)[-1], running.Terms(Store(disk), "", Shown()))
         assert record.ok, record.error
         assert record.scores["bleu4"] and len(record.training) == 12
-        assert [w for w in record.warnings if "was not saved, so" in w and "disk is full" in w], record.warnings
+        said = [w for w in record.warnings if "was not saved, so" in w and "disk is full" in w]
+        assert said, record.warnings
         assert record.provenance.waiting and record.sizes.saved_bytes is None
         folder = next(disk.glob("full_disk*"))
         assert len((folder / "outputs.jsonl").read_text().splitlines()) == 12
