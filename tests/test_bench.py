@@ -556,6 +556,17 @@ def test_a_models_own_checkpoints_make_room_for_it(tmp_path):
     assert not checkpoint.parent.exists()
 
 
+def test_a_save_that_fails_otherwise_costs_no_checkpoint(tmp_path):
+    class Wrong(Method):
+        def save(self, model, folder):
+            raise ValueError("it has no name")
+
+    run = tiny.run(method=Wrong())
+    (tmp_path / "checkpoints").mkdir()
+    save_model(None, run, tmp_path)
+    assert "it has no name" in run.record.warnings[-1] and (tmp_path / "checkpoints").is_dir()
+
+
 def test_a_child_that_dies_while_saving_keeps_what_it_measured(begin, tmp_path):
     measured = RunRecord(SPEC, "ok", signatures={"bleu4": "x"}, warnings=["was not saved"])
     code = f"open(sys.argv[1] + '/result.json', 'w').write({measured.to_json()!r})\n"

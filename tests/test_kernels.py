@@ -284,6 +284,7 @@ def test_layers_share_one_program(name, tmp_path):
     steps = Steps(name, {"smt": {"targets": "v_proj", "share": 0.04}}.get(name, {}), tmp_path, steps=2)
     if name == "smt":
         assert len({len(layer.blocks) for layer in smt.sparse_layers(steps.model).values()}) > 1
+    assert kernels.kinds(head.causal_lm(steps.model).get_decoder().layers) == 1
     programs = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     for layer in head.causal_lm(steps.model).get_decoder().layers:

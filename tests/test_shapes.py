@@ -170,6 +170,10 @@ def test_answers_that_no_plan_has_get_room_in_few_shapes_whatever_came_before():
     for rows in (8, 16):
         used = {shape for (examples, _), shape in zip(asked, found, strict=True) if len(examples) == rows}
         assert len(used) <= 2 * SIZES
+    _, short = shapes(False, tiny.rows(16, prompt=(5, 9), response=(5, 9)), replace(hp, max_length=1024))
+    lone = [replace(batches.examples[0], prompt_ids=tiny.array([7]), response_ids=tiny.array([7] * n))
+            for n in (70, 100, 300, 900)]  # fmt: skip
+    assert [short.of([e], e.length).tokens for e in lone] == [128, 128, 512, 1024]
     _, later = shapes(False, batches.examples, hp)
     assert [later.of(*each) for each in reversed(asked)] == found[::-1]
 

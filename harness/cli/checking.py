@@ -43,13 +43,13 @@ def check_results(folder: Path, as_json: bool) -> int:
     forced = sorted(folder.glob(STOPPED.format("*")))
     notes += [f"{path}: goes on when its run is forced again; else it can be removed" for path in forced]
     notes += [f"{path}: was set aside, and is in no report" for path in sorted(folder.glob("*.aside-*"))]
-    if as_json:
-        print(json.dumps({"whole": whole, "wrong": wrong, "notes": notes}, indent=1))
-        return SOME_FAILED if wrong else OK
     if not runs:
         below = sorted({path.parent.parent for path in folder.glob("*/*/record.json")})
         near = f": try {', '.join(map(str, below[:3]))}" if below else ""
         raise BadRequest(f"{folder} holds no runs{near}")
+    if as_json:
+        print(json.dumps({"whole": whole, "wrong": wrong, "notes": notes}, indent=1))
+        return SOME_FAILED if wrong else OK
     print(f"ok   whole, in record, outputs, hashes and model: {whole} of {runs} runs")
     for line in notes:
         print(plain(f"note {line}"))

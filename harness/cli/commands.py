@@ -257,8 +257,9 @@ def reported(store, options) -> tuple:
         files = error.written
     if report.corrupt:
         complain(
-            f"note: not in the report, as they cannot be read: {len(report.corrupt)} runs, such as "
-            f"{report.corrupt[0]}; `check {options.results}` names all"
+            f"note: not in the report, as it cannot be read: {report.corrupt[0]}"
+            + f"; {len(report.corrupt) - 1} more" * (len(report.corrupt) > 1)
+            + f"; `check {options.results}` names all"
         )
     if stale := earlier(report, options.reports, files):
         named = ", ".join(map(str, stale))

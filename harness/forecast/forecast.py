@@ -38,7 +38,7 @@ MEASURED, MEASURED_BYTES, MEASURED_TIME = 0.01, 48 * 2**20, 1.1  # the same of w
 START = 3.0  # seconds of a run before its first phase: its process, the card's context
 LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
 DISK = 1e9  # bytes of weights a second, read and written: an assumption
-COMPILING = {"compiled": 20.0, "graph": 2.0}  # seconds, where a rung has it in its name: on an H200, cold
+COMPILING = {"compiled": 20.0, "graph": 2.0}  # seconds, where a rung has it in its name: 22 on an H200, cold
 VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip

@@ -22,7 +22,7 @@ def rows_apart(
     device, (batch, heads, length, size) = query.device.type, query.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
     query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
-    windowed = sliding_window and sliding_window < max_length_q  # else all layers are one program
+    windowed = sliding_window and sliding_window < max_length_q
     before = sliding_window - 1 if windowed else -1
     output, *_ = torch.ops.aten._flash_attention_forward(
         query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, 0.0, True, False,

@@ -32,8 +32,7 @@ RUNGS = {  # name -> what a method says that it cannot
     "compiled": ("compiling",),
     "eager + graph": ("graphs",),
 }
-WORTH = 1e15  # parameters times tokens that a training reads, for each kind of layer: below, compiling takes
-# longer than it saves
+WORTH = 1e15  # parameters times tokens read, for each kind of layer: below, compiling outlasts what it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 LOSS = 0.02  # nats a token, as much
 MOST = 1e6  # of GRADIENTS, when they are of another world or no numbers
@@ -270,10 +269,7 @@ class Kernels:
         return self.quick(batch, share)
 
     def quick(self, batch: dict, share) -> torch.Tensor:
-        with (
-            self.installed(batch.get("longest")),
-            flash(self.causal),
-        ):  # in backward too, where layers are computed again
+        with self.installed(batch.get("longest")), flash(self.causal):  # also while backward computes again
             self.adapters.write()
             self.reducer.began()
             return plain_gradients(self.model, self.run, batch, share)
@@ -429,8 +425,13 @@ def decoder_layers(causal) -> list:
 
 
 def kinds(layers: list) -> int:
-    """How many programs layers are: those that EVA gives ranks of their own are one each."""
-    return len({tuple(parameter.shape for parameter in layer.parameters()) for layer in layers})
+    """How many programs layers are, by the shapes of their weights: those that EVA gives ranks of their own
+    are one each. What else a method trains, as SMT its blocks, is of any number in one program."""
+
+    def weights(layer) -> tuple:
+        return tuple(p.shape for name, p in layer.named_parameters() if name.endswith("weight"))
+
+    return len(set(map(weights, layers)))
 
 
 def difference(expected: Any, found: Any) -> str | None:

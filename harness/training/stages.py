@@ -55,6 +55,7 @@ from harness.training.reading import tokens_read
 from harness.training.run import Run, called
 from harness.training.sharding import shard, whole_again
 
+FULL = "No space left"  # of a disk, in whichever library's words
 LEAP = 3  # times the first loss: batches of one training are not so far apart
 
 
@@ -310,8 +311,8 @@ def save_model(model, run: Run, folder: Path) -> None:
         with run.meter.phase("save"):
             try:
                 write()
-            except Exception:
-                if not (folder / CHECKPOINTS).is_dir():
+            except Exception as error:
+                if FULL not in str(error) or not (folder / CHECKPOINTS).is_dir():
                     raise
                 # Its checkpoints, larger than a model and done with, make room for it.
                 for taken in (MODEL, CHECKPOINTS):
@@ -328,7 +329,7 @@ def save_model(model, run: Run, folder: Path) -> None:
         traceback.print_exc()
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # half a model is none, and fills the disk
         said = f"{type(error).__name__}: {redacted(' '.join(str(error).split()))[:300]}"
-        record.warnings[-1] += ": the disk is full" if "No space left" in said else f": {said}"
+        record.warnings[-1] += ": the disk is full" if FULL in said else f": {said}"
 
 
 def capped(gib: float) -> None:
