@@ -5,7 +5,8 @@
 
 Prompts have 32 to 512 tokens on a GPU, and answers end unevenly: every so many token ids is a stop. Weights
 are drawn, with a head of their own, so that texts wander. generate has one batch of as many rows as the
-engine has slots, and no stops: it waits for no longest answer, and is faster here than it would be in use.
+engine has slots, and no stops: it waits for no longest answer, and is faster here than it would be in use. It
+is timed as torch comes, and without cuDNN's attention, which plans anew for each length; a run has it off.
 """
 
 import argparse
@@ -27,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness.data import Example
 from harness.spec import Hyperparams
 from harness.training import decoder, engine, slot_attention
+from harness.training.graphs import recorded
 from harness.training.head import causal_lm
 
 GPU = torch.cuda.is_available()
-torch.backends.cuda.enable_cudnn_sdp(False)  # as a run does: it plans anew for each length
+torch.backends.cuda.enable_cudnn_sdp(False)  # as a run does
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16 if GPU else torch.float32
 NEVER = 10**9  # steps
+LAYERS = 50  # whose attention is timed
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": False}
 SHAPES = {
     "gemma-3-1b": {
@@ -48,7 +51,7 @@ SHAPES = {
 
 HEADER = [
     "model", "kernels", "slots", "rows", "new tokens", "new tokens/s", "and without capture", "ms a step",
-    "seconds", "of them reading", "of them capture", "peak GiB", "x generate",
+    "seconds", "of them reading", "of them capture", "peak GiB", "x generate", "x generate without cuDNN",
 ]  # fmt: skip
 
 
@@ -84,8 +87,13 @@ def main() -> None:
     if asked.rows:
         model, slots = base(asked.model), asked.slots[-1]
         with compiled_from(0):
-            show("base, first", slots, timed(model, slots, 2 * slots, asked), None)
-            show("base", slots, timed(model, slots, asked.rows, asked), None)
+            show(
+                "base, first",
+                slots,
+                timed(model, slots, 2 * slots, asked),
+                slow := speeds(model, slots, asked),
+            )
+            show("base", slots, timed(model, slots, asked.rows, asked), slow)
 
 
 # Models
@@ -221,15 +229,18 @@ def attention_kernels() -> None:
     for name, given in {"live keys alone": bounds, "all keys under a mask": mask}.items():
         if name.startswith("live") and slot_attention.triton is None:
             continue
-        for _ in range(3):
-            slot_attention.attend(None, query, key, value, given)
+
+        def layers(given=given) -> None:
+            for _ in range(LAYERS):
+                slot_attention.attend(None, query, key, value, given)
+
+        graph, _, _ = recorded(layers, torch.cuda.graph_pool_handle())  # else launching takes longer
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(50):
-            slot_attention.attend(None, query, key, value, given)
+        graph.replay()
         end.record()
         torch.cuda.synchronize()
-        each = start.elapsed_time(end) / 50
+        each = start.elapsed_time(end) / LAYERS
         print(f"attention to {name}: {each * 1000:.0f} us, {live / each / 1e9:.2f} TB/s of live keys")
 
 
@@ -237,7 +248,7 @@ def attention_kernels() -> None:
 
 
 def compare(variant: str, model, slots: int, asked) -> None:
-    slow = generated(model, slots, asked)
+    slow = speeds(model, slots, asked)
     show(variant, slots, timed(model, slots, 4 * slots, asked), slow)
     if variant != "base" or slots != asked.slots[-1]:
         return
@@ -247,7 +258,19 @@ def compare(variant: str, model, slots: int, asked) -> None:
     for call in ("first", "second") if asked.static else ():
         speed = generated(model, slots, asked, cache_implementation="static")
         name = f"generate, static cache, {call} call"
-        line(variant, name, slots, slots, "", f"{speed:,.0f}", *[""] * 6, f"{speed / slow:.1f}")
+        line(variant, name, slots, slots, "", f"{speed:,.0f}", *[""] * 6, *(f"{speed / s:.1f}" for s in slow))
+
+
+def speeds(model, slots: int, asked) -> list[float]:
+    """generate's new tokens a second, as torch comes and without cuDNN's attention; on a CPU once."""
+    without = generated(model, slots, asked)
+    if not GPU:
+        return [without]
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        return [generated(model, slots, asked), without]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def generated(model, slots: int, asked, **more) -> float:
@@ -321,13 +344,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def show(variant: str, slots: int, own: dict, slow: float | None) -> None:
+def show(variant: str, slots: int, own: dict, slow: list[float]) -> None:
     warm = own["tokens"] / (own["all"] - own["capture"])
     line(
         variant, own["kernels"], slots, own["rows"], f"{own['tokens']:,}",
         f"{own['tokens'] / own['all']:,.0f}", f"{warm:,.0f}",
         f"{1000 * own['run'] / own['steps']:.2f}", *(f"{own[x]:.1f}" for x in ("all", "read", "capture")),
-        f"{own['peak']:.1f}" if own["peak"] else "", f"{warm / slow:.1f}" if slow else "", *own["refused"],
+        f"{own['peak']:.1f}" if own["peak"] else "", *(f"{warm / s:.1f}" for s in slow), *own["refused"],
     )  # fmt: skip
 
 
