@@ -1,6 +1,8 @@
 """What a card has to do: products, bytes that are read and written, and launches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,14 +23,13 @@ class Work:
 
     def add(self, func: Any, args: tuple, kwargs: dict, found: Any) -> None:
         import torch
-        from torch.utils.flop_counter import flop_registry
 
         packet = func.overloadpacket
         if packet.__name__ in VIEWS:
             return
         self.launches += 1
-        if packet in flop_registry:
-            flop = flop_registry[packet](*args, **kwargs, out_val=found)
+        if packet in (formulas := flops()):
+            flop = formulas[packet](*args, **kwargs, out_val=found)
             first = next((a for a in args if isinstance(a, torch.Tensor)), None)
             if first is not None and first.element_size() == 2:
                 self.products += flop
@@ -45,6 +46,27 @@ class Work:
 
 
 NOTHING = Work()
+Shape = Sequence[int]
+
+
+@cache
+def flops() -> dict:
+    """Operation -> its FLOP, by torch's formulas; before 2.13 they refuse a key head that several queries'
+    heads share."""
+    from torch.utils import flop_counter
+
+    def forward(query: Shape, key: Shape, value: Shape) -> int:
+        (rows, heads, queries, width), keys = query, key[2]
+        return 2 * rows * heads * queries * keys * (width + value[3])
+
+    def backward(
+        gradient: Shape, query: Shape, key: Shape, value: Shape
+    ) -> int:  # scores once more, and a product for each input
+        (rows, heads, queries, width), keys = query, key[2]
+        return 2 * rows * heads * queries * keys * (3 * width + 2 * value[3])
+
+    flop_counter.sdpa_flop_count, flop_counter.sdpa_backward_flop_count = forward, backward
+    return flop_counter.flop_registry
 
 
 def size(tree: Any) -> int:

@@ -304,3 +304,37 @@ def test_attention_to_live_keys_is_that_under_a_mask(groups, heads, width, softc
         slot_attention.attend(None, query, key, value, x, softcap=softcap)[0] for x in (bounds, mask)
     )
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("length, copied", [(65, True), (66, False), (97, True)])
+def test_no_key_head_is_repeated_without_a_copy_where_attention_misreads_its_last_key(
+    length, copied, monkeypatch
+):
+    """A mask and one key head for several queries': as Gemma 3 1B, beyond its window."""
+    of, strides = tiny.model(tiny.gemma(num_key_value_heads=1, sliding_window=16)), []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def told(query, key, value, attn_mask=None, **more):
+        if attn_mask is not None:
+            strides.extend(x.stride(1) for x in (key, value))
+        return own(query, key, value, attn_mask=attn_mask, **more)
+
+    ids = torch.randint(5, 60, (1, length))
+    expected = of(input_ids=ids).logits
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", told)
+    torch.testing.assert_close(of(input_ids=ids).logits, expected)
+    assert strides and all(bool(stride) is copied for stride in strides)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a kernel of a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [33, 64, 65, 97, 129])
+def test_attention_of_one_key_head_is_the_plain_one_at_every_length(length, dtype):
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as a run does
+    of = tiny.model(tiny.gemma(num_key_value_heads=1, sliding_window=16)).to("cuda", dtype)
+    ids = torch.randint(5, 60, (2, length), device="cuda")
+    logits = {}
+    for name in ("sdpa", "eager"):
+        of.set_attn_implementation(name)
+        logits[name] = of(input_ids=ids).logits
+    assert engine.distance(logits["sdpa"], logits["eager"]) < (0.05 if dtype == torch.bfloat16 else 1e-3)

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import fabricate
 import pytest
 import tiny
+import torch
 from test_forecast import CONFIG, ROWS, live, made, spec
+from torch.utils.flop_counter import FlopCounterMode
 
 from harness import child, cli, forecast
 from harness.bench import attempt
@@ -23,7 +25,7 @@ from harness.report.foretold import foretold, unforeseen
 from harness.spec import Hyperparams
 from harness.store import Store
 from harness.training import tried
-from harness.work import PRODUCTS
+from harness.work import PRODUCTS, flops
 
 GIB = 2**30
 H200 = CARDS["H200"]
@@ -253,3 +255,20 @@ def test_a_record_keeps_its_forecast():
     record.forecast = Expected((1.0, 2.0, 3.0), (2.0, 3.0, 4.0), (5.0, 6.0, 7.0), "eager + graph", True)
     again = RunRecord.from_json(record.to_json()).forecast
     assert list(again.peak) == [1.0, 2.0, 3.0] and again.probed and again.rung == "eager + graph"
+
+
+def test_attention_counts_as_its_products_where_queries_share_a_key_head():
+    """Those of plain attention, forward and backward; a fused backward computes its scores once more."""
+    query, key = torch.empty(2, 4, 8, 16, device="meta"), torch.empty(2, 1, 12, 16, device="meta")
+    aten, forward, backward = torch.ops.aten, FlopCounterMode(display=False), FlopCounterMode(display=False)
+    left, right = (x.detach().expand(2, 4, -1, -1).requires_grad_() for x in (query, key))
+    with forward:
+        scores = left @ right.mT
+        out = scores.softmax(-1) @ right.detach().clone().requires_grad_()
+    with backward:
+        out.backward(torch.empty_like(out))
+    counted = flops()
+    plain = counted[aten._scaled_dot_product_flash_attention](query, key, key, out_val=None)
+    assert plain == forward.get_total_flops()
+    again = counted[aten._scaled_dot_product_flash_attention_backward](query, query, key, key, out_val=None)
+    assert again == backward.get_total_flops() + forward.get_total_flops() // 2

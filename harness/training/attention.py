@@ -1,11 +1,28 @@
-"""Attention over rows that lie one behind another, each by itself: no mask, no padding between."""
+"""Attention over rows that lie one behind another, each by itself: no mask, no padding between. And a repair
+of the one that transformers has."""
 
 from contextlib import contextmanager
 
 import torch
 from transformers import AttentionInterface
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import repeat_kv
 
 NAME = "tuneoff"
+BLOCK = 32  # keys that torch's memory-efficient attention reads at a time, or a multiple
+
+
+def repeated(keys: torch.Tensor, times: int) -> torch.Tensor:
+    """(B, key heads, T, d) -> (B, key heads * times, T, d), as transformers' repeat_kv, but copied where that
+    gives one head again and again and the last block has one key: torch misreads it on a GPU under a mask
+    (pytorch#191937), so that the first token of an answer was another."""
+    found, length = repeat_kv(keys, times), keys.shape[2]
+    # A compiled program would be another one for such lengths.
+    misread = keys.shape[1] == 1 and (torch.compiler.is_compiling() or length % BLOCK == 1)
+    return found.contiguous() if misread else found
+
+
+sdpa_attention.repeat_kv = repeated
 
 
 def rows_apart(

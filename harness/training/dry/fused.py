@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 
 from harness.training.dry.world import CARD
-from harness.work import VIEWS, Work
+from harness.work import VIEWS, Work, flops
 
 # What a compiler does not fuse: products, attention, and what other libraries bring.
 EXTERN = ("mm", "addmm", "bmm", "baddbmm", "convolution", "attention", "_fused", "cumsum", "sort", "topk",
@@ -99,13 +99,11 @@ def nbytes(value) -> int:
 
 
 def work_of(node, sources) -> Work:
-    from torch.utils.flop_counter import flop_registry
-
     value, made = node.meta["val"], Work(launches=1)
     packet = getattr(node.target, "overloadpacket", None)
-    if packet in flop_registry:
+    if packet in (formulas := flops()):
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        made.products = flop_registry[packet](*args[0], **args[1], out_val=value)
+        made.products = formulas[packet](*args[0], **args[1], out_val=value)
     else:
         read = sum(nbytes(t) for s in sources for t in tensors_of(s.meta.get("val")))
         made.moved = read + sum(map(nbytes, tensors_of(value)))
