@@ -1,14 +1,14 @@
 """Forecasts held against a card: what a run was said to take, what a probe of it said then, and what it took.
 
-    python benchmarks/forecast.py --json forecast.jsonl --seconds 440          a fair sample, on a GPU
-    python benchmarks/forecast.py --json forecast.jsonl --methods lora --models llama
-    python benchmarks/forecast.py --json forecast.jsonl --table                what is measured so far
+    python benchmarks/forecast.py measure rows.jsonl --seconds 440     a fair sample, on a GPU
+    python benchmarks/forecast.py measure rows.jsonl --methods lora --models llama
+    python benchmarks/forecast.py judge rows.jsonl             forecasts of these rows, by this code: no GPU
 
 Methods, architectures and shapes come in a random order (--seed), so that what there is when the seconds are
 over is a fair sample. Each is measured in a process of its own, a copy of this one, which has imported what
-they need; weights are drawn. Meanwhile other cores forecast. Rows are printed and kept as they come: the same
-command goes on where it was stopped. What these processes print is in a .log beside the rows. A run here is
-its probe and then STEPS further steps: what these take more, the probe has not seen.
+they need; weights are drawn. Rows are kept as they come: the same command goes on where it was stopped. What
+these processes print is in a .log beside the rows. A run here is its probe and then STEPS further steps: what
+these take more, the probe has not seen. Forecasts are made afterwards, as a plan is before a card is rented.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from itertools import repeat
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import fmean, median
@@ -65,7 +66,7 @@ TINY = {
 }
 STEPS = 4  # of a training, after those of its probe
 RUN_SECONDS = 120  # of a process, at most
-FORECASTERS = 8  # processes: the other cores are left to what is measured
+RECORDS = ("probe", "whole")  # of a run: after the steps of a probe, and after all
 WHAT = ("peak", "device", "step")
 Asked = tuple[str, str, str]  # method, architecture, shape
 
@@ -75,25 +76,30 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     names = [name for name in known_methods() if name not in ("base", "base_nf4", "peft")]
+    parser.add_argument("what", choices=["measure", "judge"])
+    parser.add_argument("rows", type=Path, help="JSON, a row a line; measure adds to it")
     parser.add_argument("--methods", nargs="+", default=names)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shapes", nargs="+", help="of each, in place of those that are drawn")
-    parser.add_argument("--json", type=Path, required=True, help="a row a line; is added to")
-    parser.add_argument("--seconds", type=float, default=440, help="after which nothing is waited for")
+    parser.add_argument("--seconds", type=float, default=440, help="after which nothing more is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="small models: tries the benchmark itself")
-    parser.add_argument("--table", action="store_true", help="print what is there alone")
     asked = parser.parse_args()
-    found = rows(asked.json)
-    if not asked.table:
-        left = [one for one in drawn(asked) if one not in {key_of(row) for row in found}]
-        with asked.json.open("a", encoding="utf-8") as file:
-            for row in measured(left, asked):
-                found.append(row)
+    found = rows(asked.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in MODELS.items():
+            Path(folder, name).mkdir()
+            config = config | (TINY if asked.tiny else {})
+            Path(folder, name, "config.json").write_text(json.dumps(config))
+        if asked.what == "judge":
+            print(table(judged(found, folder)))
+            return
+        left = [one for one in drawn(asked) if one not in map(key_of, found)]
+        with asked.rows.open("a", encoding="utf-8") as file:
+            for row in measured(left, asked, folder):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                print(line(row), flush=True)
-    print(table(found))
+                print(*key_of(row), row.get("error") or f"{row['spent']:.1f} s", flush=True)
 
 
 def rows(path: Path) -> list[dict]:
@@ -117,16 +123,16 @@ def drawn(asked) -> list[Asked]:
     return found
 
 
-# Who does it: this process, and copies of it that are made before anybody asks for the card
+# Who does it: copies of this process, which are made before anybody asks for the card
 
 
-def measured(left: list[Asked], asked) -> Iterator[dict]:
-    """A row for each as soon as both sides are known. What is under way when the seconds are over is lost."""
+def measured(left: list[Asked], asked, folder: str) -> Iterator[dict]:
+    """A row for each, until the seconds are over."""
     from harness import machine
     from harness.forks import in_a_copy
     from harness.nursery import card_is_asked_in_a_copy
 
-    end, log = time.monotonic() + asked.seconds, asked.json.with_suffix(".log")
+    end, log = time.monotonic() + asked.seconds, asked.rows.with_suffix(".log")
     card = json.loads(in_a_copy(lambda: json.dumps(machine.card_described()).encode(), 60) or "null")
     with card_is_asked_in_a_copy():
         import_module("harness.training")
@@ -134,27 +140,23 @@ def measured(left: list[Asked], asked) -> Iterator[dict]:
             with suppress(ImportError):
                 import_module(name)
     print(f"{len(left)} to measure on {card[0] if card else 'no card'}; imported", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, config in MODELS.items():
-            Path(folder, name).mkdir()
-            config = config | (TINY if asked.tiny else {})
-            Path(folder, name, "config.json").write_text(json.dumps(config))
-        forecaster = Copy(partial(forecast_all, left, folder), log)
-        made: dict[Asked, Any] = {}
-        told: dict[Asked, Any] = {}
-        try:
-            for one in left:
-                until = min(end, time.monotonic() + RUN_SECONDS)
-                told[one] = ended(Copy(partial(run, *one, folder), log), until)
-                if time.monotonic() > end:
-                    break
-                last = end if one == left[-1] else 0
-                while told.keys() - made.keys() and (said := forecaster.heard(last)):
-                    made[said[0]] = said[1]
-                for both in [both for both in told if both in made]:
-                    yield row_of(both, made.pop(both), told.pop(both), card)
-        finally:
-            forecaster.end()
+    for one in left:
+        began = time.monotonic()
+        told = ended(Copy(partial(run, *one, folder), log), min(end, began + RUN_SECONDS))
+        if time.monotonic() > end:
+            break
+        row = {**dict(zip(("method", "model", "shape"), one, strict=True)), "card": card}
+        row["spent"] = time.monotonic() - began
+        yield row | ({"error": told} if isinstance(told, str) else dict(zip(RECORDS, told, strict=True)))
+
+
+def judged(found: list[dict], folder: str) -> list[dict]:
+    """Each with its forecast, and with that corrected by its probe."""
+    ones = [key_of(row) for row in found if "error" not in row]
+    copies = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), copies) as pool:
+        made = dict(zip(ones, pool.map(forecast_one, *zip(*ones, strict=True), repeat(folder)), strict=True))
+    return [row if "error" in row else row_of(row, made[key_of(row)]) for row in found]
 
 
 class Copy:
@@ -195,17 +197,6 @@ def ended(copy: Copy, end: float) -> Any:
         return copy.heard(end) or "it did not end in time, or died"
     finally:
         copy.end()
-
-
-def forecast_all(left: list[Asked], folder: str, say: Callable) -> None:
-    from harness.forks import die_with
-
-    copies = multiprocessing.get_context("fork")
-    workers = max(1, min(FORECASTERS, len(os.sched_getaffinity(0)) - 1))
-    with ProcessPoolExecutor(workers, copies, partial(die_with, os.getpid())) as pool:
-        running = {pool.submit(forecast_one, *one, folder): one for one in left}
-        for done in as_completed(running):
-            say((running[done], done.result() if not done.exception() else str(done.exception())))
 
 
 def failed(error: BaseException) -> str:
@@ -277,7 +268,7 @@ def forecast_one(name: str, model: str, shape: str, folder: str):
 def run(name: str, model: str, shape: str, folder: str, say: Callable) -> None:
     """A load, an attach, the steps of a probe and those of a training, by the run's own code."""
     try:
-        say(steps(*spec_of(name, model, shape, folder)))
+        say([record.to_json() for record in steps(*spec_of(name, model, shape, folder))])
     except BaseException as error:
         say(failed(error))
 
@@ -340,31 +331,29 @@ class Words:
 # What is said of it
 
 
-def row_of(one: Asked, made: Any, told: Any, card: tuple[str, int] | None) -> dict:
+def row_of(row: dict, made: Any) -> dict:
     from harness.forecast import CARDS, card_named, corrected
+    from harness.record import RunRecord
 
-    row: dict = {**dict(zip(("method", "model", "shape"), one, strict=True)), "card": card and card[0]}
-    known = card_named(*card) if card else CARDS["H200"]
-    if isinstance(made, str) or isinstance(told, str):
-        return row | {"error": {"forecast": made if isinstance(made, str) else None,
-                                "run": told if isinstance(told, str) else None}}  # fmt: skip
-    (forecast, spent), (probe, whole) = made, told
-    after = corrected(forecast, probe)
-    for name, said in (("forecast", forecast), ("probe", after)):
+    if isinstance(made, str):
+        return row | {"error": f"forecast: {made}"}
+    forecast, spent = made
+    probe, whole = (RunRecord.from_json(row[name]) for name in RECORDS)
+    known = card_named(*row["card"]) if row["card"] else CARDS["H200"]
+    found: dict = {name: row[name] for name in ("method", "model", "shape")}
+    for name, said in (("forecast", forecast), ("probe", corrected(forecast, probe))):
         seconds = said.seconds(known)
-        row[name] = {
+        found[name] = {
             "rung": said.rung, "peak": said.peak, "device": said.device(known), "parts": said.parts,
             "step": (seconds["train"] + seconds.get("rollout", 0)) / STEPS, "unsure": said.unsure(said.peak),
         }  # fmt: skip
-    row["forecast"]["spent"] = spent
-    row["measured"] = {
-        "rung": whole.kernels.rung, "reason": whole.kernels.reason,
-        "peak": whole.peak("peak_allocated"), "reserved": whole.peak("peak_reserved"),
+    found["forecast"]["spent"] = spent
+    found["measured"] = {
+        "rung": whole.kernels.rung, "peak": whole.peak("peak_allocated"),
         "device": whole.peak("peak_device", ("load", "attach", "train", "rollout")),
-        "step": fmean(whole.step_seconds), "step_seconds": probe.step_seconds + whole.step_seconds,
-        "phases": {name: asdict(phase) for name, phase in whole.phases.items()},
+        "step": fmean(whole.step_seconds),
     }  # fmt: skip
-    return row
+    return found
 
 
 def errors(row: dict, of: str) -> dict[str, float]:
@@ -376,8 +365,7 @@ def errors(row: dict, of: str) -> dict[str, float]:
 def line(row: dict) -> str:
     place = f"| {row['method']} | {row['model']} | {row['shape']} |"
     if "error" in row:
-        why = "; ".join(f"{name}: {text}" for name, text in row["error"].items() if text)
-        return f"{place} {why} |"
+        return f"{place} {row['error']} |"
     said, found = row["forecast"], row["measured"]
     off = {of: errors(row, of) for of in ("forecast", "probe")}
     rung = said["rung"] if said["rung"] == found["rung"] else f"{said['rung']}, was {found['rung']}"
