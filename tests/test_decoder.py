@@ -307,7 +307,7 @@ def test_attention_to_live_keys_is_that_under_a_mask(groups, heads, width, softc
 
 
 @pytest.mark.parametrize("length, copied", [(65, True), (66, False), (97, True)])
-def test_no_key_head_is_repeated_without_a_copy_where_attention_misreads_its_last_key(
+def test_no_key_head_is_repeated_without_a_copy_where_attention_misreads_the_last_mask(
     length, copied, monkeypatch
 ):
     """A mask and one key head for several queries': as Gemma 3 1B, beyond its window."""

@@ -9,13 +9,13 @@ from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
 NAME = "tuneoff"
-BLOCK = 32  # keys that torch's memory-efficient attention reads at a time, or a multiple
+BLOCK = 32  # queries that torch's memory-efficient attention takes at a time, or twice as many
 
 
 def repeated(keys: torch.Tensor, times: int) -> torch.Tensor:
     """(B, key heads, T, d) -> (B, key heads * times, T, d), as transformers' repeat_kv, but copied where that
-    gives one head again and again and the last block has one key: torch misreads it on a GPU under a mask
-    (pytorch#191937), so that the first token of an answer was another."""
+    gives one head again and again and the last block of T queries has one: torch misreads its mask on a GPU
+    (pytorch#191937), so that an answer to such a prompt began with a wrong token."""
     found, length = repeat_kv(keys, times), keys.shape[2]
     # A compiled program would be another one for such lengths.
     misread = keys.shape[1] == 1 and (torch.compiler.is_compiling() or length % BLOCK == 1)
