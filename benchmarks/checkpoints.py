@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts no threads, which copies of this process would lack
 
 from train import BUILT_IN, fixed_rows
 
@@ -81,10 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("TUNEOFF_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
             os.environ[name] = f"{folder}/{name}"
-        call = Call(asked, Path(folder), bool(cards), card[0] if card else "CPU")
-        with card_is_asked_in_a_copy(), suppress(ImportError):
-            import bitsandbytes  # noqa: F401
-
+        with card_is_asked_in_a_copy():  # who has asked for it cannot be copied any more
+            call = Call(asked, Path(folder), bool(cards), card[0] if card else "CPU")
             import harness.training  # noqa: F401
         print(
             f"{call.card}, {asked.shape}; imports: {call.spent():.0f} s\n{COLUMNS.format(*HEADS)}", flush=True
