@@ -4,8 +4,8 @@ files are cut, at moments that a seed draws, and the same command is given again
     python benchmarks/soak.py                      # 40 runs, 40 blows; takes half an hour on two cores
 
 Then every run has to be ok or honestly marked, no process, lock or half-written file may be left, and the
-report has to be that of an undisturbed bench to the digit, but for times. As root the disk is a small tmpfs
-that is filled; else it is not.
+report has to be that of an undisturbed bench to the digit, but for times, and the order of its rows, which is
+that in which runs began. As root the disk is a small tmpfs that is filled; else it is not.
 """
 
 import argparse
@@ -217,6 +217,7 @@ def differences(calm: Path, rough: Path) -> list[str]:
 def rows(file: Path) -> list[dict]:
     with file.open(newline="") as opened:
         found = [row for row in csv.DictReader(opened) if row["quantity"] not in TIMES]
+    found.sort(key=lambda row: (row["technique"], row["tuned"], row["quantity"]))
     return [{name: value for name, value in row.items() if name != "disturbed"} for row in found]
 
 

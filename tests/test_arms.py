@@ -358,14 +358,27 @@ def test_the_first_run_again_is_a_run_of_its_own_after_all_others_and_no_seed(st
 
 
 def test_the_untouched_model_ends_before_any_other_begins():
-    """Side by side with it, the one in 4 bits would find no answers to prefer its references to."""
-    found = plan(Request(["qlora"], seeds=[0]))
+    """Side by side with it, the one in 4 bits would find no answers to prefer its references to. Nobody waits
+    for that one: a place beside it would be idle."""
+    found = plan(Request(["qlora", "lora"], seeds=[0, 1]))
     (base,) = found.upcoming({})
     assert base.method == "base"
-    (rounded,) = found.upcoming({base.digest: None})
-    assert rounded.method == "base_nf4"
-    (trained,) = found.upcoming(dict.fromkeys((base.digest, rounded.digest)))
-    assert trained.method == "qlora"
+    rounded, *trained = found.upcoming({base.digest: None})
+    assert rounded.method == "base_nf4" and len(trained) == 4 and all(spec.trains for spec in trained)
+    assert found.upcoming(dict.fromkeys((base.digest, rounded.digest))) == trained
+
+
+def test_a_search_goes_on_beside_the_other_untouched_models(monkeypatch):
+    monkeypatch.setitem(BEST, "qlora", 1e-3)
+    found, done = plan(both("qlora", "lora", trials=2)), {}
+    stages = []
+    while stage := found.upcoming(done):
+        stages.append([(spec.method, bool(spec.trial)) for spec in stage])
+        ended = stage if len(stages) in (1, 4) else [spec for spec in stage if spec.trains]
+        done |= {spec.digest: finished(spec) for spec in ended}
+    rounded, trials = ("base_nf4", False), [("qlora", True), ("lora", True)]
+    assert set(stages[0]) == {("base", False)} and stages[1] == stages[2] == [rounded, *trials]
+    assert stages[3][0] == rounded and len(stages) == 4 and not any(trial for _, trial in stages[3])
 
 
 def test_what_only_a_search_will_find_is_not_run_again():

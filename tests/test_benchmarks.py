@@ -16,6 +16,7 @@ from harness.spec import Hyperparams, RunSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import checkpoints
 import devices as several
 import train
 import train_table as table
@@ -269,3 +270,52 @@ def test_a_run_that_has_read_other_rows_is_wrong(monkeypatch):
     call = Cards(parts=["same"])
     call.measure()
     assert call.rows[-1]["error"].startswith("WRONG")
+
+
+class Killed(checkpoints.Call):
+    """Of trainings whose second is a hundredth apart, as on a card, the continued one so many times that."""
+
+    def __init__(self, folder, times=1.0, **last):
+        self.asked = SimpleNamespace(steps=12, seed=0, seconds=100.0, json=None)
+        self.began, self.folder, self.rows = time.monotonic(), folder, []
+        self.times, self.last, self.jobs = times, last, []
+        self.blank = RunSpec("", 0, "bench", {}, Hyperparams(), search={})
+
+    def copy(self, job):
+        self.jobs.append(job)
+        number = len(self.jobs)
+        if job.killed:
+            return {"error": "it was killed, or took too long"}
+        far = 0.01 * {1: 0, 2: 1, 4: self.times}[number]
+        resumed = [self.jobs[2].written] if number == 4 else []
+        cost = {"blocked": 0.5, "stall": 3.0, "whole": True, "gib": 1.0}
+        found = {
+            "losses": [2.0] * 11 + [1.0 + far],
+            "far": far,
+            "resumed": resumed,
+            "warnings": [],
+            "how": "eager",
+        }
+        return found | {"checkpoint": cost} | (self.last if number == 4 else {})
+
+
+def test_a_continued_training_is_held_to_one_that_nobody_stopped(tmp_path, capsys):
+    nan = float("nan")
+    for number, (losses, weights, same) in enumerate(
+        [(2.5, 2.5, True), (3.5, 1, False), (1, 3.5, False), (nan, 1, False), (1, nan, False)]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        call = Killed(folder, losses, far=0.01 * weights)
+        call.measure("lora")
+        assert call.rows[0]["same"] is same and call.rows[0]["share"] == pytest.approx(0.01)
+        _, _, killed, last = call.jobs
+        assert 0 < killed.written < killed.killed < 12 and (last.written, last.killed) == (12, 0)
+        assert not list(folder.iterdir())  # weights and checkpoints of several methods fill a disk
+    call = Killed(tmp_path, resumed=[], warnings=["the checkpoint of step 3 is not used: why"])
+    call.measure("lora")
+    assert "not used: why" in call.rows[0]["error"] and "not used: why" in capsys.readouterr().out
+    call.asked.seconds = 0.0
+    call.copy = checkpoints.Call.copy.__get__(call)
+    call.measure("lora")
+    assert call.rows[1]["error"].startswith("left out")

@@ -161,7 +161,7 @@ def test_it_is_planned_behind_its_members_for_each_seed_and_by_weights_where_the
         done |= {spec.digest: None for spec in stage}
         assert len(done) <= found.total(done, stage)
     assert [{(s.untouched, bool(s.members)) for s in stage} for stage in stages] == [
-        {(True, False)}, {(True, False)}, {(False, False)}, {(False, True)}
+        {(True, False)}, {(True, False), (False, False)}, {(False, True)}
     ]  # fmt: skip
     others = plan(replace(asked("lora+galore"), settings=[*asked().settings, "lora.rank=3"])).ensembles
     assert not {s.digest for s in others} & {s.digest for s in found}

@@ -24,18 +24,18 @@ class Plan(list):
 
     def upcoming(self, done: dict[str, RunRecord]) -> list[RunSpec]:
         """The runs whose turn it is, those of `done`, by digest, having ended; none when all have. First the
-        untouched model, alone, then others of it; then a trial of each method, again and again; then all
-        others, seed by seed, so that drift of the machine hits every method and both tracks alike; at last
-        what is made of these."""
+        untouched model, alone; then others of it, which nobody waits for, and a trial of each method, again
+        and again; then all others, seed by seed, so that drift of the machine hits every method and both
+        tracks alike; at last what is made of these."""
         walks = [tuning.walk(partial(record_in, done), self.trials) for tuning in self.tunings]
         best = [(found.spec, len(found.trials)) for found, _ in walks if found.spec]
         chosen = [tuned(spec, seed, trials) for spec, trials in best for seed in self.seeds]
+        trials = [trial for _, trial in walks if trial]
         trained = [spec for spec in self if spec.trains] + chosen
+        trained.sort(key=lambda spec: (spec.repeat, self.seeds.index(spec.seed)))
         stages = (
             [spec for spec in self if spec.method == "base"],  # to its answers all others prefer references
-            [spec for spec in self if spec.untouched],
-            [trial for _, trial in walks if trial],
-            sorted(trained, key=lambda spec: (spec.repeat, self.seeds.index(spec.seed))),
+            [spec for spec in self if spec.untouched] + (trials or trained),
             self.ensembles,
         )
         pending = ([spec for spec in once(stage) if spec.digest not in done] for stage in stages)
