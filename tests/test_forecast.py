@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from harness.measuring import LiveTensors
 from harness.spec import Hyperparams, RunSpec
 from harness.training import Loop, dry, loaded_types, master_weights, one_arithmetic
 from harness.training.devices import Devices
-from harness.training.dry import allocator, programs
+from harness.training.dry import allocator, ledger, programs
 from harness.training.head import causal_lm
 
 CONFIG = tiny.gemma(
@@ -159,6 +160,7 @@ def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
     what is cheap computed again in backward: 7.25 GiB at the highest moment (torch 2.11)."""
     cheap = ("used_far_apart", "long_fusible_chains", "materialized_backward")
     monkeypatch.setattr(programs, "GRADED", {f"ban_recompute_{what}": False for what in cheap})
+    monkeypatch.setattr(programs.Programs, "known", {})
     hp = Hyperparams(batch_size=8, micro_batch_size=8, max_steps=4, kernels="compiled", validations=0)
     [row] = tiny.rows(1, prompt=(0, 0), response=(511, 511))
     asked = RunSpec("lora", 0, "g", {"language": "en", "reward": "rouge_l", "parts": []}, hp)
@@ -166,6 +168,40 @@ def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
     found = drawn_out(asked, made("lora"), config, splits([row] * 32), True, True)
     assert found.rung == "compiled + graph"
     assert found.peak / GIB == pytest.approx(7.25, rel=0.05)
+
+
+COMPILED = {"kernels": "compiled", "precision": "bf16", "batch_size": 4, "micro_batch_size": 4}
+
+
+def test_programs_of_one_method_serve_another_only_where_layers_are_the_same(monkeypatch):
+    """What hooks change is no layer of the method without them, whichever comes first."""
+    hp, names = tiny.hyperparams(**COMPILED), ("lora", "lora_ggpo", "rslora", "dora")
+    apart = {}
+    for name in names:
+        monkeypatch.setattr(programs.Programs, "known", {})
+        apart[name] = traced(name, LLAMA, hp).moments
+        assert len(programs.Programs.known) > 0
+    for order in (names, names[::-1]):
+        monkeypatch.setattr(programs.Programs, "known", {})
+        assert {name: traced(name, LLAMA, hp).moments for name in order} == apart
+
+
+def test_what_a_graph_holds_is_given_to_nothing_else():
+    """What a captured step has freed is no room for what lies outside of the graph, while that is there."""
+    own, size = ledger.Ledger(), 2**25
+    made = partial(torch.empty, size, dtype=torch.uint8, device="meta")
+    with own:
+        with own.captured(True):
+            made()
+        made()
+        assert own.reserved == 2 * size
+        with own.captured(True):  # a replay
+            made()
+        own.empty_cache()
+        assert own.reserved == size
+        own.replayed = False
+        own.empty_cache()
+    assert own.reserved == 0
 
 
 def test_the_allocator_asks_for_segments_as_torch_does():

@@ -1,6 +1,7 @@
 """Forecasts: of each run a trace at two depths, drawn out to the model's own, and kept until code or request
 change. Torch is imported only where something is traced."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -299,7 +300,8 @@ def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forec
 
 
 def quiet() -> None:
-    """A copy ends without a word."""
+    """A copy ends without a word, and collects no garbage of its parent's."""
+    gc.freeze()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -342,9 +344,8 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
 
     layers = config.get_text_config().num_hidden_layers
     depths = (layers,) if layers <= SHALLOW else DEPTHS
-    programs = dry.Programs()
     try:
-        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, depth, programs) for depth in depths]
+        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, depth) for depth in depths]
     except (AttributeError, IndexError, KeyError, ValueError):
         if len(depths) == 1:
             raise

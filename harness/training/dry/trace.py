@@ -47,16 +47,13 @@ class Traced:
 
 
 def trace(
-    spec: RunSpec, method: Method, config, rows: dict[str, list[Example]], bf16: bool, depth: int,
-    programs: Programs | None = None,
-) -> Traced:  # fmt: skip
-    """Of a model with the first so many of its layers, whose compiled programs another depth may have made.
-    Raises whatever the method's own hooks do."""
+    spec: RunSpec, method: Method, config, rows: dict[str, list[Example]], bf16: bool, depth: int
+) -> Traced:
+    """Of a model with the first so many of its layers. Raises whatever the method's own hooks do."""
     ledger, layers = Ledger(), config.get_text_config().num_hidden_layers
     with world(), seen(ledger), ledger:
         run = opened(spec, method, shallow(config, depth), rows, bf16, ledger)
-        run.programs = programs or Programs()
-        run.programs.ledger = ledger
+        run.programs = Programs(ledger)
         with ledger.entered("load"):
             model = method.load(run.loader)
             ledger.base = set(map(id, model.parameters()))
@@ -222,7 +219,7 @@ def seen(ledger):
         patch.object(loop, "Kernels", DryKernels),
         patch.object(head.LogProbabilities, "forward", staticmethod(forward)),
         patch.object(head.LogProbabilities, "backward", staticmethod(backwards)),
-        patch.object(torch.cuda, "empty_cache", ledger.allocator.empty_cache),
+        patch.object(torch.cuda, "empty_cache", ledger.empty_cache),
         params4bit() or nullcontext(),
     ):
         hook = register_optimizer_step_pre_hook(lambda *_: optimizing(ledger, True))
