@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import torch
 from transformers import GPTNeoConfig, LlamaConfig, Qwen2Config
 
 from harness import cli, forecast, method
+from harness.cli import advice
+from harness.cli.arms import Arm
 from harness.forecast.cards import card_named
 from harness.forecast.forecast import Forecast, drawn_out
 from harness.measuring import LiveTensors
@@ -237,6 +240,96 @@ def test_a_verdict_leaves_room_on_both_sides():
     made, card = Forecast(moments=moments), forecast.CARDS["H200"]
     verdicts = [made.verdict(card.of(size * GIB)) for size in (24, 11.5, 9)]
     assert verdicts == ["fits", "tight", "too large"]
+
+
+def test_what_was_measured_makes_what_was_not_no_surer():
+    """A training that a probe has measured, and an evaluation beside it that reserves more."""
+    train = {"allocated": 10 * GIB, "reserved": 10 * GIB, "parts": {}, "measured": True}
+    moments = {"train": train, "evaluate": {"allocated": 9 * GIB, "reserved": 11 * GIB, "parts": {}}}
+    made, card = Forecast(moments=moments, tried="ok"), forecast.CARDS["H200"]
+    most = made.device(card)
+    assert made.verdict(card.of(most + 0.02 * most)) == "tight"
+    assert made.verdict(card.of(most + 0.06 * most)) == "fits"
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """Forecasts by a formula: so much, and so much more for each row of a micro-batch. -> specs that were
+    asked for."""
+    asked = []
+
+    def foreseen(specs, *_):
+        found = {}
+        for one in specs:
+            asked.append(one.own_hp)
+            found[one.digest] = straight(one.own_hp)
+        return found
+
+    monkeypatch.setattr(forecast, "foreseen", foreseen)
+    return asked
+
+
+def straight(hp, cannot=(), curve=1.0) -> Forecast:
+    """A curve below 1 is no straight line: small micro-batches hold more than their share."""
+    rows = GIB / 2 * hp.micro_batch_size**curve * (0.25 if hp.gradient_checkpointing else 1.0)
+    rows *= hp.max_length / 512
+    parts = {"weights": 4 * GIB, "activations": rows}
+    size = 4 * GIB + rows
+    last = {"allocated": 4 * GIB, "reserved": size, "parts": {"weights": 4 * GIB}}
+    moments = {"train": {"allocated": size, "reserved": size, "parts": parts}, "train optimizer": last}
+    return Forecast(moments=moments, facts={"cannot": list(cannot)})
+
+
+def arm_of(name: str, **changes) -> Arm:
+    hp = Hyperparams(**{"batch_size": 16, "micro_batch_size": 16} | changes)
+    return Arm(name, [spec(name, hp)], ["will run"], straight(hp))
+
+
+def test_the_largest_micro_batch_is_forecast_itself_and_found_in_few(line):
+    card, arms = forecast.CARDS["H200"], [arm_of("lora"), arm_of("base", micro_batch_size=1)]
+    for size in (5.8, 8, 12, 20, 40, 200):
+        line.clear()
+        found = advice.largest(arms, card.of(size * GIB))
+        true = [
+            n for n in advice.POWERS if straight(Hyperparams(micro_batch_size=n)).needs(card) <= size * GIB
+        ]
+        assert found["lora"] == found["base"] == max(true, default=0)
+        tried = [hp.micro_batch_size for hp in line]
+        assert len(tried) <= 2  # one of each arm
+        assert all(hp.batch_size == max(16, hp.micro_batch_size) for hp in line)
+
+
+def test_where_no_straight_line_is_right_the_answer_still_is_one_that_fits(line, monkeypatch):
+    own = straight
+    monkeypatch.setitem(globals(), "straight", lambda hp: own(hp, curve=0.7))
+    card = forecast.CARDS["H200"]
+    for size in (5.9, 6.5, 8, 10):
+        found = advice.largest([arm_of("lora")], card.of(size * GIB))["lora"]
+        true = [
+            n for n in advice.POWERS if straight(Hyperparams(micro_batch_size=n)).needs(card) <= size * GIB
+        ]
+        assert found == max(true, default=0)
+
+
+def test_the_knob_that_changes_least_is_one_whose_forecast_fits(line):
+    card, arm = forecast.CARDS["H200"], arm_of("lora")
+
+    def said(size: float, arm: Arm = arm) -> str:
+        [text] = advice.remedies([arm], card.of(size * GIB), advice.largest([arm], card.of(size * GIB)))
+        return text
+
+    assert "fits with --set hp.micro_batch_size=4 (the same steps)" in said(8)
+    assert "hp.gradient_checkpointing=true hp.micro_batch_size=1" in said(5.3)
+    line.clear()
+    assert "a larger card would" in said(4.5) and not line  # weights alone are too large: nothing is tried
+    whole = arm_of("lora")
+    whole.forecast.facts["cannot"] = ["accumulation", "gradient checkpointing"]
+    assert "hp.micro_batch_size=4 hp.batch_size=4 (smaller steps)" in said(8, whole)
+    swept = arm_of("lora")
+    swept.runs = [
+        replace(swept.runs[0], changes={"micro_batch_size": 16})
+    ]  # by --sweep: a knob reaches it, too
+    assert "hp.micro_batch_size=4" in said(8, swept)
 
 
 def test_a_plan_says_what_cannot_fit_and_ends_with_3(capsys, monkeypatch, tmp_path):

@@ -123,7 +123,7 @@ def test_how_a_probe_failed_is_the_verdict():
     found = {end: corrected(forecasted(), probe(status=end, error="why")) for end in ends}
     assert {end: one.verdict(H200) for end, one in found.items()} == ends
     [line] = advice.remedies(
-        [Arm("lora", [spec("lora", Hyperparams())], ["will run"], found["unsupported"])], H200
+        [Arm("lora", [spec("lora", Hyperparams())], ["will run"], found["unsupported"])], H200, {}
     )
     assert "why" in line
 

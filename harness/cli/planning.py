@@ -238,14 +238,17 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             yield listing.paragraph(f"  no forecast of {', '.join(names)}: {error}", 4)
     good = [arm for arm in arms if not arm.forecast.error]
     if card and good:
-        for line in remedies([arm for arm in good if arm.verdict(card) != "fits"], card):
+        wrong = [arm for arm in good if arm.verdict(card) != "fits"]
+        sizes = largest(good if options.memory else wrong, card)
+        for line in remedies(wrong, card, sizes):
             yield listing.paragraph(line, 4)
-        if options.memory and (sizes := largest(good, card)):
+        if options.memory and sizes:
             length = good[-1].runs[0].own_hp.max_length
+            rows = "of these rows, which" if all(arm.forecast.own_rows for arm in good) else "were all rows"
+            are = f"are cut at {length} tokens" if "these" in rows else f"{length} tokens long"
             more = {0: "none", MOST: f"{MOST} or more"}
             most = ", ".join(f"{name} {more.get(size, size)}" for name, size in sizes.items())
-            full = f"Largest micro-batch that fits, were all rows {length} tokens long: {most}."
-            yield listing.paragraph(full, 0)
+            yield listing.paragraph(f"Largest micro-batch that fits, {rows} {are}: {most}.", 0)
         if options.hours:
             going = [arm for arm in good if arm.goes(card)]
             yield listing.paragraph(within(going, card, options.hours), 0)

@@ -27,6 +27,10 @@ from harness.work import NOTHING, Work, seconds_of
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
 SHALLOW = 12
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
+MOVING = ("activations", "head")  # of them, what grows with the rows that are computed at once
+GROWING = ("attach", "train")  # phases that compute hp.micro_batch_size rows at once
+WITHIN = ("validate", "rollout")  # phases in which a training keeps what it has reserved
+EVALUATING = ("validate", "evaluate", "generate")  # hp.eval_batch_size
 CODE = ("forecast", "training")  # folders whose change makes a forecast anew
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator, for each stream
@@ -93,18 +97,44 @@ class Forecast:
         """As it is when the allocator gives back what is free."""
         return self.most("allocated") + self.libraries + self.context(card)
 
+    @property
+    def needed(self) -> list[dict]:
+        """The moments that must have room."""
+        return [moment for name, moment in self.moments.items() if phase_of(name) != TRIAL]
+
     def most(self, gauge: str) -> float:
-        return max((m[gauge] for name, m in self.moments.items() if phase_of(name) != TRIAL), default=0)
+        return max((moment[gauge] for moment in self.needed), default=0)
 
     def context(self, card: Card) -> float:
         """What a process takes of a card beside torch's memory."""
         return self.facts.get("context") or card.context
 
-    def unsure(self, size: float) -> float:
-        most = self.most("allocated")
-        if any(m.get("measured") and m["allocated"] == most for m in self.moments.values()):
+    def unsure(self, size: float, moment: dict | None = None) -> float:
+        """By how much so many bytes may be off: at this moment, or at the highest."""
+        moment = moment or max(self.needed, key=lambda m: m["allocated"], default={})
+        if moment.get("measured"):
             return size * MEASURED + MEASURED_BYTES
         return size * UNSURE[self.rung] + UNSURE_BYTES
+
+    def needs(self, card: Card) -> float:
+        """Bytes that are enough at each moment, also where that is off by as much as it may be."""
+        beside = self.libraries + self.context(card)
+        found = (m["reserved"] + beside + self.unsure(m["allocated"] + beside, m) for m in self.needed)
+        return max(found, default=0)
+
+    def scaled(self, rows: float = 1.0, evaluated: float = 1.0) -> "Forecast":
+        """As a straight line says it of micro-batches so many times as large, and of evaluations' batches."""
+        moving = {name: sum(m["parts"].get(part, 0) for part in MOVING) for name, m in self.moments.items()}
+        training = max((size for name, size in moving.items() if phase_of(name) in GROWING), default=0)
+        moments = {}
+        for name, moment in self.moments.items():
+            growing, evaluating = (phase_of(name) in phases for phases in (GROWING, EVALUATING))
+            more = moving[name] * ((rows - 1) * growing + (evaluated - 1) * evaluating)
+            held = training * (rows - 1) if growing or phase_of(name) in WITHIN else more
+            allocated = moment["allocated"] + more
+            reserved = max(allocated, moment["reserved"] + held)
+            moments[name] = moment | {"allocated": allocated, "reserved": reserved}
+        return replace(self, moments=moments, tried="")
 
     def verdict(self, card: Card) -> str:
         """fits, tight or too large; of a probe that ended otherwise, how."""
@@ -113,8 +143,7 @@ class Forecast:
         least = self.device_at_least(card)
         if least - self.unsure(least) > card.bytes:
             return "too large"
-        most = self.device(card)
-        return "fits" if most + self.unsure(least) <= card.bytes else "tight"
+        return "fits" if self.needs(card) <= card.bytes else "tight"
 
     def seconds(self, card: Card) -> dict[str, float]:
         """Of each phase, as measured where a probe has."""
