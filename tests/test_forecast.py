@@ -2,13 +2,15 @@
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from math import inf
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoConfig, LlamaConfig, Qwen2Config
 
 from harness import cli, forecast, method
@@ -22,6 +24,7 @@ from harness.training import Loop, dry, loaded_types, master_weights, one_arithm
 from harness.training.devices import Devices
 from harness.training.dry import allocator, ledger, programs
 from harness.training.head import causal_lm
+from harness.work import LONG_PRODUCTS, PRODUCTS, seconds_of
 
 CONFIG = tiny.gemma(
     num_hidden_layers=6, layer_types=["full_attention"] * 6, hidden_size=256, intermediate_size=512
@@ -144,6 +147,39 @@ def test_what_a_start_repeats_is_counted_as_often():
     hp = tiny.hyperparams(kernels="eager", max_steps=12)
     few, many = (traced("smt", LLAMA, hp, {"warmup": steps}).work["attach"] for steps in (3, 12))
     assert few.long_products and many.long_products == pytest.approx(4 * few.long_products, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name, options, steps", [("galore", {"rank": 8, "gap": 2}, 12), ("full", {}, 5), ("lora", {}, 5)]
+)
+def test_a_whole_training_computes_what_was_forecast(name, options, steps):
+    """Products of every step, by torch's own counter: a method's subspaces are found more than once."""
+    hp = tiny.hyperparams(kernels="eager", max_steps=steps, validations=0)
+    found, built = traced(name, CONFIG, hp, options), made(name, options)
+    model, run = tiny.attached(built, built.load(lambda **more: tiny.model(CONFIG)), ROWS, hp)
+    loop, run.decoder.reasons[causal_lm(model)] = Loop(model, run), None
+    with FlopCounterMode(display=False) as counter:
+        for step in run.batches:
+            loop.step(step)
+    work = {name: asdict(done) for name, done in found.work.items()}
+    seconds = Forecast(work=work, facts=found.facts).seconds(SLOW)
+    told = seconds["train"] + seconds["first step"] + seconds["renewals"]
+    assert told == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+# A second for each product: how many there are. Nothing else takes any time.
+SLOW = forecast.Card("slow", 0, 1 / PRODUCTS, 1 / LONG_PRODUCTS, inf, 0)
+
+
+def test_what_is_drawn_anew_is_captured_anew():
+    """LISA's layers: 24 times in 500 steps, each time the graphs of all shapes."""
+    hp = tiny.hyperparams(**COMPILED, max_steps=500)
+    found = traced("lisa", LLAMA, hp, {"layers": 1})
+    work = {name: asdict(done) for name, done in found.work.items()}
+    told = Forecast("compiled + graph", work=work, facts=found.facts).seconds(forecast.CARDS["H200"])
+    one = seconds_of(found.work["micro-batch"], forecast.CARDS["H200"])
+    assert told["renewals"] >= 24 * 2 * one > 0
+    assert "captured_again" not in traced("full", LLAMA, hp).facts
 
 
 def test_two_depths_tell_the_third(exact, monkeypatch):

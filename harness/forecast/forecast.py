@@ -33,7 +33,10 @@ WITHIN = ("validate", "rollout")  # phases in which a training keeps what it has
 EVALUATING = ("validate", "evaluate", "generate")  # hp.eval_batch_size
 CODE = ("forecast", "training")  # folders whose change makes a forecast anew
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator, for each stream
+# cuBLAS's workspace, which torch takes of its allocator for each handle and stream: of Hopper and Blackwell,
+# as aten/src/ATen/cuda/CublasHandlePool.cpp has it; older cards take 8.1 MiB.
+LIBRARY_BYTES = 32 * 2**20
+LIBRARIES_PART = "workspace"
 THREADS = 2  # of a training: backward has its own, and cuBLAS a workspace for each
 STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, that of the capture
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
@@ -44,6 +47,7 @@ START = 3.0  # seconds of a run before its first phase: its process, the card's 
 LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
 DISK = 1e9  # bytes of weights a second, read and written: an assumption
 COMPILING = {"compiled": 20.0, "graph": 2.0}  # seconds, where a rung has it in its name: 22 on an H200, cold
+TWICE = 2  # a micro-batch is launched to be captured: in a warm-up, and while it is recorded
 VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip
@@ -87,7 +91,9 @@ class Forecast:
 
     @property
     def parts(self) -> dict[str, float]:
-        return {name: self.highest.get("parts", {}).get(name, 0) for name in PARTS}
+        """Of the peak, what it is made of: these add up to it."""
+        own = self.highest.get("parts", {})
+        return {name: own.get(name, 0) + self.libraries * (name == LIBRARIES_PART) for name in PARTS}
 
     def device(self, card: Card) -> float:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
@@ -165,6 +171,9 @@ class Forecast:
             launched, replayed = (between, whole) if graph else (whole + between, NOTHING)
             found["train"] = seconds_of(launched, card, replayed)
             found["first step"] = max(0.0, of("first step") - of("step"))
+            renewals = (steps - 1) // every if (every := facts.get("renewed_every")) else 0
+            again = of("micro-batch", TWICE * facts.get("captured_again", 0))
+            found["renewals"] = renewals * (found["first step"] + again)
             reads, tokens = facts.get("rollout_reads", 0), facts.get("rollout_tokens", 0)
             found["rollout"] = of("rollout read", reads) + of("rollout token", tokens, True)
         if facts.get("evaluated"):

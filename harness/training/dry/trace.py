@@ -126,7 +126,9 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
     counts = [(kernels.numel(p), id(p) in inner) for p in model.parameters()]
     shallow, whole = sum(n for n, _ in counts), sum(n * (deeper if of else 1) for n, of in counts)
     with ledger.entered("train"), patch.object(kernels, "WORTH", kernels.WORTH * shallow / whole):
+        attached = [p.requires_grad for p in model.parameters()]
         made = loop.Loop(model, run)
+        drawn = attached != [p.requires_grad for p in model.parameters()]
         widest = max(steps, key=lambda step: width(step, run))
         for name in ("first step", "step"):  # the first makes the moments, the second begins with them
             for again in ("micro-batch", "other"):
@@ -135,7 +137,9 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
                 made.step(widest)
             for state in made.optimizer.state.values():
                 ledger.is_part("optimizer", state)
-        found.facts |= often(run, widest, before)
+        found.facts |= often(run, widest, before) | {"renewed_every": method.renewed_every()}
+        if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
+            found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if run.splits["validation"] and run.hp.validations:
             with run.meter.phase("validate"):
                 evaluation.likelihoods(model, largest(run.splits["validation"], run), run)
