@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoConfig, LlamaConfig, Qwen2Config
 
 from harness import cli, forecast, method
-from harness.cli import advice
+from harness.cli import advice, planning
 from harness.cli.arms import Arm
 from harness.forecast.cards import card_named
 from harness.forecast.forecast import Forecast, drawn_out
@@ -380,6 +380,18 @@ def test_a_plan_says_what_cannot_fit_and_ends_with_3(capsys, monkeypatch, tmp_pa
     assert cli.main([*asked, "--memory", "0.5GB", "--json"]) == 3
     runs = json.loads(capsys.readouterr().out)
     assert {run["forecast"]["verdict"] for run in runs} == {"too large"}
+
+
+def test_what_has_no_forecast_is_in_no_sum():
+    hp = Hyperparams(devices=2, sharding="full")
+    [unknown] = forecast.foreseen([spec("full", hp)], True).values()
+    assert "FSDP" in unknown.error and unknown.verdict(forecast.CARDS["H200"]) == "unknown"
+    known, other = arm_of("lora"), Arm("full", [spec("full", hp)], ["will run"], unknown)
+    for card in (forecast.CARDS["H200"], None):
+        said = planning.summary([known, other], [("", "will run")] * 2, card)
+        assert "for what is forecast" in " ".join(said.split())
+        assert "for what" not in planning.summary([known], [("", "will run")], card)
+        assert "on disk" not in planning.summary([other], [("", "will run")], card)
 
 
 def test_a_cap_makes_a_smaller_card(monkeypatch):

@@ -142,13 +142,15 @@ def summary(arms: list[Arm], runs: list, card: Card | None) -> str:
     going = [arm for arm in good if not card or arm.goes(card)]
     disk = f"{space(sum(arm.forecast.saved_bytes * arm.due for arm in going))} on disk"
     todo = f"{count} runs to do, {done} cached"
-    if not (card and good):
-        return listing.paragraph(f"{todo}; {disk}.", 0)
+    only = " for what fits" if len(going) < len(good) else " for what is forecast" * (len(good) < len(arms))
+    if not good:
+        return listing.paragraph(f"{todo}.", 0)
+    if not card:
+        return listing.paragraph(f"{todo}; {disk}{only}.", 0)
     of_each = [arm.forecast.total_seconds(card) for arm in going for _ in range(arm.due)]
     least, likely, most = (sum(times) for times in zip(*of_each, strict=True)) if of_each else (0, 0, 0)
     joules = [arm.joules(card) for arm in going for _ in range(arm.due)]
     spent = f", {energy(sum(filter(None, joules)))}" if joules and None not in joules else ""
-    only = " for what fits" * (len(going) < len(good))
     time = f": about {about(likely)}{only} ({about(least)} to {about(most)}){spent}, {disk}" * bool(of_each)
     verdicts = Counter(arm.verdict(card) for arm in arms)
     fit = f"{verdicts.pop('fits', 0)} of {len(arms)} fit"

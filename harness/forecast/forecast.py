@@ -192,6 +192,12 @@ class Forecast:
         return known / MEASURED_TIME + rest / wide, known + rest, known * MEASURED_TIME + rest * most
 
 
+IN_PARTS = (
+    "weights in parts (hp.sharding=full): how much of them is whole at once is FSDP's own, which no dry run "
+    "has; a short run says it (--set hp.max_steps=5)"
+)
+
+
 def phase_of(moment: str) -> str:
     return moment.partition(" ")[0]
 
@@ -205,7 +211,7 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
     missing: dict[str, RunSpec] = {}
     for key, spec in wanted.values():
         if spec.own_hp.sharding == "full":
-            found[key] = Forecast(error="weights in parts (hp.sharding=full) are not forecast")
+            found[key] = Forecast(error=IN_PARTS)
         elif key not in found and (known := read(key, card)):
             found[key] = known
         elif key not in found:
