@@ -357,10 +357,12 @@ def test_the_knob_that_changes_least_is_one_whose_forecast_fits(line):
     assert "fits with --set hp.micro_batch_size=4 (the same steps)" in said(8)
     assert "hp.gradient_checkpointing=true hp.micro_batch_size=1" in said(5.3)
     line.clear()
-    assert "a larger card would" in said(4.5) and not line  # weights alone are too large: nothing is tried
+    assert "a larger card would" in said(4.5)  # weights alone are too large: no knob of the rows is tried
+    assert not any(hp.gradient_checkpointing or hp.max_length < 512 for hp in line)
     whole = arm_of("lora")
     whole.forecast.facts["cannot"] = ["accumulation", "gradient checkpointing"]
     assert "hp.micro_batch_size=4 hp.batch_size=4 (smaller steps)" in said(8, whole)
+    assert "hp.micro_batch_size=4" in said(8)
     swept = arm_of("lora")
     swept.runs = [
         replace(swept.runs[0], changes={"micro_batch_size": 16})
@@ -380,6 +382,15 @@ def test_a_plan_says_what_cannot_fit_and_ends_with_3(capsys, monkeypatch, tmp_pa
     assert cli.main([*asked, "--memory", "0.5GB", "--json"]) == 3
     runs = json.loads(capsys.readouterr().out)
     assert {run["forecast"]["verdict"] for run in runs} == {"too large"}
+
+
+def test_a_method_in_fewer_bits_is_the_same_but_for_its_base_or_its_optimizer():
+    found = {name: [one.method for _, one in advice.lighter(spec(name, Hyperparams()))]
+             for name in ("full", "lora", "orpo", "galore", "rslora", "reft", "gone")}  # fmt: skip
+    assert found == {"full": ["full_8bit"], "lora": ["qlora"], "orpo": ["qlora_orpo"],
+                     "galore": ["galore_layerwise"], "rslora": [], "reft": [], "gone": []}  # fmt: skip
+    cut = Hyperparams(batch_size=8, micro_batch_size=4)  # which the layerwise one cannot
+    assert not list(advice.lighter(spec("galore", cut)))
 
 
 def test_what_has_no_forecast_is_in_no_sum():

@@ -1,15 +1,17 @@
 """What would let a plan fit: the knob of an arm that changes least, the rows that the hours allow."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from harness import forecast
+from harness import forecast, method
 from harness.cli.arms import Arm, about
 from harness.forecast import Card, Forecast
+from harness.method import LIMITS, Method
 from harness.plain import space
 from harness.record import EAGER
-from harness.spec import Hyperparams, RunSpec
+from harness.spec import RunSpec
 
 ROUNDS = 4  # forecasts of an arm, at most, in search for its largest micro-batch
 LEFT = 0.93  # of a sold card, to programs
@@ -120,10 +122,9 @@ def remedies(arms: list[Arm], card: Card, sizes: dict[str, int]) -> Iterator[str
     left = {arm.name: (arm, list(knobs(arm, card, sizes))) for arm in arms if arm not in broken}
     found: dict[str, str] = {}
     while tried := {name: own.pop(0) for name, (_, own) in left.items() if own and name not in found}:
-        specs = {name: changed(left[name][0].runs[0], changes) for name, (_, changes) in tried.items()}
-        for name, made in foreseen(specs, card).items():
+        for name, made in foreseen({name: spec for name, (_, spec) in tried.items()}, card).items():
             if fits(made, left[name][0].share(card)):
-                found[name] = f"fits with --set {tried[name][0]}"
+                found[name] = f"fits {tried[name][0]}"
     for name, (arm, _) in left.items():
         need, most = arm.forecast.device_at_least(card), arm.forecast.device(card)
         takes = space(most) if most < 1.05 * need else f"{space(need)} to {space(most)}"
@@ -138,35 +139,62 @@ def changed(spec: RunSpec, changes: dict[str, Any]) -> RunSpec:
     return replace(spec, changes=spec.changes | changes)
 
 
-def knobs(arm: Arm, card: Card, sizes: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Those that may let it fit, by a straight line, from what leaves a training as it is to what cuts its
-    rows."""
+def knobs(arm: Arm, card: Card, sizes: dict[str, int]) -> Iterator[tuple[str, RunSpec]]:
+    """In words and as a run, those that may let it fit, by a straight line, from what leaves a training as it
+    is to what cuts its rows."""
     spec, made, share = arm.runs[0], arm.forecast, arm.share(card)
     hp, cannot, size = spec.own_hp, made.facts.get("cannot", []), sizes.get(arm.name, 0)
+
+    def knob(changes: dict[str, Any], said: str = "") -> tuple[str, RunSpec]:
+        other = [f"hp.{k}={str(v).lower()}" for k, v in changes.items() if getattr(hp, k) != v]
+        return f"with --set {' '.join(other)}{said}" * bool(other), changed(spec, changes)
+
     for asked in reversed([size for size in POWERS if size < hp.eval_batch_size]):
         if fits(made.scaled(evaluated=asked / hp.eval_batch_size), share):
-            yield f"hp.eval_batch_size={asked}", {"eval_batch_size": asked}
+            yield knob({"eval_batch_size": asked})
             break
     if not spec.trains:
         return
-    smaller = {"micro_batch_size": size}
-    if 0 < size < hp.micro_batch_size and "accumulation" not in cannot:
-        yield f"hp.micro_batch_size={size} (the same steps)", smaller
-    if not fits(made.scaled(0), share):  # what has no rows is too large
-        return
-    least = {"micro_batch_size": hp.micro_batch_size if "accumulation" in cannot else 1}
-    if "gradient checkpointing" not in cannot and not hp.gradient_checkpointing:
-        yield told({"gradient_checkpointing": True} | least, hp), {"gradient_checkpointing": True} | least
-    if made.rung == EAGER and made.own_rows and "packing" not in cannot and not hp.packing:
-        yield told({"packing": True} | least, hp), {"packing": True} | least
-    if 0 < size < hp.micro_batch_size and "accumulation" in cannot:
-        smaller["batch_size"] = size
-        yield f"{told(smaller, hp)} (smaller steps)", smaller
-    if half := hp.max_length // 2:
-        shorter = {"max_length": half} | least
-        yield f"{told(shorter, hp)} (longer rows are cut)", shorter
+    smaller, cut = 0 < size < hp.micro_batch_size, "accumulation" not in cannot
+    least = {"micro_batch_size": 1 if cut else hp.micro_batch_size}
+    possible = fits(made.scaled(0), share)  # else what has no rows is too large
+    if smaller and cut:
+        yield knob({"micro_batch_size": size}, " (the same steps)")
+    if possible and "gradient checkpointing" not in cannot and not hp.gradient_checkpointing:
+        yield knob({"gradient_checkpointing": True} | least)
+    if possible and made.rung == EAGER and made.own_rows and "packing" not in cannot and not hp.packing:
+        yield knob({"packing": True} | least)
+    said, fewer = knob(least)
+    yield from ((f"{text} {said}".rstrip(), other) for text, other in lighter(fewer))
+    if smaller and not cut:
+        yield knob({"micro_batch_size": size, "batch_size": size}, " (smaller steps)")
+    if possible and (half := hp.max_length // 2):
+        yield knob({"max_length": half} | least, " (longer rows are cut)")
 
 
-def told(changes: dict[str, Any], hp: Hyperparams) -> str:
-    """As --set takes what is another than it was."""
-    return " ".join(f"hp.{k}={str(v).lower()}" for k, v in changes.items() if getattr(hp, k) != v)
+def lighter(spec: RunSpec) -> Iterator[tuple[str, RunSpec]]:
+    """As methods that load another base, as one in 4 bits, or have another optimizer, as one of 8 bits, and
+    are else the same, their options too."""
+    known = method.known_methods()
+    with suppress(Exception):  # a plugin
+        own = method.resolve(spec.method, method.find(spec.method, known))
+        others = [method.resolve(name, source) for name, source in known.items()]
+        for hook in ("load", "optimizer"):
+            for cls in others:
+                alike = own.trains == cls.trains and options_of(own) == options_of(cls)
+                hp, dataset = cls.own(spec.own_hp), dict(spec.dataset)
+                refused = any(LIMITS[limit].asked(hp, dataset) for limit in cls.cannot)
+                if alike and not refused and differing(own, cls) - {"merge"} == {hook}:
+                    yield f"as {cls.name} ({method.card(cls)['summary']})", replace(spec, method=cls.name)
+
+
+def options_of(cls: type[Method]) -> list[str]:
+    return list(getattr(cls, "__dataclass_fields__", ()))
+
+
+def differing(one: type[Method], other: type[Method]) -> set[str]:
+    """The hooks in which two methods are not the same."""
+    names = {name for cls in (one, other) for name in dir(cls) if not name.startswith("_")}
+    found = {name: [getattr(cls, name, None) for cls in (one, other)] for name in names}
+    apart = {name: [getattr(hook, "__func__", hook) for hook in both] for name, both in found.items()}
+    return {name for name, both in apart.items() if any(map(callable, both)) and both[0] is not both[1]}
