@@ -13,7 +13,7 @@ from test_forecast import CONFIG, ROWS, live, made, spec
 from harness import child, cli, forecast
 from harness.bench import attempt
 from harness.cli import advice, arguments, beforehand, planning
-from harness.cli.arms import Arm
+from harness.cli.arms import Arm, arms_of
 from harness.forecast import CARDS, Forecast, corrected
 from harness.forks import in_a_copy
 from harness.plan import Request, plan
@@ -195,6 +195,20 @@ def test_a_bench_probes_where_it_is_asked_to_or_has_an_hour_ahead(
     planning.before_runs(specs, Store(tmp_path), options)
     told = capsys.readouterr().out
     assert ("1 too large" in told) == probed and bool(told) == probed
+
+
+def test_the_runs_of_what_a_search_finds_are_forecast_as_such(monkeypatch, tmp_path):
+    """They are evaluated, as its trials are not; the probe of a trial says of both what a training takes."""
+    monkeypatch.setenv("TUNEOFF_CACHE", str(tmp_path))
+    tuned = plan(Request(preset="demo", methods=["lora"], seeds=[0, 1], tracks=["tuned"], trials=5))
+    [tuning] = tuned.tunings
+    found = {one.digest: forecasted() for one in tuned.methods()} | {tuning.identical.digest: forecasted()}
+    lines = {arm.name: arm for arm in arms_of(tuned, [], found)}
+    assert [lines[f"lora, {what}"].due for what in ("trials", "tuned")] == [5, 2]
+    assert not lines["lora, tuned"].runs[0].trial and lines["lora, trials"].runs[0].trial
+    monkeypatch.setattr(beforehand, "probes", lambda _, specs, __: [(one, probe()) for one in specs])
+    after = beforehand.probed(tuned, set(), found, H200)
+    assert after[tuning.trial.digest].peak == after[tuning.identical.digest].peak == 12 * GIB
 
 
 def test_a_probe_needs_the_card(capsys, tmp_path):

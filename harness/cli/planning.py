@@ -70,7 +70,8 @@ def arms_with(specs, store, options, card: Card | None, probe: bool) -> tuple[li
     if probe and (not card or vars(options).get("memory")):
         raise BadRequest(NO_PROBE)
     runs = [(spec, state(spec, specs, store, options.force)) for spec in known(specs, store, options.force)]
-    found = beforehand.forecasts([*(spec for spec, _ in runs), *(t.trial for t in specs.tunings)], card)
+    searched = [spec for t in specs.tunings for spec in (t.trial, t.identical)]
+    found = beforehand.forecasts([*(spec for spec, _ in runs), *searched], card)
     if probe and card:
         due = {spec.digest for spec, said in runs if not said.startswith("cached")}
         found = beforehand.probed(specs, due, found, card)
