@@ -331,7 +331,7 @@ def test_the_largest_micro_batch_is_forecast_itself_and_found_in_few(line):
         ]
         assert found["lora"] == found["base"] == max(true, default=0)
         tried = [hp.micro_batch_size for hp in line]
-        assert len(tried) <= 2  # one of each arm
+        assert len(tried) <= 2 * len(arms)
         assert all(hp.batch_size == max(16, hp.micro_batch_size) for hp in line)
 
 

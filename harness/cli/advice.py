@@ -16,6 +16,7 @@ from harness.spec import RunSpec
 ROUNDS = 4  # forecasts of an arm, at most, in search for its largest micro-batch
 LEFT = 0.93  # of a sold card, to programs
 MOST = 128  # rows of a micro-batch: more of them make no step faster
+NEAR = 1.1  # of a card: by how much a straight line may be above a forecast
 POWERS = [1 << power for power in range(MOST.bit_length())]
 LEAST = 0.01  # of the rows: with less nothing is learned
 
@@ -78,14 +79,13 @@ class Sizes:
         return max((size for size, made in self.known.items() if fits(made, self.card)), default=0)
 
     def next(self) -> int:
-        """The largest of those that are between what fits and what does not, as far as is known, and should
-        fit; 0: none."""
+        """Of what is between the sizes that are known to fit and not to, the largest that should fit, or the
+        least that nearly should; 0: none."""
         misfits = [size for size, made in self.known.items() if not fits(made, self.card)]
         between = [size for size in POWERS if self.largest < size < min(misfits, default=2 * MOST)]
         fitting = [size for size in between if fits(self.like(size), self.card)]
-        if not fitting and not self.largest and between and self.like(1).verdict(self.card) == "tight":
-            return 1
-        return max(fitting, default=0)
+        near = [size for size in between[:1] if self.like(size).needs(self.card) <= NEAR * self.card.bytes]
+        return max(fitting or near, default=0)
 
     def like(self, size: int) -> Forecast:
         """By the nearest that is known, as if what differs grew with the rows."""
