@@ -131,6 +131,11 @@ class Method:
 
         return AdamW(self.parameter_groups(model, run), fused=True, **adam(run.hp))
 
+    def renewed_every(self) -> int:
+        """Steps after which what the first of them does beside the others is done anew, as a subspace that is
+        found; 0: never. A forecast, which sees two steps, counts it."""
+        return 0
+
     def decays(self, name: str, parameter) -> bool:
         """Whether weight decay reaches a trained parameter: the matrices, not their scales, norms, biases."""
         return parameter.ndim >= 2

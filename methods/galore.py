@@ -51,6 +51,9 @@ class GaLore(Method):
             groups += [{**group, "params": projected, **own}, {**group, "params": whole}]
         return projected_adamw()([group for group in groups if group["params"]], **adam(run.hp))
 
+    def renewed_every(self):
+        return self.gap
+
 
 def in_short(run) -> bool:
     """Gradients come from products in bf16, of 8 bits: TF32's 11 hold them."""

@@ -52,6 +52,9 @@ class LISA(Method):
         run.note("parameters trained at a time", active)
         return optimizer
 
+    def renewed_every(self):
+        return self.period
+
     def draw(self, layers, rng) -> None:
         import torch
 

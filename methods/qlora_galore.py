@@ -69,6 +69,9 @@ class QLoRAGaLore(Method):
         groups = [{"params": adapters}, {"params": attention, **projection}]
         return projected_adamw()([{**g, "weight_decay": run.hp.weight_decay} for g in groups], **adam(run.hp))
 
+    def renewed_every(self):
+        return self.gap
+
     def save(self, model, folder: Path) -> None:
         from safetensors.torch import save_file
 

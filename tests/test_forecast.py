@@ -2,22 +2,29 @@
 
 import copy
 import json
+from dataclasses import asdict, replace
+from functools import partial
+from math import inf
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoConfig, LlamaConfig, Qwen2Config
 
 from harness import cli, forecast, method
+from harness.cli import advice, planning
+from harness.cli.arms import Arm
 from harness.forecast.cards import card_named
 from harness.forecast.forecast import Forecast, drawn_out
 from harness.measuring import LiveTensors
 from harness.spec import Hyperparams, RunSpec
 from harness.training import Loop, dry, loaded_types, master_weights, one_arithmetic
 from harness.training.devices import Devices
-from harness.training.dry import allocator, programs
+from harness.training.dry import allocator, ledger, programs
 from harness.training.head import causal_lm
+from harness.work import LONG_PRODUCTS, PRODUCTS, seconds_of
 
 CONFIG = tiny.gemma(
     num_hidden_layers=6, layer_types=["full_attention"] * 6, hidden_size=256, intermediate_size=512
@@ -142,6 +149,39 @@ def test_what_a_start_repeats_is_counted_as_often():
     assert few.long_products and many.long_products == pytest.approx(4 * few.long_products, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "name, options, steps", [("galore", {"rank": 8, "gap": 2}, 12), ("full", {}, 5), ("lora", {}, 5)]
+)
+def test_a_whole_training_computes_what_was_forecast(name, options, steps):
+    """Products of every step, by torch's own counter: a method's subspaces are found more than once."""
+    hp = tiny.hyperparams(kernels="eager", max_steps=steps, validations=0)
+    found, built = traced(name, CONFIG, hp, options), made(name, options)
+    model, run = tiny.attached(built, built.load(lambda **more: tiny.model(CONFIG)), ROWS, hp)
+    loop, run.decoder.reasons[causal_lm(model)] = Loop(model, run), None
+    with FlopCounterMode(display=False) as counter:
+        for step in run.batches:
+            loop.step(step)
+    work = {name: asdict(done) for name, done in found.work.items()}
+    seconds = Forecast(work=work, facts=found.facts).seconds(SLOW)
+    told = seconds["train"] + seconds["first step"] + seconds["renewals"]
+    assert told == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+# A second for each product: how many there are. Nothing else takes any time.
+SLOW = forecast.Card("slow", 0, 1 / PRODUCTS, 1 / LONG_PRODUCTS, inf, 0)
+
+
+def test_what_is_drawn_anew_is_captured_anew():
+    """LISA's layers: 24 times in 500 steps, each time the graphs of all shapes."""
+    hp = tiny.hyperparams(**COMPILED, max_steps=500)
+    found = traced("lisa", LLAMA, hp, {"layers": 1})
+    work = {name: asdict(done) for name, done in found.work.items()}
+    told = Forecast("compiled + graph", work=work, facts=found.facts).seconds(forecast.CARDS["H200"])
+    one = seconds_of(found.work["micro-batch"], forecast.CARDS["H200"])
+    assert told["renewals"] >= 24 * 2 * one > 0
+    assert "captured_again" not in traced("full", LLAMA, hp).facts
+
+
 def test_two_depths_tell_the_third(exact, monkeypatch):
     from harness.forecast import forecast as own
 
@@ -159,6 +199,7 @@ def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
     what is cheap computed again in backward: 7.25 GiB at the highest moment (torch 2.11)."""
     cheap = ("used_far_apart", "long_fusible_chains", "materialized_backward")
     monkeypatch.setattr(programs, "GRADED", {f"ban_recompute_{what}": False for what in cheap})
+    monkeypatch.setattr(programs.Programs, "known", {})
     hp = Hyperparams(batch_size=8, micro_batch_size=8, max_steps=4, kernels="compiled", validations=0)
     [row] = tiny.rows(1, prompt=(0, 0), response=(511, 511))
     asked = RunSpec("lora", 0, "g", {"language": "en", "reward": "rouge_l", "parts": []}, hp)
@@ -166,6 +207,40 @@ def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
     found = drawn_out(asked, made("lora"), config, splits([row] * 32), True, True)
     assert found.rung == "compiled + graph"
     assert found.peak / GIB == pytest.approx(7.25, rel=0.05)
+
+
+COMPILED = {"kernels": "compiled", "precision": "bf16", "batch_size": 4, "micro_batch_size": 4}
+
+
+def test_programs_of_one_method_serve_another_only_where_layers_are_the_same(monkeypatch):
+    """What hooks change is no layer of the method without them, whichever comes first."""
+    hp, names = tiny.hyperparams(**COMPILED), ("lora", "lora_ggpo", "rslora", "dora")
+    apart = {}
+    for name in names:
+        monkeypatch.setattr(programs.Programs, "known", {})
+        apart[name] = traced(name, LLAMA, hp).moments
+        assert len(programs.Programs.known) > 0
+    for order in (names, names[::-1]):
+        monkeypatch.setattr(programs.Programs, "known", {})
+        assert {name: traced(name, LLAMA, hp).moments for name in order} == apart
+
+
+def test_what_a_graph_holds_is_given_to_nothing_else():
+    """What a captured step has freed is no room for what lies outside of the graph, while that is there."""
+    own, size = ledger.Ledger(), 2**25
+    made = partial(torch.empty, size, dtype=torch.uint8, device="meta")
+    with own:
+        with own.captured(True):
+            made()
+        made()
+        assert own.reserved == 2 * size
+        with own.captured(True):  # a replay
+            made()
+        own.empty_cache()
+        assert own.reserved == size
+        own.replayed = False
+        own.empty_cache()
+    assert own.reserved == 0
 
 
 def test_the_allocator_asks_for_segments_as_torch_does():
@@ -203,6 +278,98 @@ def test_a_verdict_leaves_room_on_both_sides():
     assert verdicts == ["fits", "tight", "too large"]
 
 
+def test_what_was_measured_makes_what_was_not_no_surer():
+    """A training that a probe has measured, and an evaluation beside it that reserves more."""
+    train = {"allocated": 10 * GIB, "reserved": 10 * GIB, "parts": {}, "measured": True}
+    moments = {"train": train, "evaluate": {"allocated": 9 * GIB, "reserved": 11 * GIB, "parts": {}}}
+    made, card = Forecast(moments=moments, tried="ok"), forecast.CARDS["H200"]
+    most = made.device(card)
+    assert made.verdict(card.of(most + 0.02 * most)) == "tight"
+    assert made.verdict(card.of(most + 0.06 * most)) == "fits"
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """Forecasts by a formula: so much, and so much more for each row of a micro-batch. -> specs that were
+    asked for."""
+    asked = []
+
+    def foreseen(specs, *_):
+        found = {}
+        for one in specs:
+            asked.append(one.own_hp)
+            found[one.digest] = straight(one.own_hp)
+        return found
+
+    monkeypatch.setattr(forecast, "foreseen", foreseen)
+    return asked
+
+
+def straight(hp, cannot=(), curve=1.0) -> Forecast:
+    """A curve below 1 is no straight line: small micro-batches hold more than their share."""
+    rows = GIB / 2 * hp.micro_batch_size**curve * (0.25 if hp.gradient_checkpointing else 1.0)
+    rows *= hp.max_length / 512
+    parts = {"weights": 4 * GIB, "activations": rows}
+    size = 4 * GIB + rows
+    last = {"allocated": 4 * GIB, "reserved": size, "parts": {"weights": 4 * GIB}}
+    moments = {"train": {"allocated": size, "reserved": size, "parts": parts}, "train optimizer": last}
+    return Forecast(moments=moments, facts={"cannot": list(cannot)})
+
+
+def arm_of(name: str, **changes) -> Arm:
+    hp = Hyperparams(**{"batch_size": 16, "micro_batch_size": 16} | changes)
+    return Arm(name, [spec(name, hp)], ["will run"], straight(hp))
+
+
+def test_the_largest_micro_batch_is_forecast_itself_and_found_in_few(line):
+    card, arms = forecast.CARDS["H200"], [arm_of("lora"), arm_of("base", micro_batch_size=1)]
+    for size in (5.8, 8, 12, 20, 40, 200):
+        line.clear()
+        found = advice.largest(arms, card.of(size * GIB))
+        true = [
+            n for n in advice.POWERS if straight(Hyperparams(micro_batch_size=n)).needs(card) <= size * GIB
+        ]
+        assert found["lora"] == found["base"] == max(true, default=0)
+        tried = [hp.micro_batch_size for hp in line]
+        assert len(tried) <= 2 * len(arms)
+        assert all(hp.batch_size == max(16, hp.micro_batch_size) for hp in line)
+
+
+def test_where_no_straight_line_is_right_the_answer_still_is_one_that_fits(line, monkeypatch):
+    own = straight
+    monkeypatch.setitem(globals(), "straight", lambda hp: own(hp, curve=0.7))
+    card = forecast.CARDS["H200"]
+    for size in (5.9, 6.5, 8, 10):
+        found = advice.largest([arm_of("lora")], card.of(size * GIB))["lora"]
+        true = [
+            n for n in advice.POWERS if straight(Hyperparams(micro_batch_size=n)).needs(card) <= size * GIB
+        ]
+        assert found == max(true, default=0)
+
+
+def test_the_knob_that_changes_least_is_one_whose_forecast_fits(line):
+    card, arm = forecast.CARDS["H200"], arm_of("lora")
+
+    def said(size: float, arm: Arm = arm) -> str:
+        [text] = advice.remedies([arm], card.of(size * GIB), advice.largest([arm], card.of(size * GIB)))
+        return text
+
+    assert "fits with --set hp.micro_batch_size=4 (the same steps)" in said(8)
+    assert "hp.gradient_checkpointing=true hp.micro_batch_size=1" in said(5.3)
+    line.clear()
+    assert "a larger card would" in said(4.5)  # weights alone are too large: no knob of the rows is tried
+    assert not any(hp.gradient_checkpointing or hp.max_length < 512 for hp in line)
+    whole = arm_of("lora")
+    whole.forecast.facts["cannot"] = ["accumulation", "gradient checkpointing"]
+    assert "hp.micro_batch_size=4 hp.batch_size=4 (smaller steps)" in said(8, whole)
+    assert "hp.micro_batch_size=4" in said(8)
+    swept = arm_of("lora")
+    swept.runs = [
+        replace(swept.runs[0], changes={"micro_batch_size": 16})
+    ]  # by --sweep: a knob reaches it, too
+    assert "hp.micro_batch_size=4" in said(8, swept)
+
+
 def test_a_plan_says_what_cannot_fit_and_ends_with_3(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("TUNEOFF_FORECASTS")
     monkeypatch.setenv("TUNEOFF_CACHE", str(tmp_path))
@@ -215,6 +382,27 @@ def test_a_plan_says_what_cannot_fit_and_ends_with_3(capsys, monkeypatch, tmp_pa
     assert cli.main([*asked, "--memory", "0.5GB", "--json"]) == 3
     runs = json.loads(capsys.readouterr().out)
     assert {run["forecast"]["verdict"] for run in runs} == {"too large"}
+
+
+def test_a_method_in_fewer_bits_is_the_same_but_for_its_base_or_its_optimizer():
+    found = {name: [one.method for _, one in advice.lighter(spec(name, Hyperparams()))]
+             for name in ("full", "lora", "orpo", "galore", "rslora", "reft", "gone")}  # fmt: skip
+    assert found == {"full": ["full_8bit"], "lora": ["qlora"], "orpo": ["qlora_orpo"],
+                     "galore": ["galore_layerwise"], "rslora": [], "reft": [], "gone": []}  # fmt: skip
+    cut = Hyperparams(batch_size=8, micro_batch_size=4)  # which the layerwise one cannot
+    assert not list(advice.lighter(spec("galore", cut)))
+
+
+def test_what_has_no_forecast_is_in_no_sum():
+    hp = Hyperparams(devices=2, sharding="full")
+    [unknown] = forecast.foreseen([spec("full", hp)], True).values()
+    assert "FSDP" in unknown.error and unknown.verdict(forecast.CARDS["H200"]) == "unknown"
+    known, other = arm_of("lora"), Arm("full", [spec("full", hp)], ["will run"], unknown)
+    for card in (forecast.CARDS["H200"], None):
+        said = planning.summary([known, other], [("", "will run")] * 2, card)
+        assert "for what is forecast" in " ".join(said.split())
+        assert "for what" not in planning.summary([known], [("", "will run")], card)
+        assert "on disk" not in planning.summary([other], [("", "will run")], card)
 
 
 def test_a_cap_makes_a_smaller_card(monkeypatch):

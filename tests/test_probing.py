@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness import child, cli, forecast
 from harness.bench import attempt
 from harness.cli import advice, arguments, beforehand, planning
-from harness.cli.arms import Arm
+from harness.cli.arms import Arm, arms_of
 from harness.forecast import CARDS, Forecast, corrected
 from harness.forks import in_a_copy
 from harness.plan import Request, plan
@@ -110,7 +110,7 @@ def test_what_was_measured_stands_in_place_of_what_was_forecast():
     assert after.peak == 12 * GIB
     assert after.device(H200) == 14 * GIB  # what the allocator held, and what the card lost beside it
     assert after.parts["optimizer"] == 2 * GIB and after.parts["weights"] == 3 * GIB
-    assert sum(after.parts.values()) + after.libraries == 12 * GIB
+    assert sum(after.parts.values()) == after.peak
     seconds = after.seconds(H200)
     assert (seconds["load"], seconds["attach"], seconds["train"]) == (4.0, 1.0, 150.0)
     assert forecasted().seconds(H200)["train"] == pytest.approx(100)
@@ -125,7 +125,7 @@ def test_how_a_probe_failed_is_the_verdict():
     found = {end: corrected(forecasted(), probe(status=end, error="why")) for end in ends}
     assert {end: one.verdict(H200) for end, one in found.items()} == ends
     [line] = advice.remedies(
-        [Arm("lora", [spec("lora", Hyperparams())], ["will run"], found["unsupported"])], H200
+        [Arm("lora", [spec("lora", Hyperparams())], ["will run"], found["unsupported"])], H200, {}
     )
     assert "why" in line
 
@@ -197,6 +197,20 @@ def test_a_bench_probes_where_it_is_asked_to_or_has_an_hour_ahead(
     planning.before_runs(specs, Store(tmp_path), options)
     told = capsys.readouterr().out
     assert ("1 too large" in told) == probed and bool(told) == probed
+
+
+def test_the_runs_of_what_a_search_finds_are_forecast_as_such(monkeypatch, tmp_path):
+    """They are evaluated, as its trials are not; the probe of a trial says of both what a training takes."""
+    monkeypatch.setenv("TUNEOFF_CACHE", str(tmp_path))
+    tuned = plan(Request(preset="demo", methods=["lora"], seeds=[0, 1], tracks=["tuned"], trials=5))
+    [tuning] = tuned.tunings
+    found = {one.digest: forecasted() for one in tuned.methods()} | {tuning.identical.digest: forecasted()}
+    lines = {arm.name: arm for arm in arms_of(tuned, [], found)}
+    assert [lines[f"lora, {what}"].due for what in ("trials", "tuned")] == [5, 2]
+    assert not lines["lora, tuned"].runs[0].trial and lines["lora, trials"].runs[0].trial
+    monkeypatch.setattr(beforehand, "probes", lambda _, specs, __: [(one, probe()) for one in specs])
+    after = beforehand.probed(tuned, set(), found, H200)
+    assert after[tuning.trial.digest].peak == after[tuning.identical.digest].peak == 12 * GIB
 
 
 def test_a_probe_needs_the_card(capsys, tmp_path):

@@ -52,10 +52,12 @@ def arms_of(specs, runs: list, found: dict[str, Forecast]) -> Iterator[Arm]:
     for spec, said in runs:
         if not spec.members and not spec.trial:
             groups.setdefault(listing.named(spec, varied[spec.method]), []).append((spec, said))
-    for tuning in specs.tunings:
-        count = specs.trials + len(specs.seeds)
-        several = [(tuning.trial, "will run")] * count
-        groups.setdefault(f"{tuning.trial.method}, tuned", []).extend(several)
+    for tuning in specs.tunings:  # a trial evaluates less than the runs of what was found
+        for what, spec, count in (
+            ("trials", tuning.trial, specs.trials), ("tuned", tuning.identical, len(specs.seeds)),
+        ):  # fmt: skip
+            several = [(spec, "will run")] * count
+            groups.setdefault(f"{spec.method}, {what}", []).extend(several)
     for name, members in groups.items():
         own = [spec for spec, _ in members]
         missing = Forecast(error="not asked for, or torch is not installed")

@@ -38,17 +38,23 @@ def probed(plan, due: set[str], found: dict[str, Forecast], card: Card) -> dict[
         if asked and spec.trains and spec.devices == 1 and made and not made.tried:
             firsts.setdefault(forecast.key_of(spec, made.bf16), spec)
     after: dict[str, Forecast] = {}
+    twins = {
+        tuning.trial.digest: tuning.identical for tuning in plan.tunings
+    }  # which train as the trial does
     with shown("probing") as told:
         told(0, len(firsts))
-        for spec, record in probes(plan, list(firsts.values()), Unseen()):
-            made = found[spec.digest]
-            key = forecast.key_of(spec, made.bf16)
-            after[key] = corrected(made, record)
-            if record.status in KEPT:
-                forecast.keep(key, after[key], card)
-            told(len(after), len(firsts))
-    own = {spec.digest: forecast.key_of(spec, found[spec.digest].bf16) for spec in plan.methods()
-           if spec.digest in found}  # fmt: skip
+        for number, (spec, record) in enumerate(probes(plan, list(firsts.values()), Unseen()), 1):
+            for alike in filter(None, (spec, twins.get(spec.digest))):
+                if alike.digest not in found:
+                    continue
+                made = found[alike.digest]
+                key = forecast.key_of(alike, made.bf16)
+                after[key] = corrected(made, record)
+                if record.status in KEPT:
+                    forecast.keep(key, after[key], card)
+            told(number, len(firsts))
+    all_known = [spec for spec in (*plan.methods(), *twins.values()) if spec.digest in found]
+    own = {spec.digest: forecast.key_of(spec, found[spec.digest].bf16) for spec in all_known}
     return found | {name: after[key] for name, key in own.items() if key in after}
 
 

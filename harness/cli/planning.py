@@ -70,7 +70,8 @@ def arms_with(specs, store, options, card: Card | None, probe: bool) -> tuple[li
     if probe and (not card or vars(options).get("memory")):
         raise BadRequest(NO_PROBE)
     runs = [(spec, state(spec, specs, store, options.force)) for spec in known(specs, store, options.force)]
-    found = beforehand.forecasts([*(spec for spec, _ in runs), *(t.trial for t in specs.tunings)], card)
+    searched = [spec for t in specs.tunings for spec in (t.trial, t.identical)]
+    found = beforehand.forecasts([*(spec for spec, _ in runs), *searched], card)
     if probe and card:
         due = {spec.digest for spec, said in runs if not said.startswith("cached")}
         found = beforehand.probed(specs, due, found, card)
@@ -142,13 +143,15 @@ def summary(arms: list[Arm], runs: list, card: Card | None) -> str:
     going = [arm for arm in good if not card or arm.goes(card)]
     disk = f"{space(sum(arm.forecast.saved_bytes * arm.due for arm in going))} on disk"
     todo = f"{count} runs to do, {done} cached"
-    if not (card and good):
-        return listing.paragraph(f"{todo}; {disk}.", 0)
+    only = " for what fits" if len(going) < len(good) else " for what is forecast" * (len(good) < len(arms))
+    if not good:
+        return listing.paragraph(f"{todo}.", 0)
+    if not card:
+        return listing.paragraph(f"{todo}; {disk}{only}.", 0)
     of_each = [arm.forecast.total_seconds(card) for arm in going for _ in range(arm.due)]
     least, likely, most = (sum(times) for times in zip(*of_each, strict=True)) if of_each else (0, 0, 0)
     joules = [arm.joules(card) for arm in going for _ in range(arm.due)]
     spent = f", {energy(sum(filter(None, joules)))}" if joules and None not in joules else ""
-    only = " for what fits" * (len(going) < len(good))
     time = f": about {about(likely)}{only} ({about(least)} to {about(most)}){spent}, {disk}" * bool(of_each)
     verdicts = Counter(arm.verdict(card) for arm in arms)
     fit = f"{verdicts.pop('fits', 0)} of {len(arms)} fit"
@@ -238,14 +241,17 @@ def below(specs, arms: list[Arm], runs: list, card: Card | None, options) -> Ite
             yield listing.paragraph(f"  no forecast of {', '.join(names)}: {error}", 4)
     good = [arm for arm in arms if not arm.forecast.error]
     if card and good:
-        for line in remedies([arm for arm in good if arm.verdict(card) != "fits"], card):
+        wrong = [arm for arm in good if arm.verdict(card) != "fits"]
+        sizes = largest(good if options.memory else wrong, card)
+        for line in remedies(wrong, card, sizes):
             yield listing.paragraph(line, 4)
-        if options.memory and (sizes := largest(good, card)):
+        if options.memory and sizes:
             length = good[-1].runs[0].own_hp.max_length
+            rows = "of these rows, which" if all(arm.forecast.own_rows for arm in good) else "were all rows"
+            are = f"are cut at {length} tokens" if "these" in rows else f"{length} tokens long"
             more = {0: "none", MOST: f"{MOST} or more"}
             most = ", ".join(f"{name} {more.get(size, size)}" for name, size in sizes.items())
-            full = f"Largest micro-batch that fits, were all rows {length} tokens long: {most}."
-            yield listing.paragraph(full, 0)
+            yield listing.paragraph(f"Largest micro-batch that fits, {rows} {are}: {most}.", 0)
         if options.hours:
             going = [arm for arm in good if arm.goes(card)]
             yield listing.paragraph(within(going, card, options.hours), 0)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from statistics import fmean
 
-from harness.forecast.forecast import Forecast, phase_of
+from harness.forecast.forecast import PARTS, Forecast, phase_of
 from harness.record import PROBED, Phase, RunRecord
 
 ONCE = ("load", "attach", "compile")  # phases that a probe goes through as the run does
@@ -32,7 +32,7 @@ def moment_of(phase: Phase, libraries: int, made: Forecast, record: RunRecord) -
     """Of its parts, those are measured that the run itself can count; activations are what is left."""
     allocated = (phase.peak_allocated or 0) - libraries  # which a forecast adds to all moments
     reserved = max(allocated, (phase.peak_reserved or 0) - libraries)
-    sizes, parts = record.sizes, dict(made.parts)
+    sizes, parts = record.sizes, dict.fromkeys(PARTS, 0) | made.highest.get("parts", {})
     own = (sizes.trainable_bytes or 0) if parts["adapters"] else 0
     parts |= {"weights": (sizes.weight_bytes or 0) - own, "adapters": own}
     parts["optimizer"] = sizes.optimizer_bytes or 0

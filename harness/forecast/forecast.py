@@ -1,6 +1,7 @@
 """Forecasts: of each run a trace at two depths, drawn out to the model's own, and kept until code or request
 change. Torch is imported only where something is traced."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -26,9 +27,16 @@ from harness.work import NOTHING, Work, seconds_of
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
 SHALLOW = 12
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
+MOVING = ("activations", "head")  # of them, what grows with the rows that are computed at once
+GROWING = ("attach", "train")  # phases that compute hp.micro_batch_size rows at once
+WITHIN = ("validate", "rollout")  # phases in which a training keeps what it has reserved
+EVALUATING = ("validate", "evaluate", "generate")  # hp.eval_batch_size
 CODE = ("forecast", "training")  # folders whose change makes a forecast anew
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-LIBRARY_BYTES = 32 * 2**20  # cuBLAS's workspace, which it asks of torch's allocator, for each stream
+# cuBLAS's workspace, which torch takes of its allocator for each handle and stream: of Hopper and Blackwell,
+# as aten/src/ATen/cuda/CublasHandlePool.cpp has it; older cards take 8.1 MiB.
+LIBRARY_BYTES = 32 * 2**20
+LIBRARIES_PART = "workspace"
 THREADS = 2  # of a training: backward has its own, and cuBLAS a workspace for each
 STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, that of the capture
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
@@ -39,6 +47,7 @@ START = 3.0  # seconds of a run before its first phase: its process, the card's 
 LOADING = 1.0  # and with it the tokens of the rows: 0.7 to 1.7 on the H200 of results/reference/english-17m
 DISK = 1e9  # bytes of weights a second, read and written: an assumption
 COMPILING = {"compiled": 20.0, "graph": 2.0}  # seconds, where a rung has it in its name: 22 on an H200, cold
+TWICE = 2  # a micro-batch is launched to be captured: in a warm-up, and while it is recorded
 VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip
@@ -82,7 +91,9 @@ class Forecast:
 
     @property
     def parts(self) -> dict[str, float]:
-        return {name: self.highest.get("parts", {}).get(name, 0) for name in PARTS}
+        """Of the peak, what it is made of: these add up to it."""
+        own = self.highest.get("parts", {})
+        return {name: own.get(name, 0) + self.libraries * (name == LIBRARIES_PART) for name in PARTS}
 
     def device(self, card: Card) -> float:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
@@ -92,18 +103,44 @@ class Forecast:
         """As it is when the allocator gives back what is free."""
         return self.most("allocated") + self.libraries + self.context(card)
 
+    @property
+    def needed(self) -> list[dict]:
+        """The moments that must have room."""
+        return [moment for name, moment in self.moments.items() if phase_of(name) != TRIAL]
+
     def most(self, gauge: str) -> float:
-        return max((m[gauge] for name, m in self.moments.items() if phase_of(name) != TRIAL), default=0)
+        return max((moment[gauge] for moment in self.needed), default=0)
 
     def context(self, card: Card) -> float:
         """What a process takes of a card beside torch's memory."""
         return self.facts.get("context") or card.context
 
-    def unsure(self, size: float) -> float:
-        most = self.most("allocated")
-        if any(m.get("measured") and m["allocated"] == most for m in self.moments.values()):
+    def unsure(self, size: float, moment: dict | None = None) -> float:
+        """By how much so many bytes may be off: at this moment, or at the highest."""
+        moment = moment or max(self.needed, key=lambda m: m["allocated"], default={})
+        if moment.get("measured"):
             return size * MEASURED + MEASURED_BYTES
         return size * UNSURE[self.rung] + UNSURE_BYTES
+
+    def needs(self, card: Card) -> float:
+        """Bytes that are enough at each moment, also where that is off by as much as it may be."""
+        beside = self.libraries + self.context(card)
+        found = (m["reserved"] + beside + self.unsure(m["allocated"] + beside, m) for m in self.needed)
+        return max(found, default=0)
+
+    def scaled(self, rows: float = 1.0, evaluated: float = 1.0) -> "Forecast":
+        """As a straight line says it of micro-batches so many times as large, and of evaluations' batches."""
+        moving = {name: sum(m["parts"].get(part, 0) for part in MOVING) for name, m in self.moments.items()}
+        training = max((size for name, size in moving.items() if phase_of(name) in GROWING), default=0)
+        moments = {}
+        for name, moment in self.moments.items():
+            growing, evaluating = (phase_of(name) in phases for phases in (GROWING, EVALUATING))
+            more = moving[name] * ((rows - 1) * growing + (evaluated - 1) * evaluating)
+            held = training * (rows - 1) if growing or phase_of(name) in WITHIN else more
+            allocated = moment["allocated"] + more
+            reserved = max(allocated, moment["reserved"] + held)
+            moments[name] = moment | {"allocated": allocated, "reserved": reserved}
+        return replace(self, moments=moments, tried="")
 
     def verdict(self, card: Card) -> str:
         """fits, tight or too large; of a probe that ended otherwise, how."""
@@ -112,8 +149,7 @@ class Forecast:
         least = self.device_at_least(card)
         if least - self.unsure(least) > card.bytes:
             return "too large"
-        most = self.device(card)
-        return "fits" if most + self.unsure(least) <= card.bytes else "tight"
+        return "fits" if self.needs(card) <= card.bytes else "tight"
 
     def seconds(self, card: Card) -> dict[str, float]:
         """Of each phase, as measured where a probe has."""
@@ -135,6 +171,9 @@ class Forecast:
             launched, replayed = (between, whole) if graph else (whole + between, NOTHING)
             found["train"] = seconds_of(launched, card, replayed)
             found["first step"] = max(0.0, of("first step") - of("step"))
+            renewals = (steps - 1) // every if (every := facts.get("renewed_every")) else 0
+            again = of("micro-batch", TWICE * facts.get("captured_again", 0))
+            found["renewals"] = renewals * (found["first step"] + again)
             reads, tokens = facts.get("rollout_reads", 0), facts.get("rollout_tokens", 0)
             found["rollout"] = of("rollout read", reads) + of("rollout token", tokens, True)
         if facts.get("evaluated"):
@@ -153,6 +192,12 @@ class Forecast:
         return known / MEASURED_TIME + rest / wide, known + rest, known * MEASURED_TIME + rest * most
 
 
+IN_PARTS = (
+    "weights in parts (hp.sharding=full): how much of them is whole at once is FSDP's own, which no dry run "
+    "has; a short run says it (--set hp.max_steps=5)"
+)
+
+
 def phase_of(moment: str) -> str:
     return moment.partition(" ")[0]
 
@@ -166,7 +211,7 @@ def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], ob
     missing: dict[str, RunSpec] = {}
     for key, spec in wanted.values():
         if spec.own_hp.sharding == "full":
-            found[key] = Forecast(error="weights in parts (hp.sharding=full) are not forecast")
+            found[key] = Forecast(error=IN_PARTS)
         elif key not in found and (known := read(key, card)):
             found[key] = known
         elif key not in found:
@@ -299,7 +344,8 @@ def traced(missing: dict[str, RunSpec], bf16: bool) -> Iterable[tuple[str, Forec
 
 
 def quiet() -> None:
-    """A copy ends without a word."""
+    """A copy ends without a word, and collects no garbage of its parent's."""
+    gc.freeze()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -342,9 +388,8 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
 
     layers = config.get_text_config().num_hidden_layers
     depths = (layers,) if layers <= SHALLOW else DEPTHS
-    programs = dry.Programs()
     try:
-        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, depth, programs) for depth in depths]
+        traces = [dry.trace(spec, rebuilt(built), config, rows, bf16, depth) for depth in depths]
     except (AttributeError, IndexError, KeyError, ValueError):
         if len(depths) == 1:
             raise

@@ -59,7 +59,8 @@ class Ledger(TorchDispatchMode):
         self.doing = ""  # whose work it is, where that is not the phase's
         self.count = 0
         self.base: set[int] = set()  # the parameters of the base model
-        self.allocator = Allocator()
+        self.allocator, self.graphs = Allocator(), Allocator()  # a graph's tensors have a pool of their own
+        self.pool, self.replayed = self.allocator, True  # whether there still are graphs
         self.work: defaultdict[str, Work] = defaultdict(Work)  # of each phase
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -112,17 +113,38 @@ class Ledger(TorchDispatchMode):
             size, number = storage.nbytes(), self.count
             self.count += 1
             self.part[number] = self.now
-            block = self.allocator.take(size)
+            pool = self.pool
+            block = pool.take(size)
             held = block.size
-            self.changes.append((number, held, self.allocator.reserved))
+            self.changes.append((number, held, self.reserved))
 
             def freed(_: object) -> None:
                 del self.live[address]
-                self.allocator.free(block)
-                self.changes.append((number, -held, self.allocator.reserved))
+                pool.free(block)
+                self.changes.append((number, -held, self.reserved))
 
             self.live[address] = number, weakref.ref(storage, freed)
         return self.live[address][0]
+
+    @property
+    def reserved(self) -> int:
+        return self.allocator.reserved + self.graphs.reserved
+
+    @contextmanager
+    def captured(self, largest: bool) -> Iterator[None]:
+        """Within, what is made is a graph's, in memory that nothing else is given while there are graphs. The
+        largest is captured first; others, and its replays, take no more."""
+        first = largest and not self.graphs.reserved
+        before, self.pool = self.pool, self.graphs if first else Allocator()
+        try:
+            yield
+        finally:
+            self.pool = before
+
+    def empty_cache(self) -> None:
+        self.allocator.empty_cache()
+        if not self.replayed:
+            self.graphs.empty_cache()
 
     def is_part(self, part: str, tree: object) -> None:
         for tensor in of_card(tree):

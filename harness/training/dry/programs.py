@@ -2,7 +2,7 @@
 layer is traced once."""
 
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from harness.training.compiling import GRADED
 from harness.training.dry.fused import Steps
 from harness.training.dry.ledger import told
-from harness.training.dry.world import CARD
+from harness.training.dry.world import CARD, Autocast
 
 
 class Partitioned(Exception):
@@ -24,9 +24,10 @@ class Partitioned(Exception):
 
 
 class Programs:
-    def __init__(self) -> None:
-        self.known: dict[tuple, Program] = {}
-        self.ledger: Any = None  # of the run that they are computed in
+    known: dict[tuple, "Program"] = {}  # of this process: many methods have the same layers
+
+    def __init__(self, ledger) -> None:
+        self.ledger = ledger  # of the run that they are computed in
 
     def of(self, layer, checkpointed: bool):
         """A forward in the place of the layer's own."""
@@ -41,6 +42,7 @@ class Programs:
             lifted = [box[key] for box, key in spots]
             key = (
                 kind(layer),
+                Autocast.now[-1],
                 tree,
                 *((told(x), x.requires_grad) if torch.is_tensor(x) else x for x in (*leaves, *lifted)),
             )
@@ -59,13 +61,29 @@ ALIKE = ("layer_idx", "place", "training", "is_sliding", "sliding_window", "laye
 
 def kind(layer) -> tuple:
     """What tells layers of a model apart, but for the shapes of their tensors."""
-    own = [
-        (name, key, value)
-        for name, module in layer.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key not in ALIKE
-    ]
-    return type(layer), *own
+    own: list[tuple] = []
+    for name, module in layer.named_modules():
+        own.append((name, type(module), *map(told_of, hooks(module))))
+        own += [
+            (name, key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str)) and key not in ALIKE
+        ]
+    return tuple(own)
+
+
+def hooks(module) -> list:
+    """What computes in the place of the module's class, or beside it."""
+    beside = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [*beside, *filter(None, [vars(module).get("forward")])]
+
+
+def told_of(function) -> tuple[str, str]:
+    """A function is told by where it is written."""
+    while isinstance(function, partial):
+        function = function.func
+    of = function if hasattr(function, "__qualname__") else type(function)
+    return of.__module__, of.__qualname__
 
 
 def places(layer):

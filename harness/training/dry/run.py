@@ -2,7 +2,7 @@
 counted as often as a run would compute it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -137,12 +137,13 @@ class DryKernels(Kernels):
                 self.adapters = Adapters(alike(self.model))
                 for group in self.adapters.groups:
                     self.run.ledger.is_part("weights", [group.both, group.a, group.b])
+            self.run.ledger.empty_cache()  # as where there is a GPU
         if "graph" in self.rung:
             for parameter in self.parameters:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                     self.run.ledger.is_part("gradients", parameter.grad)
-        few = telling(batches)
+        few = [max(batches, key=tokens)] if "graph" in self.rung else telling(batches)
         self.computed, self.largest = list(map(id, few)), id(max(few, key=tokens))
         self.run.prepared = len(batches), sum(map(tokens, batches))
         self.run.traced = max(map(tokens, few))
@@ -155,8 +156,15 @@ class DryKernels(Kernels):
     def gradients(self, batch: dict, share) -> torch.Tensor:
         if id(batch) not in self.computed:
             return torch.zeros((), device=CARD)
-        with self.run.ledger.counted("micro-batch" if id(batch) == self.largest else "other"):
+        ledger, largest = self.run.ledger, id(batch) == self.largest
+        pool = ledger.captured(largest) if "graph" in self.rung else nullcontext()
+        with pool, ledger.counted("micro-batch" if largest else "other"):
             return super().gradients(batch, 1.0)
+
+    def close(self) -> None:
+        super().close()
+        self.run.ledger.replayed = False
+        self.run.ledger.empty_cache()  # as where there is a GPU
 
 
 def telling(batches: list[dict]) -> list[dict]:

@@ -47,16 +47,13 @@ class Traced:
 
 
 def trace(
-    spec: RunSpec, method: Method, config, rows: dict[str, list[Example]], bf16: bool, depth: int,
-    programs: Programs | None = None,
-) -> Traced:  # fmt: skip
-    """Of a model with the first so many of its layers, whose compiled programs another depth may have made.
-    Raises whatever the method's own hooks do."""
+    spec: RunSpec, method: Method, config, rows: dict[str, list[Example]], bf16: bool, depth: int
+) -> Traced:
+    """Of a model with the first so many of its layers. Raises whatever the method's own hooks do."""
     ledger, layers = Ledger(), config.get_text_config().num_hidden_layers
     with world(), seen(ledger), ledger:
         run = opened(spec, method, shallow(config, depth), rows, bf16, ledger)
-        run.programs = programs or Programs()
-        run.programs.ledger = ledger
+        run.programs = Programs(ledger)
         with ledger.entered("load"):
             model = method.load(run.loader)
             ledger.base = set(map(id, model.parameters()))
@@ -129,7 +126,9 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
     counts = [(kernels.numel(p), id(p) in inner) for p in model.parameters()]
     shallow, whole = sum(n for n, _ in counts), sum(n * (deeper if of else 1) for n, of in counts)
     with ledger.entered("train"), patch.object(kernels, "WORTH", kernels.WORTH * shallow / whole):
+        attached = [p.requires_grad for p in model.parameters()]
         made = loop.Loop(model, run)
+        drawn = attached != [p.requires_grad for p in model.parameters()]
         widest = max(steps, key=lambda step: width(step, run))
         for name in ("first step", "step"):  # the first makes the moments, the second begins with them
             for again in ("micro-batch", "other"):
@@ -138,7 +137,9 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
                 made.step(widest)
             for state in made.optimizer.state.values():
                 ledger.is_part("optimizer", state)
-        found.facts |= often(run, widest, before)
+        found.facts |= often(run, widest, before) | {"renewed_every": method.renewed_every()}
+        if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
+            found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if run.splits["validation"] and run.hp.validations:
             with run.meter.phase("validate"):
                 evaluation.likelihoods(model, largest(run.splits["validation"], run), run)
@@ -222,7 +223,7 @@ def seen(ledger):
         patch.object(loop, "Kernels", DryKernels),
         patch.object(head.LogProbabilities, "forward", staticmethod(forward)),
         patch.object(head.LogProbabilities, "backward", staticmethod(backwards)),
-        patch.object(torch.cuda, "empty_cache", ledger.allocator.empty_cache),
+        patch.object(torch.cuda, "empty_cache", ledger.empty_cache),
         params4bit() or nullcontext(),
     ):
         hook = register_optimizer_step_pre_hook(lambda *_: optimizing(ledger, True))
