@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 from math import isclose, prod
 from pathlib import Path
@@ -28,6 +29,8 @@ from harness.report.handin import pages
 from harness.report.text import latex, spreadsheet
 from harness.report.verdicts import judged
 from harness.store import Store
+
+ROOT = Path(__file__).parents[1]
 
 SECTIONS = [
     "Introduction", "Techniques, and why", "Data and their mapping", "Setup", "Results", "Hybrid",
@@ -181,6 +184,19 @@ def test_rendered_twice_it_is_the_same_bytes(usual, tmp_path):
     for kind in FORMATS:
         one, two = ((tmp_path / name / f"report.{kind}").read_bytes() for name in ("a", "b"))
         assert one == two, kind
+
+
+def test_several_are_set_also_after_one_was_set_in_this_process():
+    """A copy of a process that has asked typst would wait for its threads forever."""
+    told = """
+from harness.report.blocks import Prose, Title
+from harness.report.pdf import typeset_all
+documents = [([], [Title(str(i)), Prose("word " * 2000)]) for i in range(3)]
+first, *_ = several = typeset_all(documents, "now")
+assert typeset_all(documents[:1], "now") == [first], "set here"
+assert typeset_all(documents, "now") == several
+"""
+    subprocess.run([sys.executable, "-c", told], cwd=ROOT, check=True, timeout=60)
 
 
 def test_challenges_are_of_the_records_and_of_nothing_else(twelve, usual):

@@ -77,7 +77,7 @@ def cell(name: str) -> str:
 def test_what_had_ended_is_not_run_again_and_the_report_is_shown(session, tmp_path, capsys, monkeypatch):
     for run in (ROOT / "results/reference/demo").glob("base-*"):
         shutil.copytree(run, tmp_path / "kept/results" / run.name)
-    monkeypatch.setattr(report, "typeset", lambda *_: b"%PDF")
+    monkeypatch.setattr(report, "typeset_all", lambda both, _: [b"%PDF" for _ in both])
     shown = session(PRESET="demo", ARGUMENTS=["--methods", "base"], INSTALL=False, FOLDER="kept")
     told = capsys.readouterr().out
     assert "ok   torch" in told, "the doctor"

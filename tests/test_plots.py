@@ -14,21 +14,23 @@ from matplotlib.text import Text
 from scipy.optimize import isotonic_regression
 
 from harness.record import Memory, Phase
-from harness.report import render
+from harness.report import Report, render
 from harness.report.blocks import Plot, Title
 from harness.report.comparison import GIB, Comparison, comparisons
 from harness.report.page import write_html
+from harness.report.plots import figures
 from harness.report.plots.cost import cost_alone, scores_by_cost
 from harness.report.plots.curves import loss_curves
 from harness.report.plots.labels import apart, overlap
 from harness.report.plots.memory import memory_by_part, parts
-from harness.report.plots.style import COLOURS, MARKERS, looks
+from harness.report.plots.style import COLOURS, FAINT, MARKERS, looks
 from harness.report.reaching import SHARE, Goal, cost_to_reach, goal_of, reached
 from harness.report.verdicts import Verdicts
 from harness.store import Store
 
 METHODS = sorted(p.stem for p in (Path(__file__).parents[1] / "methods").glob("*.py"))
 METHODS = [name for name in METHODS if name not in ("__init__", "base", "base_nf4", "peft")]
+REFERENCE = Path(__file__).parents[1] / "results/reference/english-17m"
 LONG = "A plugin with a title that says everything about how it was made, by whom and what for"
 
 # Machado, Oliveira and Fernandes 2009, severity 1, for linear RGB
@@ -166,6 +168,27 @@ def test_where_a_front_means_nothing_there_is_none(many):
     one = comparisons(crowd(["lora"]))[0]
     figures = [scores_by_cost(one, Verdicts(one)).figure, cost_alone(many).figure]
     assert not [line for f in figures for ax in f.axes for line in ax.lines if len(line.get_xdata()) == 3]
+
+
+def test_a_caption_says_what_is_drawn_alone(many):
+    [real] = Report.of(Store(REFERENCE)).judged
+    alone = comparisons(crowd(["lora", "dora"], seeds=1))[0]
+    seen = []
+    for comparison, verdicts in (real, (many, Verdicts(many)), (alone, Verdicts(alone))):
+        plots = {block.name: block for block in figures(comparison, verdicts, "") if isinstance(block, Plot)}
+        scores, memory, loss = (plots[name] for name in ("scores", "memory", "loss-sft"))
+        panels, bars, curves = (plot.images.figure.axes for plot in (scores, memory, loss))
+        paths = [path.vertices for ax in panels for path in ax.collections[0].get_paths()]
+        drawn = {
+            "grey steps": any(line.get_color() == FAINT for ax in panels for line in ax.lines),
+            "bars ±": any(np.ptp(path, axis=0).any() for path in paths),
+            "brackets": any("(" in text.get_text() for text in bars[0].texts),
+            "thin lines": any(line.get_alpha() for ax in curves for line in ax.lines),
+        }
+        said = scores.caption + memory.caption + loss.caption
+        assert {words: words in said for words in drawn} == drawn
+        seen.append(tuple(drawn.values()))
+    assert all(set(drawn) == {True, False} for drawn in list(zip(*seen, strict=True))[:3])
 
 
 def test_where_better_is_stands_above_each_panel(scattered):

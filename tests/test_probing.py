@@ -249,7 +249,7 @@ def test_a_report_holds_forecasts_against_what_was_measured(tmp_path):
     rows = {row[0]: row[1:] for row in table.rows}
     assert [rows["LoRA"][i] for i in (2, 5)] == ["+5.0"] * 2
     assert [rows["DoRA"][i] for i in (2, 5)] == ["+25.0†"] * 2
-    assert missed.text == "Off by more than its range: DoRA, memory and time."
+    assert missed.text == "Off by more than its range: memory of 1 and time of 1 of 2 techniques."
     assert plot.name == "forecast"
     _, line = section(tmp_path / "none", {})
     assert "Nothing was forecast" in line.text

@@ -495,6 +495,19 @@ def test_declared_deviations_are_footnotes(tmp_path):
     assert "| GaLore ¹ |" in text and "¹ GaLore: learning rate 0.001 instead of 0.0002: why" in text
 
 
+def test_footnotes_are_numbered_as_the_table_mentions_them(tmp_path):
+    for method, score in (("lora", 10), ("dora", 40), ("galore", 30), ("base", 1)):
+        for seed in range(3 if score > 1 else 1):
+            found = fabricate.record(method, seed)
+            found.overrides = {} if score == 1 else {"learning_rate": (1e-3, method)}
+            found.scores = {"bleu4": score + seed / 10}
+            fabricate.keep(tmp_path / "r", found)
+    text, _ = rendered(tmp_path, tmp_path / "r")
+    rows = part(text, "Results").split("|\n| ")[2:]
+    assert re.findall("[¹²³]", " ".join(row.partition("|")[0] for row in rows)) == ["¹", "²", "³"]
+    assert re.findall("^[¹²³]", part(text, "Results"), re.MULTILINE) == ["¹", "²", "³"]
+
+
 def test_options_that_differ_name_the_rows():
     records = [fabricate.record("lora", options={"rank": r, "alpha": 16}) for r in (8, 64)]
     assert [t.label for t in comparisons(records)[0].techniques] == ["LoRA (rank 8)", "LoRA (rank 64)"]

@@ -30,7 +30,7 @@ from harness.report.grades import contestants
 from harness.report.handin import pages
 from harness.report.modelcard import Origin, card, form_of, metadata, title
 from harness.report.page import template, write_html
-from harness.report.pdf import REMEDY, Unsettable, missing, typeset
+from harness.report.pdf import REMEDY, Unsettable, missing, typeset_all
 from harness.report.plots import NARROW, Images, draw
 from harness.report.tasks import TaskScore, task_scores
 from harness.report.terminal import results
@@ -233,7 +233,8 @@ def write_pdf(report: Report, made: Documents) -> dict[str, bytes]:
     first = {name: pages(*judged, report.budget) for name, judged in named(report, made).items()}
     draw(undrawn(*first.values()), {"svg"})
 
-    return {name: typeset(first.get(name, []), made[name], report.now) for name in made}
+    both = [(first.get(name, []), made[name]) for name in made]
+    return dict(zip(made, typeset_all(both, report.now), strict=True))
 
 
 def named(report: Report, made: Documents) -> dict[str, tuple[Comparison, Verdicts]]:

@@ -88,25 +88,27 @@ def index(
     budget: Budget | None,
 ) -> list[b.Block]:
     """What differs between the comparisons, and what each one decided."""
-    rows = []
+    rows, apart = [], any(comparison.apart for comparison in comparisons)
     for comparison, name in zip(comparisons, files, strict=True):
         decided = decision(comparison, judged(comparison, store), budget)
         leads = [block.text for block in decided if isinstance(block, b.Lead)]
         rows.append([
             comparison.subject,
-            name,
-            comparison.apart or UNKNOWN,
+            *([comparison.apart or UNKNOWN] if apart else []),
+            "\n".join(leads) or UNKNOWN,
             listed([t.label for t in comparison.trained]) or UNKNOWN,
             f"{sum(record.ok for record in comparison.records)} of {len(comparison.records)}",
             max(record.started for record in comparison.records)[:16].replace("T", " "),
-            "\n".join(leads) or UNKNOWN,
+            name,
         ])  # fmt: skip
-    columns = ["Comparison", "File", "What differs", "Techniques", "Runs done", "Last run", "Decision"]
+    differs = ["What differs"] * apart
+    columns = ["Comparison", *differs, "Decision", "Techniques", "Runs done", "Last run", "File"]
+    words = tuple(i for i, column in enumerate(columns) if column != "Runs done")
     return [
         b.Title(f"{len(comparisons)} comparisons"),
         *[b.Notice(UNREAD.format(len(corrupt)))] * bool(corrupt),
         b.Prose(SEVERAL),
-        b.Table(columns, rows, words=(0, 1, 2, 3, 5, 6), links=files),
+        b.Table(columns, rows, words=words, links=files),
         *unreadable(corrupt),
     ]
 

@@ -55,7 +55,7 @@ def foretold(comparison: Comparison, suffix: str) -> list[b.Block]:
         f"forecast ({unit})", f"measured ({unit})", "error (%)"))]  # fmt: skip
     found: list[b.Block] = [heading, b.Prose(HOW), b.Table(columns, rows, notes(known, sides.values()))]
     if beyond := misses(known, sides):
-        found.append(b.Prose(f"Off by more than its range: {'; '.join(beyond)}."))
+        found.append(b.Prose(beyond))
     images = said_and_measured(comparison, known, sides, unit)
     if images is not None:
         found.append(b.Plot(f"forecast{suffix}", PLOT, images))
@@ -107,17 +107,23 @@ def notes(known: list[Technique], sides: Iterable[tuple[Side, Side]]) -> list[st
     return found
 
 
-def misses(known: list[Technique], sides: dict[str, tuple[Side, Side]]) -> list[str]:
-    """In words. A run that had no room where some was forecast is one, too."""
-    found = []
-    for technique in known:
-        said, names = expected(technique), ("memory", "time")
-        wrong = [what for what, one in zip(names, sides[technique.label], strict=True) if one.beyond]
-        wrong += ["a run had no room on its card"] * any(map(unforeseen, technique.records))
-        ways = {r.kernels.rung for r in technique.done if r.kernels.rung} - {said.rung if said else None}
-        why = f" (its steps were {listed(sorted(ways))}, not {said.rung})" if said and wrong and ways else ""
-        found += [f"{technique.label}, {listed(wrong)}{why}"] * bool(wrong)
-    return found
+def misses(known: list[Technique], sides: dict[str, tuple[Side, Side]]) -> str:
+    """How many, and what explains some; which they are, the table marks. A run that had no room where some
+    was forecast is one, too."""
+    sums = [sum(one.beyond for one in both) for both in zip(*sides.values(), strict=True)]
+    said = [f"{what} of {n}" for what, n in zip(("memory", "time"), sums, strict=True) if n]
+    found = [f"Off by more than its range: {listed(said)} of {len(known)} techniques."] * bool(said)
+    wrong = [t for t in known if any(one.beyond for one in sides[t.label])]
+    if others := [t.label for t in wrong if stepped_otherwise(t)]:
+        found.append(f"Steps were computed in another way than was thought: {listed(others, 4)}.")
+    if full := [t.label for t in known if any(map(unforeseen, t.records))]:
+        found.append(f"No room on the card where some was forecast: {listed(full, 4)}.")
+    return " ".join(found)
+
+
+def stepped_otherwise(technique: Technique) -> bool:
+    said = expected(technique)
+    return bool({r.kernels.rung for r in technique.done if r.kernels.rung} - {said.rung if said else None})
 
 
 def unforeseen(record: RunRecord) -> bool:

@@ -68,8 +68,10 @@ def first(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -> 
     if not shown(comparison) or not metric:
         images = plots.cost_alone(comparison) if comparison.random_weights else None
         return found + picture("Peak memory against training time", comparison, images)
-    images = plots.scores_on_paper(comparison, verdicts, [(metric, MEMORY), (metric, TIME)])
-    return found + picture(f"{metric.label} against peak memory and training time", comparison, images)
+    panels = [(metric, MEMORY), (metric, TIME)]
+    images = plots.scores_on_paper(comparison, verdicts, panels)
+    front = plots.stepped(comparison, verdicts, panels)
+    return found + picture(f"{metric.label} against peak memory and training time", comparison, images, front)
 
 
 def leading_metric(comparison: Comparison, verdicts: Verdicts) -> Metric | None:
@@ -77,15 +79,17 @@ def leading_metric(comparison: Comparison, verdicts: Verdicts) -> Metric | None:
     return METRICS[standing.quantity.name] if standing else next(iter(comparison.metrics), None)
 
 
-def picture(what: str, comparison: Comparison, images: dict | None) -> list[b.Block]:
+def picture(what: str, comparison: Comparison, images: dict | None, front: bool = False) -> list[b.Block]:
     if images is None:
         return []
     tuned = any(comparison.untuned(technique) for technique in comparison.trained)
     hollow = " Hollow: with the shared hyperparameters, filled: at its own best." * tuned
-    front = " Grey steps: the Pareto front, as far as it is known." * (not comparison.random_weights)
-    level = " Dashed: the untouched model, where it is near." * (not comparison.random_weights)
-    bars = "Means over seeds, bars ± their standard deviation."
-    return [b.Plot("pages", f"{what}. {bars}{hollow}{front}{level}", images)]
+    steps = " Grey steps: the Pareto front, as far as it is known." * front
+    scored = not comparison.random_weights
+    before = " Before: the untouched model." * (scored and any(map(comparison.before, comparison.trained)))
+    several = any(len(technique.done) > 1 for technique in comparison.trained)
+    bars = "Means over seeds, bars ± their standard deviation." if several else "A marker is a single run."
+    return [b.Plot("pages", f"{what}. {bars}{hollow}{steps}{before}", images)]
 
 
 def introduction(comparison: Comparison) -> str:
@@ -224,9 +228,10 @@ def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
     found += [short_table(comparison, verdicts, *members) for members in comparison.tables.items()]
     lead = leading_metric(comparison, verdicts)
     others = [metric for metric in shown(comparison) if metric is not lead]
-    images = plots.scores_on_paper(comparison, verdicts, [(metric, MEMORY) for metric in others])
-    labels = listed([metric.label for metric in others])
-    return found + picture(f"{labels} against peak memory", comparison, images)
+    panels = [(metric, MEMORY) for metric in others]
+    images = plots.scores_on_paper(comparison, verdicts, panels)
+    labels, front = listed([metric.label for metric in others]), plots.stepped(comparison, verdicts, panels)
+    return found + picture(f"{labels} against peak memory", comparison, images, front)
 
 
 def short_table(

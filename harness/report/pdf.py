@@ -4,6 +4,7 @@ What is said stands in JSON that the template reads, so that no text of a strang
 """
 
 import json
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness.forks import each
 from harness.plain import plain, shorten
 from harness.report.blocks import Block, Plot, Table
 
@@ -21,6 +23,8 @@ SIZES = (10.5, 10, 9.5, 9, 8.5, 8, 7.5, 7, 6.5)  # pt: the largest at which the 
 WIDEST = 12  # columns of a table on a page
 LONGEST = 4000  # characters of one text: most of a page
 UNBROKEN = re.compile(r"\S{24}(?=\S)")  # in a digest or an address a line may end anywhere
+
+ASKED: set[int] = set()  # processes that typst has left threads in, which copies of them would miss
 
 
 class Unsettable(ValueError):
@@ -36,11 +40,22 @@ def missing() -> str:
     return ""
 
 
-def typeset(pages: list[Block], appendix: list[Block], now: str) -> bytes:
-    """-> the PDF; of an index, which has no pages, its blocks alone. Raises Unsettable."""
+def typeset_all(documents: list[tuple[list[Block], list[Block]]], now: str) -> list[bytes]:
+    """Of each document's pages and appendix the PDF; several at once. Raises Unsettable."""
     if reason := missing():
         raise Unsettable(f"{reason}: {REMEDY}")
+
+    def one(document: tuple[list[Block], list[Block]]) -> bytes:
+        return typeset(*document, now)
+
+    return [one(document) for document in documents] if os.getpid() in ASKED else each(one, documents)
+
+
+def typeset(pages: list[Block], appendix: list[Block], now: str) -> bytes:
+    """-> the PDF; of an index, which has no pages, its blocks alone. Raises Unsettable."""
     import typst
+
+    ASKED.add(os.getpid())
 
     def made(by: Callable, size: float, whole: bool, **asked: Any) -> Any:
         report = {"title": title, "pages": first, "appendix": rest if whole else []}

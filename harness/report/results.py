@@ -32,9 +32,10 @@ TWINS = "{} score the same in every test row and with every seed, as one and the
 
 def results(comparison: Comparison, verdicts: Verdicts) -> list[b.Block]:
     """A table an objective; the untouched models once, in the first."""
-    marks, notes = deviations(comparison)
     found: list[b.Block] = [b.Heading("Results")]
     bases: Sequence[Technique] = comparison.bases
+    rows = [t for members in comparison.tables.values() for t in ordered(comparison, verdicts, members)[0]]
+    marks, notes = deviations(comparison, [*bases, *rows])
     for name, members in comparison.tables.items() or [("", [])]:
         if name not in ("sft", ""):
             own = members[0].aim == "preference_accuracy" and not comparison.pairs
@@ -113,11 +114,12 @@ def legend(comparison: Comparison, verdicts: Verdicts) -> str:
     return " ".join(said)
 
 
-def deviations(comparison: Comparison) -> tuple[dict[str, str], list[str]]:
-    """Label -> footnote mark, and the footnotes: what a method has left of what was asked for."""
+def deviations(comparison: Comparison, chosen: Sequence[Technique]) -> tuple[dict[str, str], list[str]]:
+    """Label -> footnote mark, and the footnotes, in the order of the chosen: what a method has left of what
+    was asked for."""
     marks: dict[str, str] = {}
     notes: list[str] = []
-    for technique in comparison.techniques:
+    for technique in chosen:
         for reason, changed in left(comparison, technique).items():
             mark = str(len(notes) + 1).translate(tables.SUPERSCRIPT)
             marks[technique.label] = f"{marks.get(technique.label, '')} {mark}"

@@ -26,7 +26,7 @@ def said_and_measured(
         for row, technique in enumerate(rows):
             one, own = sides[technique.label][place], look[technique.spec.method]
             least, likely, most = one.said
-            ax.plot((least, most), (row, row), color=FAINT, linewidth=5, alpha=0.45, zorder=1)
+            ax.hlines(row, least, most, color=FAINT, linewidth=5, alpha=0.45, zorder=1)
             ax.plot([likely], [row], "|", color=INK, markersize=10, zorder=2)
             ax.plot(one.measured, [row] * len(one.measured), linestyle="", zorder=3, markersize=5, **own)
         ax.set_xlabel(title)

@@ -86,8 +86,8 @@ def around(a: np.ndarray, b: np.ndarray, room: float) -> tuple[float, ...]:
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The areas that boxes (..., 4: left, low, right, high) share."""
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    return sides.clip(0).prod(-1)
+    wide, high = (np.minimum(a[..., i + 2], b[..., i + 2]) - np.maximum(a[..., i], b[..., i]) for i in (0, 1))
+    return np.maximum(wide, 0) * np.maximum(high, 0)
 
 
 def name_ends(ax, ends: list[tuple[float, float, str, dict]]) -> None:
