@@ -239,7 +239,7 @@ def test_a_second_update_on_a_draw_is_replayed_too(folder):
 def taped(monkeypatch, flash_on_a_cpu):  # noqa: F811
     """A tape stands for each graph."""
 
-    def recorded(step, pool, measured):
+    def recorded(step, pool, forget):
         step()
         tape = Tape()
         with tape:
@@ -269,8 +269,9 @@ def test_a_training_by_graphs_learns_what_one_without_does(name, options, folder
         hp = replace(method.own(HP), kernels=way)
         model, _, record = tiny.fit(method, hp, ROWS, base=base)
         found.append((tiny.trained_weights(model), tiny.losses(record), record))
-    (weights, losses, _), (own, mine, record) = found
+    (weights, losses, plain), (own, mine, record) = found
     assert record.kernels.rung == "eager + graph", record.kernels.reason
+    assert record.hashes == plain.hashes and record.tokens.trained == plain.tokens.trained
     torch.testing.assert_close(mine, losses, atol=1e-4, rtol=1e-4)
     close(own, weights, atol=HP.learning_rate / 5, rtol=0)
 

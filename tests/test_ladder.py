@@ -4,14 +4,16 @@ The CPU stands in for a GPU: layers are traced and partitioned as they are for o
 attention has a mask. What only a GPU can do, graphs, is held by benchmarks/train.py there.
 """
 
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from test_shapes import flash_on_a_cpu, masked  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AttentionInterface
+from transformers import AttentionInterface, OPTConfig
 
 from harness.training import attention, kernels
 from methods.full import Full
@@ -48,13 +50,14 @@ class Apart(LoRA):
 
 
 @pytest.mark.parametrize(
-    ("method", "rows"), [(LoRA, UNEVEN), (Apart, ROWS), (Full, ROWS)],
-    ids=["LoRA, several sizes", "Apart", "Full"],
+    ("method", "rows", "micro"), [(LoRA, UNEVEN, 6), (Apart, ROWS, 6), (Full, ROWS, 6), (LoRA, ROWS, 2)],
+    ids=["LoRA, several sizes", "Apart", "Full", "LoRA, steps in parts"],
 )  # fmt: skip
-def test_compiled_steps_learn_what_plain_ones_do(method, rows, traced):
-    plain, weights, eager = trained(method(), replace(HP, kernels="eager"), rows)
+def test_compiled_steps_learn_what_plain_ones_do(method, rows, micro, traced):
+    hp = replace(HP, micro_batch_size=micro)
+    plain, weights, eager = trained(method(), replace(hp, kernels="eager"), rows)
     assert (eager.kernels.rung, eager.kernels.reason) == ("eager", "as hp.kernels asks")
-    losses, found, record = trained(method(), rows=rows)
+    losses, found, record = trained(method(), hp, rows)
     assert record.kernels.rung == "compiled", record.kernels.reason
     assert record.kernels.packed == ("packing" not in method.cannot)
     torch.testing.assert_close(losses, plain, atol=1e-4, rtol=1e-4)
@@ -98,6 +101,32 @@ def test_attention_that_mixes_rows_is_not_used_for_packed_ones(traced):
     assert record.kernels.packed is not True and "mixes packed rows" in record.kernels.reason
 
 
+def opt(**changes):
+    """It reads packed rows as one: positions alone do not tell it where they begin."""
+    size = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    config = OPTConfig(**size, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=512,
+                       **{"dropout": 0.0, **changes})  # fmt: skip
+    return tiny.model(config)
+
+
+def test_rows_that_plain_steps_would_mix_are_not_packed(traced):
+    found = []
+    for way in ("eager", "compiled"):
+        _, _, record = tiny.fit(Full(), replace(HP, kernels=way), ROWS, base=opt())
+        found.append(record)
+    assert not found[1].kernels.packed and "mixes packed rows" in found[1].kernels.reason
+    torch.testing.assert_close(*map(tiny.losses, found), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout, why", [(0.1, "compiled layers would draw another dropout"), (0.0, None)])
+def test_no_other_dropout_is_drawn_wherever_a_model_draws_it(dropout, why):
+    """OPT's is a function, no module."""
+    model = opt(dropout=dropout)
+    run = SimpleNamespace(hp=HP, device=torch.device("meta"), sharded=False, method=LoRA(),
+                          accelerator=SimpleNamespace(mixed_precision="bf16"))  # fmt: skip
+    assert kernels.Kernels.refusal(SimpleNamespace(run=run, model=model, causal=model)) == why
+
+
 def test_a_short_training_is_not_compiled(monkeypatch):
     seen = []
     monkeypatch.setattr(kernels.Kernels, "refusal", lambda self: None)
@@ -109,16 +138,60 @@ def test_a_short_training_is_not_compiled(monkeypatch):
     assert seen == ["eager + graph"]
 
 
+def test_steps_leave_out_what_their_choice_took(monkeypatch):
+    def slow(self, batch):
+        self.untried.pop(0)
+        time.sleep(3)
+        return True
+
+    monkeypatch.setattr(kernels, "RUNGS", {"eager + graph": ("graphs",)})
+    monkeypatch.setattr(kernels.Kernels, "refusal", lambda self: None)
+    monkeypatch.setattr(kernels.Kernels, "choose", slow)
+    _, _, record = tiny.fit(LoRA(), HP, ROWS)
+    assert 3 > max(record.step_seconds)
+
+
 def test_gradients_apart_by_more_than_rounding_differ():
     one, other = torch.ones(100), torch.ones(100)
-    assert kernels.difference((2.0, [one]), (2.01, [other])) is None
-    assert "loss" in kernels.difference((2.0, [one]), (2.1, [other]))
+
+    def difference(expected, found):
+        return kernels.difference(expected, found, ["w"])
+
+    assert difference((2.0, [one]), (2.01, [other])) is None
+    assert "loss" in difference((2.0, [one]), (2.1, [other]))
     other[:2] = 0.0  # 14 % of their length
-    assert "gradients 14.1% apart" in kernels.difference((2.0, [one]), (2.0, [other]))
-    assert kernels.difference((2.0, [torch.zeros(3)]), (2.0, [None])) is None
-    assert "apart" in kernels.difference((2.0, [torch.zeros(3)]), (2.0, [torch.ones(3)]))
-    assert "loss" in kernels.difference((2.0, [one]), (float("nan"), [one]))
-    assert kernels.apart([one], [one * float("nan")]) == kernels.MOST
+    assert "gradients 14.1% apart" in difference((2.0, [one]), (2.0, [other]))
+    assert difference((2.0, [torch.zeros(3)]), (2.0, [None])) is None
+    assert "apart" in difference((2.0, [torch.zeros(3)]), (2.0, [torch.ones(3)]))
+    assert "loss" in difference((2.0, [one]), (float("nan"), [one]))
+    assert kernels.farthest([one], [one * float("nan")], ["w"]) == (kernels.MOST, None)
+
+
+def test_few_gradients_that_are_wrong_are_found_among_many():
+    large, norm, kinds = torch.ones(10_000), torch.ones(9), ["w", "norm", "norm"]
+    expected, noise = [large, norm, norm], [large * 1.04, norm * 1.3, norm * 0.8]
+    assert kernels.difference((2.0, expected), (2.0, noise), kinds) is None
+    unwritten = [large, torch.zeros(9), torch.zeros(9)]  # 4 % of all
+    assert kernels.difference((2.0, expected), (2.0, unwritten), kinds) == "gradients of norm 100.0% apart"
+    tiny_ones = [large, norm * 0.01, norm]  # which rounding alone may turn round
+    assert kernels.difference((2.0, tiny_ones), (2.0, [large, -norm * 0.01, norm]), kinds) is None
+
+
+def test_gradients_of_norms_that_nobody_writes_are_found(traced):
+    class Unwritten(Full):
+        def loss(self, model, batch, run):
+            if run.fused:
+                for name, p in model.named_parameters():
+                    p.requires_grad_("norm" not in name)
+            try:
+                return super().loss(model, batch, run)
+            finally:
+                for p in model.parameters():
+                    p.requires_grad_(True)
+
+    _, _, record = trained(Unwritten())
+    assert record.kernels.rung in (None, "eager")
+    assert "norm" in record.kernels.reason and "apart" in record.kernels.reason
 
 
 def test_gradients_that_go_wrong_later_are_told(traced):

@@ -17,7 +17,9 @@ def corrected(made: Forecast, record: RunRecord) -> Forecast:
         return made
     rung = record.kernels.rung or made.rung
     found = replace(made, rung=rung, reason=record.kernels.reason, tried="ok", error=None)
-    phases = {name: phase for name, phase in record.phases.items() if phase.peak_allocated is not None}
+    # Without the plain steps with which compiled ones are compared: those without room are left out.
+    measured = {name: phase for name, phase in record.phases.items() if name != "compile"}
+    phases = {name: phase for name, phase in measured.items() if phase.peak_allocated is not None}
     moments = {name: moment for name, moment in made.moments.items() if phase_of(name) not in record.phases}
     for name, phase in phases.items():
         moments[name] = moment_of(phase, found.libraries, made, record)

@@ -77,14 +77,20 @@ class Meter:
         phase.seconds += time.perf_counter() - self.start
         self.contention.close()
         phase.peak_host = highest(phase.peak_host, host_peak())
+        self.keep_peaks(name)
         if self.card:
-            phase.peak_allocated = highest(phase.peak_allocated, self.allocated(name))
-            reserved = torch.cuda.max_memory_reserved()
-            phase.peak_reserved = highest(phase.peak_reserved, reserved)
-            phase.peak_device = highest(phase.peak_device, self.card.peak(reserved))
             after = machine.card_joules()
             if after is not None and self.joules is not None:
                 phase.joules = (phase.joules or 0.0) + after - self.joules
+
+    def keep_peaks(self, name: str) -> None:
+        """Those of the card so far are this phase's; torch's begin anew."""
+        if self.card:
+            phase, reserved = self.phases[name], torch.cuda.max_memory_reserved()
+            phase.peak_allocated = highest(phase.peak_allocated, self.allocated(name))
+            phase.peak_reserved = highest(phase.peak_reserved, reserved)
+            phase.peak_device = highest(phase.peak_device, self.card.peak(reserved))
+            torch.cuda.reset_peak_memory_stats()
 
     def allocated(self, name: str = "train") -> int:
         """Bytes of live tensors at the highest moment of a phase, so far."""

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 
-def recorded(step: Callable[[], Any], pool, measured: bool = False) -> tuple[torch.cuda.CUDAGraph, Any, int]:
+def recorded(
+    step: Callable[[], Any], pool, forget: Callable[[], object] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Any, int]:
     """A step as a graph, its memory from a pool (torch.cuda.graph_pool_handle). It is run once before, on a
     stream of its own: that compiles, and makes what libraries make once. -> the graph; what the step gave,
-    whose tensors each replay writes anew; where it is `measured`, which forgets the peak so far, the bytes
-    that a replay holds beside what is there already."""
+    whose tensors each replay writes anew; if there is a way to `forget` the peak so far, the bytes that a
+    replay holds beside what is there already."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -19,12 +21,12 @@ def recorded(step: Callable[[], Any], pool, measured: bool = False) -> tuple[tor
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    if measured:
-        torch.cuda.reset_peak_memory_stats()
+    if forget:
+        forget()
     before, graph = torch.cuda.memory_allocated(), torch.cuda.CUDAGraph()
     with capturing(graph, pool):
         found = step()
-    return graph, found, torch.cuda.max_memory_allocated() - before if measured else 0
+    return graph, found, torch.cuda.max_memory_allocated() - before if forget else 0
 
 
 @contextmanager

@@ -5,6 +5,8 @@ replayed; the same without the graph; the graph alone; plain. A run takes the hi
 first micro-batch, the loss and the gradients of the plain one. After the last step both are compared again.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ RUNGS = {  # name -> what a method says that it cannot
 }
 WORTH = 1e15  # parameters times tokens read, for each kind of layer: below, compiling outlasts what it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
+KIND, COUNTED = 0.5, 0.01  # as much, of a kind of weight in all layers, of those that are a hundredth of all
 LOSS = 0.02  # nats a token, as much
 MOST = 1e6  # of GRADIENTS, when they are of another world or no numbers
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
@@ -109,7 +112,10 @@ class Kernels:
             return "weights are gathered from several devices within the step"
         if self.run.accelerator.mixed_precision != "bf16":
             return "attention without a mask computes in bf16 alone"
-        if any(m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)):
+        own = vars(self.causal.config.get_text_config())
+        drawn = [v for k, v in own.items() if "drop" in k and not k.startswith(("classifier", "summary"))]
+        modules = [m.p for m in self.model.modules() if isinstance(m, torch.nn.Dropout)]
+        if any(isinstance(p, (int, float)) and p for p in (*drawn, *modules)):
             return "compiled layers would draw another dropout"
         if not decoder_layers(self.causal):
             return "this architecture has no one list of decoder layers"
@@ -129,7 +135,8 @@ class Kernels:
                 run.shapes = shapes
                 together = run.collate(rows)
                 self.model.eval()
-                reason = head.unpackable(self.model, apart, together)
+                ways = (together, plainly(together))  # by row borders, and as plain steps read it
+                reason = next(filter(None, (head.unpackable(self.model, apart, way) for way in ways)), None)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # whatever an architecture says to rows without a mask
@@ -161,8 +168,8 @@ class Kernels:
                 if "graph" in self.rung and key not in self.graphs and len(self.graphs) < CAPTURED:
                     try:
                         self.graphs[key] = self.capture(batch)
-                    except torch.cuda.OutOfMemoryError:  # beside another graph; alone it may fit
-                        self.also(f"no graph of {tokens(batch)} tokens: out of memory")
+                    except Exception as error:  # as no room beside another graph; others may fit
+                        self.also(f"no graph of {tokens(batch)} tokens: {first_of(error)}")
                         self.graphs[key] = None
             self.clear()
         self.run.reading = own
@@ -197,7 +204,7 @@ class Kernels:
                 found = self.outcome(partial(self.replay, captured, batch, 1.0))
             else:
                 found = self.outcome(partial(self.quick, batch, 1.0))
-            wrong = expected and difference(expected, found)
+            wrong = expected and difference(expected, found, self.kinds())
         except torch.cuda.OutOfMemoryError:
             if not expected:  # nor did the plain step fit
                 raise
@@ -244,8 +251,8 @@ class Kernels:
                 stack.callback(setattr, attention, "sliding_window", attention.sliding_window)
                 attention.sliding_window = None
             for layer in layers:
+                stack.callback(restored, layer, vars(layer).get("forward"))
                 layer.forward = self.forwards[layer]
-                stack.callback(vars(layer).pop, "forward")
                 if self.run.hp.gradient_checkpointing:
                     layer.gradient_checkpointing = False
                     stack.callback(setattr, layer, "gradient_checkpointing", True)
@@ -299,22 +306,30 @@ class Kernels:
             inner = {**rest, **given}
             return self.quick(inner, share), inner
 
-        graph, (loss, inner), held = recorded(step, self.pool, measured=True)
-        self.run.meter.replayed = max(self.run.meter.replayed, held)
+        meter = self.run.meter
+        graph, (loss, inner), held = recorded(step, self.pool, partial(meter.keep_peaks, "compile"))
+        meter.replayed = max(meter.replayed, held)
         added = {name: value for name, value in inner.items() if name not in batch}
         gradients = [(p, p.grad) for p in self.parameters if p.requires_grad]
         read, made = self.seen.batches > 0, frozenset(self.reducer.made)
         return Captured(graph, given, share, loss, added, read, gradients, made)
 
-    def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor]]:
-        """Loss and, as far as they are compared, gradients."""
+    def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor | None]]:
+        """Loss and, as far as they are compared, gradients: some values from everywhere in each."""
         self.zero_gradients()
         loss = way().item()
         trained = [p for p in self.parameters if p.requires_grad]
         most = COMPARED // max(1, len(trained))
-        found = [p.grad.flatten()[:most].clone() if p.grad is not None else None for p in trained]
+        found = [
+            p.grad.flatten()[:: -(-p.numel() // most)].clone() if p.grad is not None else None
+            for p in trained
+        ]
         self.zero_gradients()
         return loss, found
+
+    def kinds(self) -> list[str]:
+        """Of the gradients of an outcome: a weight's name, of whichever layer."""
+        return [re.sub(r"\d+", "*", name) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def verify(self) -> None:
         """How far the gradients of the latest micro-batch are from plain ones stands in the record."""
@@ -325,7 +340,8 @@ class Kernels:
             try:
                 _, found = self.outcome(partial(self.gradients, batch, 1.0))
                 plain = partial(plain_gradients, self.model, self.run, plainly(batch), 1.0)
-                self.found.apart = apart(self.outcome(plain)[1], found)
+                self.found.apart, kind = farthest(self.outcome(plain)[1], found, self.kinds())
+                self.also(kind and f"after the last step, gradients of {kind} were others")
             except Exception as error:  # as where a plain step has no room: the training itself is done
                 self.also(f"not compared after the last step: {first_of(error)}")
             self.clear()  # what this took is no peak of the training
@@ -434,20 +450,39 @@ def kinds(layers: list) -> int:
     return len(set(map(weights, layers)))
 
 
-def difference(expected: Any, found: Any) -> str | None:
+def difference(expected: Any, found: Any, kinds: list[str]) -> str | None:
     """What tells two outcomes of one micro-batch apart, beyond rounding."""
     if not abs(expected[0] - found[0]) <= LOSS:
         return f"loss {found[0]:.4f}, not {expected[0]:.4f}"
-    far = apart(expected[1], found[1])
-    return f"gradients {far:.1%} apart" if far > GRADIENTS else None
+    far, kind = farthest(expected[1], found[1], kinds)
+    of = f" of {kind}" if kind else ""
+    return f"gradients{of} {far:.1%} apart" if far > GRADIENTS else None
 
 
-def apart(expected: list, found: list) -> float:
-    """How long the difference of two lists of gradients is, as a share of those expected; MOST at most."""
-    far = length = 0.0
-    for a, b in zip(expected, found, strict=True):
+def farthest(expected: list, found: list, kinds: list[str]) -> tuple[float, str | None]:
+    """How long the difference of two lists of gradients is, as a share of those expected, MOST at most; or,
+    where those of one kind are wrong, as they are few of all, theirs, and which that is."""
+    squares: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for kind, a, b in zip(kinds, expected, found, strict=True):
         if a is not None:
-            length += a.float().square().sum().item()
-            far += ((b if b is not None else torch.zeros_like(a)) - a).float().square().sum().item()
-    share = (far / length) ** 0.5 if length else MOST * bool(far)
-    return share if share <= MOST else MOST
+            squares[kind][0] += (
+                ((b if b is not None else torch.zeros_like(a)) - a).float().square().sum().item()
+            )
+            squares[kind][1] += a.float().square().sum().item()
+    far, length = (sum(both[i] for both in squares.values()) for i in (0, 1))
+    counted = [(ratio(*both), kind) for kind, both in squares.items() if both[1] > COUNTED**2 * length]
+    whole, worst = ratio(far, length), max(counted, default=(0.0, ""))
+    return worst if worst[0] > max(KIND, whole) else (whole, None)
+
+
+def ratio(far: float, length: float) -> float:
+    found = (far / length) ** 0.5 if length else MOST * bool(far)
+    return found if found <= MOST else MOST
+
+
+def restored(layer, forward: Callable | None) -> None:
+    """With the forward that was its own, or that of its class."""
+    if forward is None:
+        vars(layer).pop("forward")
+    else:
+        layer.forward = forward
