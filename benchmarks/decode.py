@@ -5,8 +5,9 @@
 
 Prompts have 32 to 512 tokens on a GPU, and answers end unevenly: every so many token ids is a stop. Weights
 are drawn, with a head of their own, so that texts wander. generate has one batch of as many rows as the
-engine has slots, and no stops: it waits for no longest answer, and is faster here than it would be in use. It
-is timed as torch comes, and without cuDNN's attention, which plans anew for each length; a run has it off.
+engine has slots, and no stops: its answers are about as long as the engine's in the mean, lest prompts weigh
+more, and it waits for no longest one, as it would in use. It is timed as torch comes, and without cuDNN's
+attention, which plans anew for each length; a run has it off.
 """
 
 import argparse
@@ -236,6 +237,7 @@ def attention_kernels() -> None:
 
         graph, _, _ = recorded(layers, torch.cuda.graph_pool_handle())  # else launching takes longer
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()  # the first is uploaded
         start.record()
         graph.replay()
         end.record()
@@ -275,7 +277,7 @@ def speeds(model, slots: int, asked) -> list[float]:
 
 def generated(model, slots: int, asked, **more) -> float:
     """New tokens a second of one batch."""
-    other, tokens = generating(model), min(64, asked.new_tokens)
+    other, tokens = generating(model), asked.new_tokens // 2  # as long as in `timed`
     batch = rows(slots, asked.prompts, model.config.vocab_size)
     config = other.config(0.0, tokens, eos_token_id=None, **more)
     with torch.inference_mode():
@@ -291,7 +293,8 @@ def generated(model, slots: int, asked, **more) -> float:
 def timed(model, slots: int, count: int, asked) -> dict:
     """The engine's answers to `count` rows: tokens, seconds of all and of its parts, kernels, peak."""
     some = rows(count, asked.prompts, model.config.vocab_size)
-    stops = range(0, model.config.vocab_size, asked.new_tokens // 2)  # the mean of an endless answer
+    # One id in so many is a stop: about the mean of the answers, which is `tokens` by `rows`.
+    stops = range(0, model.config.vocab_size, asked.new_tokens // 2)
     own, spent = made(stops), defaultdict(float)
     own.continuations(model, some[:2], 2, 2)  # tried, and libraries loaded
     if GPU:

@@ -110,8 +110,8 @@ def tuneoff(job: dict, settings: dict) -> dict:
             stages.trained(model, run)  # without what `execute` does then: scores, an answer, a saved model
         mark(job, "steps")
         told = [json.loads(line) for line in (Path(folder) / "events.jsonl").read_text("utf-8").splitlines()]
-    phase, compiling = record.phases["train"], record.phases.get("compile")
-    before = [warning for warning in record.warnings if "in use before the run" in warning]
+    compiling, steps, before = record.phases.get("compile"), ("train", "rollout"), ("attach", "compile")
+    busy = [warning for warning in record.warnings if "in use before the run" in warning]
     return {
         "losses": [step["loss"] for step in record.training],
         "norms": [step["grad_norm"] for step in record.training],
@@ -120,12 +120,14 @@ def tuneoff(job: dict, settings: dict) -> dict:
         "compile": compiling.seconds if compiling else 0.0,
         "tokens": record.tokens.trained,
         "padded": record.tokens.padded,
-        "allocated": phase.peak_allocated if phase.peak_reserved else None,  # on a CPU it is rehearsed
-        "device": phase.peak_device,
-        "resident": phase.peak_host,
+        # On a CPU it is rehearsed, not allocated.
+        "allocated": record.peak("peak_allocated", steps) if record.peak("peak_reserved", steps) else None,
+        "device": record.peak("peak_device", steps),
+        "resident": record.peak("peak_host", steps),
+        "before": {kind: record.peak(f"peak_{kind}", before) for kind in ("allocated", "device")},
         "parameters": record.sizes.parameters,
         "trainable": record.sizes.trainable,
-        "disturbed": [*(record.disturbed or []), *before],
+        "disturbed": [*(record.disturbed or []), *busy],
         "kernels": ", ".join(f"{name}: {value}" for name, value in asdict(record.kernels).items() if value),
     }
 
@@ -201,6 +203,9 @@ def trained(job: dict, base, arguments, settings: dict, rows=list, prepare: bool
     from torch.utils.data import SequentialSampler
 
     from harness.measuring import Meter, StepClock
+
+    if not settings.get("torch_compile"):  # where it would copy every layer's keys and values at all widths
+        import harness.training.attention  # noqa: F401  repairs transformers' own (pytorch#191937)
 
     cuda, spec, hp = torch.cuda.is_available(), job["spec"], job["spec"]["hp"]
     device = PartialState(cpu=not cuda).device  # taken before the card's level is read, as Tuneoff does

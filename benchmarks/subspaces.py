@@ -35,6 +35,7 @@ def main() -> None:
     for name, spectrum in SPECTRA.items():
         made = [drawn(shape, spectrum, device) for _ in range(layers) for shape in shapes]
         top_singular_vectors(made, rank)  # what libraries make once
+        torch.linalg.svd(made[0], full_matrices=False)
         seconds, bases = timed(lambda made=made: top_singular_vectors(made, rank), device)
         exact = [timed(lambda m=m: torch.linalg.svd(m, full_matrices=False), device) for m in made[:7]]
         found = [accuracy(m, b, *svd) for m, b, (_, svd) in zip(made, bases, exact, strict=False)]

@@ -63,7 +63,7 @@ def joined(a: dict, b: dict, path: str) -> dict:
     both = "error" not in bad["reference"] and comparable(a["objective"])
     if [a["lengths"], a["targets"]] != [b["lengths"], b["targets"]]:
         raise BadRequest(f"{path}: its rows of {b['method']} {b['shape']} are others")
-    if both and off(b["reference"], a["reference"]) > allowed(a, "fp32"):
+    if both and not off(b["reference"], a["reference"]) <= allowed(a, "fp32"):
         raise BadRequest(f"{path}: its reference of {b['method']} {b['shape']} has other losses")
     ran = {key: row for key, row in b["rows"].items() if "error" not in row or key not in a["rows"]}
     return good | {"rows": a["rows"] | ran, "flops": a["flops"] or b["flops"]}
@@ -110,8 +110,8 @@ def attended(length: int, window: int | None) -> int:
 def off(row: dict, reference: dict) -> float:
     """The greatest difference of the losses that are compared, in nats; infinite where one is no number."""
     pairs = list(zip(row["losses"], reference["losses"][:CHECKED], strict=False))
-    differences = [abs(a - b) if a is not None and a == a else inf for a, b in pairs]
-    return max(differences) if len(pairs) == CHECKED else inf
+    differences = [abs(a - b) if None not in (a, b) else inf for a, b in pairs]
+    return max(inf if d != d else d for d in differences) if len(pairs) == CHECKED else inf
 
 
 def allowed(group: dict, precision: str) -> float:
@@ -131,9 +131,9 @@ def wrongs(group: dict, precision: str) -> dict[str, str]:
             continue
         norm, expected = ((side["norms"] or [None])[0] for side in (row, group["reference"]))
         by, most = off(row, group["reference"]), allowed(group, precision)
-        if by > most:
+        if not by <= most:  # NaN is no number that passes
             found[key] = f"its losses are off by up to {by:.2g} nats, {most:.2g} are allowed"
-        elif norm and expected and abs(norm / expected - 1) > GRADIENT[precision]:
+        elif None not in (norm, expected) and not abs(norm - expected) <= GRADIENT[precision] * expected:
             found[key] = f"its first gradient's norm is {norm:.4g}, the reference's {expected:.4g}"
         elif group["objective"] == "sft" and row["tokens"] != planned:
             found[key] = f"it read {row['tokens']:,} tokens of {planned:,}"
@@ -153,9 +153,9 @@ def speed(row: dict, group: dict) -> float:
 
 def first(row: dict) -> float:
     """Seconds that the steps before the timed ones took beyond as many usual ones: compiling, capturing,
-    initialising, a first decomposition. Compiling may be a phase of its own, or within a step."""
+    initialising, a first decomposition. Tuneoff's compiling is in no step's seconds, and added."""
     beyond = sum(row["seconds"][:WARMUP]) - WARMUP * median(row["seconds"][WARMUP:])
-    return max(0.0, beyond, row["compile"])
+    return max(0.0, beyond) + row["compile"]
 
 
 MEMORY = {"allocated GiB": "allocated", "device GiB": "device"}
@@ -196,7 +196,9 @@ def below(found: dict) -> list[str]:
     share, most = TOLERANCE[found["asked"]["precision"]], f"{MOST:.0%}"
     return [
         "Tuneoff is: its speed over the row's. MFU: of the model's FLOPs, none counted twice, against the "
-        f"large product. First s: what the first {WARMUP} steps took beyond as many usual ones. Loss off by: "
+        f"large product. First s: what the first {WARMUP} steps took beyond as many usual ones, compiling "
+        "included. GiB: peaks from building the optimizer to the last step, of live tensors and of the card; "
+        "a peer compiles within; a note says where Tuneoff took more to attach or compile. Loss off by: "
         f"at most, in nats, over the first {CHECKED} steps, from the eager fp32 reference ({', '.join(by)}), "
         f"of what is allowed: {share:.1%} of its range; in bf16, twice what plain eager bf16 is off by, "
         f"where that is below {most} of it. On a CPU, memory is what is resident.",
@@ -250,6 +252,9 @@ def numbers(row: dict, group: dict, precision: str, ceiling: dict, base: float |
 
 def notes(row: dict, group: dict) -> list[str]:
     found = [*row["disturbed"], *([f"{row['kernels']}"] if row["kernels"] else [])]
+    for kind, peak in row.get("before", {}).items():
+        if None not in (peak, row[kind]) and round(peak / GIB, 1) > round(row[kind] / GIB, 1):
+            found.append(f"{kind} up to {peak / GIB:.1f} GiB while it attached or compiled")
     if not comparable(group["objective"]):
         found.append("it trains on answers that it draws")
     if len(row["ends"]) == len(row["seconds"]):

@@ -79,6 +79,7 @@ def test_a_row_has_its_speed_of_real_tokens_its_share_of_the_ceiling_and_its_rat
         {"error": float("nan")},
         {"losses": LOSSES[:3]},
         {"norms": [0.5] * STEPS},  # AdamW's losses would hide that
+        {"norms": [float("nan")] * STEPS},
         {"tokens": 100 * STEPS},
     ],
 )
@@ -88,6 +89,35 @@ def test_what_is_wrong_has_no_speed_nor_is_it_compared_with(changes):
     assert found["Tuneoff"]["tokens/s"] == found["Tuneoff"]["step ms"] == "–"
     assert found["HF Trainer + PEFT"]["Tuneoff is"] == "–"
     assert found["HF Trainer + PEFT"]["tokens/s"] == "2,000"
+
+
+def test_a_reference_of_no_gradient_or_no_number_lets_nothing_pass_that_is_another():
+    nan, compared = float("nan"), LOSSES[: table.CHECKED]
+    broken = [{"norms": [nan]}, {"losses": [nan, *compared[1:]]}, {"losses": [*compared[:-1], nan]}]
+    for changes in ({"norms": [0.0]}, *broken):
+        one = group(tuneoff=row(), trainer=row(norms=[0.0] * STEPS))
+        one["reference"] |= changes
+        found = lines(one)
+        assert found["Tuneoff"]["notes"].startswith("**WRONG**")
+        assert ("WRONG" in found["HF Trainer + PEFT"]["notes"]) is (changes in broken)
+    again = call_of(group(tuneoff=row()) | {"reference": row(error=nan)})
+    with pytest.raises(BadRequest, match="its reference"):
+        table.together({"a": again, "b": again})
+
+
+def test_compiling_counts_whether_it_is_in_the_first_step_or_beside_it():
+    found = lines(group(tuneoff=row(compile=12.0), trainer=row()))
+    assert (found["Tuneoff"]["first s"], found["HF Trainer + PEFT"]["first s"]) == ("15.0", "3.0")
+    slower = row(compile=12.0) | {"seconds": [0.1] * (STEPS - 2) + [0.2] * 2}
+    assert lines(group(tuneoff=slower))["Tuneoff"]["first s"] == "12.0"
+
+
+def test_what_attaching_and_compiling_held_beyond_the_steps_is_told():
+    before = {"allocated": 3 * 2**30, "device": 4 * 2**30}
+    more, same = row(before=before, device=5 * 2**30), row(before=before, allocated=3 * 2**30)
+    found = lines(group(tuneoff=more, again=same, trainer=row()))
+    told = {name: line["notes"] for name, line in found.items() if line["notes"]}
+    assert told == {"Tuneoff": "allocated up to 3.0 GiB while it attached or compiled"}
 
 
 def test_in_bf16_twice_is_allowed_of_what_plain_bf16_shows_and_only_where_that_is_little():
