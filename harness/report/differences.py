@@ -91,16 +91,16 @@ def interval(difference: Difference, quantity: Quantity) -> str:
 
 
 def fronts(comparison: Comparison, verdicts: Verdicts) -> list[str]:
-    """What is on the front of each score and cost, from the cheapest on."""
+    """What is on the front of each score and cost, from the cheapest on; none where no two techniques are
+    known to trade one for the other."""
     found = []
     for group, gain, cost in product(comparison.groups, verdicts.metrics, verdicts.costs):
         names = [standing.quantity.name for standing in (cost, gain)]
         if min(len(standing.ranked(group)) for standing in (cost, gain)) < 2:
             continue
-        known = verdicts.steps(*names, group)
-        on = verdicts.front(*names, group) if known else []
-        said = listed(on) if on else "none, as no two techniques are known to trade one for the other"
-        found.append(f"{gain.quantity.label} against {inside(cost.quantity.label)}{group}: {said}.")
+        if verdicts.steps(*names, group) and (on := verdicts.front(*names, group)):
+            label = f"{gain.quantity.label} against {inside(cost.quantity.label)}{group}"
+            found.append(f"{label}: {listed(on)}.")
     return found
 
 

@@ -380,7 +380,7 @@ def conclusion(comparison: Comparison, verdicts: Verdicts, budget: Budget | None
                 best.append(f"{inside(s.quantity.label)}: {among}{tie}")
         if best:
             said.append(f"Best{group}. {'; '.join(best)}.")
-    traded = [text.rstrip(".") for text in differences.fronts(comparison, verdicts) if ": none" not in text]
+    traded = [text.rstrip(".") for text in differences.fronts(comparison, verdicts)]
     if traded:
         said.append(f"What trades score for cost, from the cheapest on: {'; '.join(traded)}.")
     rests = []

@@ -82,6 +82,8 @@ def figures(comparison: Comparison, verdicts: Verdicts, suffix: str) -> list[b.B
     add("scores", said, scores_by_cost(comparison, verdicts))
     if fronts := differences.fronts(comparison, verdicts):
         found += [b.Prose("Pareto fronts, as far as differences are verdicts:"), b.Listing(fronts)]
+    elif len(comparison.trained) > 1:
+        found.append(b.Prose("No Pareto front: no two techniques are known to trade a score for a cost."))
     add("memory", parts(comparison), memory_by_part(comparison))
     add("tuning", rates(comparison), by_learning_rate(comparison))
     for objective, techniques in sorted(comparison.objectives.items()):
