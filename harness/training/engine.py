@@ -184,7 +184,7 @@ class Engine:
         self.state.seen, done = self.state.length, self.done.clone()
         bounded = all(
             slot_attention.fits(self.config.num_attention_heads, layer.keys, layer.values)
-            for layer in self.cache.layers
+            for layer in self.cache.held
         )
         worth = steps * len(self.layers) >= COMPILED_FROM
         rungs = ["compiled + graph"] * worth + ["eager + graph"]
