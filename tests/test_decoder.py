@@ -300,6 +300,17 @@ def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
     engine.compiled_forward.cache_clear()
 
 
+def test_layers_are_as_they_were_also_where_one_of_them_cannot_be_compiled(monkeypatch):
+    compilable = {torch.nn.Identity: None}
+    monkeypatch.setattr(engine, "compiled_forward", lambda kind, what: compilable[kind])
+    layers, own = [torch.nn.Identity(), torch.nn.Tanh()], lambda x: x
+    layers[0].forward = own
+    cache = slots.Slots(KINDS["llama"], 1, 8, "cpu")
+    with pytest.raises(KeyError), engine.compiled(layers, cache, "step"):
+        pass
+    assert layers[0].forward is own and "forward" not in vars(layers[1])
+
+
 def test_compiled_layers_read_prompts_of_any_length(monkeypatch):
     """Dynamo alone, as above: the same logits, keys and values, by few programs."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
