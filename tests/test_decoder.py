@@ -4,6 +4,8 @@ import gc
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,6 +13,8 @@ import torch
 from transformers import (
     BloomConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
@@ -19,8 +23,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from harness.training import engine, slot_attention, slots
+from harness.training import attention, engine, slot_attention, slots
 from harness.training.decoder import left_padded
 from harness.training.head import causal_lm
 
@@ -35,12 +40,18 @@ SIZE = {
 }  # fmt: skip
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 SPECIAL = {k: v for k, v in SIZE.items() if k.endswith("_id") or k == "vocab_size"}
+SHARING = {  # the last two layers attend to the keys of the first two
+    **SIZE, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "head_dim": 16, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 4,
+}  # fmt: skip
 KINDS = {
     "gemma 3": tiny.gemma(sliding_window=8, tie_word_embeddings=False),
     "gemma 2": Gemma2Config(
         **SIZE, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
         attn_logit_softcapping=0.5, final_logit_softcapping=1.0, attn_implementation="eager",
     ),
+    "gemma 3n": Gemma3nTextConfig(**SHARING, vocab_size_per_layer_input=tiny.VOCABULARY, laurel_rank=4),
+    "gemma 4": Gemma4TextConfig(**SHARING, vocab_size_per_layer_input=tiny.VOCABULARY, global_head_dim=32),
     "llama": LlamaConfig(**SIZE),
     "mistral": MistralConfig(**SIZE, sliding_window=8),
     "qwen 2": Qwen2Config(**SIZE),
@@ -134,6 +145,51 @@ def test_in_bf16_the_text_is_that_of_generate_up_to_ties():
         if parting is not None:
             at = logits[parting]
             assert at.max() - at[ids[parting]] <= 4 * 2**-8 * at.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_slot_takes_the_bytes_that_were_reckoned(kind, autocast):
+    of = model(kind)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = engine.Engine(of, 3, 40, 8, [])
+        made.read([row.prompt_ids for row in ROWS[:2]], [0, 2], [0, 1])
+        reckoned = 3 * slots.slot_bytes(of, made.state.length)
+    held = [layer.keys.nbytes + layer.values.nbytes for layer in made.cache.held]
+    shared = len(made.cache.layers) - len(held)
+    assert shared == getattr(of.config, "num_kv_shared_layers", 0)
+    assert sum(held) * (1 + (shared > 0)) == reckoned  # the shared half counts as well
+
+
+@pytest.mark.parametrize("kind", ["gemma 3", "gemma 3n", "gemma 4"])
+def test_a_step_that_reads_live_keys_alone_is_captured_whether_or_not_layers_share_them(kind, monkeypatch):
+    """What only a GPU has, in plain torch: the kernel is a mask, the graph the step itself."""
+
+    def live(query, key, value, bounds, scaling, softcap):
+        places = torch.arange(key.shape[2])
+        seen = ((places >= bounds[:, :1]) & (places < bounds[:, 1:]))[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=scaling)
+
+    monkeypatch.setattr(slot_attention, "live", live)
+    monkeypatch.setattr(slot_attention, "triton", True)
+    made = engine.Engine(model(kind), 13, 40, 8, [])
+    monkeypatch.setattr(made, "captured", lambda: SimpleNamespace(replay=made.step))
+    with torch.inference_mode():
+        made.read([row.prompt_ids for row in ROWS], list(range(13)), list(range(13)))
+        made.device = torch.device("cuda")
+        assert made.capture(1) == "eager + graph" and made.cache.bounded and not made.refused
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 100])
+def test_bounds_are_where_the_masks_of_places_begin_and_end(window):
+    made = slots.Slots(KINDS["llama"], 5, 40, "cpu")
+    made.state.place = torch.tensor([0, 1, 7, 23, 39])
+    function = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    seen = made.mask(function, 40)[:, 0, 0]
+    made.bounded = True
+    [first, end], places = made.mask(function, 40).T[..., None], torch.arange(40)
+    assert torch.equal((places >= first) & (places < end), seen)
+    assert seen.sum(1).tolist() == [min(place + 1, window or 40) for place in made.state.place.tolist()]
 
 
 def test_each_prompt_is_read_once_and_answers_make_room_for_the_next():
@@ -244,6 +300,17 @@ def test_one_compiled_layer_serves_all_and_the_model_is_as_it_was(monkeypatch):
     engine.compiled_forward.cache_clear()
 
 
+def test_layers_are_as_they_were_also_where_one_of_them_cannot_be_compiled(monkeypatch):
+    compilable = {torch.nn.Identity: None}
+    monkeypatch.setattr(engine, "compiled_forward", lambda kind, what: compilable[kind])
+    layers, own = [torch.nn.Identity(), torch.nn.Tanh()], lambda x: x
+    layers[0].forward = own
+    cache = slots.Slots(KINDS["llama"], 1, 8, "cpu")
+    with pytest.raises(KeyError), engine.compiled(layers, cache, "step"):
+        pass
+    assert layers[0].forward is own and "forward" not in vars(layers[1])
+
+
 def test_compiled_layers_read_prompts_of_any_length(monkeypatch):
     """Dynamo alone, as above: the same logits, keys and values, by few programs."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -333,8 +400,75 @@ def test_attention_of_one_key_head_is_the_plain_one_at_every_length(length, dtyp
     torch.backends.cuda.enable_cudnn_sdp(False)  # as a run does
     of = tiny.model(tiny.gemma(num_key_value_heads=1, sliding_window=16)).to("cuda", dtype)
     ids = torch.randint(5, 60, (2, length), device="cuda")
-    logits = {}
+    logits, gradients = {}, {}
     for name in ("sdpa", "eager"):
         of.set_attn_implementation(name)
         logits[name] = of(input_ids=ids).logits
+        of.zero_grad()
+        logits[name].float().square().mean().backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in of.parameters()])
     assert engine.distance(logits["sdpa"], logits["eager"]) < (0.05 if dtype == torch.bfloat16 else 1e-3)
+    assert apart(gradients["sdpa"], gradients["eager"]) < (0.05 if dtype == torch.bfloat16 else 1e-3)
+
+
+# Rows one behind another
+
+BORDERS = [0, 20, 48, 49, 90, 96, 96]  # of 2 * 48 tokens; the last row is empty, as a padding's may be
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def each_by_itself(query, key, value, borders, before: int, scale: float):
+    """(T, heads, d), (T, key heads, d) -> (T, heads, d): a token sees its row's own up to itself, of those
+    before it at most so many."""
+    outputs = []
+    for start, end in pairwise(borders):
+        q, k, v = (x[start:end].transpose(0, 1).float() for x in (query, key, value))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        hidden = ((back < 0) | (back > before)).to(q.device)
+        outputs.append(((q @ k.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def flash_in_plain_torch(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
+    *, scale, window_size_left, window_size_right,
+):  # fmt: skip
+    """torch.ops.aten._flash_attention_forward, which no CPU has."""
+    borders = cum_seq_q.tolist()
+    assert torch.equal(cum_seq_q, cum_seq_k) and is_causal and not dropout_p and window_size_right <= 0
+    assert max_q == max_k >= max(b - a for a, b in pairwise(borders))
+    before = window_size_left if window_size_left >= 0 else len(query)
+    return each_by_itself(query, key, value, borders, before, scale), None, None, None, None
+
+
+@pytest.mark.parametrize("window", [None, 2, 5, 40, 41, 64])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
+)
+def test_attention_to_rows_one_behind_another_is_that_to_each_by_itself(device, window, monkeypatch):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if device == "cpu":
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_in_plain_torch)
+    draw = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(2, heads, 48, 16, generator=draw).to(device, dtype).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    weights = torch.randn(2, 48, 4, 16, generator=draw).to(device, dtype)
+    found, _ = attention.rows_apart(
+        None, *given, None, scaling=0.3, sliding_window=window, max_length_q=41,
+        cu_seq_lens_q=torch.tensor(BORDERS, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in given]
+    expected = each_by_itself(*rows, BORDERS, (window or 96) - 1, 0.3).view(found.shape)
+    assert found.dtype == dtype
+    close = 0.02 if device == "cuda" else 1e-5
+    assert apart(found, expected) < close
+    learned = torch.autograd.grad(found, given, weights)
+    for own, other in zip(learned, torch.autograd.grad(expected, given, weights.float()), strict=True):
+        assert apart(own, other) < close

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
+from harness.data.batches import collate, pack
 from harness.training import head, head_kernel
 from methods.lora import LoRA
 
@@ -189,6 +190,57 @@ def test_the_check_leaves_no_gradient_and_no_change():
     head.check(model, tokens())
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+# The check that packed rows are read as they are apart
+
+
+def packed_and_apart(rows) -> tuple[dict, dict]:
+    [rows] = pack(rows, 200)
+    return tuple(collate(rows, tiny.PAD, "cpu", packed=packed) for packed in (0, 200))
+
+
+def test_rows_that_cannot_show_whether_they_are_mixed_are_not_said_to_be():
+    """One row alone, and rows whose answers lie further behind the row before than windows reach."""
+    near = tiny.gemma(sliding_window=4, layer_types=["sliding_attention"] * 2)
+    alone, far = tiny.rows(1), tiny.rows(4, prompt=(20, 30))
+    for config, rows in ((tiny.gemma(), alone), (near, far)):
+        reason = head.unpackable(tiny.model(config), *packed_and_apart(rows))
+        assert reason.startswith("whether Gemma3ForCausalLM mixes packed rows cannot be told")
+        assert reason.endswith("use --set hp.packing=false")
+    assert head.unpackable(tiny.model(), *packed_and_apart(far)) is None
+    assert head.unpackable(tiny.model(near), *packed_and_apart(tiny.rows(4, prompt=(0, 2)))) is None
+
+
+@pytest.mark.parametrize(
+    ("packed", "mixed", "said"),
+    [
+        (1e-5, 0.1, None),
+        (4e-7, 3e-7, "cannot be told"),  # rounding
+        (0.0, 3e-7, "cannot be told"),
+        (4e-4, 6e-4, "cannot be told"),
+        (0.1, 0.1, "mixes packed rows (log-probabilities change by 0.1)"),
+        (0.1, 9.0, "mixes packed rows (log-probabilities change by 0.1)"),
+        (torch.nan, 0.1, "mixes packed rows (log-probabilities change by nan)"),
+    ],
+)
+def test_what_is_said_of_packed_rows_is_as_far_as_they_show_it(packed, mixed, said, monkeypatch):
+    apart, together = ({"labels": torch.ones(1, 5), **more} for more in ({}, {"position_ids": None}))
+
+    def changed(model, batch):
+        change = packed if "position_ids" in batch else 0.0 if batch is apart else mixed
+        return torch.full((1, 4), change)
+
+    monkeypatch.setattr(head, "token_logps", changed)
+    reason = head.unpackable(tiny.model(), apart, together)
+    assert said in reason if said else reason is None
+
+
+def test_rows_that_are_mixed_are_said_to_be():
+    apart, packed = packed_and_apart(tiny.rows(4))
+    mixed = packed | {"position_ids": torch.arange(packed["labels"].shape[1])[None]}
+    reason = head.unpackable(tiny.model(), apart, mixed)
+    assert reason.startswith("Gemma3ForCausalLM mixes packed rows (log-probabilities change by ")
 
 
 @pytest.mark.skipif(not (head_kernel.triton and torch.cuda.is_available()), reason="a kernel of a GPU")

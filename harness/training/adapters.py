@@ -8,6 +8,7 @@ backward. Here W and the adapter's matrix share a memory, so that one product gi
 as queries, keys and values do, are one layer. What is learned is what PEFT's own forward teaches.
 """
 
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import cache
 
@@ -180,15 +181,22 @@ def blocks(sizes):
 
 
 def alike(model) -> list[list]:
-    """Layers with a plain adapter on a plain frozen matrix, those together that read the same."""
-    found = []
+    """Layers with a plain adapter on a plain frozen matrix, those together that read the same. All are of one
+    type, which most have: what is computed in one memory, and written by one launch, has one."""
+    types = Counter(type_of(layer) for layer in model.modules() if simple(layer))
+    usual, found = max(types, key=types.__getitem__, default=None), []
     for parent in model.modules():
-        plain = {name: layer for name, layer in parent.named_children() if simple(layer)}
+        children = parent.named_children()
+        plain = {name: layer for name, layer in children if simple(layer) and type_of(layer) == usual}
         for names in ALIKE:
             if len(together := [name for name in plain if name in names]) > 1:
                 found.append([plain.pop(name) for name in together])
         found += [[layer] for layer in plain.values()]
     return found
+
+
+def type_of(layer) -> torch.dtype:
+    return layer.get_base_layer().weight.dtype
 
 
 def simple(layer) -> bool:

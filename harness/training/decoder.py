@@ -192,7 +192,7 @@ def room(model, length: int) -> int:
     if model.device.type != "cuda":
         return sys.maxsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, free // 2 // slot_bytes(causal_lm(model).config.get_text_config(), length))
+    return max(1, free // 2 // slot_bytes(causal_lm(model), length))
 
 
 def fitting(prompts, asked, most: int) -> int:

@@ -184,7 +184,7 @@ class Engine:
         self.state.seen, done = self.state.length, self.done.clone()
         bounded = all(
             slot_attention.fits(self.config.num_attention_heads, layer.keys, layer.values)
-            for layer in self.cache.layers
+            for layer in self.cache.held
         )
         worth = steps * len(self.layers) >= COMPILED_FROM
         rungs = ["compiled + graph"] * worth + ["eager + graph"]
@@ -223,14 +223,14 @@ def compiled(layers, cache, what: str):
     a "step", which has one shape, or to "read" prompts, which have any. What is compiled is a copy of their
     forward: a training's own compiled code is another."""
     before = [vars(layer).get("forward") for layer in layers]
-    for layer, own in zip(layers, cache.layers, strict=True):
-        layer.forward = partial(alone, compiled_forward(layer.__class__, what), layer, own)
     try:
+        for layer, own in zip(layers, cache.layers, strict=True):
+            layer.forward = partial(alone, compiled_forward(layer.__class__, what), layer, own)
         with compiling(recompile_limit=PROGRAMS):
             yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
+            vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
 

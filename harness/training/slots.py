@@ -77,8 +77,13 @@ class Slots(Cache):
     def keep(self, slots: torch.Tensor) -> None:
         """These alone, in this order."""
         self.state.place, self.state.every = self.state.place[slots], self.state.every[: len(slots)]
-        for layer in self.layers:
+        for layer in self.held:
             layer.keys, layer.values = layer.keys[slots], layer.values[slots]
+
+    @property
+    def held(self) -> list["Layer"]:
+        """Those with keys, once prompts are read: a layer that attends to another's has none."""
+        return [layer for layer in self.layers if layer.is_initialized]
 
 
 class Layer(CacheLayerMixin):
@@ -91,9 +96,7 @@ class Layer(CacheLayerMixin):
         self.state = state
 
     def lazy_initialization(self, key_states, value_states):
-        device, count = key_states.device.type, len(self.state.place)
-        autocast = torch.is_autocast_enabled(device)
-        computed = torch.get_autocast_dtype(device) if autocast else value_states.dtype
+        count, computed = len(self.state.place), computed_in(value_states)
         self.keys, self.values = (  # zeros, as what is masked must still be a number
             x.new_zeros(count, x.shape[1], self.state.length, x.shape[3], dtype=computed)
             for x in (key_states, value_states)
@@ -124,8 +127,17 @@ class Layer(CacheLayerMixin):
         return self.state.length
 
 
-def slot_bytes(config, length: int) -> int:
-    """Keys and values of one text of so many tokens, in 16 bits."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 2 * config.num_hidden_layers * heads * size * length
+def computed_in(of) -> torch.dtype:
+    """The type that products with a tensor, or of a model, have here."""
+    device = of.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else of.dtype
+
+
+def slot_bytes(model, length: int) -> int:
+    """Keys and values of one text of so many tokens; those that layers share count for each."""
+    config, values = model.config.get_text_config(), 0
+    for layer in config.per_layer_config:  # heads may differ
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        values += 2 * heads * size * length
+    return values * computed_in(model).itemsize
