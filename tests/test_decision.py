@@ -116,7 +116,7 @@ def test_a_budget_that_nothing_fits_names_the_nearest():
 def test_a_larger_budget_that_buys_nothing_is_said_to():
     arms = {"dear": (25.0, 40, 3), "cheap": (25.0, 10, 2), "small": (25.0, 9, 3)}
     lines = said(*bench(arms), Budget(30 * GIB))
-    assert "No larger budget: nothing that does not fit is known to be better than cheap." in lines
+    assert "No larger budget: in BLEU-4 nothing that does not fit is known to be better than cheap." in lines
     assert lines[1] == "Within 30 GiB: cheap or small, tied for the highest BLEU-4."
     assert any(
         "small has the lowest peak memory; cheap has the lowest training time." in line for line in lines

@@ -201,7 +201,7 @@ def facts(record: RunRecord) -> dict[str, str | int | None]:
 
 def undisturbed(runs: dict[str, RunRecord]) -> tuple[str, bool | None, str]:
     """Whether a machine was the run's own while it trained; else its time is not ranked."""
-    what = "Nothing else kept the machine busy"
+    what = "A machine of its own"
     busy = [f"{name}: {', '.join(record.disturbed)}" for name, record in runs.items() if record.disturbed]
     unknown = [name for name, record in runs.items() if record.disturbed is None]
     if len(unknown) == len(runs):

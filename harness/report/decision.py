@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from harness.metrics import METRICS
 from harness.report.answer import UNITS, count
 from harness.report.blocks import Block, Heading, Lead, Listing, Prose
-from harness.report.budget import Budget, measured, need
+from harness.report.budget import Budget, gauge, measured, need
 from harness.report.comparison import IDENTICAL, SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique, arm
 from harness.report.differences import inside
 from harness.report.stats import CONFIDENCE
 from harness.report.text import listed, number
 from harness.report.tuning import title
-from harness.report.verdicts import Standing, Verdicts
+from harness.report.verdicts import MEMORY, Standing, Verdicts
 from harness.tuning import Found
 
 CHANGES = "What would change this:"
@@ -189,7 +189,14 @@ class Choice:
     def least(self, cost: Standing) -> str:
         names = first_of(cost, self.among(cost))
         what = cost.quantity.label.lower().removeprefix("peak ")
-        return f"Least {what}: {names[0]}, {UNITS[cost.quantity.name](cost.point(names[0]))}{tied(names)}."
+        unit = UNITS[cost.quantity.name]
+        said = f"Least {what}: {names[0]}, {unit(cost.point(names[0]))}{tied(names)}"
+        takes = {name: need for name in self.among(cost) if (need := self.needs[name].memory)}
+        least = min(takes, key=takes.__getitem__, default=names[0])
+        on_card = cost.quantity == MEMORY and gauge(self.comparison) == "peak_device"
+        if on_card and least not in names:
+            said += f", of live tensors; of the card {least}, {unit(takes[least])}"
+        return f"{said}."
 
     def both(self) -> str:
         """And what each of them has over the others."""
@@ -236,7 +243,10 @@ class Choice:
                 return f"{gain} {self.takes(name)}."
         if not set(over) & set(self.standing.ranked(self.group)):
             return ""
-        return f"No larger budget: nothing that does not fit is known to be better than {self.top[0]}."
+        what = inside(self.standing.quantity.label)
+        return (
+            f"No larger budget: in {what} nothing that does not fit is known to be better than {self.top[0]}."
+        )
 
     def gain(self, label: str) -> str:
         """Where it is known to be better than the first of those that fit: how a larger budget is told."""

@@ -64,6 +64,8 @@ def first(comparison: Comparison, verdicts: Verdicts, budget: Budget | None) -> 
     for choice in choices_of(comparison, verdicts, budget):
         least = [choice.least(cost) for cost in verdicts.costs if len(choice.among(cost)) > 1]
         found.append(b.Lead(shorten(" ".join((choice.lead(), *least)), PARAGRAPH)))
+    if notice := comparison.spec.dataset.get("notice"):
+        found.append(b.Prose(notice))
     metric = leading_metric(comparison, verdicts)
     if not shown(comparison) or not metric:
         images = plots.cost_alone(comparison) if comparison.random_weights else None
@@ -106,7 +108,7 @@ def introduction(comparison: Comparison) -> str:
         )
     found.append(
         "Measured are the overlap of answers with references, the likelihood of references, peak memory and "
-        "training time. How helpful answers are to a person is not measured."
+        "training time. How helpful answers are to a person these do not say."
         if not comparison.random_weights
         else "The weights were drawn at random, so that memory and time alone mean anything."
     )

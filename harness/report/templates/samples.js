@@ -127,7 +127,9 @@ function browser({ labels: names, total, rows }) {
     const here = found.slice(from, from + PAGE);
     of.says.textContent = here.length
       ? `${from + 1} to ${from + here.length} of ${found.length.toLocaleString("en")} rows`
-      : "No row has this.";
+      : rows.length === total
+        ? "No row has this."
+        : `None of the ${rows.length.toLocaleString("en")} rows in this file has this.`;
     of.back.disabled = page === 0;
     of.next.disabled = from + PAGE >= found.length;
     list.replaceChildren(...here.map(shown));
@@ -179,7 +181,7 @@ function browser({ labels: names, total, rows }) {
 
 const chapter = find("answers-side-by-side");
 if (chapter && data.samples?.rows.length) {
-  const title = made("summary", { textContent: "A few of them, with all answers side by side" });
+  const title = made("summary", { textContent: "Some test rows, with all answers side by side" });
   const few = made("details", {}, title, ...chapter.childNodes);
   chapter.append(browser(data.samples), few);
 }
