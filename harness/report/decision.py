@@ -9,7 +9,7 @@ from harness.metrics import METRICS
 from harness.report.answer import UNITS, count
 from harness.report.blocks import Block, Heading, Lead, Listing, Prose
 from harness.report.budget import Budget, gauge, measured, need
-from harness.report.comparison import IDENTICAL, SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique, arm
+from harness.report.comparison import GIB, IDENTICAL, SEEDS_TO_RANK, UNTOUCHED, Comparison, Technique, arm
 from harness.report.differences import inside
 from harness.report.stats import CONFIDENCE
 from harness.report.text import listed, number
@@ -195,7 +195,7 @@ class Choice:
         least = min(takes, key=takes.__getitem__, default=names[0])
         on_card = cost.quantity == MEMORY and gauge(self.comparison) == "peak_device"
         if on_card and least not in names:
-            said += f", of live tensors; of the card {least}, {unit(takes[least])}"
+            said += f", of live tensors; of the card {least}, {unit(takes[least] / GIB)}"
         return f"{said}."
 
     def both(self) -> str:
