@@ -177,6 +177,22 @@ def test_few_gradients_that_are_wrong_are_found_among_many():
     assert kernels.difference((2.0, tiny_ones), (2.0, [large, -norm * 0.01, norm]), kinds) is None
 
 
+def test_a_weight_without_values_is_compared_too(traced):
+    """As of a layer of which a method has chosen nothing."""
+
+    class Empty(LoRA):
+        def attach(self, model, run):
+            model = super().attach(model, run)
+            model.nothing = torch.nn.Parameter(torch.empty(0))
+            return model
+
+        def loss(self, model, batch, run):
+            return super().loss(model, batch, run) + model.nothing.sum()
+
+    _, _, record = trained(Empty())
+    assert record.kernels.rung == "compiled", record.kernels.reason
+
+
 def test_gradients_of_norms_that_nobody_writes_are_found(traced):
     class Unwritten(Full):
         def loss(self, model, batch, run):

@@ -38,9 +38,7 @@ def probed(plan, due: set[str], found: dict[str, Forecast], card: Card) -> dict[
         if asked and spec.trains and spec.devices == 1 and made and not made.tried:
             firsts.setdefault(forecast.key_of(spec, made.bf16), spec)
     after: dict[str, Forecast] = {}
-    twins = {
-        tuning.trial.digest: tuning.identical for tuning in plan.tunings
-    }  # which train as the trial does
+    twins = {tuning.trial.digest: tuning.identical for tuning in plan.tunings}  # they train alike
     with shown("probing") as told:
         told(0, len(firsts))
         for number, (spec, record) in enumerate(probes(plan, list(firsts.values()), Unseen()), 1):

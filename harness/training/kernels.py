@@ -321,7 +321,7 @@ class Kernels:
         trained = [p for p in self.parameters if p.requires_grad]
         most = COMPARED // max(1, len(trained))
         found = [
-            p.grad.flatten()[:: -(-p.numel() // most)].clone() if p.grad is not None else None
+            p.grad.flatten()[:: max(1, -(-p.numel() // most))].clone() if p.grad is not None else None
             for p in trained
         ]
         self.zero_gradients()
