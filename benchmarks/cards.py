@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import GEMMA_3_1B, TINY, fixed_rows
+from train import GEMMA_3_1B, TINY, fixed_rows, without_tokenizer
 
 from harness import machine
 from harness.bench import bench, chosen
@@ -77,19 +77,20 @@ def asked_for(asked, folder: Path) -> list[RunSpec]:
     config, long, new = (ENGLISH_17M, 256, 64) if asked.gpus else (TINY, 64, 4)
     rows = asked.steps * ROWS
     hp = Hyperparams(batch_size=ROWS, max_steps=asked.steps + 2 * HELD_OUT // ROWS, max_length=long)
-    model = asked.model or folder / "model"
-    if not asked.model:
+    model = folder / "model"
+    if asked.model:
+        config = without_tokenizer(asked.model, model)
+    else:
         model.mkdir()
         (model / "config.json").write_text(json.dumps(config))
-    (held := folder / "rows").mkdir()
-    file = fixed_rows(held if asked.model else model, hp, config["vocab_size"], "half")
+    file = fixed_rows(model, hp, config["vocab_size"], "half")
     data = {"train": rows, "validation": HELD_OUT, "test": HELD_OUT, "near_duplicates": "off",
             "template": "instruction"}  # fmt: skip
     own = {"batch_size": ROWS, "micro_batch_size": ROWS, "max_steps": asked.steps, "max_length": long,
            "max_new_tokens": new, "eval_batch_size": HELD_OUT, "validations": 2}  # fmt: skip
     settings = [f"data.{k}={v}" for k, v in data.items()] + [f"hp.{k}={v}" for k, v in own.items()]
     request = Request(
-        [*asked.methods], model=str(model) if asked.model else f"random:{model}", dataset=str(file),
+        [*asked.methods], model=f"{'' if asked.model else 'random:'}{model}", dataset=str(file),
         seeds=[*range(asked.seeds)], settings=settings,
     )  # fmt: skip
     return sorted((spec for spec in plan(request) if spec.trains), key=lambda spec: spec.seed)

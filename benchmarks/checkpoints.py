@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts no threads, which copies of this process would lack
 
-from train import BUILT_IN, fixed_rows
+from train import BUILT_IN, fixed_rows, without_tokenizer
 
 from harness import machine
 from harness.bench.attempt import CHECKPOINT_SECONDS
@@ -104,14 +104,12 @@ class Call:
             precision="bf16" if cuda else "fp32",
         )  # fmt: skip
         drawn, model = asked.model in BUILT_IN, folder / "model"
-        model.mkdir()
         if drawn:
-            (model / "config.json").write_text(json.dumps(BUILT_IN[asked.model]))
-        for file in () if drawn else Path(asked.model).iterdir():
-            if not file.name.startswith(("tokenizer", "chat_template")):  # the rows bring theirs
-                (model / file.name).symlink_to(file.resolve())
-        words = json.loads((model / "config.json").read_text("utf-8"))["vocab_size"]
-        file = fixed_rows(model, hp, words, "all")
+            model.mkdir()
+            (model / "config.json").write_text(json.dumps(config := BUILT_IN[asked.model]))
+        else:
+            config = without_tokenizer(Path(asked.model), model)
+        file = fixed_rows(model, hp, config["vocab_size"], "all")
         some = {"train": hp.max_steps * rows, "validation": 1, "test": 1, "near_duplicates": "off",
                 "template": "instruction"}  # fmt: skip
         dataset = find_dataset(str(file), some, Problems())

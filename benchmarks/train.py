@@ -301,5 +301,15 @@ def fixed_rows(folder: Path, hp: Hyperparams, vocabulary: int, learned: str) -> 
     return path
 
 
+def without_tokenizer(there: Path, model: Path) -> dict:
+    """Makes the folder `model`, of links to what is there but for the tokenizer: rows of fixed lengths bring
+    theirs. -> its configuration."""
+    model.mkdir()
+    for file in there.iterdir():
+        if not file.name.startswith(("tokenizer", "chat_template")):
+            (model / file.name).symlink_to(file.resolve())
+    return json.loads((model / "config.json").read_text("utf-8"))
+
+
 if __name__ == "__main__":
     main()
