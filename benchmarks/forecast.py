@@ -2,6 +2,7 @@
 
     python benchmarks/forecast.py measure rows.jsonl --seconds 440     a fair sample, on a GPU
     python benchmarks/forecast.py measure rows.jsonl --methods lora --models llama
+    python benchmarks/forecast.py measure caps.jsonl --caps 8 12 15 22     may take so many GiB, each one of these
     python benchmarks/forecast.py judge rows.jsonl             forecasts of these rows, by this code: no GPU
 
 Methods, architectures and shapes come in a random order (--seed), so that what there is when the seconds are
@@ -9,6 +10,7 @@ over is a fair sample. Each is measured in a process of its own, a copy of this 
 they need; weights are drawn. Rows are kept as they come: the same command goes on where it was stopped. What
 these processes print is in a .log beside the rows. A run here is its probe and then STEPS further steps: what
 these take more, the probe has not seen. Forecasts are made afterwards, as a plan is before a card is rented.
+Under a cap a run shows whether it fits a card of that size, and is held against the verdict of a plan.
 """
 
 import argparse
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=names)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shapes", nargs="+", help="of each, in place of those that are drawn")
+    parser.add_argument("--caps", nargs="+", type=int, help="GiB, of which each row draws one; none: no limit")
     parser.add_argument("--seconds", type=float, default=440, help="after which nothing more is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="small models: tries the benchmark itself")
@@ -118,7 +121,10 @@ def drawn(asked) -> list[Asked]:
     for model in asked.models:
         for name in asked.methods:
             own = asked.shapes or [*SHAPES, *[COMPILED] * (draw.random() * ONE_OF < 1)]
-            found += [(name, model, shape) for shape in own]
+            found += [
+                (name, model, f"{shape} in {draw.choice(asked.caps)}" if asked.caps else shape)
+                for shape in own
+            ]
     draw.shuffle(found)
     return found
 
@@ -152,11 +158,11 @@ def measured(left: list[Asked], asked, folder: str) -> Iterator[dict]:
 
 def judged(found: list[dict], folder: str) -> list[dict]:
     """Each with its forecast, and with that corrected by its probe."""
-    ones = [key_of(row) for row in found if "error" not in row]
+    ones = [key_of(row) for row in found if "error" not in row or fitted(row) is not None]
     copies = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), copies) as pool:
         made = dict(zip(ones, pool.map(forecast_one, *zip(*ones, strict=True), repeat(folder)), strict=True))
-    return [row if "error" in row else row_of(row, made[key_of(row)]) for row in found]
+    return [row_of(row, made[key_of(row)]) if key_of(row) in made else row for row in found]
 
 
 class Copy:
@@ -200,7 +206,16 @@ def ended(copy: Copy, end: float) -> Any:
 
 
 def failed(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    from harness.child import diagnose
+
+    return f"{diagnose(error)[0]}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def fitted(row: dict) -> bool | None:
+    """Whether a run under a cap had room; null where there is no cap, or it broke by something else."""
+    if " in " not in row["shape"]:
+        return None
+    return True if "error" not in row else False if row["error"].startswith("oom") else None
 
 
 # What is asked
@@ -216,12 +231,14 @@ def spec_of(name: str, model: str, shape: str, folder: str):
     from harness import method
     from harness.spec import Hyperparams, RunSpec
 
-    cls, (size, _, way) = chosen(name), shape.partition("-")
+    cls, (form, _, cap) = chosen(name), shape.partition(" in ")
+    size, _, way = form.partition("-")
     count, tokens = map(int, size.split("x"))
     hp = Hyperparams(
         batch_size=count, micro_batch_size=count, max_length=tokens, max_steps=STEPS, validations=0,
         kernels="compiled" if way == "compiled" else "auto", gradient_checkpointing=way == "ck",
         max_grad_norm=0.0 if "gradient clipping" in cls.cannot else 1.0, eval_batch_size=count,
+        memory_cap=float(cap or 0),
     )  # fmt: skip
     dataset = {"name": "rows", "language": "en", "reward": "rouge_l", "parts": []}
     options = method.options(method.build(cls, {}))
@@ -284,12 +301,14 @@ def steps(cls, spec, splits: dict) -> tuple:
     from harness.measuring import Meter, StepClock
     from harness.record import RunRecord
     from harness.training import Run, load_base, resolve_precision, seed_everything, tried
+    from harness.training.stages import capped
 
     precision = resolve_precision("auto")
     accelerator = Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
+    capped(spec.own_hp.memory_cap)
     meter, record = Meter(accelerator.device), RunRecord(spec, "ok")
     record.phases, record.provenance.precision = meter.phases, precision
     seed_everything(0)
@@ -338,9 +357,12 @@ def row_of(row: dict, made: Any) -> dict:
     if isinstance(made, str):
         return row | {"error": f"forecast: {made}"}
     forecast, spent = made
-    probe, whole = (RunRecord.from_json(row[name]) for name in RECORDS)
     known = card_named(*row["card"]) if row["card"] else CARDS["H200"]
     found: dict = {name: row[name] for name in ("method", "model", "shape")}
+    if (room := fitted(row)) is not None:
+        cap = int(row["shape"].rpartition(" ")[2]) * 2**30 + known.context
+        return found | {"fitted": room, "said": forecast.verdict(known.of(cap))}
+    probe, whole = (RunRecord.from_json(row[name]) for name in RECORDS)
     for name, said in (("forecast", forecast), ("probe", corrected(forecast, probe))):
         seconds = said.seconds(known)
         found[name] = {
@@ -366,6 +388,8 @@ def line(row: dict) -> str:
     place = f"| {row['method']} | {row['model']} | {row['shape']} |"
     if "error" in row:
         return f"{place} {row['error']} |"
+    if "fitted" in row:
+        return f"{place} said to be {row['said']}, {'had' if row['fitted'] else 'had no'} room |"
     said, found = row["forecast"], row["measured"]
     off = {of: errors(row, of) for of in ("forecast", "probe")}
     rung = said["rung"] if said["rung"] == found["rung"] else f"{said['rung']}, was {found['rung']}"
@@ -381,6 +405,14 @@ def table(found: list[dict]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     lines += [line(row) for row in sorted(found, key=key_of)] + [""]
     whole = [row for row in found if "measured" in row]
+    capped = [row for row in found if "fitted" in row]
+    for room, said, what in ((False, "fits", "that had no room"), (True, "too large", "that had room")):
+        those = [row for row in capped if row["fitted"] is room]
+        wrong = [" ".join(key_of(row)) for row in those if row["said"] == said]
+        if those:
+            tight = sum(row["said"] == "tight" for row in those)
+            lines.append(f"caps, of {len(those)} {what}: {len(wrong)} said to be {said}, {tight} tight")
+            lines += wrong
     for of in ("forecast", "probe"):
         for what in WHAT:
             off = [(abs(value), row) for row in whole if (value := errors(row, of).get(what)) is not None]
@@ -388,9 +420,11 @@ def table(found: list[dict]) -> str:
                 worst, row = max(off, key=lambda item: item[0])
                 lines.append(f"{of}, {what}: median error {median(e for e, _ in off):.1%}, worst {worst:.1%} "
                              f"({' '.join(key_of(row))}), of {len(off)}")  # fmt: skip
+        if not whole:
+            continue
         beyond = [r for r in whole if abs(r[of]["peak"] - r["measured"]["peak"]) > r[of]["unsure"]]
         lines.append(f"{of}: peak off by more than its range in {len(beyond)} of {len(whole)}")
-    lines.append(f"no figures of {len(found) - len(whole)} of {len(found)}")
+    lines.append(f"no figures of {len(found) - len(whole) - len(capped)} of {len(found)}")
     return "\n".join(lines)
 
 

@@ -205,11 +205,12 @@ class Queue:
         self.waits.append("backward")
         self.seen = [p.grad for p in self.parameters]
 
-    def sum(self, tensor):
-        """Two devices with the same gradients; of one value each, as tests need no more."""
+    def sum(self, *tensors):
+        """Two devices with the same gradients."""
         then = {p.grad.data_ptr(): old for p, old in zip(self.parameters, self.seen, strict=True)
                 if p.grad is not None}  # fmt: skip
-        tensor.copy_(2 * then[tensor.data_ptr()])
+        for tensor in tensors:
+            tensor.copy_(2 * then[tensor.data_ptr()])
 
 
 class Twin:
@@ -231,6 +232,7 @@ def beside(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: Queue(parameters))
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         monkeypatch.setattr(reducer, "BUCKET_BYTES", 0)
+        monkeypatch.setattr(reducer, "SMALL_BYTES", 0)  # a copy would not show what it was made of
         found = reducer.Reducer(devices, parameters)
         found.listen()
         return found, queue
@@ -273,6 +275,22 @@ def test_sums_begin_beside_the_backward_and_miss_nothing(beside):
     assert found.made == set()  # of a step without rows, there is nothing that a mark could tell
     found.close()
     assert not any(first._post_accumulate_grad_hooks.values())
+
+
+def test_gradients_of_any_size_and_layout_are_exchanged_as_they_lie(beside, monkeypatch):
+    """Large ones in place; small ones, and those that do not lie in a row, by a copy."""
+    monkeypatch.setattr(reducer, "SMALL_BYTES", 4 * 9)
+    found, _ = beside([torch.randn(3, 3).requires_grad_()])
+    exchanged = []
+    found.devices.sum = lambda *tensors: exchanged.extend(t.mul_(2).data_ptr() for t in tensors)
+    large, small, scalar, turned = torch.randn(3, 3), torch.randn(2), torch.randn(()), torch.randn(4, 3).T
+    gradients = [small, large, turned, scalar]
+    expected, places = [2 * g for g in gradients], [g.data_ptr() for g in gradients]
+    found.sum(gradients)
+    assert all(map(torch.equal, gradients, expected)) and places == [g.data_ptr() for g in gradients]
+    assert len(exchanged) == 2 and exchanged[0] == large.data_ptr()
+    found.sum([])
+    assert len(exchanged) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own graphs and streams")

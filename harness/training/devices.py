@@ -95,9 +95,13 @@ class Devices:
     # What all of them know
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        """In place."""
-        for tensor in tensors if self.talking else ():
-            dist.all_reduce(tensor, group=None if tensor.is_cuda else self.host)
+        """In place; all of one type, as one exchange."""
+        if not self.talking:
+            return
+        own = None if tensors[0].is_cuda else self.host
+        with dist._coalescing_manager(own):
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=own)
 
     def total(self, value, device) -> torch.Tensor:
         """A number, or a tensor, of all devices together."""
