@@ -2,7 +2,7 @@
 
     python benchmarks/forecast.py measure rows.jsonl --seconds 440     a fair sample, on a GPU
     python benchmarks/forecast.py measure rows.jsonl --methods lora --models llama
-    python benchmarks/forecast.py measure caps.jsonl --caps 8 12 15 22     may take so many GiB, each one of these
+    python benchmarks/forecast.py measure caps.jsonl --caps 8 12 15 22     each may take one of these, GiB
     python benchmarks/forecast.py judge rows.jsonl             forecasts of these rows, by this code: no GPU
 
 Methods, architectures and shapes come in a random order (--seed), so that what there is when the seconds are
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=names)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--shapes", nargs="+", help="of each, in place of those that are drawn")
-    parser.add_argument("--caps", nargs="+", type=int, help="GiB, of which each row draws one; none: no limit")
+    parser.add_argument("--caps", nargs="+", type=int, help="GiB, of which each row draws one")
     parser.add_argument("--seconds", type=float, default=440, help="after which nothing more is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="small models: tries the benchmark itself")

@@ -279,18 +279,19 @@ def test_sums_begin_beside_the_backward_and_miss_nothing(beside):
 
 def test_gradients_of_any_size_and_layout_are_exchanged_as_they_lie(beside, monkeypatch):
     """Large ones in place; small ones, and those that do not lie in a row, by a copy."""
-    monkeypatch.setattr(reducer, "SMALL_BYTES", 4 * 9)
     found, _ = beside([torch.randn(3, 3).requires_grad_()])
+    monkeypatch.setattr(reducer, "SMALL_BYTES", 4 * 9)
     exchanged = []
     found.devices.sum = lambda *tensors: exchanged.extend(t.mul_(2).data_ptr() for t in tensors)
-    large, small, scalar, turned = torch.randn(3, 3), torch.randn(2), torch.randn(()), torch.randn(4, 3).T
-    gradients = [small, large, turned, scalar]
+    large, turned = [torch.randn(3, 3) for _ in range(16)], torch.randn(4, 3).T
+    gradients = [torch.randn(2), *large, turned, torch.randn(())]
     expected, places = [2 * g for g in gradients], [g.data_ptr() for g in gradients]
     found.sum(gradients)
     assert all(map(torch.equal, gradients, expected)) and places == [g.data_ptr() for g in gradients]
-    assert len(exchanged) == 2 and exchanged[0] == large.data_ptr()
+    assert exchanged[:16] == places[1:17]  # in the same order on each device
+    assert len(exchanged) == 17
     found.sum([])
-    assert len(exchanged) == 2
+    assert len(exchanged) == 17
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's own graphs and streams")

@@ -97,8 +97,11 @@ class Reducer:
         backward.wait_stream(own)
 
     def sum(self, gradients: list[torch.Tensor]) -> None:
-        whole = {g for g in gradients if g.nbytes >= SMALL_BYTES and g.is_contiguous()}
-        copied = [g for g in gradients if g not in whole]
+        whole: list[torch.Tensor] = []  # in the same order on each device
+        copied: list[torch.Tensor] = []
+        for gradient in gradients:
+            lies = gradient.nbytes >= SMALL_BYTES and gradient.is_contiguous()
+            (whole if lies else copied).append(gradient)
         flat = [torch.cat([gradient.flatten() for gradient in copied])] if copied else []
         if gradients:
             self.devices.sum(*whole, *flat)
