@@ -10,6 +10,8 @@ a parameter in place of 16.
 Generalisation: as full fine-tuning's: fits the most and forgets the most.
 """
 
+from unittest.mock import patch
+
 from harness.method import Method, adam
 
 
@@ -22,6 +24,12 @@ class Full8bit(Method):
     cannot = {"sharding": "bitsandbytes' optimizer takes whole tensors (0.50)"}
 
     def optimizer(self, model, run):
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit, optimizer
 
-        return AdamW8bit(self.parameter_groups(model, run), **adam(run.hp))
+        class Queued(AdamW8bit):
+            def step(self, closure=None):
+                # It would wait for the card after each weight, for moments that are paged, as these are not.
+                with patch.object(optimizer, "sync_gpu", lambda weight: None):
+                    return super().step(closure)
+
+        return Queued(self.parameter_groups(model, run), **adam(run.hp))

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoConfig, LlamaConfig, Qwen2Config
 
-from harness import cli, forecast, method
+from harness import cli, forecast, method, work
 from harness.cli import advice, planning
 from harness.cli.arms import Arm
 from harness.forecast.cards import card_named
@@ -23,8 +23,9 @@ from harness.spec import Hyperparams, RunSpec
 from harness.training import Loop, dry, loaded_types, master_weights, one_arithmetic
 from harness.training.devices import Devices
 from harness.training.dry import allocator, ledger, programs
+from harness.training.dry import world as dry_world
 from harness.training.head import causal_lm
-from harness.work import LONG_PRODUCTS, PRODUCTS, seconds_of
+from harness.work import LONG_PRODUCTS, PRODUCTS, Work, seconds_of
 
 CONFIG = tiny.gemma(
     num_hidden_layers=6, layer_types=["full_attention"] * 6, hidden_size=256, intermediate_size=512
@@ -121,12 +122,15 @@ def test_a_dry_run_holds_what_a_real_training_holds(name, options, config, chang
     found = highest(traced(name, config, hp, options), "train", "rollout")
     true, parts = live(name, config, hp, options), found.parts
     assert found.allocated == pytest.approx(true.peak, rel=0.02)
-    assert parts["gradients"] == pytest.approx(true.gradients, rel=0.02, abs=0.005 * true.peak)
+    waiting = parts["gradients"] - true.gradients  # for another of the same weight: for torch no gradient yet
+    several = name in ("peft.adalora", "galore_layerwise")
+    assert waiting == pytest.approx(0.0, abs=0.02 * true.gradients + (0.12 if several else 0.005) * true.peak)
     assert parts["optimizer"] == pytest.approx(true.moments, rel=0.02, abs=4096)
     # What an optimizer keeps beside its state, as AdaLoRA its means, was there before the second step.
     there = parts["weights"] + parts["adapters"] + parts["workspace"]
     assert there == pytest.approx(true.weights, abs=0.03 * true.peak)
-    assert parts["activations"] + parts["head"] == pytest.approx(true.activations, abs=0.03 * true.peak)
+    held = parts["activations"] + parts["head"] + waiting
+    assert held == pytest.approx(true.activations, abs=0.03 * true.peak)
 
 
 def test_answers_of_the_model_itself_hold_what_they_hold_in_a_run(exact):
@@ -142,7 +146,13 @@ def test_answers_of_the_model_itself_hold_what_they_hold_in_a_run(exact):
     assert found.facts["rollout_tokens"] == 40 and found.facts["micro_tokens"] >= 2 * sum(run.batches.tokens)
 
 
-def test_what_a_start_repeats_is_counted_as_often():
+@pytest.fixture
+def small(monkeypatch):
+    """All products of a tiny model wait for memory."""
+    monkeypatch.setattr(work, "INTENSITY", 0)
+
+
+def test_what_a_start_repeats_is_counted_as_often(small):
     """SMT's warm-up: two of its steps are computed, as many as it asks for take their time."""
     hp = tiny.hyperparams(kernels="eager", max_steps=12)
     few, many = (traced("smt", LLAMA, hp, {"warmup": steps}).work["attach"] for steps in (3, 12))
@@ -152,7 +162,7 @@ def test_what_a_start_repeats_is_counted_as_often():
 @pytest.mark.parametrize(
     "name, options, steps", [("galore", {"rank": 8, "gap": 2}, 12), ("full", {}, 5), ("lora", {}, 5)]
 )
-def test_a_whole_training_computes_what_was_forecast(name, options, steps):
+def test_a_whole_training_computes_what_was_forecast(name, options, steps, small):
     """Products of every step, by torch's own counter: a method's subspaces are found more than once."""
     hp = tiny.hyperparams(kernels="eager", max_steps=steps, validations=0)
     found, built = traced(name, CONFIG, hp, options), made(name, options)
@@ -191,7 +201,7 @@ def test_two_depths_tell_the_third(exact, monkeypatch):
     told = drawn_out(spec("lora", hp), built, CONFIG, splits(ROWS), True, False)
     whole = dry.trace(spec("lora", hp), built, CONFIG, splits(ROWS), False, 6)
     true = max(m.allocated for name, m in whole.moments.items() if name.startswith("train"))
-    assert told.highest["allocated"] == pytest.approx(true, rel=0.01)
+    assert told.highest["allocated"] - own.libraries("train", whole) == pytest.approx(true, rel=0.01)
 
 
 def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
@@ -419,3 +429,27 @@ def test_a_cap_makes_a_smaller_card(monkeypatch):
     assert taken == [0.25, 1.0]
     assert spec("lora", Hyperparams()).digest == spec("lora", Hyperparams(memory_cap=0.0)).digest
     assert spec("lora", Hyperparams()).digest != spec("lora", Hyperparams(memory_cap=8.0)).digest
+
+
+def test_gradients_of_one_weight_are_added_up_where_the_first_lies():
+    """As autograd's engine does it where nothing looks on: two of its size are held, and never three."""
+    side = 512  # so that a weight has a MiB
+    with dry_world.world(), ledger.Ledger() as found:
+        weight = torch.zeros(side, side, device=dry_world.CARD, requires_grad=True)
+        row = torch.zeros(1, side, device=dry_world.CARD)
+        with found.entered("train"):
+            (row @ weight @ weight.T).sum().backward()
+            both = weight + weight  # somebody's own sum is another
+    assert found.moments()["train"].allocated == pytest.approx(3 * 2**20, abs=2**15)
+    assert both.untyped_storage()._cdata != weight.untyped_storage()._cdata
+
+
+def test_a_product_of_low_rank_waits_for_memory():
+    """What it reads and writes, not what it computes; another library's product is one, too."""
+    bf16 = partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    rows, wide, thin = bf16(4096, 2048), bf16(2048, 2048), bf16(2048, 16)
+    one, other = Work(), Work()
+    for count, matrix in ((one, wide), (other, thin)):
+        count.add(torch.ops.aten.mm.default, (rows, matrix), {}, rows @ matrix)
+    assert (one.products, one.moved) == (2 * 4096 * 2048 * 2048, 0)
+    assert (other.products, other.moved) == (0, 2 * (4096 * 2048 + 2048 * 16 + 4096 * 16))

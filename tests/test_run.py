@@ -4,6 +4,7 @@ record says of it."""
 import json
 import math
 import re
+import threading
 import time
 from dataclasses import replace
 from itertools import count
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from harness import machine
 from harness.child import chosen_method, diagnose
 from harness.data import load_spec
+from harness.measuring import meter
 from harness.measuring.meter import Card
 from harness.method import FOLDER, build, resolve
 from harness.metrics import scores
@@ -298,6 +300,27 @@ def test_a_neighbour_that_leaves_the_card_makes_its_gauge_unknown_and_not_wrong(
         card.highest = None
         monkeypatch.setattr(machine, "card_bytes_used", lambda used=used: used)
         assert card.peak(reserved=3) == peak
+
+
+def test_what_was_read_before_a_phase_is_not_its_own(monkeypatch):
+    """The gauge is asked beside the run: 100 bytes are read while a phase ends, 10 are left in the next."""
+    asked, told = threading.Event(), threading.Event()
+
+    def used():
+        if threading.current_thread() is threading.main_thread():
+            return 0 if not asked.is_set() else 10
+        asked.set()
+        told.wait(0.2)
+        return 100
+
+    monkeypatch.setattr(machine, "card_bytes_used", used)
+    monkeypatch.setattr(meter, "SAMPLE_SECONDS", 0.9)
+    card = Card(lambda: None)
+    assert asked.wait(5)
+    card.reset()
+    told.set()
+    time.sleep(0.3)  # it would be kept by now
+    assert card.peak(reserved=0) == 10
 
 
 # Tokens

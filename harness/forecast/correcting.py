@@ -22,7 +22,7 @@ def corrected(made: Forecast, record: RunRecord) -> Forecast:
     phases = {name: phase for name, phase in measured.items() if phase.peak_allocated is not None}
     moments = {name: moment for name, moment in made.moments.items() if phase_of(name) not in record.phases}
     for name, phase in phases.items():
-        moments[name] = moment_of(phase, found.libraries, made, record)
+        moments[name] = moment_of(phase, made, record)
     seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
     step = fmean(record.step_seconds[PROBED + 1 :])
     seconds |= {"train": step * len(record.hashes["batches"]), "rollout": 0.0}  # this is in the steps
@@ -30,10 +30,10 @@ def corrected(made: Forecast, record: RunRecord) -> Forecast:
     return replace(found, moments=moments, facts=facts)
 
 
-def moment_of(phase: Phase, libraries: int, made: Forecast, record: RunRecord) -> dict:
+def moment_of(phase: Phase, made: Forecast, record: RunRecord) -> dict:
     """Of its parts, those are measured that the run itself can count; activations are what is left."""
-    allocated = (phase.peak_allocated or 0) - libraries  # which a forecast adds to all moments
-    reserved = max(allocated, (phase.peak_reserved or 0) - libraries)
+    allocated = phase.peak_allocated or 0
+    reserved = max(allocated, phase.peak_reserved or 0)
     sizes, parts = record.sizes, dict.fromkeys(PARTS, 0) | made.highest.get("parts", {})
     own = (sizes.trainable_bytes or 0) if parts["adapters"] else 0
     parts |= {"weights": (sizes.weight_bytes or 0) - own, "adapters": own}

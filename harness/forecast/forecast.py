@@ -37,8 +37,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 # as aten/src/ATen/cuda/CublasHandlePool.cpp has it; older cards take 8.1 MiB.
 LIBRARY_BYTES = 32 * 2**20
 LIBRARIES_PART = "workspace"
-THREADS = 2  # of a training: backward has its own, and cuBLAS a workspace for each
-STREAMS = 3  # of a run whose steps are captured: its own, that of the warm-up, that of the capture
+WORKSPACES = {"eager": 2, "graph": 8}  # of each thread and stream; as measured on an H200
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
@@ -77,12 +76,7 @@ class Forecast:
     @property
     def peak(self) -> float:
         """Bytes allocated at the highest moment of the training, as a report compares them."""
-        return self.highest.get("allocated", 0) + self.libraries
-
-    @property
-    def libraries(self) -> int:
-        threads = THREADS if self.facts.get("steps") else 1
-        return LIBRARY_BYTES * (STREAMS if "graph" in self.rung else threads)
+        return self.highest.get("allocated", 0)
 
     @property
     def highest(self) -> dict:
@@ -93,15 +87,15 @@ class Forecast:
     def parts(self) -> dict[str, float]:
         """Of the peak, what it is made of: these add up to it."""
         own = self.highest.get("parts", {})
-        return {name: own.get(name, 0) + self.libraries * (name == LIBRARIES_PART) for name in PARTS}
+        return {name: own.get(name, 0) for name in PARTS}
 
     def device(self, card: Card) -> float:
         """Bytes that a card must have: what torch's allocator holds, and the process beside it."""
-        return self.most("reserved") + self.libraries + self.context(card)
+        return self.most("reserved") + self.context(card)
 
     def device_at_least(self, card: Card) -> float:
         """As it is when the allocator gives back what is free."""
-        return self.most("allocated") + self.libraries + self.context(card)
+        return self.most("allocated") + self.context(card)
 
     @property
     def needed(self) -> list[dict]:
@@ -124,7 +118,7 @@ class Forecast:
 
     def needs(self, card: Card) -> float:
         """Bytes that are enough at each moment, also where that is off by as much as it may be."""
-        beside = self.libraries + self.context(card)
+        beside = self.context(card)
         found = (m["reserved"] + beside + self.unsure(m["allocated"] + beside, m) for m in self.needed)
         return max(found, default=0)
 
@@ -408,8 +402,11 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
         }
         for name, moment in last.moments.items()
     }
-    for moment in moments.values():
-        moment["reserved"] = max(moment["reserved"], moment["allocated"])
+    for name, moment in moments.items():
+        own = libraries(phase_of(name), last)
+        moment["parts"][LIBRARIES_PART] = moment["parts"].get(LIBRARIES_PART, 0) + own
+        moment["reserved"] = max(moment["reserved"], moment["allocated"]) + own
+        moment["allocated"] += own
     work = {
         name: {
             key: line(asdict(first.work.get(name, done))[key], value) for key, value in asdict(done).items()
@@ -418,6 +415,14 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
     }
     saved = line(first.saved_bytes, last.saved_bytes)
     return Forecast(last.rung, last.reason, bf16, moments, work, last.facts, saved, own_rows)
+
+
+def libraries(phase: str, trace: Any) -> int:
+    """Bytes of their workspaces by then."""
+    if phase == "load":
+        return 0
+    captured = "graph" in trace.rung and phase not in ("attach", "compile")
+    return LIBRARY_BYTES * WORKSPACES["graph" if captured else "eager"]
 
 
 def rebuilt(built: Any) -> Any:

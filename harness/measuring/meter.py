@@ -134,18 +134,21 @@ class Card:
 
     def __init__(self, each_second: Callable[[], None]):
         self.before = self.highest = machine.card_bytes_used()
+        self.looking = threading.Lock()  # what was read before a reset is not kept after it
         if self.before is not None:
             threading.Thread(target=self.watch, args=(each_second,), daemon=True).start()
 
     def watch(self, each_second: Callable[[], None]) -> None:
         for look in itertools.count():
-            self.highest = highest(self.highest, machine.card_bytes_used())
+            with self.looking:
+                self.highest = highest(self.highest, machine.card_bytes_used())
             if look % round(1 / SAMPLE_SECONDS) == 0:
                 each_second()
             time.sleep(SAMPLE_SECONDS)
 
     def reset(self) -> None:
-        self.highest = machine.card_bytes_used()
+        with self.looking:
+            self.highest = machine.card_bytes_used()
 
     def peak(self, reserved: int) -> int | None:
         """Bytes; unknown where it is below what this process holds: then another has left the card since."""

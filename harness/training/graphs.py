@@ -2,9 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
+
+
+@cache
+def aside() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 def recorded(
@@ -14,7 +21,7 @@ def recorded(
     stream of its own: that compiles, and makes what libraries make once. -> the graph; what the step gave,
     whose tensors each replay writes anew; if there is a way to `forget` the peak so far, the bytes that a
     replay holds beside what is there already."""
-    side = torch.cuda.Stream()
+    side = aside()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()

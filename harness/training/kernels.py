@@ -162,8 +162,11 @@ class Kernels:
         meter, spent = self.run.meter, self.spent()
         own, self.run.reading = self.run.reading, self.seen
         with meter.phase("compile"):
+            trying = bool(self.untried)
             while self.untried and self.choose(min(new.values(), key=tokens)):
                 pass
+            if trying and len(new) > 1:
+                self.drop()  # the smallest: it fits into what the largest holds, not the other way round
             for key, batch in sorted(new.items(), key=lambda item: -tokens(item[1])):
                 if "graph" in self.rung and key not in self.graphs and len(self.graphs) < CAPTURED:
                     try:
@@ -333,6 +336,7 @@ class Kernels:
 
     def verify(self) -> None:
         """How far the gradients of the latest micro-batch are from plain ones stands in the record."""
+        self.also("no step had gradients to compare with faster ones" if self.untried else None)
         if self.rung == EAGER or not self.latest:
             return
         own, self.run.reading, batch = self.run.reading, self.seen, self.latest

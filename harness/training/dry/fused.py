@@ -99,12 +99,10 @@ def nbytes(value) -> int:
 
 
 def work_of(node, sources) -> Work:
-    value, made = node.meta["val"], Work(launches=1)
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in (formulas := flops()):
-        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        made.products = formulas[packet](*args[0], **args[1], out_val=value)
-    else:
-        read = sum(nbytes(t) for s in sources for t in tensors_of(s.meta.get("val")))
-        made.moved = read + sum(map(nbytes, tensors_of(value)))
-    return made
+    value, made = node.meta["val"], Work()
+    if getattr(node.target, "overloadpacket", None) in flops():
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        made.add(node.target, args, kwargs, value)
+        return made
+    read = sum(nbytes(t) for s in sources for t in tensors_of(s.meta.get("val")))
+    return Work(moved=read + sum(map(nbytes, tensors_of(value))), launches=1)

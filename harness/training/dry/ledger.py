@@ -1,12 +1,15 @@
 """What lies on a card at each moment: every storage from its making to its end, by what it is for."""
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.measuring import tensors
@@ -14,6 +17,8 @@ from harness.training.dry.allocator import Allocator
 from harness.training.dry.world import CARD, answered
 from harness.work import Work
 
+ENGINE = _engine_run_backward.__code__
+BETWEEN = 3  # frames of torch's own, at most, between its engine and a mode
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 
 
@@ -36,6 +41,22 @@ def told(tree):
     if isinstance(tree, dict):
         return tuple((name, told(value)) for name, value in tree.items())
     return type(tree), tree
+
+
+def accumulates(func, args) -> bool:
+    """Whether autograd's engine adds up two gradients of one value: into the first, where nobody looks on."""
+    if func is not torch.ops.aten.add.Tensor or not (torch.is_tensor(args[1]) and alike(*args[:2])):
+        return False
+    frame: FrameType | None = sys._getframe(3)  # who asked the mode
+    for _ in range(BETWEEN):
+        if frame is None or frame.f_code is ENGINE:
+            return frame is not None
+        frame = frame.f_back
+    return False
+
+
+def alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.size() == second.size() and first.dtype == second.dtype
 
 
 class Ledger(TorchDispatchMode):
@@ -76,7 +97,7 @@ class Ledger(TorchDispatchMode):
                     if (found := func.decompose(*args, **kwargs)) is not NotImplemented:
                         return found
             self.whole.add(func)
-        found = answered(func, args, kwargs)
+        found = args[0] if accumulates(func, args) else answered(func, args, kwargs)
         if found is NotImplemented:
             found = self.given(func, args, kwargs)
         for tensor in of_card(found):

@@ -137,7 +137,7 @@ class DryKernels(Kernels):
                 self.adapters = Adapters(alike(self.model))
                 for group in self.adapters.groups:
                     self.run.ledger.is_part("weights", [group.both, group.a, group.b])
-            self.run.ledger.empty_cache()  # as where there is a GPU
+                self.run.ledger.empty_cache()  # as where there is a GPU
         if "graph" in self.rung:
             for parameter in self.parameters:
                 if parameter.requires_grad and parameter.grad is None:
