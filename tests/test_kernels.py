@@ -19,6 +19,7 @@ from harness.training import head, kernels
 from harness.training.model import load_base
 from harness.training.run import Run
 from methods import smt
+from methods.lora import LoRA
 
 ROWS = tiny.rows(12, seed=1)
 HP = tiny.hyperparams(learning_rate=5e-3, batch_size=6, micro_batch_size=6, max_steps=4, warmup_ratio=0.0)
@@ -233,6 +234,25 @@ def test_a_second_update_on_a_draw_is_replayed_too(folder):
             taped.put(gradients)
             plain.take(), taped.take()
     assert mine.keys() - draw.keys() == {"old", "base"}
+
+
+def test_the_largest_shape_is_captured_first_and_no_trial_keeps_memory(folder, taped, monkeypatch):
+    """Graphs that share memory fit into what the largest held."""
+    begun, own = [], kernels.Kernels.capture
+
+    def capture(self, batch):
+        begun.append((kernels.tokens(batch), len(self.graphs)))
+        return own(self, batch)
+
+    monkeypatch.setattr(kernels.Kernels, "capture", capture)
+    short, long = tiny.rows(2, response=(3, 3)), tiny.rows(2, seed=1, response=(40, 40))
+    rows = [replace(row, id=f"tiny:{n}") for n, row in enumerate(short + long)]
+    hp = replace(HP, batch_size=4, micro_batch_size=1, max_steps=2)
+    monkeypatch.setattr(LoRA, "cannot", {"packing": "its rows are padded"})
+    _, _, record = tiny.fit(LoRA(), hp, rows)
+    (small, _), (large, held), *others = begun
+    assert small < large and held == 0 and record.kernels.shapes == 1 + len(others) > 1
+    assert [size for size, _ in others] == sorted((size for size, _ in others), reverse=True)
 
 
 @pytest.fixture

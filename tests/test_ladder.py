@@ -247,6 +247,9 @@ def test_where_the_first_gradients_are_zero_a_later_step_chooses(traced):
     _, _, record = trained(Late(), replace(HP, max_steps=4))
     assert record.kernels.rung == "compiled", record.kernels.reason
     assert record.training[0]["grad_norm"] == 0
+    _, _, record = trained(Late(), replace(HP, max_steps=1))
+    assert record.kernels.rung == "eager"
+    assert record.kernels.reason == "no step had gradients to compare with faster ones"
 
 
 @pytest.mark.parametrize(
