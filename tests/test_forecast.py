@@ -26,6 +26,7 @@ from harness.training.dry import allocator, ledger, programs
 from harness.training.dry import world as dry_world
 from harness.training.head import causal_lm
 from harness.work import LONG_PRODUCTS, PRODUCTS, Work, seconds_of
+from methods.lora import LoRA
 
 CONFIG = tiny.gemma(
     num_hidden_layers=6, layer_types=["full_attention"] * 6, hidden_size=256, intermediate_size=512
@@ -144,6 +145,23 @@ def test_answers_of_the_model_itself_hold_what_they_hold_in_a_run(exact):
         run.sample(model, ROWS, 40)
     assert highest(found, "rollout").allocated == pytest.approx(seen.memory().peak, rel=0.02)
     assert found.facts["rollout_tokens"] == 40 and found.facts["micro_tokens"] >= 2 * sum(run.batches.tokens)
+
+
+def test_answers_of_a_start_of_its_own_take_as_long_again():
+    """A method that does not begin at the untouched model is evaluated before its training, too."""
+
+    class Moved(LoRA):
+        starts_at_base = False
+
+    def seconds(built):
+        hp, rows = tiny.hyperparams(kernels="eager", max_new_tokens=7), splits(ROWS) | {"validation": ROWS}
+        found = dry.trace(spec("lora", hp), built, LLAMA, rows, False, 3)
+        work = {name: asdict(done) for name, done in found.work.items()}
+        return Forecast(work=work, facts=found.facts).seconds(forecast.CARDS["H200"])
+
+    once, twice = seconds(LoRA()), seconds(Moved())
+    assert once["generate"] > 0 and twice["generate"] == pytest.approx(2 * once["generate"])
+    assert once["evaluate"] > 0 and twice["evaluate"] < 2 * once["evaluate"]  # validations are of the same
 
 
 @pytest.fixture

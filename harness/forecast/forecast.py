@@ -25,7 +25,7 @@ from harness.spec import Hyperparams, RunSpec, digest, hashed
 from harness.work import NOTHING, Work, seconds_of
 
 DEPTHS = 4, 8  # layers that are traced, where there are more than SHALLOW
-SHALLOW = 12
+SHALLOW = 28
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 MOVING = ("activations", "head")  # of them, what grows with the rows that are computed at once
 GROWING = ("attach", "train")  # phases that compute hp.micro_batch_size rows at once

@@ -194,6 +194,8 @@ def evaluated(model, run: DryRun) -> dict[str, float]:
     cells = sum(evaluation.cells(b) for rows in read for b in batches_of(rows, hp.eval_batch_size))
     with run.meter.phase("generate"):
         found = [decoded(model, run, rows, hp.eval_batch_size, hp.max_new_tokens) for rows in asked]
+    for name in ("generate read", "generate token"):
+        run.ledger.work[name] *= 1 / max(1, sum(reads > 0 for reads, _ in found))  # of one of them
     reads, tokens = (sum(counts) for counts in zip(*found, strict=True))
     share = cells / run.devices.count
     return {"evaluated": share / evaluation.cells(batch), "reads": reads, "tokens_written": tokens}
