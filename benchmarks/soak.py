@@ -35,7 +35,7 @@ DISK = "400m"
 TIMES = {"seconds", "step_seconds", "tokens_per_second"}  # of a row of report.csv
 SAME = ("training", "validation", "tokens", "memory", "sizes", "start", "status")  # of a record
 HASHES = ("batches", "given", "learned", "outputs", "train", "test")
-PAUSE = (1.0, 15.0)  # seconds between two blows: a start takes some, a run as well
+PAUSE = (1.0, 10.0)  # seconds between two blows: a start takes some, a run as well
 LAST = 6  # times that the command is given when all blows have fallen
 
 
@@ -105,7 +105,9 @@ class Soak:
         process = self.start()
         while self.blows.total() < count:
             time.sleep(self.draw.uniform(*PAUSE))
-            if process.poll() is not None:
+            if (code := process.poll()) is not None:
+                if code == 0:
+                    return print("all runs are done: no more blows can fall")
                 process = self.start()
                 continue
             blow = self.draw.choice(self.kinds)

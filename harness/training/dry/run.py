@@ -133,11 +133,12 @@ class DryKernels(Kernels):
             self.rung, self.untried = self.untried[0], []
             self.run.record.arithmetic["training"] = {}  # a trial has found it out
             with self.run.meter.phase("compile"):
+                self.run.ledger.empty_cache()  # as after a plain step, with which others are compared
                 self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
                 self.adapters = Adapters(alike(self.model))
                 for group in self.adapters.groups:
                     self.run.ledger.is_part("weights", [group.both, group.a, group.b])
-                self.run.ledger.empty_cache()  # as where there is a GPU
+                self.run.ledger.empty_cache()
         if "graph" in self.rung:
             for parameter in self.parameters:
                 if parameter.requires_grad and parameter.grad is None:
