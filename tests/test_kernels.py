@@ -255,6 +255,28 @@ def test_the_largest_shape_is_captured_first_and_no_trial_keeps_memory(folder, t
     assert [size for size, _ in others] == sorted((size for size, _ in others), reverse=True)
 
 
+def test_where_graphs_have_no_room_a_training_goes_on_without_any(folder, taped, monkeypatch):
+    """A step beside the memory of other graphs has no more room than one that is captured there."""
+    own = kernels.Kernels.capture
+
+    def capture(self, batch):
+        if self.graphs:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return own(self, batch)
+
+    hp = replace(HP, batch_size=4, micro_batch_size=1, max_steps=3)
+    rows = [
+        replace(row, id=f"tiny:{n}") for n, row in enumerate(tiny.rows(4) + tiny.rows(4, response=(40, 40)))
+    ]
+    expected = tiny.losses(tiny.fit(LoRA(), replace(hp, kernels="eager"), rows)[2])
+    monkeypatch.setattr(LoRA, "cannot", {"packing": "its rows are padded"})
+    monkeypatch.setattr(kernels.Kernels, "capture", capture)
+    _, _, record = tiny.fit(LoRA(), hp, rows)
+    assert record.kernels.rung == "eager" and record.kernels.shapes is None
+    assert "no room for a graph of" in record.kernels.reason
+    torch.testing.assert_close(tiny.losses(record), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture
 def taped(monkeypatch, flash_on_a_cpu):  # noqa: F811
     """A tape stands for each graph."""

@@ -73,7 +73,7 @@ class Kernels:
         self.windowed = [m for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
         self.found = run.record.kernels
         self.rung, self.found.reason = EAGER, self.refusal()
-        self.graphs: dict[tuple, Captured | None] = {}  # none: it did not fit
+        self.graphs: dict[tuple, Captured | None] = {}  # none: it could not be captured
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
         self.latest: dict = {}  # micro-batch
         self.forwards: dict[torch.nn.Module, Callable] = {}
@@ -171,7 +171,11 @@ class Kernels:
                 if "graph" in self.rung and key not in self.graphs and len(self.graphs) < CAPTURED:
                     try:
                         self.graphs[key] = self.capture(batch)
-                    except Exception as error:  # as no room beside another graph; others may fit
+                    except torch.cuda.OutOfMemoryError:  # nor would it have room without one, beside others
+                        self.also(f"no room for a graph of {tokens(batch)} tokens")
+                        self.drop()
+                        self.rung, meter.replayed = self.rung.removesuffix(" + graph"), 0
+                    except Exception as error:
                         self.also(f"no graph of {tokens(batch)} tokens: {first_of(error)}")
                         self.graphs[key] = None
             self.clear()
