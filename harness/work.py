@@ -31,10 +31,10 @@ class Work:
         moved = sum(map(size, args)) + size(found)
         formula = flops().get(packet) or FLOPS.get(str(packet))
         flop = formula(*args, **kwargs, out_val=found) if formula else 0
-        first = next((a for a in args if isinstance(a, torch.Tensor)), None)
-        if not flop or flop < INTENSITY * moved:
+        short = next((a.element_size() == 2 for a in args if isinstance(a, torch.Tensor)), False)
+        if not flop or flop < (INTENSITY if short else LONG_INTENSITY) * moved:
             self.moved += moved
-        elif first is not None and first.element_size() == 2:
+        elif short:
             self.products += flop
         else:
             self.long_products += flop
@@ -47,9 +47,9 @@ class Work:
 
 
 NOTHING = Work()
-# FLOP in 16 bits for each byte that it moves, below which a product, as by a matrix of low rank, waits for
-# memory: what cards compute by what they move, 140 (L40S) to 210 (H200)
-INTENSITY = 150
+# FLOP for each byte that it moves, below which a product, as by a matrix of low rank, waits for memory: what
+# cards compute by what they move, in 16 bits 125 (V100) to 420 (L40S), in 32 bits 10 (A100) to 106 (L40S)
+INTENSITY, LONG_INTENSITY = 150, 20
 FLOPS: dict[str, Any] = {  # of operations that are not torch's own
     "bitsandbytes.gemm_4bit": lambda x, *_, out_val, **__: 2 * out_val.numel() * x.shape[-1],
     "tuneoff.add_product": lambda total, left, *_, **__: 2 * total.numel() * left.shape[-1],

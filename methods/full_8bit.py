@@ -29,7 +29,7 @@ class Full8bit(Method):
         class Queued(AdamW8bit):
             def step(self, closure=None):
                 # It would wait for the card after each weight, for moments that are paged, as these are not.
-                with patch.object(optimizer, "sync_gpu", lambda weight: None):
+                with patch.object(optimizer, "sync_gpu", lambda weight: None, create=True):
                     return super().step(closure)
 
         return Queued(self.parameter_groups(model, run), **adam(run.hp))

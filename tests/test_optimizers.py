@@ -424,6 +424,16 @@ def test_eight_bit_adamw_is_adamw_within_its_rounding():
     assert (found[Full] - start).abs().max() > 4e-3
 
 
+def test_eight_bit_adamw_waits_for_no_weight(monkeypatch):
+    """bitsandbytes would for the card after each, as moments need it that are paged."""
+    from bitsandbytes.optim import optimizer
+
+    waits = []
+    monkeypatch.setattr(optimizer, "sync_gpu", waits.append)
+    fit(Full8bit(), hyperparams(max_steps=2), ROWS)
+    assert not waits
+
+
 def test_eight_bit_adamw_trains_as_full_does_to_its_rounding():
     hp = hyperparams(epochs=4.0, learning_rate=1e-3)
     found = [losses(fit(method, hp, ROWS)[2]) for method in (Full(), Full8bit())]

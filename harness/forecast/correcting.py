@@ -3,7 +3,7 @@
 from dataclasses import replace
 from statistics import fmean
 
-from harness.forecast.forecast import PARTS, Forecast, phase_of
+from harness.forecast.forecast import PARTS, Forecast, libraries, phase_of
 from harness.record import PROBED, Phase, RunRecord
 
 ONCE = ("load", "attach", "compile")  # phases that a probe goes through as the run does
@@ -20,7 +20,11 @@ def corrected(made: Forecast, record: RunRecord) -> Forecast:
     # Without the plain steps with which compiled ones are compared: those without room are left out.
     measured = {name: phase for name, phase in record.phases.items() if name != "compile"}
     phases = {name: phase for name, phase in measured.items() if phase.peak_allocated is not None}
-    moments = {name: moment for name, moment in made.moments.items() if phase_of(name) not in record.phases}
+    moments = {
+        name: with_more(moment, libraries(phase_of(name), rung) - libraries(phase_of(name), made.rung))
+        for name, moment in made.moments.items()
+        if phase_of(name) not in record.phases
+    }
     for name, phase in phases.items():
         moments[name] = moment_of(phase, made, record)
     seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
@@ -28,6 +32,10 @@ def corrected(made: Forecast, record: RunRecord) -> Forecast:
     seconds |= {"train": step * len(record.hashes["batches"]), "rollout": 0.0}  # this is in the steps
     facts = made.facts | {"seconds": seconds, "context": context(record.phases["train"])}
     return replace(found, moments=moments, facts=facts)
+
+
+def with_more(moment: dict, size: int) -> dict:
+    return moment | {gauge: moment[gauge] + size for gauge in ("allocated", "reserved")}
 
 
 def moment_of(phase: Phase, made: Forecast, record: RunRecord) -> dict:

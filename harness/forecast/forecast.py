@@ -1,5 +1,5 @@
-"""Forecasts: of each run a trace at two depths, drawn out to the model's own, and kept until code or request
-change. Torch is imported only where something is traced."""
+"""Forecasts: of each run a trace, of a deep model at two depths and drawn out to its own, kept until code or
+request change. Torch is imported only where something is traced."""
 
 import gc
 import hashlib
@@ -31,7 +31,7 @@ MOVING = ("activations", "head")  # of them, what grows with the rows that are c
 GROWING = ("attach", "train")  # phases that compute hp.micro_batch_size rows at once
 WITHIN = ("validate", "rollout")  # phases in which a training keeps what it has reserved
 EVALUATING = ("validate", "evaluate", "generate")  # hp.eval_batch_size
-CODE = ("forecast", "training")  # folders whose change makes a forecast anew
+CODE = ("work.py", "forecast/**/*", "training/**/*")  # whose change makes a forecast anew
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 # cuBLAS's workspace, which torch takes of its allocator for each handle and stream: of Hopper and Blackwell,
 # as aten/src/ATen/cuda/CublasHandlePool.cpp has it; older cards take 8.1 MiB.
@@ -172,9 +172,8 @@ class Forecast:
             found["rollout"] = of("rollout read", reads) + of("rollout token", tokens, True)
         if facts.get("evaluated"):
             found["evaluate"] = of("evaluate", facts["evaluated"], False)
-            found["generate"] = of("generate read", facts["reads"]) + of(
-                "generate token", facts["tokens_written"], graph
-            )
+            reads, tokens = facts["reads"], facts["tokens_written"]  # by the decoder, with a graph of its own
+            found["generate"] = of("generate read", reads) + of("generate token", tokens, True)
         return found | facts.get("seconds", {})
 
     def total_seconds(self, card: Card) -> tuple[float, float, float]:
@@ -268,12 +267,8 @@ def known(package: str) -> str:
 
 @cache
 def code() -> str:
-    files = [
-        f
-        for folder in CODE
-        for f in sorted((ROOT / "harness" / folder).rglob("*.*"))
-        if f.suffix in (".py", ".toml")
-    ]
+    found = (file for pattern in CODE for file in sorted((ROOT / "harness").glob(pattern)))
+    files = [file for file in found if file.suffix in (".py", ".toml")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -403,7 +398,7 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
         for name, moment in last.moments.items()
     }
     for name, moment in moments.items():
-        own = libraries(phase_of(name), last)
+        own = libraries(phase_of(name), last.rung)
         moment["parts"][LIBRARIES_PART] = moment["parts"].get(LIBRARIES_PART, 0) + own
         moment["reserved"] = max(moment["reserved"], moment["allocated"]) + own
         moment["allocated"] += own
@@ -417,11 +412,11 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
     return Forecast(last.rung, last.reason, bf16, moments, work, last.facts, saved, own_rows)
 
 
-def libraries(phase: str, trace: Any) -> int:
+def libraries(phase: str, rung: str) -> int:
     """Bytes of their workspaces by then."""
     if phase == "load":
         return 0
-    captured = "graph" in trace.rung and phase not in ("attach", "compile")
+    captured = "graph" in rung and phase not in ("attach", "compile")
     return LIBRARY_BYTES * WORKSPACES["graph" if captured else "eager"]
 
 

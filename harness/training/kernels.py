@@ -340,7 +340,8 @@ class Kernels:
 
     def verify(self) -> None:
         """How far the gradients of the latest micro-batch are from plain ones stands in the record."""
-        self.also("no step had gradients to compare with faster ones" if self.untried else None)
+        if self.untried and self.seconds:
+            self.also("no step had gradients to compare with faster ones")
         if self.rung == EAGER or not self.latest:
             return
         own, self.run.reading, batch = self.run.reading, self.seen, self.latest

@@ -97,17 +97,20 @@ class Reducer:
         backward.wait_stream(own)
 
     def sum(self, gradients: list[torch.Tensor]) -> None:
-        whole: list[torch.Tensor] = []  # in the same order on each device
-        copied: list[torch.Tensor] = []
-        for gradient in gradients:
-            lies = gradient.nbytes >= SMALL_BYTES and gradient.is_contiguous()
-            (whole if lies else copied).append(gradient)
-        flat = [torch.cat([gradient.flatten() for gradient in copied])] if copied else []
-        if gradients:
-            self.devices.sum(*whole, *flat)
-        if copied:
-            parts = flat[0].split([gradient.numel() for gradient in copied])
-            torch._foreach_copy_(copied, [p.view_as(g) for p, g in zip(parts, copied, strict=True)])
+        """In an order that all devices have, however a gradient lies on one of them."""
+        small = [g for g in gradients if g.nbytes < SMALL_BYTES]
+        large = [g for g in gradients if g.nbytes >= SMALL_BYTES]
+        sent = [g.contiguous() for g in large]
+        if small:
+            sent.append(torch.cat([g.flatten() for g in small]))
+        if sent:
+            self.devices.sum(*sent)
+        for gradient, found in zip(large, sent, strict=False):
+            if found is not gradient:
+                gradient.copy_(found)
+        if small:
+            parts = sent[-1].split([g.numel() for g in small])
+            torch._foreach_copy_(small, [p.view_as(g) for p, g in zip(parts, small, strict=True)])
 
     def close(self) -> None:
         for hook in self.hooks:

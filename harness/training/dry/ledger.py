@@ -18,7 +18,6 @@ from harness.training.dry.world import CARD, answered
 from harness.work import Work
 
 ENGINE = _engine_run_backward.__code__
-BETWEEN = 3  # frames of torch's own, at most, between its engine and a mode
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 
 
@@ -48,15 +47,15 @@ def accumulates(func, args) -> bool:
     if func is not torch.ops.aten.add.Tensor or not (torch.is_tensor(args[1]) and alike(*args[:2])):
         return False
     frame: FrameType | None = sys._getframe(3)  # who asked the mode
-    for _ in range(BETWEEN):
-        if frame is None or frame.f_code is ENGINE:
-            return frame is not None
+    while frame and frame.f_code is not ENGINE and frame.f_globals.get("__name__", "").startswith("torch."):
         frame = frame.f_back
-    return False
+    return frame is not None and frame.f_code is ENGINE
 
 
 def alike(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.size() == second.size() and first.dtype == second.dtype
+    """And the first lies alone in its memory."""
+    whole = first.untyped_storage().nbytes() == first.nbytes
+    return whole and first.size() == second.size() and first.dtype == second.dtype
 
 
 class Ledger(TorchDispatchMode):
