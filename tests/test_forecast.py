@@ -166,6 +166,24 @@ def test_answers_of_a_start_of_its_own_take_as_long_again():
     assert once["evaluate"] > 0 and twice["evaluate"] < 2 * once["evaluate"]  # validations are of the same
 
 
+def test_a_second_model_beside_the_first_is_counted_whole():
+    """LoftQ's start has the model in 16 bits beside that in 4, though it reads a part of it at a time."""
+
+    class Beside(LoRA):
+        def attach(self, model, run):
+            original = run.load_base()
+            model = super().attach(model, run)
+            return model if original is not None else None
+
+    hp = tiny.hyperparams(kernels="eager")
+    own, both = (
+        dry.trace(spec("lora", hp), built, LLAMA, splits(ROWS), False, 3).moments["attach"].allocated
+        for built in (LoRA(), Beside())
+    )
+    weights = 4 * sum(p.numel() for p in tiny.model(LLAMA).parameters())
+    assert both - own == pytest.approx(weights, rel=0.05)
+
+
 def test_a_rollout_is_counted_as_often_as_it_is_made(monkeypatch):
     """Two steps are traced, each with a rollout; the training makes three."""
 

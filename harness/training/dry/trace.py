@@ -89,7 +89,9 @@ def opened(spec, method, config, rows, bf16, ledger) -> DryRun:
     meter = SimpleNamespace(phase=phase, phases={}, replayed=0)
 
     def load(**more):
-        return drawn(config, torch.bfloat16 if bf16 else torch.float32, **more)
+        model = drawn(config, torch.bfloat16 if bf16 else torch.float32, **more)
+        ledger.is_part("workspace", [*model.parameters(), *model.buffers()])  # until it is the model at hand
+        return model
 
     run = DryRun(
         method, hp, spec.seed, rows, dataset=spec.dataset, template=template, stops=[pad],
