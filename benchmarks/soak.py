@@ -1,7 +1,7 @@
 """Whether anything is lost: a bench of small runs while its processes are killed, its disk fills and its
 files are cut, at moments that a seed draws, and the same command is given again and again.
 
-    python benchmarks/soak.py                      # 40 runs, 40 blows; takes half an hour on two cores
+    python benchmarks/soak.py                 # 40 runs, up to 40 blows; takes ten minutes on two cores
 
 Then every run has to be ok or honestly marked, no process, lock or half-written file may be left, and the
 report has to be that of an undisturbed bench to the digit, but for times, and the order of its rows, which is

@@ -29,7 +29,7 @@ class Work:
             return
         self.launches += 1
         moved = sum(map(size, args)) + size(found)
-        formula = flops().get(packet) or FLOPS.get(str(packet))
+        formula = formula_of(packet)
         flop = formula(*args, **kwargs, out_val=found) if formula else 0
         short = next((a.element_size() == 2 for a in args if isinstance(a, torch.Tensor)), False)
         if not flop or flop < (INTENSITY if short else LONG_INTENSITY) * moved:
@@ -77,14 +77,20 @@ def flops() -> dict:
     return flop_counter.flop_registry
 
 
+def formula_of(packet: Any) -> Any:
+    """What counts the FLOP of an operation; null where it is no product."""
+    return flops().get(packet) or FLOPS.get(str(packet))
+
+
 def size(tree: Any) -> int:
     if isinstance(tree, (list, tuple)):
         return sum(map(size, tree))
     return tree.numel() * tree.element_size() if hasattr(tree, "element_size") else 0
 
 
-# What a card reaches of what its datasheet says, and what kernels cost beside their work: fitted to 95 steps
-# of 24 methods and three architectures on an H200 (captured, 11 of them compiled; rows of one length).
+# What a card reaches of what its datasheet says, and what kernels cost beside their work: fitted to 83 steps
+# of 21 methods and three architectures on an H200 (captured, 12 of them compiled; rows of one length), LAUNCH
+# to plain steps of three.
 PRODUCTS, LONG_PRODUCTS, MOVED = 0.8, 0.6, 0.71
 LAUNCH, GAP = 17e-6, 2.4e-6  # seconds: for Python to launch a kernel, and between two of them on the card
 

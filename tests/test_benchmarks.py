@@ -349,3 +349,20 @@ def test_a_continued_training_is_held_to_one_that_nobody_stopped(tmp_path, capsy
     call.copy = checkpoints.Call.copy.__get__(call)
     call.measure("lora")
     assert call.rows[1]["error"].startswith("left out")
+
+
+def test_a_verdict_is_wrong_by_what_a_run_under_a_cap_showed():
+    """No room where it was said to fit, and room where it was refused; tight is neither."""
+    import forecast
+
+    def row(said, room):
+        return {"method": said, "model": "m", "shape": "8x512 in 8", "said": said, "fitted": room}
+
+    said = forecast.table(
+        [row("fits", False), row("tight", False), row("too large", True), row("fits", True)]
+    )
+    assert "of 2 that had no room: 1 said to be fits, 1 tight" in said
+    assert "of 2 that had room: 1 said to be too large, 0 tight" in said
+    assert forecast.fitted({"shape": "8x512 in 8", "error": "oom_gpu: OutOfMemoryError: no room"}) is False
+    assert forecast.fitted({"shape": "8x512 in 8", "error": "failed: ValueError: other"}) is None
+    assert forecast.fitted({"shape": "8x512 in 8"}) and forecast.fitted({"shape": "8x512"}) is None

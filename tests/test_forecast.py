@@ -21,9 +21,9 @@ from harness.forecast.forecast import LIBRARY_BYTES, Forecast, drawn_out
 from harness.measuring import LiveTensors
 from harness.record import Phase, RunRecord
 from harness.spec import Hyperparams, RunSpec
-from harness.training import Loop, adapters, dry, loaded_types, master_weights, one_arithmetic
+from harness.training import Loop, dry, loaded_types, master_weights, one_arithmetic
 from harness.training.devices import Devices
-from harness.training.dry import allocator, ledger, programs
+from harness.training.dry import allocator, fused, ledger, programs
 from harness.training.dry import run as dry_run
 from harness.training.dry import world as dry_world
 from harness.training.head import causal_lm
@@ -534,6 +534,9 @@ def test_a_product_of_low_rank_waits_for_memory():
 
 def test_products_of_other_libraries_are_known_by_their_names():
     pytest.importorskip("bitsandbytes")
-    assert {str(torch.ops.bitsandbytes.gemm_4bit), str(adapters.add_product._opoverload.overloadpacket)} == {
-        *FLOPS
-    }
+    own = torch.ops.tuneoff.add_product
+    assert {str(torch.ops.bitsandbytes.gemm_4bit), str(own)} == {*FLOPS}
+    bf16 = partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    given = bf16(4096, 2048), bf16(4096, 2048), bf16(2048, 2048)
+    node = SimpleNamespace(target=own.default, args=given, kwargs={}, meta={"val": None})
+    assert fused.work_of(node, set()).products == 2 * 4096 * 2048 * 2048  # of a compiled layer, too

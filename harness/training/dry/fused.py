@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 
 from harness.training.dry.world import CARD
-from harness.work import VIEWS, Work, flops
+from harness.work import VIEWS, Work, formula_of
 
 # What a compiler does not fuse: products, attention, and what other libraries bring.
 EXTERN = ("mm", "addmm", "bmm", "baddbmm", "convolution", "attention", "_fused", "cumsum", "sort", "topk",
@@ -100,7 +100,7 @@ def nbytes(value) -> int:
 
 def work_of(node, sources) -> Work:
     value, made = node.meta["val"], Work()
-    if getattr(node.target, "overloadpacket", None) in flops():
+    if formula_of(getattr(node.target, "overloadpacket", None)):
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         made.add(node.target, args, kwargs, value)
         return made
