@@ -303,6 +303,7 @@ def steps(cls, spec, splits: dict) -> tuple:
     from harness.measuring import Meter, StepClock
     from harness.record import RunRecord
     from harness.training import Run, load_base, resolve_precision, seed_everything, tried
+    from harness.training.graphs import workspaces
     from harness.training.stages import capped
 
     precision = resolve_precision("auto")
@@ -312,6 +313,7 @@ def steps(cls, spec, splits: dict) -> tuple:
     )
     capped(spec.own_hp.memory_cap)
     meter, record = Meter(accelerator.device), RunRecord(spec, "ok")
+    workspaces()
     record.phases, record.provenance.precision = meter.phases, precision
     seed_everything(0)
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -337,7 +339,8 @@ def steps(cls, spec, splits: dict) -> tuple:
             compiling.append(loop.kernels.seconds - before)
         seconds = clock.read()
     own = [s - c for s, c in zip(seconds, compiling, strict=True)]
-    whole = replace(record, step_seconds=own[len(own) // ROUNDS :])
+    timed = [own[i : i + STEPS] for i in range(STEPS, len(own), STEPS)]
+    whole = replace(record, step_seconds=[*map(min, *timed)])  # a decoder may have compiled in one of them
     return probe, deepcopy(whole)
 
 
@@ -369,7 +372,7 @@ def row_of(row: dict, made: Any) -> dict:
     probe, whole = (RunRecord.from_json(row[name]) for name in RECORDS)
     early, late = (r.phases["rollout"].seconds if "rollout" in r.phases else 0.0 for r in (probe, whole))
     parts = ("train", *["rollout"] * (late > early))  # else they were made before the first step
-    for name, said in (("forecast", forecast), ("probe", corrected(forecast, probe))):
+    for name, said in (("forecast", forecast), ("probe", corrected(forecast, probe, known))):
         seconds = said.seconds(known)
         found[name] = {
             "rung": said.rung, "peak": said.peak, "device": said.device(known), "parts": said.parts,

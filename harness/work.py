@@ -1,4 +1,4 @@
-"""What a card has to do: products, bytes that are read and written, and launches."""
+"""What a card has to do: products, bytes that are read and written, values that lie apart, and launches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +19,7 @@ class Work:
     products: float = 0.0  # FLOP of matrix products and attention in 16 bits
     long_products: float = 0.0  # of those in 32 bits
     moved: float = 0.0  # bytes, of what is no product
+    scattered: float = 0.0  # values of them, each of which is looked for: not all tensors lie alike
     launches: float = 0.0  # kernels
 
     def add(self, func: Any, args: tuple, kwargs: dict, found: Any) -> None:
@@ -34,6 +35,9 @@ class Work:
         short = next((a.element_size() == 2 for a in args if isinstance(a, torch.Tensor)), False)
         if not flop or flop < (INTENSITY if short else LONG_INTENSITY) * moved:
             self.moved += moved
+            one_by_one = torch.Tag.pointwise in func.tags or packet.__name__ in COPIES
+            if one_by_one and isinstance(found, torch.Tensor) and not alike(args, found):
+                self.scattered += found.numel()
         elif short:
             self.products += flop
         else:
@@ -47,13 +51,62 @@ class Work:
 
 
 NOTHING = Work()
+COPIES = {"copy_", "clone", "_to_copy"}
 # FLOP for each byte that it moves, below which a product, as by a matrix of low rank, waits for memory: what
 # cards compute by what they move, in 16 bits 125 (V100) to 420 (L40S), in 32 bits 10 (A100) to 106 (L40S)
 INTENSITY, LONG_INTENSITY = 150, 20
-FLOPS: dict[str, Any] = {  # of operations that are not torch's own
+# Of operations whose work torch does not know, or which are far from a product's speed: the FLOP of products
+# that take an H200 as long. Flash attention reaches a fifth of their speed, its backward 0.3; where a mask is
+# read, wide heads take a backward ten times as long.
+FLASH, MASKED, MASKED_WIDE = (5, 3.4), (3, 7), (6, 35)
+WIDE, BLOCK = 128, 128  # of a head, in values; of the keys that are read for one query, beyond those it sees
+FLOPS: dict[str, Any] = {
     "bitsandbytes.gemm_4bit": lambda x, *_, out_val, **__: 2 * out_val.numel() * x.shape[-1],
     "tuneoff.add_product": lambda total, left, *_, **__: 2 * total.numel() * left.shape[-1],
+    # its search for codes, 30 ps a weight
+    "bitsandbytes.optimizer_update_8bit_blockwise": lambda _, gradient, *more, **__: 1200 * gradient.numel(),
+    "aten._flash_attention_forward": lambda *args, **own: in_rows(args[0], args[3], args[5], False, **own),
+    "aten._flash_attention_backward": lambda *args, **own: in_rows(args[1], args[6], args[8], True, **own),
+    "aten._scaled_dot_product_flash_attention": lambda query, key, value, drop=0.0, causal=False, *_, **__: (
+        attended(query, seen(key.shape[2], causal), FLASH, False)
+    ),
+    "aten._scaled_dot_product_flash_attention_backward": lambda *args, **_: attended(
+        args[1], seen(args[2].shape[2], args[11]), FLASH, True
+    ),
+    "aten._scaled_dot_product_efficient_attention": lambda *own, **_: masked(own[0], own[1], False),
+    "aten._scaled_dot_product_efficient_attention_backward": lambda *args, **_: masked(
+        args[1], args[2], True
+    ),
 }
+
+
+def masked(query: Any, key: Any, back: bool) -> float:
+    return attended(query, key.shape[2], MASKED_WIDE if query.shape[-1] > WIDE else MASKED, back)
+
+
+def in_rows(
+    query: Any, rows: Any, longest: int, back: bool, window_size_left: int | None = None, **_: Any
+) -> float:
+    """Of (tokens, heads, width), so many rows one behind another."""
+    length = min(longest, len(query) / max(1, len(rows) - 1))
+    window = window_size_left if window_size_left and window_size_left > 0 else None
+    return attended(query, seen(length, True, window), FLASH, back)
+
+
+def seen(length: float, causal: bool, window: int | None = None) -> float:
+    """Keys that are read for a query, on average."""
+    if not causal:
+        return length
+    if window is not None and window < length:
+        return min(length, window * (1 - window / (2 * length)) + BLOCK)
+    return min(length, (length + BLOCK) / 2)
+
+
+def attended(query: Any, keys: float, slower: tuple[float, float], back: bool) -> float:
+    """A product forward for scores and one for values; backward scores once more, and one for each input."""
+    return 2 * query.numel() * keys * (5 if back else 2) * slower[back]
+
+
 Shape = Sequence[int]
 
 
@@ -79,7 +132,13 @@ def flops() -> dict:
 
 def formula_of(packet: Any) -> Any:
     """What counts the FLOP of an operation; null where it is no product."""
-    return flops().get(packet) or FLOPS.get(str(packet))
+    return FLOPS.get(str(packet)) or flops().get(packet)
+
+
+def alike(args: tuple, found: Any) -> bool:
+    """Whether one row of values is computed from others, each at the same place."""
+    shape, strides = found.shape, found.stride()
+    return all(x.shape == shape and x.stride() == strides for x in args if hasattr(x, "stride") and x.dim())
 
 
 def size(tree: Any) -> int:
@@ -88,11 +147,12 @@ def size(tree: Any) -> int:
     return tree.numel() * tree.element_size() if hasattr(tree, "element_size") else 0
 
 
-# What a card reaches of what its datasheet says, and what kernels cost beside their work: fitted to 83 steps
-# of 21 methods and three architectures on an H200 (captured, 12 of them compiled; rows of one length), LAUNCH
-# to plain steps of three.
-PRODUCTS, LONG_PRODUCTS, MOVED = 0.8, 0.6, 0.71
-LAUNCH, GAP = 17e-6, 2.4e-6  # seconds: for Python to launch a kernel, and between two of them on the card
+# What a card reaches of what its datasheet says, and what kernels cost beside their work: fitted to 165
+# trainings of 21 methods and three architectures on an H200 (17 compiled, 20 of uneven rows), LAUNCH to
+# seven of them whose steps are plain.
+PRODUCTS, LONG_PRODUCTS, MOVED = 0.69, 0.6, 0.88
+LAUNCH, GAP = 22e-6, 2.2e-6  # seconds: for Python to launch a kernel, and between two of them on the card
+SEARCHED = 61  # operations in 32 bits that find a scattered value
 
 
 def seconds_of(launched: Work, card: "Card", replayed: Work = NOTHING) -> float:
@@ -100,5 +160,6 @@ def seconds_of(launched: Work, card: "Card", replayed: Work = NOTHING) -> float:
     longer of the two is what they take."""
     both, short = launched + replayed, card.short if card.bf16 else card.long
     busy = both.products / (short * PRODUCTS) + both.long_products / (card.long * LONG_PRODUCTS)
+    busy += both.scattered * SEARCHED / (card.long * LONG_PRODUCTS)
     busy += both.moved / (card.bandwidth * MOVED) + both.launches * GAP
     return max(busy, launched.launches * LAUNCH)

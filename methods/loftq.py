@@ -122,7 +122,7 @@ def truncate(matrices, rank) -> list[tuple]:
         roots = strong.norm(dim=0).clamp(min=1e-30).sqrt()
         pair = strong / roots, roots * basis
         left, right = pair if tall else pair[::-1]
-        factors.append((left, right.T.contiguous()))
+        factors.append((left.contiguous(), right.T.contiguous()))
     return factors
 
 

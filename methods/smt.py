@@ -102,7 +102,8 @@ class SMT(Method):
             sums[name] = torch.zeros(module.weight.shape, device=where)
             weight = module.weight.requires_grad_(True)
             hooks.append(weight.register_post_accumulate_grad_hook(partial(take, sums[name])))
-        for examples in islice(run.batches, self.warmup):
+        steps = [*islice(run.batches, self.warmup)]
+        for examples in sorted(steps, key=longest, reverse=True):  # shorter ones fit into its memory
             run.accumulate(model, self.prepare(model, examples, run))
         for hook in hooks:
             hook.remove()
@@ -179,6 +180,10 @@ def decoder_linears(model) -> dict:
 
 def last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def longest(examples: list) -> int:
+    return max(example.length for example in examples)
 
 
 def tiles(weight, side: int):

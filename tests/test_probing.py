@@ -106,7 +106,7 @@ def probe(**changes) -> RunRecord:
 
 
 def test_what_was_measured_stands_in_place_of_what_was_forecast():
-    after = corrected(forecasted(), probe())
+    after = corrected(forecasted(), probe(), H200)
     assert after.peak == 12 * GIB
     assert after.device(H200) == 14 * GIB  # what the allocator held, and what the card lost beside it
     assert after.parts["optimizer"] == 2 * GIB and after.parts["weights"] == 3 * GIB
@@ -120,9 +120,18 @@ def test_what_was_measured_stands_in_place_of_what_was_forecast():
     assert after.verdict(H200.of(14.5 * GIB)) == "fits" and after.verdict(H200.of(12 * GIB)) == "too large"
 
 
+def test_the_middling_step_stands_for_longer_ones_by_what_they_have_to_do():
+    """Of 50 steps, 2 micro-batches and 4 tokens each on average; it has one and 3."""
+    facts = {"micro_batches": 100, "micro_tokens": 200, "middling": [1, 3]}
+    after = corrected(forecasted(train=1.0, **facts), probe(), H200)
+    assert after.seconds(H200)["train"] == pytest.approx(3.0 * 200 / 3)
+    again = corrected(forecasted(train=1.0, **facts, rollout_tokens=8), probe(), H200)
+    assert again.seconds(H200)["train"] == pytest.approx(3.0 * 50)
+
+
 def test_how_a_probe_failed_is_the_verdict():
     ends = {"oom_gpu": "too large", "unsupported": "unsupported", "diverged": "diverged"}
-    found = {end: corrected(forecasted(), probe(status=end, error="why")) for end in ends}
+    found = {end: corrected(forecasted(), probe(status=end, error="why"), H200) for end in ends}
     assert {end: one.verdict(H200) for end, one in found.items()} == ends
     [line] = advice.remedies(
         [Arm("lora", [spec("lora", Hyperparams())], ["will run"], found["unsupported"])], H200, {}
@@ -137,7 +146,7 @@ def test_a_probe_is_kept_for_its_card_alone(monkeypatch, tmp_path):
     assert key == forecast.key_of(replace(asked, seed=3, hp=Hyperparams(learning_rate=1e-5)), True)
     assert key != forecast.key_of(replace(asked, hp=Hyperparams(max_length=64)), True)
     forecast.keep(key, forecasted())
-    forecast.keep(key, corrected(forecasted(), probe()), H200)
+    forecast.keep(key, corrected(forecasted(), probe(), H200), H200)
     peaks = {name: forecast.foreseen([asked], True, card=card)[asked.digest].peak
              for name, card in (("any", None), ("H200", H200), ("L4", CARDS["L4"]))}  # fmt: skip
     assert peaks["H200"] == 12 * GIB and peaks["any"] == peaks["L4"] == forecasted().peak

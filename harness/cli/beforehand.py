@@ -47,7 +47,7 @@ def probed(plan, due: set[str], found: dict[str, Forecast], card: Card) -> dict[
                     continue
                 made = found[alike.digest]
                 key = forecast.key_of(alike, made.bf16)
-                after[key] = corrected(made, record)
+                after[key] = corrected(made, record, card)
                 if record.status in KEPT:
                     forecast.keep(key, after[key], card)
             told(number, len(firsts))

@@ -3,14 +3,15 @@
 from dataclasses import replace
 from statistics import fmean
 
+from harness.forecast.cards import Card
 from harness.forecast.forecast import PARTS, Forecast, libraries, phase_of
 from harness.record import PROBED, Phase, RunRecord
 
 ONCE = ("load", "attach", "compile")  # phases that a probe goes through as the run does
 
 
-def corrected(made: Forecast, record: RunRecord) -> Forecast:
-    """By the record of a probe, also of one that failed: then how it ended is what is known."""
+def corrected(made: Forecast, record: RunRecord, card: Card) -> Forecast:
+    """By the record of a probe on this card, also of one that failed: then how it ended is what is known."""
     if not record.ok:
         return replace(made, tried=record.status, error=None, facts=made.facts | {"said": record.error})
     if not record.step_seconds:  # nothing trains
@@ -29,9 +30,20 @@ def corrected(made: Forecast, record: RunRecord) -> Forecast:
         moments[name] = moment_of(phase, made, record)
     seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
     step = fmean(record.step_seconds[PROBED + 1 :])
-    seconds |= {"train": step * len(record.hashes["batches"]), "rollout": 0.0}  # this is in the steps
+    alike = middling_steps(found, card) or len(record.hashes["batches"])
+    seconds |= {"train": step * alike, "rollout": 0.0}  # this is in the steps
     facts = made.facts | {"seconds": seconds, "context": context(record.phases["train"])}
     return replace(found, moments=moments, facts=facts)
+
+
+def middling_steps(made: Forecast, card: Card) -> float | None:
+    """How many steps as the middling one take as long as the training."""
+    facts = made.facts
+    if "middling" not in facts or facts.get("rollout_tokens"):  # rollouts are as long for all rows
+        return None
+    whole = made.training(card, facts["micro_batches"], facts["micro_tokens"], facts["steps"])
+    batches, tokens = facts["middling"]
+    return whole / made.training(card, batches, tokens, 1)
 
 
 def with_more(moment: dict, size: int) -> dict:

@@ -37,7 +37,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 # as aten/src/ATen/cuda/CublasHandlePool.cpp has it; older cards take 8.1 MiB.
 LIBRARY_BYTES = 32 * 2**20
 LIBRARIES_PART = "workspace"
-WORKSPACES = {"eager": 2, "graph": 8}  # of each thread and stream; as measured on an H200
+WORKSPACES = {"eager": 2, "graph": 4}  # of two threads, forward and backward, on each stream
 UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
@@ -147,8 +147,7 @@ class Forecast:
 
     def seconds(self, card: Card) -> dict[str, float]:
         """Of each phase, as measured where a probe has."""
-        facts, made = self.facts, {name: Work(**work) for name, work in self.work.items()}
-        graph, steps = "graph" in self.rung, facts.get("steps", 0)
+        facts, made, steps = self.facts, self.works, self.facts.get("steps", 0)
 
         def of(name: str, times: float = 1.0, graph: bool = False) -> float:
             work = made.get(name, NOTHING)
@@ -157,13 +156,8 @@ class Forecast:
         found = {"start": START, "load": LOADING + facts.get("weight_bytes", 0) / DISK}
         found |= {"attach": of("attach"), "save": self.saved_bytes / DISK}
         if steps:
-            ratio = facts["micro_tokens"] / max(1, facts["traced_tokens"])
-            batch = made.get("micro-batch", Work())
-            whole = replace(batch * ratio, launches=batch.launches * facts["micro_batches"])
             found["compile"] = sum(time for what, time in COMPILING.items() if what in self.rung)
-            between = made.get("step", NOTHING) * steps
-            launched, replayed = (between, whole) if graph else (whole + between, NOTHING)
-            found["train"] = seconds_of(launched, card, replayed)
+            found["train"] = self.training(card, facts["micro_batches"], facts["micro_tokens"], steps)
             found["first step"] = max(0.0, of("first step") - of("step"))
             renewals = (steps - 1) // every if (every := facts.get("renewed_every")) else 0
             again = of("micro-batch", TWICE * facts.get("captured_again", 0))
@@ -175,6 +169,24 @@ class Forecast:
             reads, tokens = facts["reads"], facts["tokens_written"]  # by the decoder, with a graph of its own
             found["generate"] = of("generate read", reads) + of("generate token", tokens, True)
         return found | facts.get("seconds", {})
+
+    @property
+    def works(self) -> dict[str, Work]:
+        return {name: Work(**work) for name, work in self.work.items()}
+
+    def training(self, card: Card, micro_batches: float, tokens: float, steps: float) -> float:
+        """Seconds that such steps take. Two micro-batches tell what each has to do and what grows with its
+        tokens; of one, all grows but launches."""
+        made, facts = self.works, self.facts
+        batch, traced = made.get("micro-batch", NOTHING), max(1, facts["traced_tokens"])
+        if narrow := made.get("narrow micro-batch"):
+            each = (batch + narrow * -1) * (1 / (traced - facts["narrow_tokens"]))
+            whole = (batch + each * -traced) * micro_batches + each * tokens
+        else:
+            whole = replace(batch * (tokens / traced), launches=batch.launches * micro_batches)
+        between = made.get("step", NOTHING) * steps
+        launched, replayed = (between, whole) if "graph" in self.rung else (whole + between, NOTHING)
+        return seconds_of(launched, card, replayed)
 
     def total_seconds(self, card: Card) -> tuple[float, float, float]:
         """The least, the likely and the most."""
@@ -414,8 +426,6 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
 
 def libraries(phase: str, rung: str) -> int:
     """Bytes of their workspaces by then."""
-    if phase == "load":
-        return 0
     captured = "graph" in rung and phase not in ("attach", "compile")
     return LIBRARY_BYTES * WORKSPACES["graph" if captured else "eager"]
 

@@ -41,7 +41,7 @@ class Adapters:
             and all(f.is_cuda and f.dtype == torch.float32 for f in self.factors)
         ):
             pairs = zip(self.factors, self.places, strict=True)
-            table = [(f.data_ptr(), p.data_ptr(), *f.shape, p.stride(0)) for f, p in pairs]
+            table = [(f.data_ptr(), p.data_ptr(), *f.shape, *f.stride(), p.stride(0)) for f, p in pairs]
             self.table = torch.tensor(table, device=self.factors[0].device)
             self.by = torch.tensor(self.scales, device=self.factors[0].device)
 
@@ -237,13 +237,15 @@ if triton is not None:
 
     @triton.jit
     def _write(table, scales, typed, BLOCK: tl.constexpr):
-        """Of each matrix in the table (from, to, rows, columns, stride of rows), values times its scale."""
-        entry = table + 5 * tl.program_id(0)
-        rows, columns, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+        """Of each matrix in the table (from, to, rows, columns, their strides where it is read, that of rows
+        where it goes), values times its scale."""
+        entry = table + 7 * tl.program_id(0)
+        rows, columns = tl.load(entry + 2), tl.load(entry + 3)
+        down, right, stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
         values = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         held = values < rows * columns
         source = tl.load(entry).to(tl.pointer_type(tl.float32))
         target = tl.load(entry + 1).to(tl.pointer_type(typed.dtype.element_ty))
-        found = tl.load(source + values, mask=held) * tl.load(scales + tl.program_id(0))
-        place = values // columns * stride + values % columns
-        tl.store(target + place, found.to(typed.dtype.element_ty), mask=held)
+        row, column = values // columns, values % columns
+        found = tl.load(source + row * down + column * right, mask=held) * tl.load(scales + tl.program_id(0))
+        tl.store(target + row * stride + column, found.to(typed.dtype.element_ty), mask=held)

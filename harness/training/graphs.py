@@ -10,8 +10,20 @@ import torch
 
 @cache
 def aside() -> torch.cuda.Stream:
-    """One for all graphs: cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream()
+    """Where all graphs are tried and captured."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        workspaces()
+    return stream
+
+
+def workspaces() -> None:
+    """Has cuBLAS take its memory now. It takes some for each stream, here and in the thread of backwards, at
+    the first product there, and keeps it: within a step that is of a block of hundreds of MiB, which stays
+    reserved with it."""
+    if torch.cuda.is_available():
+        one = torch.ones(1, 1, device="cuda", requires_grad=True)
+        (one @ one).backward()
 
 
 def recorded(
@@ -46,7 +58,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool):
     # Of several devices, a thread of NCCL's asks the card meanwhile.
     errors = "thread_local" if torch.distributed.is_initialized() else "global"
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=errors):
+        with torch.cuda.graph(graph, pool=pool, stream=aside(), capture_error_mode=errors):
             yield
     except BaseException:
         torch.cuda.set_stream(stream)

@@ -170,6 +170,12 @@ def widest(run: "Run") -> list:
     return max(run.batches, key=width)
 
 
+def middling(run: "Run") -> list:
+    """The examples of the step whose tokens are nearest to the mean of all."""
+    mean = sum(run.batches.tokens) / run.steps
+    return min(zip(run.batches, run.batches.tokens, strict=True), key=lambda step: abs(step[1] - mean))[0]
+
+
 class Entry:
     """What a step gave, on its way from the device: nobody waits for later steps to know it."""
 

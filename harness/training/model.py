@@ -1,6 +1,7 @@
 """The model of a run: found, loaded, tried, and told how large it is."""
 
 import tempfile
+from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -45,24 +46,24 @@ def load_tokenizer(spec: RunSpec):
 
 
 def load_base(spec: RunSpec, dtype, device, **more):
-    """The untouched model in the compute dtype, on the device. `more` goes to from_pretrained."""
+    """The untouched model in the compute dtype, on the device, which has the rest of its memory again.
+    `more` goes to from_pretrained."""
     source = model_source(spec)
+    read = partial(
+        AutoModelForCausalLM.from_pretrained, dtype=dtype, device_map={"": device}, trust_remote_code=False,
+        use_safetensors=True, **more,
+    )  # fmt: skip
     if not spec.model.startswith("random:"):
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            **more,
-        )
-    model = draw_weights(source, dtype, device)
-    if not more:
-        return model
-    with tempfile.TemporaryDirectory() as folder:  # what from_pretrained does to weights, it does to files
-        model.save_pretrained(folder)
-        del model
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **more)
+        model = read(source)
+    else:
+        model = draw_weights(source, dtype, device)
+        if more:
+            with tempfile.TemporaryDirectory() as folder:  # what read does to weights, it does to files
+                model.save_pretrained(folder)
+                del model
+                model = read(folder)
+    torch.cuda.empty_cache()
+    return model
 
 
 def draw_weights(source: str, dtype, device):

@@ -8,7 +8,7 @@ from harness.method import Method
 from harness.ranks import ALONE, Place
 from harness.record import PROBED, RunRecord
 from harness.spec import RunSpec
-from harness.training.loop import Loop, rehearsed, widest
+from harness.training.loop import Loop, middling, rehearsed, widest
 from harness.training.model import optimizer_bytes
 from harness.training.run import Run
 from harness.training.stages import attached, gather, opened
@@ -40,9 +40,3 @@ def tried(model, run: Run) -> Loop:
         record.phases["train"].peak_allocated = record.memory.peak
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     return loop
-
-
-def middling(run: Run) -> list:
-    """The examples of the step whose tokens are nearest to the mean of all."""
-    mean = sum(run.batches.tokens) / run.steps
-    return min(zip(run.batches, run.batches.tokens, strict=True), key=lambda step: abs(step[1] - mean))[0]

@@ -40,6 +40,7 @@ from harness.store import (
 from harness.training import evaluation, weights
 from harness.training.checkpoint import Checkpoints
 from harness.training.devices import Devices
+from harness.training.graphs import workspaces
 from harness.training.loop import rehearsed, train
 from harness.training.model import (
     check_model,
@@ -145,6 +146,7 @@ def opened(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place
             "device memory are not its own"
         )
     devices = Devices.joined(place)  # what NCCL takes of the card is the run's
+    workspaces()
     record.phases = meter.phases
     record.provenance = replace(machine.provenance(precision), at_once=record.provenance.at_once)
     seed_everything(spec.seed)
@@ -217,6 +219,7 @@ def attached(model, run: Run):
             run.whole = shard(model, run.devices.count, record.provenance.precision)
             types = {p: loaded[name] for name, p in model.named_parameters() if name in loaded}
         record.weights = weights.master_weights(model, record.provenance.precision)
+    torch.cuda.empty_cache()  # a start may have taken more than a step
     record.sizes = Sizes(**sizes(model))
     if not types:
         raise ValueError(f"{method.name} attached nothing to train")

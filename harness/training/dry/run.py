@@ -34,6 +34,7 @@ class DryRun(Run):
     warmed = 0  # steps of gradients so far that a method has asked for
     prepared = (0, 0)  # micro-batches of the step at hand, and the tokens in them, padding included
     traced = 0  # tokens of the largest of them
+    widest = True  # whether that is the largest of all
     rollouts = (0, 0)  # reads of prompts so far, and steps of the decoder
 
     def sample(self, model, examples, new_tokens, copies=1, temperature=0.0):
@@ -160,7 +161,7 @@ class DryKernels(Kernels):
         if id(batch) not in self.computed:
             return torch.zeros((), device=CARD)
         ledger, largest = self.run.ledger, id(batch) == self.largest
-        pool = ledger.captured(largest) if "graph" in self.rung else nullcontext()
+        pool = ledger.captured(largest and self.run.widest) if "graph" in self.rung else nullcontext()
         with pool, ledger.counted("micro-batch" if largest else "other"):
             return super().gradients(batch, 1.0)
 

@@ -31,6 +31,7 @@ from harness.training.dry.run import (
 )  # fmt: skip
 from harness.training.dry.world import CARD, Autocast, world
 from harness.training.kernels import decoder_layers
+from harness.training.loop import middling
 from harness.work import Work
 
 
@@ -91,6 +92,7 @@ def opened(spec, method, config, rows, bf16, ledger) -> DryRun:
     def load(**more):
         model = drawn(config, torch.bfloat16 if bf16 else torch.float32, **more)
         ledger.is_part("workspace", [*model.parameters(), *model.buffers()])  # until it is the model at hand
+        ledger.empty_cache()
         return model
 
     run = DryRun(
@@ -120,6 +122,7 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         types = weights.loaded_types(model)
         weights.master_weights(model, "bf16" if run.accelerator.mixed_precision == "bf16" else "fp32")
         weights.one_arithmetic(model, types)
+        ledger.empty_cache()
     if not types:
         raise Unsupported("it attached nothing to train")
     parts(model, ledger)
@@ -131,15 +134,21 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         attached = [p.requires_grad for p in model.parameters()]
         made = loop.Loop(model, run)
         drawn = attached != [p.requires_grad for p in model.parameters()]
-        widest = max(steps, key=lambda step: width(step, run))
-        for name in ("first step", "step"):  # the first makes the moments, the second begins with them
-            for again in ("micro-batch", "other"):
-                ledger.work.pop(again, None)
+        order = sorted(steps, key=lambda step: width(step, run))
+        if "accumulation" in method.cannot:  # what its first step has to do is in the backward
+            order = order[-1:]
+        # The first makes the moments, the second begins with them; what grows with tokens, two widths tell.
+        for name, step in {"first step": order[0], "step": order[-1]}.items():
+            ledger.work.pop("other", None)
+            narrow = ledger.work.pop("micro-batch", Work()), run.traced
+            run.widest = step is order[-1]
             with ledger.counted(name):
-                made.step(widest)
+                made.step(step)
             for state in made.optimizer.state.values():
                 ledger.is_part("optimizer", state)
-        found.facts |= often(run, widest, before) | {"renewed_every": method.renewed_every()}
+        if 0 < narrow[1] < run.traced:
+            ledger.work["narrow micro-batch"], found.facts["narrow_tokens"] = narrow
+        found.facts |= often(run, order[-1], before) | {"renewed_every": method.renewed_every()}
         if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
             found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if run.splits["validation"] and run.hp.validations:
@@ -156,15 +165,16 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         return model
 
 
-def often(run: DryRun, step: list[Example], before: tuple[int, int]) -> dict[str, float]:
+def often(run: DryRun, step: list[Example], before: tuple[int, int]) -> dict[str, Any]:
     """How much of what the traced step did the training does, and of the decoder's rollouts. A method may
     make several rows of one; `before`: rollouts that its start has made."""
-    parts, held = (whole / one for whole, one in zip(planned(run), padded(step, run), strict=True))
+    made = [now / one for now, one in zip(run.prepared, padded(step, run), strict=True)]
+    batches, held = (of * whole for of, whole in zip(made, planned(run), strict=True))
     again = [(now - start) / 2 * run.steps for now, start in zip(run.rollouts, before, strict=True)]
     reads, tokens = (start + more for start, more in zip(before, again, strict=True))
     return {
-        "steps": run.steps, "traced_tokens": run.traced,
-        "micro_batches": run.prepared[0] * parts, "micro_tokens": run.prepared[1] * held,
+        "steps": run.steps, "traced_tokens": run.traced, "micro_batches": batches, "micro_tokens": held,
+        "middling": [of * one for of, one in zip(made, padded(middling(run), run), strict=True)],
         "rollout_reads": reads, "rollout_tokens": tokens,
     }  # fmt: skip
 
