@@ -58,7 +58,7 @@ INTENSITY, LONG_INTENSITY = 150, 20
 # Of operations whose work torch does not know, or which are far from a product's speed: the FLOP of products
 # that take an H200 as long. Flash attention reaches a fifth of their speed, its backward 0.3; where a mask is
 # read, wide heads take a backward ten times as long.
-FLASH, MASKED, MASKED_WIDE = (5, 3.4), (3, 7), (6, 35)
+FLASH, MASKED, MASKED_WIDE = (5, 3.4), (8, 8), (5.5, 31)
 WIDE, BLOCK = 128, 128  # of a head, in values; of the keys that are read for one query, beyond those it sees
 FLOPS: dict[str, Any] = {
     "bitsandbytes.gemm_4bit": lambda x, *_, out_val, **__: 2 * out_val.numel() * x.shape[-1],
@@ -81,7 +81,8 @@ FLOPS: dict[str, Any] = {
 
 
 def masked(query: Any, key: Any, back: bool) -> float:
-    return attended(query, key.shape[2], MASKED_WIDE if query.shape[-1] > WIDE else MASKED, back)
+    slower = MASKED_WIDE if query.shape[-1] > WIDE else MASKED
+    return attended(query, key.shape[2], slower if query.element_size() == 2 else (1, 1), back)
 
 
 def in_rows(

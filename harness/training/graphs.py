@@ -23,7 +23,7 @@ def workspaces() -> None:
     reserved with it."""
     if torch.cuda.is_available():
         one = torch.ones(1, 1, device="cuda", requires_grad=True)
-        (one @ one).backward()
+        (one @ one).square().backward()  # whose thread has a context by the time of its product
 
 
 def recorded(

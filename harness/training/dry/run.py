@@ -37,6 +37,12 @@ class DryRun(Run):
     widest = True  # whether that is the largest of all
     rollouts = (0, 0)  # reads of prompts so far, and steps of the decoder
 
+    def collate(self, examples, history=True):
+        batch = super().collate(examples, history)
+        size = batch["attention_mask"].shape
+        self.ledger.filled[size] = all(example.length == size[1] for example in examples)
+        return batch
+
     def sample(self, model, examples, new_tokens, copies=1, temperature=0.0):
         training = model.training
         for name in ("rollout read", "rollout token"):  # what counts how often they are, counts all

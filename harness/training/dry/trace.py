@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import masking_utils
 
 from harness.data import Example, batches_of
 from harness.method import Method, Unsupported
@@ -221,7 +222,10 @@ def largest(examples: list[Example], run: DryRun) -> list[Example]:
 @contextmanager
 def seen(ledger):
     """Within, the one loop computes by `DryKernels`, and the ledger sees head and optimizer apart."""
-    own = head.LogProbabilities.forward
+    own, masked = head.LogProbabilities.forward, masking_utils._ignore_causal_mask_sdpa
+
+    def unmasked(mask, *args, **kwargs):  # a card is asked for its values
+        return masked(None if mask is not None and ledger.filled.get(mask.shape) else mask, *args, **kwargs)
 
     def forward(ctx, *args):
         with ledger.making("head", "head"):
@@ -238,6 +242,7 @@ def seen(ledger):
         patch.object(head.LogProbabilities, "forward", staticmethod(forward)),
         patch.object(head.LogProbabilities, "backward", staticmethod(backwards)),
         patch.object(torch.cuda, "empty_cache", ledger.empty_cache),
+        patch.object(masking_utils, "_ignore_causal_mask_sdpa", unmasked),
         params4bit() or nullcontext(),
     ):
         hook = register_optimizer_step_pre_hook(lambda *_: optimizing(ledger, True))
