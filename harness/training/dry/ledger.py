@@ -18,6 +18,7 @@ from harness.training.dry.world import CARD, answered
 from harness.work import Work
 
 ENGINE = _engine_run_backward.__code__
+NONE = -1  # number of no storage
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "workspace")
 
 
@@ -72,7 +73,7 @@ class Ledger(TorchDispatchMode):
         self.whole: set = set()  # operations that are made of no others
         self.fresh: dict = {}  # operation -> whether what it gives is new
         self.live: dict[int, tuple[int, weakref.ref]] = {}  # a live storage's address -> its number
-        self.part: dict[int, str] = {}  # number of a storage -> what it is for
+        self.part: dict[int, str] = {NONE: "workspace"}  # number of a storage -> what it is for
         self.changes: list[tuple[int, int, int]] = []  # number, bytes made or freed, bytes reserved after it
         self.marks: list[tuple[int, str]] = [(0, "")]  # from which change on which moment it is
         self.phase, self.now = "", "weights"
@@ -166,6 +167,7 @@ class Ledger(TorchDispatchMode):
         self.allocator.empty_cache()
         if not self.replayed:
             self.graphs.empty_cache()
+        self.changes.append((NONE, 0, self.reserved))
 
     def is_part(self, part: str, tree: object) -> None:
         for tensor in of_card(tree):
