@@ -51,6 +51,7 @@ VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip
 TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
+BESIDE = "compile beside graphs"  # its moment without whose room a run has none: it goes on by plain steps
 
 
 @dataclass
@@ -117,9 +118,10 @@ class Forecast:
         return size * UNSURE[self.rung] + UNSURE_BYTES
 
     def needs(self, card: Card) -> float:
-        """Bytes that are enough at each moment, also where that is off by as much as it may be."""
-        beside = self.context(card)
-        found = (m["reserved"] + beside + self.unsure(m["allocated"] + beside, m) for m in self.needed)
+        """Bytes that are enough at each moment, also where that is off by as much as it may be, and for the
+        graphs of all shapes."""
+        beside, moments = self.context(card), [*self.needed, *filter(None, [self.moments.get(BESIDE)])]
+        found = (m["reserved"] + beside + self.unsure(m["allocated"] + beside, m) for m in moments)
         return max(found, default=0)
 
     def scaled(self, rows: float = 1.0, evaluated: float = 1.0) -> "Forecast":

@@ -163,6 +163,14 @@ class Ledger(TorchDispatchMode):
         finally:
             self.pool = before
 
+    def beside_graphs(self, share: float) -> None:
+        """A step that is tried before it is captured, of so much as the largest, beside what that keeps."""
+        with self.entered("compile"):
+            self.mark("beside graphs")
+            self.changes.append((NONE, 0, self.reserved + int(share * self.graphs.reserved)))
+            self.mark("")
+            self.changes.append((NONE, 0, self.reserved))
+
     def empty_cache(self) -> None:
         self.allocator.empty_cache()
         if not self.replayed:

@@ -152,6 +152,9 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         found.facts |= often(run, order[-1], before) | {"renewed_every": method.renewed_every()}
         if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
             found.facts["captured_again"] = len(made.kernels.shapes.sizes)
+        if "graph" in made.kernels.rung:
+            sizes = sorted(size.tokens * size.sequences for size in made.kernels.shapes.sizes)
+            ledger.beside_graphs(sizes[-2] / sizes[-1] if len(sizes) > 1 else 0)
         if run.splits["validation"] and run.hp.validations:
             with run.meter.phase("validate"):
                 evaluation.likelihoods(model, largest(run.splits["validation"], run), run)
