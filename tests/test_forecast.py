@@ -17,7 +17,7 @@ from harness import cli, forecast, method, work
 from harness.cli import advice, planning
 from harness.cli.arms import Arm
 from harness.forecast.cards import card_named
-from harness.forecast.forecast import LIBRARY_BYTES, Forecast, drawn_out
+from harness.forecast.forecast import BESIDE, LIBRARY_BYTES, Forecast, drawn_out
 from harness.measuring import LiveTensors
 from harness.record import Phase, RunRecord
 from harness.spec import Hyperparams, RunSpec
@@ -316,6 +316,51 @@ def test_what_a_graph_holds_is_given_to_nothing_else():
         own.replayed = False
         own.empty_cache()
     assert own.reserved == 0
+
+
+def test_what_an_emptied_cache_gave_back_is_no_part_of_what_follows():
+    own, size = ledger.Ledger(), 2**25
+    with own:
+        with own.entered("attach"):
+            torch.empty(size, dtype=torch.uint8, device="meta")
+            own.empty_cache()
+        with own.entered("train"):
+            torch.empty(size // 2, dtype=torch.uint8, device="meta")
+    assert [own.moments()[name].reserved for name in ("attach", "train")] == [size, size // 2]
+
+
+def test_a_step_is_tried_beside_the_graph_of_the_largest():
+    """Of half its size: so much more, for that moment alone. Without that room no plan says that it fits."""
+    own, size = ledger.Ledger(), 2**25
+    made = partial(torch.empty, dtype=torch.uint8, device="meta")
+    with own, own.entered("train"):
+        with own.captured(True):
+            made(size)
+        own.beside_graphs(0.5)
+        own.mark("optimizer")
+        kept = made(size)
+    found = own.moments()
+    told = [found[name].reserved for name in (BESIDE, "train", "train optimizer")]
+    assert told == [1.5 * size, size, 2 * size] and kept.numel() == size
+    moments = {name: {"allocated": 4 * GIB, "reserved": 4 * GIB, "parts": {}} for name in ("train", BESIDE)}
+    card, said = forecast.CARDS["H200"], Forecast(moments=moments)
+    enough, device = card.of(said.needs(card)), said.device(card)
+    assert said.verdict(enough) == "fits"
+    moments[BESIDE] |= {"reserved": 6 * GIB}
+    assert said.verdict(enough) == "tight" and said.device(card) == device
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_rows_without_padding_need_no_mask(uneven, monkeypatch):
+    """What a card is asked for: a mask keeps flash attention away, and repeats keys."""
+    masked = []
+    name = "aten._scaled_dot_product_efficient_attention"
+    own = FLOPS[name]
+    monkeypatch.setitem(FLOPS, name, lambda *args, **more: masked.append(args) or own(*args, **more))
+    hp = tiny.hyperparams(kernels="eager", precision="bf16", batch_size=4, micro_batch_size=4)
+    rows = ROWS if uneven else tiny.rows(16, prompt=(20, 20), response=(10, 10))
+    found = dry.trace(spec("lora", hp), made("lora"), LLAMA, splits(rows), True, 3)
+    assert bool(masked) is uneven and found.work["micro-batch"].launches
 
 
 def test_the_allocator_asks_for_segments_as_torch_does():

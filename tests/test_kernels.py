@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from harness.method import build, find, known_methods, resolve
 from harness.spec import RunSpec
 from harness.training import head, kernels
+from harness.training.graphs import aside, workspaces
 from harness.training.model import load_base
 from harness.training.run import Run
 from methods import smt
@@ -336,3 +337,17 @@ def test_layers_share_one_program(name, tmp_path):
         steps.backward(batch)
         steps.take()
     assert programs.frame_count == (4 if name == "reft" else 2)  # its edit is one beside the layer's
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
+def test_no_step_takes_memory_for_products():
+    """It would hold on to what lies around it: all there will be is taken before, forward and backward."""
+    workspaces()
+    streams = [torch.cuda.current_stream(), aside()]
+    held = torch.cuda.memory_allocated()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            weight = torch.ones(64, 64, device="cuda", requires_grad=True)
+            (weight @ weight).sum().backward()
+            del weight
+    assert torch.cuda.memory_allocated() == held
