@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,17 +89,18 @@ def masked(query: Any, key: Any, back: bool) -> float:
 def in_rows(
     query: Any, rows: Any, longest: int, back: bool, window_size_left: int | None = None, **_: Any
 ) -> float:
-    """Of (tokens, heads, width), so many rows one behind another."""
-    length = min(longest, len(query) / max(1, len(rows) - 1))
-    window = window_size_left if window_size_left and window_size_left > 0 else None
-    return attended(query, seen(length, True, window), FLASH, back)
+    """Of (tokens, heads, width), rows one behind another: so many, or as many as there are borders but for
+    those of rows that only fill up."""
+    count = getattr(rows, "count", len(rows) - 1 - ceil(len(query) / longest))
+    length = min(longest, len(query) / max(1, count))
+    return attended(query, seen(length, True, window_size_left or 0), FLASH, back)
 
 
-def seen(length: float, causal: bool, window: int | None = None) -> float:
+def seen(length: float, causal: bool, window: int = 0) -> float:
     """Keys that are read for a query, on average."""
     if not causal:
         return length
-    if window is not None and window < length:
+    if 0 < window < length:
         return min(length, window * (1 - window / (2 * length)) + BLOCK)
     return min(length, (length + BLOCK) / 2)
 
@@ -138,8 +140,11 @@ def formula_of(packet: Any) -> Any:
 
 def alike(args: tuple, found: Any) -> bool:
     """Whether one row of values is computed from others, each at the same place."""
-    shape, strides = found.shape, found.stride()
-    return all(x.shape == shape and x.stride() == strides for x in args if hasattr(x, "stride") and x.dim())
+
+    def order(x: Any) -> list[tuple[int, int]]:
+        return [(n, stride) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
+
+    return all(order(x) == order(found) for x in args if hasattr(x, "stride") and x.dim())
 
 
 def size(tree: Any) -> int:

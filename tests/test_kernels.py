@@ -351,3 +351,18 @@ def test_no_step_takes_memory_for_products():
             (weight @ weight).sum().backward()
             del weight
     assert torch.cuda.memory_allocated() == held
+
+
+def test_a_decoder_may_be_the_first_to_ask_for_the_stream_of_graphs(monkeypatch):
+    """It asks where nothing learns."""
+    taken, own = [], torch.ones
+
+    def ones(*size, device, **more):
+        taken.append(own(*size, **more))
+        return taken[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    with torch.inference_mode():
+        workspaces()
+    assert [one.grad.item() for one in taken] == [4.0]  # of the square of a product of ones

@@ -17,6 +17,7 @@ from harness.bench import attempt
 from harness.cli import advice, arguments, beforehand, planning
 from harness.cli.arms import Arm, arms_of
 from harness.forecast import CARDS, Forecast, corrected
+from harness.forecast.forecast import BESIDE
 from harness.forks import in_a_copy
 from harness.plan import Request, plan
 from harness.record import PROBED, Expected, Phase, RunRecord, Sizes, Steps
@@ -127,6 +128,15 @@ def test_the_middling_step_stands_for_longer_ones_by_what_they_have_to_do():
     assert after.seconds(H200)["train"] == pytest.approx(3.0 * 200 / 3)
     again = corrected(forecasted(train=1.0, **facts, rollout_tokens=8), probe(), H200)
     assert again.seconds(H200)["train"] == pytest.approx(3.0 * 50)
+
+
+def test_a_probe_has_not_tried_all_shapes_beside_the_graphs():
+    """It makes the widest step and one of middling width: what others need is still what was forecast."""
+    made = replace(forecasted(), rung="eager + graph")
+    made.moments[BESIDE] = {"allocated": 3 * GIB, "reserved": 20 * GIB, "parts": {}}
+    after = corrected(made, probe(kernels=Steps(rung="eager + graph")), H200)
+    assert after.device(H200) == 14 * GIB and after.verdict(H200.of(16 * GIB)) == "tight"
+    assert BESIDE not in corrected(made, probe(), H200).moments
 
 
 def test_how_a_probe_failed_is_the_verdict():

@@ -4,7 +4,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from harness.forecast.cards import Card
-from harness.forecast.forecast import PARTS, Forecast, libraries, phase_of
+from harness.forecast.forecast import BESIDE, PARTS, Forecast, libraries, phase_of
 from harness.record import PROBED, Phase, RunRecord
 
 ONCE = ("load", "attach", "compile")  # phases that a probe goes through as the run does
@@ -22,9 +22,9 @@ def corrected(made: Forecast, record: RunRecord, card: Card) -> Forecast:
     measured = {name: phase for name, phase in record.phases.items() if name != "compile"}
     phases = {name: phase for name, phase in measured.items() if phase.peak_allocated is not None}
     moments = {
-        name: with_more(moment, libraries(phase_of(name), rung) - libraries(phase_of(name), made.rung))
+        name: with_more(moment, libraries(name, rung) - libraries(name, made.rung))
         for name, moment in made.moments.items()
-        if phase_of(name) not in record.phases
+        if ("graph" in rung if name == BESIDE else phase_of(name) not in record.phases)
     }
     for name, phase in phases.items():
         moments[name] = moment_of(phase, made, record)

@@ -120,8 +120,9 @@ class Forecast:
     def needs(self, card: Card) -> float:
         """Bytes that are enough at each moment, also where that is off by as much as it may be, and for the
         graphs of all shapes."""
-        beside, moments = self.context(card), [*self.needed, *filter(None, [self.moments.get(BESIDE)])]
-        found = (m["reserved"] + beside + self.unsure(m["allocated"] + beside, m) for m in moments)
+        context = self.context(card)
+        moments = [m for name, m in self.moments.items() if phase_of(name) != TRIAL or name == BESIDE]
+        found = (m["reserved"] + context + self.unsure(m["allocated"] + context, m) for m in moments)
         return max(found, default=0)
 
     def scaled(self, rows: float = 1.0, evaluated: float = 1.0) -> "Forecast":
@@ -136,6 +137,9 @@ class Forecast:
             allocated = moment["allocated"] + more
             reserved = max(allocated, moment["reserved"] + held)
             moments[name] = moment | {"allocated": allocated, "reserved": reserved}
+        if BESIDE in moments:
+            more = max(0, self.moments[BESIDE]["reserved"] - most_in("train", self.moments))
+            moments[BESIDE]["reserved"] = most_in("train", moments) + more * rows
         return replace(self, moments=moments, tried="")
 
     def verdict(self, card: Card) -> str:
@@ -207,6 +211,11 @@ IN_PARTS = (
 
 def phase_of(moment: str) -> str:
     return moment.partition(" ")[0]
+
+
+def most_in(phase: str, moments: dict[str, dict]) -> float:
+    """Reserved bytes."""
+    return max((m["reserved"] for name, m in moments.items() if phase_of(name) == phase), default=0)
 
 
 def foreseen(specs: Iterable[RunSpec], bf16: bool, told: Callable[[int, int], object] = lambda *_: None,
@@ -412,7 +421,7 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
         for name, moment in last.moments.items()
     }
     for name, moment in moments.items():
-        own = libraries(phase_of(name), last.rung)
+        own = libraries(name, last.rung)
         moment["parts"][LIBRARIES_PART] = moment["parts"].get(LIBRARIES_PART, 0) + own
         moment["reserved"] = max(moment["reserved"], moment["allocated"]) + own
         moment["allocated"] += own
@@ -426,10 +435,10 @@ def drawn_out(spec: RunSpec, built: Any, config: Any, rows: dict, own_rows: bool
     return Forecast(last.rung, last.reason, bf16, moments, work, last.facts, saved, own_rows)
 
 
-def libraries(phase: str, rung: str) -> int:
+def libraries(moment: str, rung: str) -> int:
     """Bytes of their workspaces by then."""
-    captured = "graph" in rung and phase not in ("attach", "compile")
-    return LIBRARY_BYTES * WORKSPACES["graph" if captured else "eager"]
+    captured = moment == BESIDE or phase_of(moment) not in ("load", "attach", TRIAL)
+    return LIBRARY_BYTES * WORKSPACES["graph" if captured and "graph" in rung else "eager"]
 
 
 def rebuilt(built: Any) -> Any:

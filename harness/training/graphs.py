@@ -22,8 +22,9 @@ def workspaces() -> None:
     the first product there, and keeps it: within a step that is of a block of hundreds of MiB, which stays
     reserved with it."""
     if torch.cuda.is_available():
-        one = torch.ones(1, 1, device="cuda", requires_grad=True)
-        (one @ one).square().backward()  # whose thread has a context by the time of its product
+        with torch.inference_mode(False), torch.enable_grad():  # a decoder may be the first to ask
+            one = torch.ones(1, 1, device="cuda", requires_grad=True)
+            (one @ one).square().backward()  # whose thread has a context by the time of its product
 
 
 def recorded(

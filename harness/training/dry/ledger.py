@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
         self.doing = ""  # whose work it is, where that is not the phase's
         self.count = 0
         self.base: set[int] = set()  # the parameters of the base model
-        self.filled: dict[torch.Size, bool] = {}  # size of a batch -> whether its rows are without padding
+        self.filled: dict[torch.Size, bool] = {}  # size -> whether no batch of it is padded
         self.allocator, self.graphs = Allocator(), Allocator()  # a graph's tensors have a pool of their own
         self.pool, self.replayed = self.allocator, True  # whether there still are graphs
         self.work: defaultdict[str, Work] = defaultdict(Work)  # of each phase

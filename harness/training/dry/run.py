@@ -40,7 +40,10 @@ class DryRun(Run):
     def collate(self, examples, history=True):
         batch = super().collate(examples, history)
         size = batch["attention_mask"].shape
-        self.ledger.filled[size] = all(example.length == size[1] for example in examples)
+        filled = all(example.length == size[1] for example in examples)
+        self.ledger.filled[size] = filled and self.ledger.filled.get(size, True)
+        if "cu_seq_lens" in batch:
+            batch["cu_seq_lens"].count = len(examples)
         return batch
 
     def sample(self, model, examples, new_tokens, copies=1, temperature=0.0):
@@ -154,7 +157,7 @@ class DryKernels(Kernels):
                     parameter.grad = torch.zeros_like(parameter)
                     self.run.ledger.is_part("gradients", parameter.grad)
         few = [max(batches, key=tokens)] if "graph" in self.rung else telling(batches)
-        self.computed, self.largest = list(map(id, few)), id(max(few, key=tokens))
+        self.computed, self.largest = list(map(id, few)), id(max(reversed(few), key=tokens))
         self.run.prepared = len(batches), sum(map(tokens, batches))
         self.run.traced = max(map(tokens, few))
 
