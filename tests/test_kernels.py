@@ -257,7 +257,8 @@ def test_the_largest_shape_is_captured_first_and_no_trial_keeps_memory(folder, t
 
 
 def test_where_graphs_have_no_room_a_training_goes_on_without_any(folder, taped, monkeypatch):
-    """A step beside the memory of other graphs has no more room than one that is captured there."""
+    """A step beside the memory of other graphs has no more room than one that is captured there. Nor has a
+    plain one, whose adapters' outputs lie apart: steps stay as they were captured."""
     own = kernels.Kernels.capture
 
     def capture(self, batch):
@@ -272,8 +273,13 @@ def test_where_graphs_have_no_room_a_training_goes_on_without_any(folder, taped,
     expected = tiny.losses(tiny.fit(LoRA(), replace(hp, kernels="eager"), rows)[2])
     monkeypatch.setattr(LoRA, "cannot", {"packing": "its rows are padded"})
     monkeypatch.setattr(kernels.Kernels, "capture", capture)
+    quick, made = kernels.Kernels.quick, []
+    monkeypatch.setattr(
+        kernels.Kernels, "quick", lambda self, *more: made.append(self.rung) or quick(self, *more)
+    )
     _, _, record = tiny.fit(LoRA(), hp, rows)
-    assert record.kernels.rung == "eager" and record.kernels.shapes is None
+    assert record.kernels.rung == kernels.FUSED and record.kernels.shapes is None
+    assert made.count(kernels.FUSED) >= 3 * 4  # each micro-batch of the training
     assert "no room for a graph of" in record.kernels.reason
     torch.testing.assert_close(tiny.losses(record), expected, atol=1e-4, rtol=1e-4)
 

@@ -38,7 +38,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 LIBRARY_BYTES = 32 * 2**20
 LIBRARIES_PART = "workspace"
 WORKSPACES = {"eager": 2, "graph": 4}  # of two threads, forward and backward, on each stream
-UNSURE = {"eager": 0.04, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1}  # of its bytes
+UNSURE = {  # of its bytes
+    "eager": 0.04, "fused": 0.06, "eager + graph": 0.06, "compiled": 0.1, "compiled + graph": 0.1,
+}  # fmt: skip
 UNSURE_BYTES = 96 * 2**20
 UNSURE_TIME = 1.6  # a factor, both ways; rows that are not here widen it
 MEASURED, MEASURED_BYTES, MEASURED_TIME = 0.01, 48 * 2**20, 1.1  # the same of what a probe has measured
@@ -51,7 +53,7 @@ VALUES = (  # hyperparameters that change neither memory nor time
     "learning_rate", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "epsilon",
 )  # fmt: skip
 TRIAL = "compile"  # a phase that may run out of memory, and the run goes on
-BESIDE = "compile beside graphs"  # its moment without whose room a run has none: it goes on by plain steps
+BESIDE = "compile beside graphs"  # its moment without whose room a run has none: it goes on without them
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 A ladder: decoder layers compiled one by one, and forward and backward captured as a CUDA graph that is
 replayed; the same without the graph; the graph alone; plain. A run takes the highest rung that gives, on its
-first micro-batch, the loss and the gradients of the plain one. After the last step both are compared again.
+first micro-batch, the loss and the gradients of the plain one. Where graphs have no room it goes on as it is,
+without them: plain steps would take more. After the last step both are compared again.
 """
 
 import re
@@ -34,6 +35,7 @@ RUNGS = {  # name -> what a method says that it cannot
     "compiled": ("compiling",),
     "eager + graph": ("graphs",),
 }
+FUSED = "fused"  # "eager + graph" without its graphs: flash attention, adapters as one product
 WORTH = 1e15  # parameters times tokens read, for each kind of layer: below, compiling outlasts what it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 KIND, COUNTED = 0.5, 0.01  # as much, of a kind of weight in all layers, of those that are a hundredth of all
@@ -174,7 +176,7 @@ class Kernels:
                     except torch.cuda.OutOfMemoryError:  # nor would it have room without one, beside others
                         self.also(f"no room for a graph of {tokens(batch)} tokens")
                         self.drop()
-                        self.rung, meter.replayed = self.rung.removesuffix(" + graph"), 0
+                        self.rung, meter.replayed = "compiled" if "compiled" in self.rung else FUSED, 0
                     except Exception as error:
                         self.also(f"no graph of {tokens(batch)} tokens: {first_of(error)}")
                         self.graphs[key] = None
