@@ -58,7 +58,7 @@ COPIES = {"copy_", "clone", "_to_copy"}
 INTENSITY, LONG_INTENSITY = 150, 20
 # Of operations whose work torch does not know, or which are far from a product's speed: the FLOP of products
 # that take an H200 as long. Flash attention reaches a fifth of their speed, its backward 0.3; where a mask is
-# read, wide heads take a backward ten times as long.
+# read, both an eighth, in wide heads 1 / 5.5 and 1 / 31.
 FLASH, MASKED, MASKED_WIDE = (5, 3.4), (8, 8), (5.5, 31)
 WIDE, BLOCK = 128, 128  # of a head, in values; of the keys that are read for one query, beyond those it sees
 FLOPS: dict[str, Any] = {
@@ -155,7 +155,7 @@ def size(tree: Any) -> int:
 
 # What a card reaches of what its datasheet says, and what kernels cost beside their work: fitted to 165
 # trainings of 21 methods and three architectures on an H200 (17 compiled, 20 of uneven rows), LAUNCH to
-# seven of them whose steps are plain.
+# seven of them whose steps are plain; before rows that only fill up were left out of attention.
 PRODUCTS, LONG_PRODUCTS, MOVED = 0.69, 0.6, 0.88
 LAUNCH, GAP = 22e-6, 2.2e-6  # seconds: for Python to launch a kernel, and between two of them on the card
 SEARCHED = 61  # operations in 32 bits that find a scattered value
