@@ -45,13 +45,13 @@ def test_a_probe_makes_the_widest_and_a_middling_step_and_finds_what_a_training_
         own, "prepare", lambda model, step, run: taken.append(step) or prepare(model, step, run)
     )
     loop = tried(tiny.model(CONFIG), run)
-    assert loop.done == len(taken) == len(run.record.step_seconds) == 2 * PROBED
+    assert loop.done == len(taken) == len(run.record.step_seconds) == sum(PROBED.values())
     longest = max(max(row.length for row in step) for step in run.batches)
-    assert all(max(row.length for row in step) == longest for step in taken[:PROBED])
+    assert all(max(row.length for row in step) == longest for step in taken[: PROBED["widest"]])
     tokens = [sum(row.length for row in step) for step in run.batches]
     off = [abs(n - sum(tokens) / len(tokens)) for n in tokens]
     middling = tokens[off.index(min(off))]
-    assert all(sum(row.length for row in step) == middling for step in taken[PROBED:])
+    assert all(sum(row.length for row in step) == middling for step in taken[PROBED["widest"] :])
     assert len({sum(row.length for row in step) for step in taken}) == 2
     true = live("lora", CONFIG, hp, rows=rows).peak
     assert run.record.phases["train"].peak_allocated == pytest.approx(true, rel=0.001)
@@ -78,7 +78,7 @@ def test_a_probe_leaves_a_record_and_no_run(tmp_path):
     terms = attempt.Terms(Store(tmp_path), "", beforehand.Unseen(), every=0.0, probe=True)
     record = attempt.run(one, terms, attempt.Slot(begin=Forked))
     assert record.ok, record.error
-    assert len(record.step_seconds) == 2 * PROBED and not record.scores and not record.validation
+    assert len(record.step_seconds) == sum(PROBED.values()) and not record.scores and not record.validation
     assert not {"evaluate", "generate", "save"} & record.phases.keys()
 
 
@@ -102,7 +102,7 @@ def probe(**changes) -> RunRecord:
     found.phases = {"load": Phase(4.0, GIB, GIB, 2 * GIB), "attach": Phase(1.0, GIB, GIB, 2 * GIB),
                     "train": Phase(9.0, 12 * GIB, 13 * GIB, 14 * GIB)}  # fmt: skip
     found.sizes = Sizes(weight_bytes=3 * GIB, trainable_bytes=GIB, optimizer_bytes=2 * GIB)
-    found.step_seconds = [9.0] * (PROBED + 1) + [3.0] * (PROBED - 1)
+    found.step_seconds = [9.0] * (PROBED["widest"] + 1) + [3.0, 30.0, 3.0]  # one was disturbed
     return replace(found, **changes)
 
 

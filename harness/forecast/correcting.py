@@ -1,7 +1,7 @@
 """A forecast after a probe: what that measured stands in place of what was forecast."""
 
 from dataclasses import replace
-from statistics import fmean
+from statistics import median
 
 from harness.forecast.cards import Card
 from harness.forecast.forecast import BESIDE, PARTS, Forecast, libraries, phase_of
@@ -29,7 +29,7 @@ def corrected(made: Forecast, record: RunRecord, card: Card) -> Forecast:
     for name, phase in phases.items():
         moments[name] = moment_of(phase, made, record)
     seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
-    step = fmean(record.step_seconds[PROBED + 1 :])
+    step = median(record.step_seconds[PROBED["widest"] + 1 :])  # one that was disturbed counts for nothing
     alike = middling_steps(found, card) or len(record.hashes["batches"])
     seconds |= {"train": step * alike, "rollout": 0.0}  # this is in the steps
     facts = made.facts | {"seconds": seconds, "context": context(record.phases["train"])}

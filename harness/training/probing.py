@@ -15,8 +15,8 @@ from harness.training.stages import attached, gather, opened
 
 
 def probe(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = ALONE) -> None:
-    """Fills the record: phases, sizes, kernels, and step_seconds, PROBED of the widest step, then as many of
-    the middling one."""
+    """Fills the record: phases, sizes, kernels, and step_seconds, as many as PROBED of the widest step, then
+    of the middling one."""
     model, run = opened(spec, method, record, folder, place)
     if spec.trains:
         tried(model, run)
@@ -30,7 +30,7 @@ def tried(model, run: Run) -> Loop:
     record.memory = rehearsed(model, run)
     with meter.phase("train"):
         loop, clock, compiling = Loop(model, run), StepClock(run.device), []
-        for examples in [widest(run)] * PROBED + [middling(run)] * PROBED:
+        for examples in [widest(run)] * PROBED["widest"] + [middling(run)] * PROBED["middling"]:
             before = loop.kernels.seconds
             with clock.step():
                 loop.step(examples)
