@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from harness.training.compiling import GRADED
 from harness.training.dry.fused import Steps
 from harness.training.dry.ledger import told
-from harness.training.dry.world import CARD, Autocast
+from harness.training.dry.world import CARD, Autocast, aten
 
 
 class Partitioned(Exception):
@@ -131,6 +131,16 @@ def decompositions() -> dict:
     return select_decomp_table()
 
 
+def without_copies(graph) -> None:
+    """As inductor does before it divides a graph: what is then made twice of the same is made once."""
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten.alias.default):
+            source = node.args[0]
+            if told(source.meta["val"]) == told(node.meta["val"]):
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+
+
 class Program:
     """Forward and backward of a layer as kernels that each make some buffers."""
 
@@ -150,6 +160,7 @@ class Program:
         graphs: list[Any] = []
 
         def partition(joint, inputs, **settings):
+            without_copies(joint.graph)
             graphs[:] = min_cut_rematerialization_partition(joint, inputs, **settings)
             raise Partitioned
 
