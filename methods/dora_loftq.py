@@ -6,8 +6,8 @@ Proposed here, from Liu et al. 2024, arXiv:2402.09353, and Li et al. 2023, arXiv
 
 Performance: LoftQ takes away part of the rounding that DoRA would have to learn around; what DoRA adds to
 LoRA stays.
-Efficiency: the weights of QLoRA and the slower step of DoRA, which dequantises every matrix once more and
-may hold more for it than 4 bits save: measure before choosing it to save memory.
+Efficiency: the weights of QLoRA and the slower step of DoRA, which reads every 4-bit matrix once more for the
+lengths of its rows.
 Generalisation: as LoftQ's; the adapters hold part of the base and can not be taken off without loss.
 """
 

@@ -101,5 +101,11 @@ def own_squares(layer):
 
 def product_with(layer, a):
     """(m, r): W A^T, multiplied in the type of W, in the type of A."""
+    if state := getattr(layer.weight, "quant_state", None):
+        from bitsandbytes import (
+            matmul_4bit,
+        )  # a compiled layer would keep what is dequantised for its backward
+
+        return matmul_4bit(a.to(state.dtype), layer.weight, state).T.to(a.dtype)
     weight = by_rows(layer)
     return (weight @ a.T.to(weight.dtype)).to(a.dtype)

@@ -1,5 +1,6 @@
 """DoRA's lengths in closed form against PEFT's, which forms the whole rows."""
 
+import bitsandbytes
 import peft
 import pytest
 import tiny
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import Qwen2Config
 
 from methods.dora import DoRA, closed_form
-from methods.lora import LoRA
+from methods.lora import LoRA, dense
 
 ROWS = tiny.rows(16, seed=1)
 QWEN = Qwen2Config(
@@ -51,20 +52,24 @@ def test_dora_trains_as_pefts_does(options, config, tmp_path):
     torch.testing.assert_close(logits(DoRA().merge(restored)), before, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64, "4 bits"])
 def test_doras_lengths_are_those_of_the_whole_rows(kind):
     """Within 1e-4 where W is in bf16, as W A^T is; of W + s B A in bf16 they miss by five times more."""
     torch.manual_seed(0)
-    base = nn.Linear(96, 64, dtype=kind)
+    if kind == "4 bits":
+        base = bitsandbytes.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
+        base, kind = base.to(torch.bfloat16).to("cpu"), torch.bfloat16
+    else:
+        base = nn.Linear(96, 64, dtype=kind)
     adapted = peft.get_peft_model(nn.Sequential(base), peft.LoraConfig(target_modules=["0"], use_dora=True))
     layer = next(iter(closed_form(adapted).base_model.model.children()))
     a, b, s = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
     nn.init.normal_(b, std=0.05)
     found = layer.lora_magnitude_vector["default"].lengths(layer.base_layer, b, a, s)
-    whole = (layer.weight.double() + s * b.double() @ a.double()).norm(dim=1)
+    whole = (dense(layer.base_layer).double() + s * b.double() @ a.double()).norm(dim=1)
     assert found.dtype == a.dtype and not found.requires_grad
     error = ((found - whole) / whole).abs().max().item()
     assert error < (1e-4 if kind == torch.bfloat16 else 1e-6)
     if kind == torch.bfloat16:
-        formed = (layer.weight + (s * b @ a).to(kind)).norm(dim=1)
+        formed = (dense(layer.base_layer) + (s * b @ a).to(kind)).norm(dim=1)
         assert ((formed - whole) / whole).abs().max().item() > 5 * error

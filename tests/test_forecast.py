@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoConfig, LlamaConfig, Qwen2Config
 
@@ -282,6 +283,31 @@ def test_a_compiled_layer_keeps_what_an_h200_kept(monkeypatch):
     found = drawn_out(asked, made("lora"), config, splits([row] * 32), True, True)
     assert found.rung == "compiled + graph"
     assert found.peak / GIB == pytest.approx(7.25, rel=0.05)
+
+
+def test_a_compiled_layer_makes_once_what_inductor_makes_once():
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    def made(x):
+        return [x.view(-1, 4).cos(), torch.ops.aten.alias(x).cos(), x.view(8, 4).view(-1, 4).cos(), x.T.cos()]
+
+    def left(graph):
+        return [(str(n.target), tuple(map(str, n.args))) for n in graph.nodes if n.op == "call_function"]
+
+    ours, theirs = (make_fx(made, tracing_mode="fake")(torch.ones(8, 4)) for _ in range(2))
+    programs.without_copies(ours.graph)
+    assert left(ours.graph) == left(joint_graph_passes(theirs).graph)
+    assert [args for _, args in left(ours.graph)] == [("x_1",)] * 3 + [("x_1", "[1, 0]"), ("permute",)]
+
+
+def test_dora_on_4_bits_keeps_no_dequantised_weights(monkeypatch):
+    """Compiled, its layers hold for their backward no more than those on 16 bits."""
+    monkeypatch.setattr(programs.Programs, "known", {})
+    held = {}
+    for name in ("dora", "dora_loftq"):
+        moments = traced(name, LLAMA, tiny.hyperparams(**COMPILED)).moments
+        held[name] = max(moments[m].parts["activations"] for m in moments if m.startswith("train"))
+    assert held["dora_loftq"] <= held["dora"]
 
 
 COMPILED = {"kernels": "compiled", "precision": "bf16", "batch_size": 4, "micro_batch_size": 4}
