@@ -67,8 +67,8 @@ TINY = {
     "intermediate_size": 128,
     "head_dim": 16,
 }
-STEPS = 4  # of a training, after those of its probe
-ROUNDS = 4  # times that these are made; the first, in which each shape comes for the first time, is not timed
+STEPS = 12  # of a training, after those of its probe
+ROUNDS = 2  # times that these are made; the first, in which each shape comes for the first time, is not timed
 RUN_SECONDS = 120  # of a process, at most
 RECORDS = ("probe", "whole")  # of a run: after the steps of a probe, and after all
 WHAT = ("peak", "device", "step")
@@ -339,10 +339,7 @@ def steps(cls, spec, splits: dict) -> tuple:
             compiling.append(loop.kernels.seconds - before)
         seconds = clock.read()
     own = [s - c for s, c in zip(seconds, compiling, strict=True)]
-    timed = [own[i : i + STEPS] for i in range(STEPS, len(own), STEPS)]
-    seconds = [median(times) for times in zip(*timed, strict=True)]  # a decoder may have compiled in one
-    whole = replace(record, step_seconds=seconds)
-    return probe, deepcopy(whole)
+    return probe, replace(deepcopy(record), step_seconds=own[-STEPS:])
 
 
 class Words:

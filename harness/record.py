@@ -22,7 +22,7 @@ PHASES = (
 TRAINING = ("attach", "train", "rollout")  # what a method's training time is made of
 # What a card must have room for: compiled steps are compared with plain ones only where there is.
 NEEDED = tuple(phase for phase in PHASES if phase != "compile")
-PROBED = {"widest": 2, "middling": 4}  # steps that a probe makes; the first of each is not timed
+TIMED = 4  # steps of a probe, its last, of which its seconds are taken
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}(\.\w{1,64})?", re.ASCII)  # of a method, or of a family's variant
 
 

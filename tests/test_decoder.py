@@ -28,6 +28,9 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from harness.training import attention, engine, slot_attention, slots
 from harness.training.decoder import left_padded
 from harness.training.head import causal_lm
+from harness.training.loop import train
+from methods.grpo import GRPO
+from methods.orpo import ORPO
 
 ROWS = tiny.rows(13, prompt=(1, 40))
 TOKENS = 14
@@ -203,6 +206,19 @@ def test_each_prompt_is_read_once_and_answers_make_room_for_the_next():
     assert max(prompts) == 2  # four slots, two copies
     steps = [shape[0] for shape in read if shape[1] == 1]
     assert max(steps) == 4
+
+
+def test_kernels_are_chosen_for_all_that_a_training_rolls_out(monkeypatch):
+    """At its first step as at its last, and on its own for who is asked once: an evaluation, ORPO's start."""
+    told = []
+    monkeypatch.setattr(engine.Engine, "capture", lambda self, steps: told.append(steps) or "eager")
+    hp = tiny.hyperparams(max_steps=3, batch_size=4, kernels="auto")
+    for own, each in ((GRPO(group=2, answer_tokens=5), 3), (ORPO(answer_tokens=5), 1)):
+        told.clear()
+        trained, made = tiny.attached(own, examples=ROWS, hp=hp)
+        train(trained, made)
+        made.decoder.answers(trained, ROWS[:2])
+        assert told == [each * (5 - 1)] * each + [hp.max_new_tokens - 1]
 
 
 def test_what_is_drawn_of_a_prompt_is_its_own_matter():

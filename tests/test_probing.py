@@ -20,7 +20,7 @@ from harness.forecast import CARDS, Forecast, corrected
 from harness.forecast.forecast import BESIDE
 from harness.forks import in_a_copy
 from harness.plan import Request, plan
-from harness.record import PROBED, Expected, Phase, RunRecord, Sizes, Steps
+from harness.record import TIMED, Expected, Phase, RunRecord, Sizes, Steps
 from harness.report import Report
 from harness.report.foretold import foretold, unforeseen
 from harness.spec import Hyperparams
@@ -35,8 +35,10 @@ H200 = CARDS["H200"]
 # What a probe measures
 
 
-def test_a_probe_makes_the_widest_and_a_middling_step_and_finds_what_a_training_holds(monkeypatch):
-    hp, rows = tiny.hyperparams(kernels="eager", batch_size=4), ROWS[:12]
+@pytest.mark.parametrize("uneven", [True, False])
+def test_a_probe_makes_the_widest_step_and_some_of_all_and_finds_what_a_training_holds(uneven, monkeypatch):
+    hp = tiny.hyperparams(kernels="eager", batch_size=2)
+    rows = ROWS[:16] if uneven else [replace(ROWS[0], id=f"r:{n}") for n in range(16)]
     own, taken = made("lora"), []
     run = tiny.run(rows, hp, method=own)
     run.record.provenance.precision, run.record.phases = "fp32", run.meter.phases
@@ -45,14 +47,13 @@ def test_a_probe_makes_the_widest_and_a_middling_step_and_finds_what_a_training_
         own, "prepare", lambda model, step, run: taken.append(step) or prepare(model, step, run)
     )
     loop = tried(tiny.model(CONFIG), run)
-    assert loop.done == len(taken) == len(run.record.step_seconds) == sum(PROBED.values())
+    assert loop.done == len(taken) == len(run.record.step_seconds) == 2 + TIMED * (1 + uneven)
     longest = max(max(row.length for row in step) for step in run.batches)
-    assert all(max(row.length for row in step) == longest for step in taken[: PROBED["widest"]])
-    tokens = [sum(row.length for row in step) for step in run.batches]
-    off = [abs(n - sum(tokens) / len(tokens)) for n in tokens]
-    middling = tokens[off.index(min(off))]
-    assert all(sum(row.length for row in step) == middling for step in taken[PROBED["widest"] :])
-    assert len({sum(row.length for row in step) for step in taken}) == 2
+    assert all(max(row.length for row in step) == longest for step in taken[:2])
+    tokens = sorted(sum(row.length for row in step) for step in run.batches)
+    timed = [sum(row.length for row in step) for step in taken[-TIMED:]]
+    assert len(tokens) == 8 and timed == tokens[1::2]  # in the middle of each quarter
+    assert taken[2 : 2 + TIMED] == taken[-TIMED:]
     true = live("lora", CONFIG, hp, rows=rows).peak
     assert run.record.phases["train"].peak_allocated == pytest.approx(true, rel=0.001)
 
@@ -78,7 +79,7 @@ def test_a_probe_leaves_a_record_and_no_run(tmp_path):
     terms = attempt.Terms(Store(tmp_path), "", beforehand.Unseen(), every=0.0, probe=True)
     record = attempt.run(one, terms, attempt.Slot(begin=Forked))
     assert record.ok, record.error
-    assert len(record.step_seconds) == sum(PROBED.values()) and not record.scores and not record.validation
+    assert len(record.step_seconds) == 2 + TIMED and not record.scores and not record.validation
     assert not {"evaluate", "generate", "save"} & record.phases.keys()
 
 
@@ -102,7 +103,7 @@ def probe(**changes) -> RunRecord:
     found.phases = {"load": Phase(4.0, GIB, GIB, 2 * GIB), "attach": Phase(1.0, GIB, GIB, 2 * GIB),
                     "train": Phase(9.0, 12 * GIB, 13 * GIB, 14 * GIB)}  # fmt: skip
     found.sizes = Sizes(weight_bytes=3 * GIB, trainable_bytes=GIB, optimizer_bytes=2 * GIB)
-    found.step_seconds = [9.0] * (PROBED["widest"] + 1) + [3.0, 30.0, 3.0]  # one was disturbed
+    found.step_seconds = [9.0] * 5 + [2.0, 3.0, 3.0, 4.0]
     return replace(found, **changes)
 
 
@@ -121,9 +122,9 @@ def test_what_was_measured_stands_in_place_of_what_was_forecast():
     assert after.verdict(H200.of(14.5 * GIB)) == "fits" and after.verdict(H200.of(12 * GIB)) == "too large"
 
 
-def test_the_middling_step_stands_for_longer_ones_by_what_they_have_to_do():
-    """Of 50 steps, 2 micro-batches and 4 tokens each on average; it has one and 3."""
-    facts = {"micro_batches": 100, "micro_tokens": 200, "middling": [1, 3]}
+def test_timed_steps_stand_for_others_by_what_these_have_to_do():
+    """Of 50 steps, 2 micro-batches and 4 tokens each on average; the timed ones have one and 3."""
+    facts = {"micro_batches": 100, "micro_tokens": 200, "timed": [TIMED, 3 * TIMED]}
     after = corrected(forecasted(train=1.0, **facts), probe(), H200)
     assert after.seconds(H200)["train"] == pytest.approx(3.0 * 200 / 3)
     again = corrected(forecasted(train=1.0, **facts, rollout_tokens=8), probe(), H200)
@@ -131,7 +132,7 @@ def test_the_middling_step_stands_for_longer_ones_by_what_they_have_to_do():
 
 
 def test_a_probe_has_not_tried_all_shapes_beside_the_graphs():
-    """It makes the widest step and one of middling width: what others need is still what was forecast."""
+    """It makes the widest step and some others: what others need is still what was forecast."""
     made = replace(forecasted(), rung="eager + graph")
     made.moments[BESIDE] = {"allocated": 3 * GIB, "reserved": 20 * GIB, "parts": {}}
     after = corrected(made, probe(kernels=Steps(rung="eager + graph")), H200)

@@ -1,11 +1,10 @@
 """A forecast after a probe: what that measured stands in place of what was forecast."""
 
 from dataclasses import replace
-from statistics import median
 
 from harness.forecast.cards import Card
 from harness.forecast.forecast import BESIDE, PARTS, Forecast, libraries, phase_of
-from harness.record import PROBED, Phase, RunRecord
+from harness.record import TIMED, Phase, RunRecord
 
 ONCE = ("load", "attach", "compile")  # phases that a probe goes through as the run does
 
@@ -29,21 +28,21 @@ def corrected(made: Forecast, record: RunRecord, card: Card) -> Forecast:
     for name, phase in phases.items():
         moments[name] = moment_of(phase, made, record)
     seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
-    step = median(record.step_seconds[PROBED["widest"] + 1 :])  # one that was disturbed counts for nothing
-    alike = middling_steps(found, card) or len(record.hashes["batches"])
-    seconds |= {"train": step * alike, "rollout": 0.0}  # this is in the steps
+    timed = sum(record.step_seconds[-TIMED:])
+    more = beyond_timed(found, card) or len(record.hashes["batches"]) / TIMED
+    seconds |= {"train": timed * more, "rollout": 0.0}  # this is in the steps
     facts = made.facts | {"seconds": seconds, "context": context(record.phases["train"])}
     return replace(found, moments=moments, facts=facts)
 
 
-def middling_steps(made: Forecast, card: Card) -> float | None:
-    """How many steps as the middling one take as long as the training."""
+def beyond_timed(made: Forecast, card: Card) -> float | None:
+    """How many times as long as the timed steps a training takes."""
     facts = made.facts
-    if "middling" not in facts or facts.get("rollout_tokens"):  # rollouts are as long for all rows
+    if "timed" not in facts or facts.get("rollout_tokens"):  # rollouts are as long for all rows
         return None
     whole = made.training(card, facts["micro_batches"], facts["micro_tokens"], facts["steps"])
-    batches, tokens = facts["middling"]
-    return whole / made.training(card, batches, tokens, 1)
+    batches, tokens = facts["timed"]
+    return whole / made.training(card, batches, tokens, TIMED)
 
 
 def with_more(moment: dict, size: int) -> dict:

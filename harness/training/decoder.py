@@ -3,6 +3,8 @@
 import math
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,8 +35,19 @@ class Decoder:
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
         self.kernels: str | None = None  # of the steps decoded last
         self.refused: list[str] = []  # faster ones that were tried, and why they are not used
-        self.steps = 0  # so far: who rolls out at every step of a training decodes little each time
+        self.times = (
+            1  # that it is asked for as much: who rolls out decodes little at each step of a training
+        )
         self.reasons: WeakKeyDictionary = WeakKeyDictionary()  # model -> why it is generated, or None
+
+    @contextmanager
+    def asked(self, times: int) -> Iterator[None]:
+        """Within, as often."""
+        self.times = times
+        try:
+            yield
+        finally:
+            self.times = 1
 
     def answers(self, model, examples: list[Example], report=lambda **_: None) -> list[dict]:
         """Greedy answers in the order of examples: output, new_tokens, stopped. `report(**values)` is
@@ -104,8 +117,8 @@ class Decoder:
                     )  # fmt: skip
                     held |= dict(zip(slots, some, strict=True))
                 if self.kernels is None:
-                    self.steps += math.ceil(len(examples) * copies / count) * (new_tokens - 1)
-                    self.kernels = EAGER if self.hp.kernels == EAGER else engine.capture(self.steps)
+                    steps = self.times * math.ceil(len(examples) * copies / count) * (new_tokens - 1)
+                    self.kernels = EAGER if self.hp.kernels == EAGER else engine.capture(steps)
                     self.refused = engine.refused
             elif held and engine.graph is None and REFILL * len(free) >= len(held) + len(free):
                 held = dict(enumerate(held[slot] for slot in engine.keep()))

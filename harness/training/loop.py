@@ -12,7 +12,7 @@ import torch
 from transformers import get_scheduler
 
 from harness.measuring import LiveTensors, StepClock, rehearse
-from harness.record import Memory
+from harness.record import TIMED, Memory
 from harness.spec import Hyperparams
 from harness.training import evaluation, head
 from harness.training.checkpoint import resume, take_record, to
@@ -112,7 +112,8 @@ class Loop:
     def step(self, examples: list) -> dict:
         """One optimizer step. -> its loss and the like, as tensors that nobody has waited for."""
         run, rate = self.run, self.scheduler.get_last_lr()[0]
-        batches = run.method.prepare(self.model, examples, run)
+        with run.decoder.asked(run.steps):
+            batches = run.method.prepare(self.model, examples, run)
         self.kernels.ready(batches)
         known = self.done or "training" in run.record.arithmetic
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
@@ -170,10 +171,10 @@ def widest(run: "Run") -> list:
     return max(run.batches, key=width)
 
 
-def middling(run: "Run") -> list:
-    """The examples of the step whose tokens are nearest to the mean of all."""
-    mean = sum(run.batches.tokens) / run.steps
-    return min(zip(run.batches, run.batches.tokens, strict=True), key=lambda step: abs(step[1] - mean))[0]
+def sample(run: "Run") -> list[list]:
+    """The examples of TIMED steps, spread evenly over how many tokens steps have."""
+    steps = sorted(zip(run.batches.tokens, run.batches, strict=True), key=lambda step: step[0])
+    return [steps[(2 * i + 1) * run.steps // (2 * TIMED)][1] for i in range(TIMED)]
 
 
 class Entry:

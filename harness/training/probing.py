@@ -1,22 +1,22 @@
-"""A run's first steps, really made: the widest, which says what memory a training takes, and one of middling
-width, which says what time. By the run's own code; nothing is validated, evaluated or kept."""
+"""Some steps of a run, really made: the widest, which says what memory a training takes, and some of all
+widths, which say what time. By the run's own code; nothing is validated, evaluated or kept."""
 
 from pathlib import Path
 
 from harness.measuring import StepClock
 from harness.method import Method
 from harness.ranks import ALONE, Place
-from harness.record import PROBED, RunRecord
+from harness.record import RunRecord
 from harness.spec import RunSpec
-from harness.training.loop import Loop, middling, rehearsed, widest
+from harness.training.loop import Loop, rehearsed, sample, widest
 from harness.training.model import optimizer_bytes
 from harness.training.run import Run
 from harness.training.stages import attached, gather, opened
 
 
 def probe(spec: RunSpec, method: Method, record: RunRecord, folder: Path, place: Place = ALONE) -> None:
-    """Fills the record: phases, sizes, kernels, and step_seconds, as many as PROBED of the widest step, then
-    of the middling one."""
+    """Fills the record: phases, sizes, kernels, and step_seconds, the last TIMED of them of steps of all
+    widths."""
     model, run = opened(spec, method, record, folder, place)
     if spec.trains:
         tried(model, run)
@@ -30,7 +30,11 @@ def tried(model, run: Run) -> Loop:
     record.memory = rehearsed(model, run)
     with meter.phase("train"):
         loop, clock, compiling = Loop(model, run), StepClock(run.device), []
-        for examples in [widest(run)] * PROBED["widest"] + [middling(run)] * PROBED["middling"]:
+        some = sample(run)
+        uneven = (
+            len(set(run.batches.tokens)) > 1
+        )  # then a shape may come for the first time, which is not timed
+        for examples in [widest(run)] * 2 + some * uneven + some:
             before = loop.kernels.seconds
             with clock.step():
                 loop.step(examples)

@@ -23,14 +23,15 @@ def shallow(config, depth: int):
     return config
 
 
-def drawn(config, dtype, quantization_config=None, **_):
-    """The base model, as it would be loaded."""
+def drawn(config, dtype, quantization_config=None, plain=lambda model: None, **_):
+    """The base model, as it would be loaded. `plain(model)`: is told of it before it is quantised."""
     from transformers.initialization import no_init_weights
 
     with _disable_current_modes(), no_init_weights():  # it is tied before it is loaded
         with torch.device(CARD):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             model.tie_weights()
+        plain(model)
         return model if quantization_config is None else quantised(model, quantization_config, dtype)
 
 

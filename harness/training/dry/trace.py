@@ -32,7 +32,7 @@ from harness.training.dry.run import (
 )  # fmt: skip
 from harness.training.dry.world import CARD, Autocast, world
 from harness.training.kernels import decoder_layers
-from harness.training.loop import middling
+from harness.training.loop import sample
 from harness.work import Work
 
 
@@ -90,8 +90,16 @@ def opened(spec, method, config, rows, bf16, ledger) -> DryRun:
     template = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=pad))
     meter = SimpleNamespace(phase=phase, phases={}, replayed=0)
 
+    def plain(
+        model,
+    ):  # weights that are not read are drawn on the card, the head's apart from those it shares
+        if spec.model.startswith("random:"):
+            first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+            beside = [torch.empty_like(last)] * (first is last)
+            ledger.is_part("workspace", [*model.parameters(), *model.buffers(), *beside])
+
     def load(**more):
-        model = drawn(config, torch.bfloat16 if bf16 else torch.float32, **more)
+        model = drawn(config, torch.bfloat16 if bf16 else torch.float32, plain=plain, **more)
         ledger.is_part("workspace", [*model.parameters(), *model.buffers()])  # until it is the model at hand
         ledger.empty_cache()
         return model
@@ -176,9 +184,10 @@ def often(run: DryRun, step: list[Example], before: tuple[int, int]) -> dict[str
     batches, held = (of * whole for of, whole in zip(made, planned(run), strict=True))
     again = [(now - start) / 2 * run.steps for now, start in zip(run.rollouts, before, strict=True)]
     reads, tokens = (start + more for start, more in zip(before, again, strict=True))
+    timed = map(sum, zip(*(padded(one, run) for one in sample(run)), strict=True))
     return {
         "steps": run.steps, "traced_tokens": run.traced, "micro_batches": batches, "micro_tokens": held,
-        "middling": [of * one for of, one in zip(made, padded(middling(run), run), strict=True)],
+        "timed": [of * some for of, some in zip(made, timed, strict=True)],
         "rollout_reads": reads, "rollout_tokens": tokens,
     }  # fmt: skip
 
