@@ -703,6 +703,19 @@ def test_what_rows_of_two_widths_share_is_found_in_a_trace(small):
     assert found.facts["narrow_tokens"] <= tokens / TIMED < found.facts["traced_tokens"]
 
 
+def test_rows_that_a_method_makes_are_counted_as_long_as_it_makes_them():
+    """ORPO's pairs: of four steps, the rejected answers are the longer ones of three."""
+    longer = [replace(row, rejected_ids=tiny.array([7] * (1 + n % 4 * 9))) for n, row in enumerate(ROWS[:16])]
+    hp = tiny.hyperparams(kernels="eager", batch_size=4, micro_batch_size=4, max_steps=4)
+    found = dry.trace(spec("orpo", hp), made("orpo"), LLAMA, splits(longer), False, 3)
+    steps = tiny.run(longer, hp).batches
+    widths = [max(len(e.prompt_ids) + max(map(len, (e.response_ids, e.rejected_ids))) for e in step)
+              for step in steps]  # fmt: skip
+    assert len(steps) == TIMED and len(set(widths)) > 2
+    assert (found.facts["micro_batches"], found.facts["micro_tokens"]) == (4, 2 * 4 * sum(widths))
+    assert found.facts["timed"] == [4, 2 * 4 * sum(widths)]
+
+
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_that_reads_a_mask_is_slower_than_products_and_slowest_backward_in_wide_heads(width, dtype):

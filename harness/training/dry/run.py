@@ -158,7 +158,7 @@ class DryKernels(Kernels):
                     self.run.ledger.is_part("gradients", parameter.grad)
         few = [max(batches, key=tokens)] if "graph" in self.rung else telling(batches)
         self.computed, self.largest = list(map(id, few)), id(max(reversed(few), key=tokens))
-        self.run.prepared = len(batches), sum(map(tokens, batches))
+        self.run.prepared = counted(batches)
         self.run.traced = max(map(tokens, few))
 
     def fast(self, layer):
@@ -178,6 +178,11 @@ class DryKernels(Kernels):
         super().close()
         self.run.ledger.replayed = False
         self.run.ledger.empty_cache()  # as where there is a GPU
+
+
+def counted(batches: list[dict]) -> tuple[int, int]:
+    """Micro-batches of a step, and the tokens in them, padding included."""
+    return len(batches), sum(map(tokens, batches))
 
 
 def telling(batches: list[dict]) -> list[dict]:
@@ -219,7 +224,7 @@ def width(step: list[Example], run: Run) -> tuple[int, int]:
 
 
 def padded(step: list[Example], run: Run) -> tuple[int, int]:
-    """Micro-batches of a step, and the tokens in them, padding included."""
+    """The same of rows as they are planned, before a method makes others of them."""
     parts, held = run.micro_batches(step), 0
     for part in parts:
         sequences = pack(part, run.hp.max_length) if run.hp.packing else [[example] for example in part]
@@ -232,7 +237,7 @@ def padded(step: list[Example], run: Run) -> tuple[int, int]:
 
 
 def planned(run: Run) -> tuple[int, int]:
-    """The same of the whole training."""
+    """And of the whole training."""
     key = shaping(run), bool(run.shapes and run.shapes.packed), run.shapes is None
     if key not in KNOWN:
         counts = [padded(step, run) for step in run.batches]

@@ -24,6 +24,7 @@ from harness.training.dry.run import (
     DryKernels,
     DryRun,
     WidestFirst,
+    counted,
     decoded,
     few_forwards,
     padded,
@@ -157,7 +158,7 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
                 ledger.is_part("optimizer", state)
         if 0 < narrow[1] < run.traced:
             ledger.work["narrow micro-batch"], found.facts["narrow_tokens"] = narrow
-        found.facts |= often(run, order[-1], before) | {"renewed_every": method.renewed_every()}
+        found.facts |= often(model, run, order[-1], before) | {"renewed_every": method.renewed_every()}
         if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
             found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if "graph" in made.kernels.rung:
@@ -177,17 +178,23 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         return model
 
 
-def often(run: DryRun, step: list[Example], before: tuple[int, int]) -> dict[str, Any]:
-    """How much of what the traced step did the training does, and of the decoder's rollouts. A method may
-    make several rows of one; `before`: rollouts that its start has made."""
-    made = [now / one for now, one in zip(run.prepared, padded(step, run), strict=True)]
-    batches, held = (of * whole for of, whole in zip(made, planned(run), strict=True))
+def often(model, run: DryRun, step: list[Example], before: tuple[int, int]) -> dict[str, Any]:
+    """How much of what the traced step did the training does, and of the decoder's rollouts. `before`: those
+    that a method's start has made."""
     again = [(now - start) / 2 * run.steps for now, start in zip(run.rollouts, before, strict=True)]
     reads, tokens = (start + more for start, more in zip(before, again, strict=True))
-    timed = map(sum, zip(*(padded(one, run) for one in sample(run)), strict=True))
+    some = sample(run)
+    rows = [sum(counts) for counts in zip(*(padded(one, run) for one in some), strict=True)]
+    if any(again):  # which would be made again: all are as long
+        made = [now / one for now, one in zip(run.prepared, padded(step, run), strict=True)]
+    else:  # several rows of one, or longer ones
+        with run.ledger.counted("other"):
+            prepared = [counted(run.method.prepare(model, one, run)) for one in some]
+        made = [sum(counts) / one for counts, one in zip(zip(*prepared, strict=True), rows, strict=True)]
+    batches, held = (of * whole for of, whole in zip(made, planned(run), strict=True))
     return {
         "steps": run.steps, "traced_tokens": run.traced, "micro_batches": batches, "micro_tokens": held,
-        "timed": [of * some for of, some in zip(made, timed, strict=True)],
+        "timed": [of * one for of, one in zip(made, rows, strict=True)],
         "rollout_reads": reads, "rollout_tokens": tokens,
     }  # fmt: skip
 
