@@ -30,11 +30,13 @@ from harness.work import PRODUCTS, flops
 
 GIB = 2**30
 H200 = CARDS["H200"]
+no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="a probe would be made on the card")
 
 
 # What a probe measures
 
 
+@no_card
 @pytest.mark.parametrize("uneven", [True, False])
 def test_a_probe_makes_the_widest_step_and_some_of_all_and_finds_what_a_training_holds(uneven, monkeypatch):
     hp = tiny.hyperparams(kernels="eager", batch_size=2)
@@ -72,6 +74,7 @@ class Forked:
         return 0
 
 
+@no_card
 def test_a_probe_leaves_a_record_and_no_run(tmp_path):
     settings = ["data.train=24", "data.test=2", "data.validation=2", "hp.max_length=32", "hp.max_steps=4",
                 "hp.precision=fp32"]  # fmt: skip
@@ -233,6 +236,7 @@ def test_the_runs_of_what_a_search_finds_are_forecast_as_such(monkeypatch, tmp_p
     assert after[tuning.trial.digest].peak == after[tuning.identical.digest].peak == 12 * GIB
 
 
+@no_card
 def test_a_probe_needs_the_card(capsys, tmp_path):
     asked = ["--methods", "lora", "--results", str(tmp_path), "--probe"]
     assert cli.main(["plan", *asked]) == cli.BAD_REQUEST
