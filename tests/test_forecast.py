@@ -405,11 +405,13 @@ def test_of_uneven_rows_the_second_shape_is_tried_beside_the_graph_of_the_first(
     monkeypatch.setattr(dry_run.DryKernels, "close", close)
     hp = tiny.hyperparams(kernels="auto", precision="bf16", batch_size=4, micro_batch_size=1)
     for rows in (ROWS, [replace(ROWS[0], id=f"r:{n}") for n in range(16)]):
-        found = dry.trace(spec("lora", hp), made("lora"), LLAMA, splits(rows), True, 3).moments
+        traced = dry.trace(spec("lora", hp), made("lora"), LLAMA, splits(rows), True, 3)
+        found = traced.moments
         trained = max(moment.reserved for name, moment in found.items() if name.startswith("train"))
         (sizes, graph), more = told.pop(), found[BESIDE].reserved - trained
         held = max(m.parts.get("activations", 0) for n, m in found.items() if n.startswith("train"))
         assert graph >= held > 0 and (len(sizes) > 1 or rows is not ROWS)  # of the widest, no other's
+        assert traced.facts["shapes"] == len(sizes)
         assert more == (int(graph * sizes[-2] / sizes[-1]) if len(sizes) > 1 else 0)
 
 

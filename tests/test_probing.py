@@ -134,12 +134,12 @@ def test_timed_steps_stand_for_others_by_what_these_have_to_do():
     assert again.seconds(H200)["train"] == pytest.approx(3.0 * 50)
 
 
-def test_a_probe_has_not_tried_all_shapes_beside_the_graphs():
-    """It makes the widest step and some others: what others need is still what was forecast."""
-    made = replace(forecasted(), rung="eager + graph")
+@pytest.mark.parametrize("captured, verdict", [(2, "tight"), (3, "fits")])
+def test_what_shapes_need_beside_graphs_is_forecast_until_a_probe_has_captured_all(captured, verdict):
+    made = replace(forecasted(shapes=3), rung="eager + graph")
     made.moments[BESIDE] = {"allocated": 3 * GIB, "reserved": 20 * GIB, "parts": {}}
-    after = corrected(made, probe(kernels=Steps(rung="eager + graph")), H200)
-    assert after.device(H200) == 14 * GIB and after.verdict(H200.of(16 * GIB)) == "tight"
+    after = corrected(made, probe(kernels=Steps(rung="eager + graph", shapes=captured)), H200)
+    assert after.device(H200) == 14 * GIB and after.verdict(H200.of(16 * GIB)) == verdict
     assert BESIDE not in corrected(made, probe(), H200).moments
 
 

@@ -162,6 +162,7 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
             found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if "graph" in made.kernels.rung:
+            found.facts["shapes"] = len(made.kernels.shapes.sizes)
             sizes = sorted(size.tokens * size.sequences for size in made.kernels.shapes.sizes)
             ledger.beside_graphs(sizes[-2] / sizes[-1] if len(sizes) > 1 else 0)
         if run.splits["validation"] and run.hp.validations:
