@@ -155,7 +155,7 @@ class Expected:
     device: tuple[Amount, Amount, Amount]  # bytes that the card loses to it
     seconds: tuple[Amount, Amount, Amount]  # of all its phases
     rung: str = EAGER  # by which its steps were thought to be computed
-    probed: bool = False  # its first steps had been measured
+    probed: bool = False  # steps of it had been measured
 
 
 # What stands in a record's lists and dicts, as far as anybody relies on it

@@ -100,11 +100,10 @@ def own_squares(layer):
 
 
 def product_with(layer, a):
-    """(m, r): W A^T, multiplied in the type of W, in the type of A."""
+    """(m, r): W A^T, multiplied in the type of W, in the type of A. Of 4 bits nothing dequantised is left:
+    a compiled layer would keep it for its backward."""
     if state := getattr(layer.weight, "quant_state", None):
-        from bitsandbytes import (
-            matmul_4bit,
-        )  # a compiled layer would keep what is dequantised for its backward
+        from bitsandbytes import matmul_4bit
 
         return matmul_4bit(a.to(state.dtype), layer.weight, state).T.to(a.dtype)
     weight = by_rows(layer)

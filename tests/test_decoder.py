@@ -219,6 +219,9 @@ def test_kernels_are_chosen_for_all_that_a_training_rolls_out(monkeypatch):
         train(trained, made)
         made.decoder.answers(trained, ROWS[:2])
         assert told == [each * (5 - 1)] * each + [hp.max_new_tokens - 1]
+    with pytest.raises(ValueError), made.decoder.asked(9):
+        raise ValueError
+    assert made.decoder.times == 1
 
 
 def test_what_is_drawn_of_a_prompt_is_its_own_matter():

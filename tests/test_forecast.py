@@ -29,7 +29,7 @@ from harness.training.dry import run as dry_run
 from harness.training.dry import world as dry_world
 from harness.training.head import causal_lm
 from harness.work import FLOPS, LONG_PRODUCTS, PRODUCTS, Work, seconds_of
-from methods.lora import LoRA
+from methods.lora import LoRA, dense
 
 CONFIG = tiny.gemma(
     num_hidden_layers=6, layer_types=["full_attention"] * 6, hidden_size=256, intermediate_size=512
@@ -317,12 +317,17 @@ def test_a_compiled_layer_makes_once_what_inductor_makes_once():
 
 def test_dora_on_4_bits_keeps_no_dequantised_weights(monkeypatch):
     """Compiled, its layers hold for their backward no more than those on 16 bits."""
-    monkeypatch.setattr(programs.Programs, "known", {})
-    held = {}
-    for name in ("dora", "dora_loftq"):
+
+    def held(name: str) -> float:
+        monkeypatch.setattr(programs.Programs, "known", {})
         moments = traced(name, LLAMA, tiny.hyperparams(**COMPILED)).moments
-        held[name] = max(moments[m].parts["activations"] for m in moments if m.startswith("train"))
-    assert held["dora_loftq"] <= held["dora"]
+        return max(moments[m].parts["activations"] for m in moments if m.startswith("train"))
+
+    own = held("dora_loftq")
+    assert own <= held("dora")
+    monkeypatch.setattr("methods.dora.product_with", lambda layer, a: dense(layer).to(a.dtype) @ a.T)
+    weights = 2 * 3 * (4 * 128 * 128 + 3 * 128 * 256)  # as an H200 kept them when these were multiplied so
+    assert held("dora_loftq") - own == pytest.approx(weights, rel=0.15)
 
 
 COMPILED = {"kernels": "compiled", "precision": "bf16", "batch_size": 4, "micro_batch_size": 4}
@@ -701,8 +706,7 @@ def test_what_rows_of_two_widths_share_is_found_in_a_trace(small):
     assert 0 < wide.moved / narrow.moved - 1 < 0.6 * more
     assert wide.long_products / narrow.long_products - 1 == pytest.approx(more, rel=0.1)
     batches, tokens = found.facts["timed"]
-    assert batches == TIMED
-    assert found.facts["narrow_tokens"] <= tokens / TIMED < found.facts["traced_tokens"]
+    assert batches == 1 and found.facts["narrow_tokens"] <= tokens < found.facts["traced_tokens"]
 
 
 def test_rows_that_a_method_makes_are_counted_as_long_as_it_makes_them():
@@ -715,7 +719,43 @@ def test_rows_that_a_method_makes_are_counted_as_long_as_it_makes_them():
               for step in steps]  # fmt: skip
     assert len(steps) == TIMED and len(set(widths)) > 2
     assert (found.facts["micro_batches"], found.facts["micro_tokens"]) == (4, 2 * 4 * sum(widths))
-    assert found.facts["timed"] == [4, 2 * 4 * sum(widths)]
+    assert found.facts["timed"] == [1, 2 * sum(widths)] and not found.facts["rolls_out"]
+
+
+def test_a_method_that_plans_each_step_has_a_forecast_of_few(small):
+    class Planned(LoRA):
+        name = "planned"
+
+        def attach(self, model, run):
+            self.left = list(range(run.steps))
+            return super().attach(model, run)
+
+        def prepare(self, model, examples, run):
+            self.left.pop()
+            return super().prepare(model, examples, run)
+
+    hp = tiny.hyperparams(kernels="eager", max_steps=2)
+    found, plain = (
+        dry.trace(spec("lora", hp), own, LLAMA, splits(ROWS), False, 3) for own in (Planned(), LoRA())
+    )
+    assert found.facts["micro_tokens"] == plain.facts["micro_tokens"] > 0
+
+
+def test_what_is_prepared_to_be_counted_is_no_work_of_a_step():
+    class Slow(LoRA):
+        name = "slow"
+
+        def prepare(self, model, examples, run):
+            torch.ones(4096, 4096, device=run.device).mm(torch.ones(4096, 4096, device=run.device))
+            return super().prepare(model, examples, run)
+
+    hp = tiny.hyperparams(kernels="eager", max_steps=4)
+    found, plain = (
+        dry.trace(spec("lora", hp), own, LLAMA, splits(ROWS), False, 3) for own in (Slow(), LoRA())
+    )
+    more = found.work["step"].products + found.work["step"].long_products
+    assert more - plain.work["step"].products - plain.work["step"].long_products == 2 * 4096**3
+    assert found.work["train"] == plain.work["train"]
 
 
 @pytest.mark.parametrize("width", [128, 256])

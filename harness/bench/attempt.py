@@ -38,7 +38,7 @@ READ_SECONDS = 10  # for what it still says, when it has ended
 class Terms:
     """What all runs of a bench share. `progress` is told of their `event`s; `limit`, `stall`: as the watchdog
     has them; `anew`: from its first step, whatever an earlier attempt has left; `every`: seconds between two
-    checkpoints of a training; 0: there are none; `probe`: their first steps alone."""
+    checkpoints of a training; 0: there are none; `probe`: some of their steps alone."""
 
     store: Store
     command: str

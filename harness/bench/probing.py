@@ -1,4 +1,4 @@
-"""Probes: the first steps of runs, each in a child as the run itself, in a folder that is gone afterwards."""
+"""Probes: some steps of runs, each in a child as the run itself, in a folder that is gone afterwards."""
 
 import tempfile
 from collections.abc import Iterator

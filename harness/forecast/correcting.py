@@ -1,6 +1,7 @@
 """A forecast after a probe: what that measured stands in place of what was forecast."""
 
 from dataclasses import replace
+from statistics import fmean
 
 from harness.forecast.cards import Card
 from harness.forecast.forecast import BESIDE, PARTS, Forecast, libraries, phase_of
@@ -29,21 +30,22 @@ def corrected(made: Forecast, record: RunRecord, card: Card) -> Forecast:
     for name, phase in phases.items():
         moments[name] = moment_of(phase, made, record)
     seconds = {name: record.phases[name].seconds for name in ONCE if name in record.phases}
-    timed = sum(record.step_seconds[-TIMED:])
-    more = beyond_timed(found, card) or len(record.hashes["batches"]) / TIMED
-    seconds |= {"train": timed * more, "rollout": 0.0}  # this is in the steps
+    step = fmean(record.step_seconds[-TIMED:])
+    alike = timed_steps(found, card) or len(record.hashes["batches"])
+    start = 0.0 if made.facts.get("rolls_out") else record.phases.get("rollout", Phase()).seconds
+    seconds |= {"train": step * alike, "rollout": start}  # a step's is in its seconds
     facts = made.facts | {"seconds": seconds, "context": context(record.phases["train"])}
     return replace(found, moments=moments, facts=facts)
 
 
-def beyond_timed(made: Forecast, card: Card) -> float | None:
-    """How many times as long as the timed steps a training takes."""
+def timed_steps(made: Forecast, card: Card) -> float | None:
+    """How many steps as those that were timed take as long as the training."""
     facts = made.facts
-    if "timed" not in facts or facts.get("rollout_tokens"):  # rollouts are as long for all rows
+    if "timed" not in facts or facts.get("rolls_out"):  # rollouts are as long for all rows
         return None
     whole = made.training(card, facts["micro_batches"], facts["micro_tokens"], facts["steps"])
-    batches, tokens = facts["timed"]
-    return whole / made.training(card, batches, tokens, TIMED)
+    batches, tokens = facts["timed"]  # of one
+    return whole / made.training(card, batches, tokens, 1)
 
 
 def with_more(moment: dict, size: int) -> dict:

@@ -103,7 +103,7 @@ def cells(one: Side) -> list[str]:
 def notes(known: list[Technique], sides: Iterable[tuple[Side, Side]]) -> list[str]:
     found = ["† Beyond the range that was said."] * any(one.beyond for both in sides for one in both)
     if probed := [t.label for t in known if (said := expected(t)) and said.probed]:
-        found.append(f"After a probe of the first steps: {listed(probed)}.")
+        found.append(f"After a probe of some steps: {listed(probed)}.")
     return found
 
 

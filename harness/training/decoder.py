@@ -35,14 +35,12 @@ class Decoder:
         self.tokenizer, self.stops, self.hp, self.accelerator = tokenizer, stops, hp, accelerator
         self.kernels: str | None = None  # of the steps decoded last
         self.refused: list[str] = []  # faster ones that were tried, and why they are not used
-        self.times = (
-            1  # that it is asked for as much: who rolls out decodes little at each step of a training
-        )
+        self.times = 1  # that it is asked for as much
         self.reasons: WeakKeyDictionary = WeakKeyDictionary()  # model -> why it is generated, or None
 
     @contextmanager
     def asked(self, times: int) -> Iterator[None]:
-        """Within, as often."""
+        """Within, as often: who rolls out decodes little at each step of a training."""
         self.times = times
         try:
             yield

@@ -30,11 +30,10 @@ def tried(model, run: Run) -> Loop:
     record.memory = rehearsed(model, run)
     with meter.phase("train"):
         loop, clock, compiling = Loop(model, run), StepClock(run.device), []
-        some = sample(run)
-        uneven = (
-            len(set(run.batches.tokens)) > 1
-        )  # then a shape may come for the first time, which is not timed
-        for examples in [widest(run)] * 2 + some * uneven + some:
+        first, some = widest(run), sample(run)
+        kinds = {lengths(examples): examples for examples in some}
+        kinds.pop(lengths(first), None)
+        for examples in [first, first, *kinds.values(), *some]:  # what comes for the first time is not timed
             before = loop.kernels.seconds
             with clock.step():
                 loop.step(examples)
@@ -44,3 +43,8 @@ def tried(model, run: Run) -> Loop:
         record.phases["train"].peak_allocated = record.memory.peak
     record.sizes.optimizer_bytes = optimizer_bytes(loop.optimizer)
     return loop
+
+
+def lengths(examples: list) -> tuple[int, ...]:
+    """Of a step's rows, which its shapes follow from."""
+    return tuple(sorted(example.length for example in examples))

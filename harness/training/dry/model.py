@@ -1,6 +1,7 @@
 """The base model without values: of so many layers, and in 4 bits where a method asks for it."""
 
 import copy
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -57,12 +58,16 @@ def quantised(model, config, dtype):
     return model
 
 
+@contextmanager
 def params4bit():
-    """A 4-bit weight is quantised when it is moved to a card."""
+    """Within, a 4-bit weight is quantised when it is moved to the card. What bitsandbytes keeps of that is of
+    this card alone."""
     try:
+        from bitsandbytes.functional import name2qmap
         from bitsandbytes.nn import Params4bit
     except ImportError:
-        return None
+        yield
+        return
     own = Params4bit.to
 
     def to(self, *args, **kwargs):
@@ -74,4 +79,5 @@ def params4bit():
         settings = {**vars(self), "quant_state": self.quant_state}
         return Params4bit(self.data.clone(), self.requires_grad, **settings)
 
-    return patch.multiple(Params4bit, to=to, __deepcopy__=copied)
+    with patch.multiple(Params4bit, to=to, __deepcopy__=copied), patch.dict(name2qmap, clear=True):
+        yield

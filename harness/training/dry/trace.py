@@ -1,7 +1,8 @@
 """One run on a card that is not there: its load, its attach, two steps, its evaluation, by their own code."""
 
 import gc
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import masking_utils
 
 from harness.data import Example, batches_of
 from harness.method import Method, Unsupported
-from harness.record import EAGER, Phase, RunRecord
+from harness.record import EAGER, TIMED, Phase, RunRecord
 from harness.spec import RunSpec
 from harness.training import evaluation, head, kernels, loop, weights
 from harness.training.devices import Devices
@@ -91,9 +92,8 @@ def opened(spec, method, config, rows, bf16, ledger) -> DryRun:
     template = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=pad))
     meter = SimpleNamespace(phase=phase, phases={}, replayed=0)
 
-    def plain(
-        model,
-    ):  # weights that are not read are drawn on the card, the head's apart from those it shares
+    def plain(model):
+        """Weights that are drawn lie on the card first, the head's apart from those that it will share."""
         if spec.model.startswith("random:"):
             first, last = model.get_input_embeddings().weight, model.get_output_embeddings().weight
             beside = [torch.empty_like(last)] * (first is last)
@@ -186,17 +186,16 @@ def often(model, run: DryRun, step: list[Example], before: tuple[int, int]) -> d
     reads, tokens = (start + more for start, more in zip(before, again, strict=True))
     some = sample(run)
     rows = [sum(counts) for counts in zip(*(padded(one, run) for one in some), strict=True)]
-    if any(again):  # which would be made again: all are as long
-        made = [now / one for now, one in zip(run.prepared, padded(step, run), strict=True)]
-    else:  # several rows of one, or longer ones
-        with run.ledger.counted("other"):
-            prepared = [counted(run.method.prepare(model, one, run)) for one in some]
-        made = [sum(counts) / one for counts, one in zip(zip(*prepared, strict=True), rows, strict=True)]
+    made = [now / one for now, one in zip(run.prepared, padded(step, run), strict=True)]
+    if not any(again):  # what it draws is all as long; rows may be longer than those that they are made of
+        with run.ledger.counted("other"), suppress(Exception):  # a plugin's, who plans no more steps than are
+            prepared = [counted(copy(run.method).prepare(model, one, run)) for one in some]
+            made = [sum(counts) / one for counts, one in zip(zip(*prepared, strict=True), rows, strict=True)]
     batches, held = (of * whole for of, whole in zip(made, planned(run), strict=True))
     return {
         "steps": run.steps, "traced_tokens": run.traced, "micro_batches": batches, "micro_tokens": held,
-        "timed": [of * one for of, one in zip(made, rows, strict=True)],
-        "rollout_reads": reads, "rollout_tokens": tokens,
+        "timed": [of * one / TIMED for of, one in zip(made, rows, strict=True)],
+        "rollout_reads": reads, "rollout_tokens": tokens, "rolls_out": any(again),
     }  # fmt: skip
 
 
@@ -263,7 +262,7 @@ def seen(ledger):
         patch.object(head.LogProbabilities, "backward", staticmethod(backwards)),
         patch.object(torch.cuda, "empty_cache", ledger.empty_cache),
         patch.object(masking_utils, "_ignore_causal_mask_sdpa", unmasked),
-        params4bit() or nullcontext(),
+        params4bit(),
     ):
         hook = register_optimizer_step_pre_hook(lambda *_: optimizing(ledger, True))
         end = register_optimizer_step_post_hook(lambda *_: optimizing(ledger, False))
