@@ -17,6 +17,7 @@ from transformers import AttentionInterface, OPTConfig
 
 from harness.training import attention, kernels
 from methods.full import Full
+from methods.galore_layerwise import GaLoreLayerwise
 from methods.lora import LoRA
 
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -50,8 +51,9 @@ class Apart(LoRA):
 
 
 @pytest.mark.parametrize(
-    ("method", "rows", "micro"), [(LoRA, UNEVEN, 6), (Apart, ROWS, 6), (Full, ROWS, 6), (LoRA, ROWS, 2)],
-    ids=["LoRA, several sizes", "Apart", "Full", "LoRA, steps in parts"],
+    ("method", "rows", "micro"),
+    [(LoRA, UNEVEN, 6), (Apart, ROWS, 6), (Full, ROWS, 6), (LoRA, ROWS, 2), (GaLoreLayerwise, ROWS, 6)],
+    ids=["LoRA, several sizes", "Apart", "Full", "LoRA, steps in parts", "updates within backward"],
 )  # fmt: skip
 def test_compiled_steps_learn_what_plain_ones_do(method, rows, micro, traced):
     hp = replace(HP, micro_batch_size=micro)
@@ -59,13 +61,29 @@ def test_compiled_steps_learn_what_plain_ones_do(method, rows, micro, traced):
     assert (eager.kernels.rung, eager.kernels.reason) == ("eager", "as hp.kernels asks")
     losses, found, record = trained(method(), hp, rows)
     assert record.kernels.rung == "compiled", record.kernels.reason
-    assert record.kernels.packed == ("packing" not in method.cannot)
+    assert record.kernels.packed == (not {"packing", "accumulation"} & {*method.cannot})
     torch.testing.assert_close(losses, plain, atol=1e-4, rtol=1e-4)
     for name, weight in weights.items():
         torch.testing.assert_close(
             found[name], weight, atol=2e-3, rtol=1e-3
         )  # Adam: tiny gradients, whole steps
     assert record.hashes["learned"] == eager.hashes["learned"]
+
+
+def test_who_uses_gradients_within_backward_by_no_hook_of_weights_is_not_tried():
+    class Own(LoRA):
+        cannot = {"accumulation": "each gradient is used at once"}
+
+    one = SimpleNamespace(
+        run=SimpleNamespace(
+            hp=HP, device=SimpleNamespace(type="cuda"), sharded=False, method=Own(),
+            accelerator=SimpleNamespace(mixed_precision="bf16"),
+        ),
+        causal=(model := tiny.model()), model=model, parameters=list(model.parameters()),
+    )  # fmt: skip
+    assert "by no hooks" in kernels.Kernels.refusal(one)
+    one.parameters[0].register_post_accumulate_grad_hook(lambda p: None)
+    assert kernels.Kernels.refusal(one) is None
 
 
 def test_what_computes_something_else_falls_back_and_is_told(traced, monkeypatch):
@@ -135,7 +153,7 @@ def test_a_short_training_is_not_compiled(monkeypatch):
         kernels.Kernels, "choose", lambda self, batch: seen.append(self.untried.pop(0)) or True
     )
     tiny.fit(LoRA(), replace(HP, kernels="auto"), ROWS)
-    assert seen == ["eager + graph"]
+    assert seen == ["eager + graph", "fused"]
 
 
 def test_steps_leave_out_what_their_choice_took(monkeypatch):

@@ -1,15 +1,16 @@
 """The gradients of a micro-batch, as fast as this machine and this method allow, and which way that was.
 
 A ladder: decoder layers compiled one by one, and forward and backward captured as a CUDA graph that is
-replayed; the same without the graph; the graph alone; plain. A run takes the highest rung that gives, on its
-first micro-batch, the loss and the gradients of the plain one. Where graphs have no room it goes on as it is,
-without them: plain steps would take more. After the last step both are compared again.
+replayed; the same without the graph; the graph alone; neither; plain. All but the last have flash attention,
+and adapters as one product. A run takes the highest rung that gives, on its first micro-batch, the loss and
+the gradients of the plain one. Where graphs have no room it goes on as it is, without them: plain steps would
+take more. After the last step both are compared again.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,14 @@ from harness.training.reducer import Reducer
 if TYPE_CHECKING:
     from harness.training.run import Run
 
+FUSED = "fused"
+WITHIN = "accumulation"  # who cannot do that uses gradients within backward
 RUNGS = {  # name -> what a method says that it cannot
     "compiled + graph": ("compiling", "graphs"),
     "compiled": ("compiling",),
     "eager + graph": ("graphs",),
+    FUSED: (),
 }
-FUSED = "fused"  # "eager + graph" without its graphs: flash attention, adapters as one product
 WORTH = 1e15  # parameters times tokens read, for each kind of layer: below, compiling outlasts what it saves
 GRADIENTS = 0.1  # of their length, between two ways: rounding to bf16 alone gives some hundredths
 KIND, COUNTED = 0.5, 0.01  # as much, of a kind of weight in all layers, of those that are a hundredth of all
@@ -81,6 +84,8 @@ class Kernels:
         self.forwards: dict[torch.nn.Module, Callable] = {}
         self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
+        if WITHIN in run.method.cannot:
+            cannot.setdefault("graphs", "gradients are used within backward")
         work = sum(run.batches.tokens) * sum(map(numel, self.parameters))
         if run.hp.kernels == "auto" and work < WORTH * kinds(decoder_layers(self.causal)):
             cannot["compiling"] = "takes longer than it would save in so short a training"
@@ -93,7 +98,8 @@ class Kernels:
         share = [run.devices.share(step, lambda example: example.length) for step in run.batches]
         self.steps = [step for step in share if step]  # those that this device reads
         with run.meter.phase("compile"):
-            self.shapes = self.packed() or Shapes(self.steps, run.hp, packed=False)
+            apart = {"packing", WITHIN} & {*run.method.cannot}  # packed, a step may be several micro-batches
+            self.shapes = (None if apart else self.packed()) or Shapes(self.steps, run.hp, packed=False)
         run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
     @property
@@ -121,15 +127,15 @@ class Kernels:
             return "compiled layers would draw another dropout"
         if not decoder_layers(self.causal):
             return "this architecture has no one list of decoder layers"
-        if "accumulation" in self.run.method.cannot:  # nor can a step be tried: it would train
-            return "gradients are used within backward"
+        if WITHIN in self.run.method.cannot and not any(
+            p._post_accumulate_grad_hooks for p in self.parameters
+        ):
+            return "gradients are used within backward, by no hooks that a trial could leave out"
         return None
 
     def packed(self) -> Shapes | None:
         """Of rows that share a sequence, where this model reads them as it reads them apart."""
         run, rows = self.run, self.run.batches.examples[:4]
-        if "packing" in run.method.cannot:
-            return None
         shapes = Shapes(self.steps, run.hp, packed=True)
         try:
             with torch.no_grad(), run.accelerator.autocast():
@@ -324,17 +330,27 @@ class Kernels:
         return Captured(graph, given, share, loss, added, read, gradients, made)
 
     def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor | None]]:
-        """Loss and, as far as they are compared, gradients: some values from everywhere in each."""
+        """Loss and, as far as they are compared, gradients: some values from everywhere in each. Who would
+        use them within backward is not asked."""
         self.zero_gradients()
-        loss = way().item()
         trained = [p for p in self.parameters if p.requires_grad]
         most = COMPARED // max(1, len(trained))
-        found = [
-            p.grad.flatten()[:: max(1, -(-p.numel() // most))].clone() if p.grad is not None else None
-            for p in trained
-        ]
+        found: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+        def take(p: torch.nn.Parameter) -> None:
+            if p.grad is not None:
+                found[p] = p.grad.flatten()[:: max(1, -(-p.numel() // most))].clone()
+
+        def moved(p: torch.nn.Parameter) -> None:
+            take(p)
+            p.grad = None
+
+        with hooked(trained, moved) if WITHIN in self.run.method.cannot else nullcontext():
+            loss = way().item()
+        for p in trained:
+            take(p)
         self.zero_gradients()
-        return loss, found
+        return loss, [found.get(p) for p in trained]
 
     def kinds(self) -> list[str]:
         """Of the gradients of an outcome: a weight's name, of whichever layer."""
@@ -405,6 +421,20 @@ def plain_gradients(model, run: "Run", batch: dict, share) -> torch.Tensor:
         loss = run.whole(run.method.loss, model, batch, run) * share
     run.accelerator.backward(loss)
     return loss.detach()
+
+
+@contextmanager
+def hooked(parameters: list, hook: Callable):
+    """Within, this is done with each gradient as soon as it is there, and nothing else."""
+    kept = [(p, p._post_accumulate_grad_hooks) for p in parameters]
+    for p in parameters:
+        p._post_accumulate_grad_hooks = None
+        p.register_post_accumulate_grad_hook(hook)
+    try:
+        yield
+    finally:
+        for p, hooks in kept:
+            p._post_accumulate_grad_hooks = hooks
 
 
 def asked_for_gradient(embedding, given, output: torch.Tensor) -> torch.Tensor:
