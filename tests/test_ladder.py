@@ -71,15 +71,12 @@ def test_compiled_steps_learn_what_plain_ones_do(method, rows, micro, traced):
 
 
 def test_who_uses_gradients_within_backward_by_no_hook_of_weights_is_not_tried():
-    class Own(LoRA):
-        cannot = {"accumulation": "each gradient is used at once"}
-
     one = SimpleNamespace(
         run=SimpleNamespace(
-            hp=HP, device=SimpleNamespace(type="cuda"), sharded=False, method=Own(),
+            hp=HP, device=SimpleNamespace(type="cuda"), sharded=False,
             accelerator=SimpleNamespace(mixed_precision="bf16"),
         ),
-        causal=(model := tiny.model()), model=model, parameters=list(model.parameters()),
+        within=True, causal=(model := tiny.model()), model=model, parameters=list(model.parameters()),
     )  # fmt: skip
     assert "by no hooks" in kernels.Kernels.refusal(one)
     one.parameters[0].register_post_accumulate_grad_hook(lambda p: None)
@@ -140,9 +137,10 @@ def test_rows_that_plain_steps_would_mix_are_not_packed(traced):
 def test_no_other_dropout_is_drawn_wherever_a_model_draws_it(dropout, why):
     """OPT's is a function, no module."""
     model = opt(dropout=dropout)
-    run = SimpleNamespace(hp=HP, device=torch.device("meta"), sharded=False, method=LoRA(),
+    run = SimpleNamespace(hp=HP, device=torch.device("meta"), sharded=False,
                           accelerator=SimpleNamespace(mixed_precision="bf16"))  # fmt: skip
-    assert kernels.Kernels.refusal(SimpleNamespace(run=run, model=model, causal=model)) == why
+    one = SimpleNamespace(run=run, model=model, causal=model, within=False)
+    assert kernels.Kernels.refusal(one) == why
 
 
 def test_a_short_training_is_not_compiled(monkeypatch):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from harness.training.run import Run
 
 FUSED = "fused"
-WITHIN = "accumulation"  # who cannot do that uses gradients within backward
 RUNGS = {  # name -> what a method says that it cannot
     "compiled + graph": ("compiling", "graphs"),
     "compiled": ("compiling",),
@@ -77,6 +76,7 @@ class Kernels:
         self.parameters = list(model.parameters())  # a walk through all modules outlasts a small step
         self.windowed = [m for m in model.modules() if isinstance(getattr(m, "sliding_window", None), int)]
         self.found = run.record.kernels
+        self.within = "accumulation" in run.method.cannot  # gradients are used within backward
         self.rung, self.found.reason = EAGER, self.refusal()
         self.graphs: dict[tuple, Captured | None] = {}  # none: it could not be captured
         self.pool, self.seconds, self.seen = None, 0.0, Seen()
@@ -84,7 +84,7 @@ class Kernels:
         self.forwards: dict[torch.nn.Module, Callable] = {}
         self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
-        if WITHIN in run.method.cannot:
+        if self.within:
             cannot.setdefault("graphs", "gradients are used within backward")
         work = sum(run.batches.tokens) * sum(map(numel, self.parameters))
         if run.hp.kernels == "auto" and work < WORTH * kinds(decoder_layers(self.causal)):
@@ -98,7 +98,7 @@ class Kernels:
         share = [run.devices.share(step, lambda example: example.length) for step in run.batches]
         self.steps = [step for step in share if step]  # those that this device reads
         with run.meter.phase("compile"):
-            apart = {"packing", WITHIN} & {*run.method.cannot}  # packed, a step may be several micro-batches
+            apart = self.within or "packing" in run.method.cannot  # packed, a step may be several
             self.shapes = (None if apart else self.packed()) or Shapes(self.steps, run.hp, packed=False)
         run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
@@ -127,9 +127,7 @@ class Kernels:
             return "compiled layers would draw another dropout"
         if not decoder_layers(self.causal):
             return "this architecture has no one list of decoder layers"
-        if WITHIN in self.run.method.cannot and not any(
-            p._post_accumulate_grad_hooks for p in self.parameters
-        ):
+        if self.within and not any(p._post_accumulate_grad_hooks for p in self.parameters):
             return "gradients are used within backward, by no hooks that a trial could leave out"
         return None
 
@@ -345,7 +343,7 @@ class Kernels:
             take(p)
             p.grad = None
 
-        with hooked(trained, moved) if WITHIN in self.run.method.cannot else nullcontext():
+        with hooked(trained, moved) if self.within else nullcontext():
             loss = way().item()
         for p in trained:
             take(p)

@@ -171,7 +171,7 @@ def widest(run: "Run") -> list:
     return max(run.batches, key=width)
 
 
-def sample(run: "Run") -> list[list]:
+def of_all_widths(run: "Run") -> list[list]:
     """The examples of TIMED steps, spread evenly over how many tokens steps have."""
     steps = sorted(zip(run.batches.tokens, run.batches, strict=True), key=lambda step: step[0])
     return [steps[(2 * i + 1) * run.steps // (2 * TIMED)][1] for i in range(TIMED)]

@@ -8,7 +8,7 @@ from harness.method import Method
 from harness.ranks import ALONE, Place
 from harness.record import RunRecord
 from harness.spec import RunSpec
-from harness.training.loop import Loop, rehearsed, sample, widest
+from harness.training.loop import Loop, of_all_widths, rehearsed, widest
 from harness.training.model import optimizer_bytes
 from harness.training.run import Run
 from harness.training.stages import attached, gather, opened
@@ -30,7 +30,7 @@ def tried(model, run: Run) -> Loop:
     record.memory = rehearsed(model, run)
     with meter.phase("train"):
         loop, clock, compiling = Loop(model, run), StepClock(run.device), []
-        first, some = widest(run), sample(run)
+        first, some = widest(run), of_all_widths(run)
         kinds = {lengths(examples): examples for examples in some}
         kinds.pop(lengths(first), None)
         for examples in [first, first, *kinds.values(), *some]:  # what comes for the first time is not timed

@@ -156,7 +156,7 @@ class DryKernels(Kernels):
                     self.run.ledger.is_part("gradients", parameter.grad)
         few = [max(batches, key=tokens)] if "graph" in self.rung else telling(batches)
         self.computed, self.largest = list(map(id, few)), id(max(reversed(few), key=tokens))
-        self.run.prepared = counted(batches)
+        self.run.prepared = extent(batches)
         self.run.traced = max(map(tokens, few))
 
     def fast(self, layer):
@@ -178,7 +178,7 @@ class DryKernels(Kernels):
         self.run.ledger.empty_cache()  # as where there is a GPU
 
 
-def counted(batches: list[dict]) -> tuple[int, int]:
+def extent(batches: list[dict]) -> tuple[int, int]:
     """Micro-batches of a step, and the tokens in them, padding included."""
     return len(batches), sum(map(tokens, batches))
 

@@ -25,8 +25,8 @@ from harness.training.dry.run import (
     DryKernels,
     DryRun,
     WidestFirst,
-    counted,
     decoded,
+    extent,
     few_forwards,
     padded,
     planned,
@@ -34,7 +34,7 @@ from harness.training.dry.run import (
 )  # fmt: skip
 from harness.training.dry.world import CARD, Autocast, world
 from harness.training.kernels import decoder_layers
-from harness.training.loop import sample
+from harness.training.loop import of_all_widths
 from harness.work import Work
 
 
@@ -184,12 +184,12 @@ def often(model, run: DryRun, step: list[Example], before: tuple[int, int]) -> d
     that a method's start has made."""
     again = [(now - start) / 2 * run.steps for now, start in zip(run.rollouts, before, strict=True)]
     reads, tokens = (start + more for start, more in zip(before, again, strict=True))
-    some = sample(run)
+    some = of_all_widths(run)
     rows = [sum(counts) for counts in zip(*(padded(one, run) for one in some), strict=True)]
     made = [now / one for now, one in zip(run.prepared, padded(step, run), strict=True)]
     if not any(again):  # what it draws is all as long; rows may be longer than those that they are made of
         with run.ledger.counted("other"), suppress(Exception):  # a plugin's, who plans no more steps than are
-            prepared = [counted(copy(run.method).prepare(model, one, run)) for one in some]
+            prepared = [extent(copy(run.method).prepare(model, one, run)) for one in some]
             made = [sum(counts) / one for counts, one in zip(zip(*prepared, strict=True), rows, strict=True)]
     batches, held = (of * whole for of, whole in zip(made, planned(run), strict=True))
     return {
