@@ -133,7 +133,8 @@ class Method:
 
     def renewed_every(self) -> int:
         """Steps after which what the first of them does beside the others is done anew, as a subspace that is
-        found; 0: never. A forecast, which sees two steps, counts it."""
+        found; 0: never. A forecast, which sees two steps, counts it; of who uses gradients within backward
+        these steps are made in Python, where others may be replayed."""
         return 0
 
     def decays(self, name: str, parameter) -> bool:

@@ -82,7 +82,7 @@ def projected_adamw():
             """A step of some of a group's parameters, each of which has a gradient."""
             if "rank" not in group:
                 return self.adamw(params, params, [p.grad for p in params], group)
-            due = [p for p in params if self.taken(p) % group["gap"] == 0]
+            due = [p for p in params if "basis" not in self.state[p] or self.taken(p) % group["gap"] == 0]
             for part in bounded(due, GRAM, lambda p: min(p.shape) ** 2):
                 bases = top_singular_vectors([p.grad for p in part], group["rank"])
                 for p, basis in zip(part, bases, strict=True):
@@ -94,10 +94,12 @@ def projected_adamw():
             bases = [self.state[p]["basis"] for p in params]
             with products(group["short"]):
                 low = [project(p.grad, basis) for p, basis in zip(params, bases, strict=True)]
-                changes, decay = self.changes(params, low, group), group["lr"] * group["weight_decay"]
+                changes = self.changes(params, low, group)
+                torch._foreach_mul_(changes, group["lr"] * group["scale"])
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 for p, change, basis in zip(params, changes, bases, strict=True):
-                    back = (change, basis.T) if p.shape[0] >= p.shape[1] else (basis, change)
-                    p.addmm_(*back, beta=1 - decay, alpha=group["lr"] * group["scale"])
+                    p.addmm_(*((change, basis.T) if p.shape[0] >= p.shape[1] else (basis, change)))
 
         def changes(self, params, low, group) -> list:
             """What AdamW at a rate of 1 makes of projected gradients."""
@@ -110,19 +112,26 @@ def projected_adamw():
             """Steps so far. Counted on the host: to ask the device would be to wait for it."""
             return int(self.state[p].get("step", 0))
 
+        def counts(self, params) -> list:
+            """Steps with this one, on the parameters' device."""
+            for p in params:  # a state that was loaded may have put it elsewhere
+                self.state[p]["step"] = self.state[p]["step"].cpu() + 1
+            counts = [self.taken(p) for p in params]
+            steps = {t: torch.full((), float(t), device=params[0].device) for t in set(counts)}
+            return [steps[t] for t in counts]
+
         def adamw(self, params, targets, grads, group) -> None:
             """torch's fused AdamW moves the targets, by the moments of params."""
             states = [self.state[p] for p in params]
+            for state in states:
+                state.setdefault("step", torch.tensor(0.0))
+            counts = self.counts(params)
             for state, grad in zip(states, grads, strict=True):
-                if "step" not in state:
-                    state["step"] = torch.tensor(0.0)
+                if "exp_avg" not in state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
-                state["step"] = state["step"].cpu() + 1  # a state that was loaded may have put it elsewhere
-            counts = [self.taken(p) for p in params]
-            steps = {t: torch.full((), float(t), device=grads[0].device) for t in set(counts)}
             first, second = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             torch._fused_adamw_(
-                targets, grads, first, second, [], [steps[t] for t in counts], lr=group["lr"],
+                targets, grads, first, second, [], counts, lr=group["lr"],
                 beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
                 eps=group["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip

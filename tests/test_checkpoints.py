@@ -20,6 +20,7 @@ from harness.training import checkpoint, evaluation, stages
 from harness.training.checkpoint import STATE, TENSORS, Checkpoints, lost, take_record
 from harness.training.loop import train
 from methods.galore import GaLore
+from methods.galore_layerwise import GaLoreLayerwise
 from methods.lora import LoRA
 
 HP = tiny.hyperparams(max_steps=7, batch_size=4, micro_batch_size=2, validations=2)
@@ -52,12 +53,16 @@ def killed():
     raise Killed
 
 
-@pytest.mark.parametrize("method", [LoRA, lambda: GaLore(rank=4, gap=2)], ids=["LoRA", "GaLore"])
+GALORES = [lambda cls=cls: cls(rank=4, gap=3) for cls in (GaLore, GaLoreLayerwise)]
+
+
+@pytest.mark.parametrize("method", [LoRA, *GALORES], ids=["LoRA", "GaLore", "GaLore layerwise"])
 def test_a_killed_training_goes_on_to_the_bit(method, tmp_path):
-    whole, expected = training(method(), tmp_path / "whole")
+    hp = replace(HP, micro_batch_size=4) if "accumulation" in method().cannot else HP
+    whole, expected = training(method(), tmp_path / "whole", hp=hp)
     with pytest.raises(Killed):
-        training(method(), tmp_path / "killed", OFTEN, at(5, killed))
-    record, weights = training(method(), tmp_path / "killed", OFTEN)
+        training(method(), tmp_path / "killed", OFTEN, at(5, killed), hp=hp)
+    record, weights = training(method(), tmp_path / "killed", OFTEN, hp=hp)
     assert [one.step for one in record.resumed] == [4] and not whole.resumed
     assert tiny.losses(record) == tiny.losses(whole) and record.validation == whole.validation
     assert all(torch.equal(weights[name], value) for name, value in expected.items())

@@ -226,8 +226,12 @@ def test_what_a_start_repeats_is_counted_as_often(small):
 
 
 @pytest.mark.parametrize(
-    "name, options, steps", [("galore", {"rank": 8, "gap": 2}, 12), ("full", {}, 5), ("lora", {}, 5)]
-)
+    "name, options, steps",
+    [
+        ("galore", {"rank": 8, "gap": 2}, 12), ("galore_layerwise", {"rank": 8, "gap": 2}, 12),
+        ("full", {}, 5), ("lora", {}, 5),
+    ],
+)  # fmt: skip
 def test_a_whole_training_computes_what_was_forecast(name, options, steps, small):
     """Products of every step, by torch's own counter: a method's subspaces are found more than once."""
     hp = tiny.hyperparams(kernels="eager", max_steps=steps, validations=0)
@@ -247,15 +251,31 @@ def test_a_whole_training_computes_what_was_forecast(name, options, steps, small
 SLOW = forecast.Card("slow", 0, 1 / PRODUCTS, 1 / LONG_PRODUCTS, inf, 0)
 
 
-def test_what_is_drawn_anew_is_captured_anew():
-    """LISA's layers: 24 times in 500 steps, each time the graphs of all shapes."""
+@pytest.mark.parametrize("name, options", [("lisa", {"layers": 1}), ("galore_layerwise", {"gap": 20})])
+def test_what_is_drawn_anew_is_captured_anew(name, options):
+    """24 times in 500 steps, each time the graphs of all shapes."""
     hp = tiny.hyperparams(**COMPILED, max_steps=500)
-    found = traced("lisa", LLAMA, hp, {"layers": 1})
+    found = traced(name, LLAMA, hp, options)
     work = {name: asdict(done) for name, done in found.work.items()}
     told = Forecast("compiled + graph", work=work, facts=found.facts).seconds(forecast.CARDS["H200"])
     one = seconds_of(found.work["micro-batch"], forecast.CARDS["H200"])
     assert told["renewals"] >= 24 * 2 * one > 0
     assert "captured_again" not in traced("full", LLAMA, hp).facts
+
+
+def test_updates_within_backward_are_replayed_with_it_but_the_first_ones(monkeypatch):
+    """And no more than some weights of a step have gradients at a time."""
+    captured, own = [], ledger.Ledger.captured
+
+    def counted(self, largest):
+        captured.append(largest)
+        return own(self, largest)
+
+    monkeypatch.setattr(ledger.Ledger, "captured", counted)
+    found = traced("galore_layerwise", LLAMA, tiny.hyperparams(**COMPILED, max_steps=500))
+    assert found.rung == "compiled + graph" and captured == [True]
+    held = max(m.parts["gradients"] for n, m in found.moments.items() if n.startswith("train"))
+    assert held < found.saved_bytes / 3
 
 
 def test_two_depths_tell_the_third(exact, monkeypatch):

@@ -23,7 +23,7 @@ from methods.apollo import APOLLO, apollo_adamw, random_bases
 from methods.full import Full
 from methods.full_8bit import Full8bit
 from methods.galore import GaLore, project
-from methods.galore_layerwise import GaLoreLayerwise
+from methods.galore_layerwise import GaLoreLayerwise, capturable_adamw
 
 ROWS = tiny.rows(22, seed=1)
 TALL, WIDE, SQUARE = (48, 32), (24, 40), (32, 32)
@@ -398,6 +398,34 @@ def test_without_its_optimizer_the_weights_are_left_alone_and_its_moments_are_fr
     for n, p in trained.named_parameters():
         assert torch.equal(p, before[n])
         assert p.grad is not None
+
+
+def test_what_a_graph_reads_lies_with_the_parameters_also_after_a_state_was_loaded():
+    """A rate on the host would be that of the capture for ever."""
+    weight = nn.Parameter(torch.empty(4, 4, device="meta"))
+    one = capturable_adamw()([weight], lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    assert one.param_groups[0]["lr"].is_meta
+    state = one.state_dict()
+    state["param_groups"][0]["lr"] = torch.tensor(1e-3, dtype=torch.float64)  # as a checkpoint holds it
+    one.load_state_dict(state)
+    assert one.param_groups[0]["lr"].is_meta
+
+
+def test_a_weight_that_has_its_first_gradient_late_has_a_subspace():
+    """As an expert that no token of the first step has asked for."""
+    torch.manual_seed(0)
+    first, late = (nn.Parameter(torch.randn(8, 6)) for _ in range(2))
+    groups = [{"params": [first, late], "rank": 2, "gap": 200, "scale": 1.0, "weight_decay": 0.0}]
+    one = capturable_adamw()(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    for learning in ([first], [first, late]):
+        before = late.detach().clone()
+        for p in learning:
+            p.grad = torch.randn_like(p)
+            with torch.no_grad():
+                one.take([p], one.param_groups[0])
+            p.grad = None
+        one.step()
+    assert one.state[late]["step"] == 1 and torch.linalg.matrix_rank(late - before, rtol=1e-3) == 2
 
 
 def test_layerwise_says_what_it_cannot():

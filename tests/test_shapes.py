@@ -50,16 +50,20 @@ MODELS = {
 }
 
 
-def shapes(packed: bool, rows=ROWS, hp=HP):
+WHOLE = "a step in one sequence"
+WAYS = pytest.mark.parametrize("way", ["padded", "packed", WHOLE])
+
+
+def shapes(way: str, rows=ROWS, hp=HP):
     batches = Batches(rows, hp, 0)
-    return batches, Shapes(batches, hp, packed)
+    return batches, Shapes(batches, hp, packed=way != "padded", whole=way == WHOLE)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@WAYS
 @pytest.mark.parametrize("config", MODELS)
-def test_a_shaped_batch_is_read_as_its_rows_apart(config, packed, flash_on_a_cpu):
+def test_a_shaped_batch_is_read_as_its_rows_apart(config, way, flash_on_a_cpu):
     model = tiny.model(MODELS[config]).train()
-    batches, made = shapes(packed)
+    batches, made = shapes(way)
     for examples in list(batches)[:2]:
         for part in made.cut(examples):
             plain = collate(part, tiny.PAD, "cpu", history=True)
@@ -76,19 +80,20 @@ def test_a_shaped_batch_is_read_as_its_rows_apart(config, packed, flash_on_a_cpu
             )
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@WAYS
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 999), count=st.integers(1, 60), size=st.integers(1, 12), cut=st.integers(1, 4),
     epochs=st.integers(1, 3),
 )  # fmt: skip
-def test_a_run_has_at_most_four_shapes_each_row_once_and_all_fit(packed, seed, count, size, cut, epochs):
+def test_a_run_has_at_most_four_shapes_each_row_once_and_all_fit(way, seed, count, size, cut, epochs):
+    cut = 1 if way == WHOLE else cut
     hp = replace(HP, batch_size=size, micro_batch_size=-(-size // cut), epochs=float(epochs), max_length=400)
     rows = tiny.rows(count, seed, prompt=(1, 200), response=(1, 190))
-    batches, made = shapes(packed, rows, hp)
-    again, used = Shapes(Batches(rows, hp, 0), hp, packed), set()
+    (batches, made), (_, again), used = shapes(way, rows, hp), shapes(way, rows, hp), set()
     for examples in batches:
         parts = made.cut(examples)
+        assert len(parts) == 1 or way != WHOLE
         assert sorted(e.id for part in parts for e in part) == sorted(e.id for e in examples)
         for part in parts:
             batch = collate(part, tiny.PAD, "cpu", history=True, shaped=made.of)
@@ -102,7 +107,7 @@ def test_a_run_has_at_most_four_shapes_each_row_once_and_all_fit(packed, seed, c
 
 
 def test_a_row_that_was_not_planned_is_neither_lost_nor_cut():
-    _, made = shapes(True)
+    _, made = shapes("packed")
     longer = replace(ROWS[0], id="longer", response_ids=tiny.array([7] * 500))
     parts = made.cut([longer, *ROWS[1:4]])
     assert sorted(e.id for part in parts for e in part) == sorted(e.id for e in [longer, *ROWS[1:4]])
@@ -156,7 +161,7 @@ def test_few_sizes_cost_least(drawn):
 def test_answers_that_no_plan_has_get_room_in_few_shapes_whatever_came_before():
     """As ORPO's pairs and GRPO's draws: other rows, of other lengths, more of them to a micro-batch."""
     hp = replace(HP, batch_size=8, micro_batch_size=8, max_length=400)
-    batches, made = shapes(False, tiny.rows(400, prompt=(1, 200), response=(1, 190)), hp)
+    batches, made = shapes("padded", tiny.rows(400, prompt=(1, 200), response=(1, 190)), hp)
     draw, asked = random.Random(0), []
     for examples in batches:
         answers = [replace(e, response_ids=tiny.array([7] * draw.randint(1, 128))) for e in examples]
@@ -170,11 +175,11 @@ def test_answers_that_no_plan_has_get_room_in_few_shapes_whatever_came_before():
     for rows in (8, 16):
         used = {shape for (examples, _), shape in zip(asked, found, strict=True) if len(examples) == rows}
         assert len(used) <= 2 * SIZES
-    _, short = shapes(False, tiny.rows(16, prompt=(5, 9), response=(5, 9)), replace(hp, max_length=1024))
+    _, short = shapes("padded", tiny.rows(16, prompt=(5, 9), response=(5, 9)), replace(hp, max_length=1024))
     lone = [replace(batches.examples[0], prompt_ids=tiny.array([7]), response_ids=tiny.array([7] * n))
             for n in (70, 100, 300, 900)]  # fmt: skip
     assert [short.of([e], e.length).tokens for e in lone] == [128, 128, 512, 1024]
-    _, later = shapes(False, batches.examples, hp)
+    _, later = shapes("padded", batches.examples, hp)
     assert [later.of(*each) for each in reversed(asked)] == found[::-1]
 
 
@@ -184,7 +189,7 @@ def test_rows_as_long_as_instructions_are_leave_little_padding():
     lengths = [max(20, min(512, round(draw.lognormvariate(4.65, 0.55)))) for _ in range(1600)]
     rows = [replace(row, response_ids=tiny.array([7] * (n - 1)), prompt_ids=tiny.array([7]))
             for row, n in zip(tiny.rows(1600), lengths, strict=True)]  # fmt: skip
-    batches, made = shapes(True, rows, replace(HP, batch_size=16, micro_batch_size=16, max_length=512))
+    batches, made = shapes("packed", rows, replace(HP, batch_size=16, micro_batch_size=16, max_length=512))
     parts = [part for step in batches for part in made.cut(step)]
     given = [made.of(part, sum(len(e.response_ids) for e in part)) for part in parts]
     slots = sum(shape.tokens for shape in given)
@@ -194,7 +199,7 @@ def test_rows_as_long_as_instructions_are_leave_little_padding():
 
 
 def test_what_is_no_target_points_to_the_last_token_and_padding_is_rows_of_its_own():
-    _, made = shapes(True)
+    _, made = shapes("packed")
     batch = collate(ROWS[:2], tiny.PAD, "cpu", shaped=made.of)
     count, (_, length) = int((batch["labels"][:, 1:] != -100).sum()), batch["labels"].shape
     targets, borders = batch["targets"].tolist(), batch["cu_seq_lens"].tolist()

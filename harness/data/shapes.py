@@ -67,13 +67,15 @@ class Shapes:
     as examples are those of `batches`.
 
     `packed`: the rows of a micro-batch lie one behind another in one sequence, as many of a step's rows as
-    fit, and at most micro_batch_size * max_length tokens. Else micro_batch_size rows have one width.
+    fit, and at most micro_batch_size * max_length tokens; `whole`: all of them. Else micro_batch_size rows
+    have one width.
     """
 
-    def __init__(self, batches: Iterable[list[Example]], hp: Hyperparams, packed: bool):
-        self.hp, self.packed = hp, packed
+    def __init__(self, batches: Iterable[list[Example]], hp: Hyperparams, packed: bool, whole: bool = False):
+        self.hp, self.packed, self.whole = hp, packed, packed and whole
         if packed:
-            self.sizes = sizes_for([[needed(example) for example in step] for step in batches], hp)
+            steps = [[needed(example) for example in step] for step in batches]
+            self.sizes = sizes_for([[together(rows)] for rows in steps] if whole else steps, hp)
             self.choices = choices(self.sizes)
         else:
             parts = [part for step in batches for part in self.cut(step)]
@@ -83,6 +85,8 @@ class Shapes:
         if not self.packed:
             size = self.hp.micro_batch_size
             return [examples[i : i + size] for i in range(0, len(examples), size)]
+        if self.whole:
+            return [examples] if examples else []
         planned = [example for example in examples if max(self.sizes).holds(needed(example))]
         rows = [needed(example) for example in planned]
         parts = [[planned[i] for i in part] for _, part in fill(rows, orders(rows), self.choices)]

@@ -28,16 +28,19 @@ def workspaces() -> None:
 
 
 def recorded(
-    step: Callable[[], Any], pool, forget: Callable[[], object] | None = None
+    step: Callable[[], Any],
+    pool,
+    forget: Callable[[], object] | None = None,
+    warm_up: Callable[[], object] | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, Any, int]:
-    """A step as a graph, its memory from a pool (torch.cuda.graph_pool_handle). It is run once before, on a
-    stream of its own: that compiles, and makes what libraries make once. -> the graph; what the step gave,
-    whose tensors each replay writes anew; if there is a way to `forget` the peak so far, the bytes that a
-    replay holds beside what is there already."""
+    """A step as a graph, its memory from a pool (torch.cuda.graph_pool_handle). It is run once before, or its
+    `warm_up`, on a stream of its own: that compiles, and makes what libraries make once. -> the graph; what
+    the step gave, whose tensors each replay writes anew; if there is a way to `forget` the peak so far, the
+    bytes that a replay holds beside what is there already."""
     side = aside()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()
+        (warm_up or step)()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

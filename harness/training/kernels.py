@@ -44,6 +44,7 @@ KIND, COUNTED = 0.5, 0.01  # as much, of a kind of weight in all layers, of thos
 LOSS = 0.02  # nats a token, as much
 MOST = 1e6  # of GRADIENTS, when they are of another world or no numbers
 COMPARED = 2**26  # values of the gradients, at most: 256 MiB
+OFTEN = 4  # steps between two captures, up to which these take longer than replays save
 CAPTURED = 16  # graphs of a run, at most; a shape beyond is computed as it comes
 TRACED = {
     "recompile_limit": 64,  # programs of one kind of layer: its windows, its modes and the shapes
@@ -67,10 +68,10 @@ class Captured:
 
 
 class Kernels:
-    """`ready(batches)` before a step, then `gradients(batch, share)` adds those of a micro-batch's loss times
-    its share of the step, and gives that product. `seconds`: of compiling and capturing."""
+    """`ready(batches, step)` before a step, then `gradients(batch, share)` adds those of a micro-batch's loss
+    times its share of the step, and gives that product. `seconds`: of compiling and capturing."""
 
-    def __init__(self, model, run: "Run", reducer: Reducer):
+    def __init__(self, model, run: "Run", reducer: Reducer, optimizer: torch.optim.Optimizer):
         self.model, self.run, self.causal = model, run, head.causal_lm(model)
         self.reducer = reducer
         self.parameters = list(model.parameters())  # a walk through all modules outlasts a small step
@@ -84,8 +85,10 @@ class Kernels:
         self.forwards: dict[torch.nn.Module, Callable] = {}
         self.adapters = Adapters([])
         cannot = {limit: why for limit, why in run.method.cannot.items() if limit in ("compiling", "graphs")}
-        if self.within:
-            cannot.setdefault("graphs", "gradients are used within backward")
+        if self.within and not capturable(optimizer):
+            cannot.setdefault("graphs", "an optimizer that is not capturable uses gradients within backward")
+        if self.within and min(run.method.renewed_every() or run.steps, run.steps) <= OFTEN:
+            cannot.setdefault("graphs", "it would be captured for too few steps")
         work = sum(run.batches.tokens) * sum(map(numel, self.parameters))
         if run.hp.kernels == "auto" and work < WORTH * kinds(decoder_layers(self.causal)):
             cannot["compiling"] = "takes longer than it would save in so short a training"
@@ -98,7 +101,7 @@ class Kernels:
         share = [run.devices.share(step, lambda example: example.length) for step in run.batches]
         self.steps = [step for step in share if step]  # those that this device reads
         with run.meter.phase("compile"):
-            apart = self.within or "packing" in run.method.cannot  # packed, a step may be several
+            apart = "packing" in run.method.cannot
             self.shapes = (None if apart else self.packed()) or Shapes(self.steps, run.hp, packed=False)
         run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
@@ -134,7 +137,7 @@ class Kernels:
     def packed(self) -> Shapes | None:
         """Of rows that share a sequence, where this model reads them as it reads them apart."""
         run, rows = self.run, self.run.batches.examples[:4]
-        shapes = Shapes(self.steps, run.hp, packed=True)
+        shapes = Shapes(self.steps, run.hp, packed=True, whole=self.within)
         try:
             with torch.no_grad(), run.accelerator.autocast():
                 apart = run.collate(rows)
@@ -156,12 +159,16 @@ class Kernels:
     def also(self, reason: str | None) -> None:
         self.found.reason = "; ".join(filter(None, [self.found.reason, reason])) or None
 
-    def ready(self, batches: list[dict]) -> None:
-        """Compiles and captures what these micro-batches need, and, before the first, chooses the rung."""
+    def ready(self, batches: list[dict], step: int) -> None:
+        """Compiles and captures what these micro-batches need, and, before the first, chooses the rung.
+        `step`: of the training, from 0."""
         if self.rung == EAGER and not self.untried:
             return
+        if (live := self.live(step)) and self.graphs:
+            self.drop()
+            self.clear()
         new = {key: batch for batch in batches if (key := self.key(batch)) not in self.graphs}
-        if not new or (not self.untried and "graph" not in self.rung):
+        if not new or (not self.untried and (live or "graph" not in self.rung)):
             return
         if any(key[0] != self.trained() for key in self.graphs):
             self.drop()  # other weights train now
@@ -171,10 +178,14 @@ class Kernels:
             trying = bool(self.untried)
             while self.untried and self.choose(min(new.values(), key=tokens)):
                 pass
-            if trying and len(new) > 1:
+            if trying and (self.within or len(new) > 1):
                 self.drop()  # the smallest: it fits into what the largest holds, not the other way round
+            if self.within:
+                self.clear()  # of what a live step has left
             for key, batch in sorted(new.items(), key=lambda item: -tokens(item[1])):
-                if "graph" in self.rung and key not in self.graphs and len(self.graphs) < CAPTURED:
+                if live or "graph" not in self.rung:
+                    break
+                if key not in self.graphs and len(self.graphs) < CAPTURED:
                     try:
                         self.graphs[key] = self.capture(batch)
                     except torch.cuda.OutOfMemoryError:  # nor would it have room without one, beside others
@@ -187,7 +198,14 @@ class Kernels:
             self.clear()
         self.run.reading = own
         self.seconds += self.spent() - spent
-        self.found.shapes = len(self.graphs) or None
+        most = max(self.found.shapes or 0, len(self.graphs))
+        self.found.shapes = (most or None) if "graph" in self.rung else None
+
+    def live(self, step: int) -> bool:
+        """Whether who uses gradients within backward does so in Python now: its state is made in the first
+        step, and anew in those of a renewal. Others are replayed with it."""
+        every = self.run.method.renewed_every()
+        return self.within and (step == 0 or (every > 0 and step % every == 0))
 
     def spent(self) -> float:
         phase = self.run.meter.phases.get("compile")
@@ -195,7 +213,7 @@ class Kernels:
 
     def choose(self, batch: dict) -> bool:
         """Tries the next rung against a plain step. -> whether this micro-batch could tell."""
-        key, reason = self.key(batch), None
+        reason = None
         batch = dict(batch)  # what a loss adds to it is the trial's
         try:
             with head.arithmetic(self.model) as types:  # who listens would be compiled, too
@@ -212,11 +230,7 @@ class Kernels:
             self.forwards = {layer: self.fast(layer) for layer in decoder_layers(self.causal)}
             if not self.adapters.groups:
                 self.adapters = Adapters(alike(self.model))
-            if "graph" in rung:
-                captured = self.capture(batch)
-                found = self.outcome(partial(self.replay, captured, batch, 1.0))
-            else:
-                found = self.outcome(partial(self.quick, batch, 1.0))
+            found = self.outcome(partial(self.tried, batch))
             wrong = expected and difference(expected, found, self.kinds())
         except torch.cuda.OutOfMemoryError:
             if not expected:  # nor did the plain step fit
@@ -227,8 +241,6 @@ class Kernels:
         if not wrong:
             self.untried = []
             self.also(reason)
-            if "graph" in rung:
-                self.graphs[key] = captured
             return True
         self.also(f"{rung}: {wrong}")
         self.drop()
@@ -310,8 +322,9 @@ class Kernels:
         given = {name: value.clone() for name, value in batch.items() if torch.is_tensor(value)}
         share = torch.ones((), device=self.run.device)
         rest = {name: value for name, value in batch.items() if name not in given}
-        for parameter in self.parameters:
-            if parameter.requires_grad and parameter.grad is None:
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None and not self.within:
                 parameter.grad = torch.zeros_like(parameter)  # a graph adds to what lies there
         self.pool = self.pool or torch.cuda.graph_pool_handle()
 
@@ -319,13 +332,29 @@ class Kernels:
             inner = {**rest, **given}
             return self.quick(inner, share), inner
 
+        def warm_up() -> None:  # which trains nothing
+            with hooked(trained, forgotten) if self.within else nullcontext():
+                step()
+
         meter = self.run.meter
-        graph, (loss, inner), held = recorded(step, self.pool, partial(meter.keep_peaks, "compile"))
+        graph, (loss, inner), held = recorded(step, self.pool, partial(meter.keep_peaks, "compile"), warm_up)
         meter.replayed = max(meter.replayed, held)
         added = {name: value for name, value in inner.items() if name not in batch}
-        gradients = [(p, p.grad) for p in self.parameters if p.requires_grad]
+        gradients = [(p, p.grad) for p in trained if p.grad is not None]
         read, made = self.seen.batches > 0, frozenset(self.reducer.made)
         return Captured(graph, given, share, loss, added, read, gradients, made)
+
+    def tried(self, batch: dict) -> torch.Tensor:
+        """By a graph with the trial's hooks in it, where there are hooks."""
+        if "graph" in self.rung and (self.within or not self.graphs):
+            self.drop()
+            self.clear()
+            held = self.run.meter.replayed
+            self.graphs[self.key(batch)] = self.capture(batch)
+            if self.within:
+                self.run.meter.replayed = held  # what its hooks keep is in no step
+            self.zero_gradients()
+        return self.gradients(batch, 1.0)
 
     def outcome(self, way: Callable) -> tuple[float, list[torch.Tensor | None]]:
         """Loss and, as far as they are compared, gradients: some values from everywhere in each. Who would
@@ -363,7 +392,7 @@ class Kernels:
         own, self.run.reading, batch = self.run.reading, self.seen, self.latest
         with self.run.meter.phase("compile"):
             try:
-                _, found = self.outcome(partial(self.gradients, batch, 1.0))
+                _, found = self.outcome(partial(self.tried, batch))
                 plain = partial(plain_gradients, self.model, self.run, plainly(batch), 1.0)
                 self.found.apart, kind = farthest(self.outcome(plain)[1], found, self.kinds())
                 self.also(kind and f"after the last step, gradients of {kind} were others")
@@ -421,6 +450,16 @@ def plain_gradients(model, run: "Run", batch: dict, share) -> torch.Tensor:
     return loss.detach()
 
 
+def capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its steps can be captured: what differs from one to the next lies on the device."""
+    return all(
+        group.get("capturable")
+        and torch.is_tensor(group["lr"])
+        and all(group["lr"].device == p.device for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
 @contextmanager
 def hooked(parameters: list, hook: Callable):
     """Within, this is done with each gradient as soon as it is there, and nothing else."""
@@ -433,6 +472,10 @@ def hooked(parameters: list, hook: Callable):
     finally:
         for p, hooks in kept:
             p._post_accumulate_grad_hooks = hooks
+
+
+def forgotten(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def asked_for_gradient(embedding, given, output: torch.Tensor) -> torch.Tensor:

@@ -107,14 +107,14 @@ class Loop:
         self.scheduler = get_scheduler(hp.schedule, self.optimizer, warmup, run.steps)
         self.reading = run.reading = Reading(run.devices, run.device)
         prepare_model(model.train(), hp)
-        self.kernels = Kernels(model, run, self.reducer)
+        self.kernels = Kernels(model, run, self.reducer, self.optimizer)
 
     def step(self, examples: list) -> dict:
         """One optimizer step. -> its loss and the like, as tensors that nobody has waited for."""
         run, rate = self.run, self.scheduler.get_last_lr()[0]
         with run.decoder.asked(run.steps):
             batches = run.method.prepare(self.model, examples, run)
-        self.kernels.ready(batches)
+        self.kernels.ready(batches, self.done)
         known = self.done or "training" in run.record.arithmetic
         with nullcontext({}) if known else head.arithmetic(self.model) as types:
             loss = accumulate(batches, run, self.kernels.gradients, self.idle(len(batches), examples))

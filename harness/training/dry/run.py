@@ -124,9 +124,9 @@ class DryKernels(Kernels):
 
     def packed(self) -> Shapes | None:
         run, rows = self.run, self.run.batches.examples[:4]
-        key = shaping(run), "shapes"
+        key = shaping(run), "shapes", self.within
         if key not in KNOWN:
-            KNOWN[key] = Shapes(self.steps, run.hp, packed=True)
+            KNOWN[key] = Shapes(self.steps, run.hp, packed=True, whole=self.within)
         try:
             with torch.no_grad(), run.accelerator.autocast():
                 run.shapes = KNOWN[key]
@@ -138,7 +138,7 @@ class DryKernels(Kernels):
             run.shapes = None
         return KNOWN[key]
 
-    def ready(self, batches: list[dict]) -> None:
+    def ready(self, batches: list[dict], step: int) -> None:
         if self.untried:
             self.rung, self.untried = self.untried[0], []
             self.run.record.arithmetic["training"] = {}  # a trial has found it out
@@ -149,12 +149,15 @@ class DryKernels(Kernels):
                 for group in self.adapters.groups:
                     self.run.ledger.is_part("weights", [group.both, group.a, group.b])
                 self.run.ledger.empty_cache()
-        if "graph" in self.rung:
+        self.replays = "graph" in self.rung and not self.live(step)
+        if self.within and self.replays:
+            self.run.ledger.empty_cache()
+        elif self.replays:
             for parameter in self.parameters:
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                     self.run.ledger.is_part("gradients", parameter.grad)
-        few = [max(batches, key=tokens)] if "graph" in self.rung else telling(batches)
+        few = [max(batches, key=tokens)] if self.replays else telling(batches)
         self.computed, self.largest = list(map(id, few)), id(max(reversed(few), key=tokens))
         self.run.prepared = extent(batches)
         self.run.traced = max(map(tokens, few))
@@ -168,7 +171,7 @@ class DryKernels(Kernels):
         if id(batch) not in self.computed:
             return torch.zeros((), device=CARD)
         ledger, largest = self.run.ledger, id(batch) == self.largest
-        pool = ledger.captured(largest and self.run.widest) if "graph" in self.rung else nullcontext()
+        pool = ledger.captured(largest and self.run.widest) if self.replays else nullcontext()
         with pool, ledger.counted("micro-batch" if largest else "other"):
             return super().gradients(batch, 1.0)
 
@@ -236,7 +239,7 @@ def padded(step: list[Example], run: Run) -> tuple[int, int]:
 
 def planned(run: Run) -> tuple[int, int]:
     """And of the whole training."""
-    key = shaping(run), bool(run.shapes and run.shapes.packed), run.shapes is None
+    key = shaping(run), run.shapes and (run.shapes.packed, run.shapes.whole)
     if key not in KNOWN:
         counts = [padded(step, run) for step in run.batches]
         KNOWN[key] = sum(n for n, _ in counts), sum(held for _, held in counts)

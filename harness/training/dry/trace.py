@@ -145,7 +145,8 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         made = loop.Loop(model, run)
         drawn = attached != [p.requires_grad for p in model.parameters()]
         order = sorted(steps, key=lambda step: width(step, run))
-        if "accumulation" in method.cannot:  # what its first step has to do is in the backward
+        within = made.kernels.within
+        if within:  # what its first step has to do is in the backward
             order = order[-1:]
         # The first makes the moments, the second begins with them; what grows with tokens, two widths tell.
         for name, step in {"first step": order[0], "step": order[-1]}.items():
@@ -156,10 +157,12 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
                 made.step(step)
             for state in made.optimizer.state.values():
                 ledger.is_part("optimizer", state)
-        if 0 < narrow[1] < run.traced:
+        if within:
+            ledger.work["first step"] += narrow[0] + ledger.work["micro-batch"] * -1
+        elif 0 < narrow[1] < run.traced:
             ledger.work["narrow micro-batch"], found.facts["narrow_tokens"] = narrow
         found.facts |= often(model, run, order[-1], before) | {"renewed_every": method.renewed_every()}
-        if "graph" in made.kernels.rung and drawn:  # what trains is drawn anew, and graphs are of what trains
+        if "graph" in made.kernels.rung and (drawn or within):  # graphs are of what trains, and how
             found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if "graph" in made.kernels.rung:
             found.facts["shapes"] = len(made.kernels.shapes.sizes)

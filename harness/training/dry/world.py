@@ -166,7 +166,7 @@ def answered(func, args, kwargs):
     """What a card's operation gives, where `meta` has none of its own."""
     if func is aten._local_scalar_dense.default:
         return made_up(args[0]).item() if args[0].device == CARD else NotImplemented
-    if func in IN_PLACE:
+    if func.overloadpacket in IN_PLACE:
         return None
     if func is aten._to_copy.default and args[0].device == CARD:
         to = kwargs.get("device")
@@ -179,7 +179,7 @@ def answered(func, args, kwargs):
     return NotImplemented
 
 
-IN_PLACE = {aten._fused_adamw_.default, aten._fused_adam_.default, aten._fused_sgd_.default}
+IN_PLACE = {aten._fused_adamw_, aten._fused_adam_, aten._fused_sgd_}
 
 
 def log_probabilities(logits, labels, softcap=None, weights=None, replace=True):
