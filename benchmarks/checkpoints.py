@@ -48,7 +48,9 @@ from harness.spec import Hyperparams, RunSpec
 from harness.store import save
 
 METHODS = ("lora", "qlora", "full_8bit", "galore")
-OPTIONS = {"galore": {"gap": 10}}  # steps between two of its bases: some before the kill, some after
+OPTIONS = {
+    name: {"gap": 10} for name in ("galore", "galore_layerwise")
+}  # steps between two of its bases: some before the kill, some after
 LOST = 3  # steps that are made twice, at most
 USUAL = 6  # steps before the last that is compared: what one takes beside no checkpoint
 LEAST_STEPS = LOST + USUAL + 2

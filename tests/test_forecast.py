@@ -572,6 +572,9 @@ def test_the_knob_that_changes_least_is_one_whose_forecast_fits(line):
     whole = arm_of("lora")
     whole.forecast.facts["cannot"] = ["accumulation", "gradient checkpointing"]
     assert "hp.micro_batch_size=4 hp.batch_size=4 (smaller steps)" in said(8, whole)
+    whole.forecast.facts["cannot"] = ["accumulation"]
+    checkpointed = "hp.gradient_checkpointing=true hp.micro_batch_size=1 hp.batch_size=1 (smaller steps)"
+    assert checkpointed in said(5.3, whole)
     assert "hp.micro_batch_size=4" in said(8)
     swept = arm_of("lora")
     swept.runs = [

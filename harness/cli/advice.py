@@ -160,7 +160,8 @@ def knobs(arm: Arm, card: Card, sizes: dict[str, int]) -> Iterator[tuple[str, Ru
     possible = fits(made.scaled(0), share)  # else what has no rows is too large
     if smaller and cut:
         yield knob({"micro_batch_size": size}, " (the same steps)")
-    if possible and "gradient checkpointing" not in cannot and not hp.gradient_checkpointing:
+    checkpointed = possible and "gradient checkpointing" not in cannot and not hp.gradient_checkpointing
+    if checkpointed:
         yield knob({"gradient_checkpointing": True} | least)
     if possible and made.rung == EAGER and made.own_rows and "packing" not in cannot and not hp.packing:
         yield knob({"packing": True} | least)
@@ -168,6 +169,9 @@ def knobs(arm: Arm, card: Card, sizes: dict[str, int]) -> Iterator[tuple[str, Ru
     yield from ((f"{text} {said}".rstrip(), other) for text, other in lighter(fewer))
     if smaller and not cut:
         yield knob({"micro_batch_size": size, "batch_size": size}, " (smaller steps)")
+    for rows in reversed([n for n in POWERS if checkpointed and not cut and n < hp.micro_batch_size]):
+        small = {"gradient_checkpointing": True, "micro_batch_size": rows, "batch_size": rows}
+        yield knob(small, " (smaller steps)")
     if possible and (half := hp.max_length // 2):
         yield knob({"max_length": half} | least, " (longer rows are cut)")
 

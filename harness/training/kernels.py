@@ -101,8 +101,8 @@ class Kernels:
         share = [run.devices.share(step, lambda example: example.length) for step in run.batches]
         self.steps = [step for step in share if step]  # those that this device reads
         with run.meter.phase("compile"):
-            apart = "packing" in run.method.cannot
-            self.shapes = (None if apart else self.packed()) or Shapes(self.steps, run.hp, packed=False)
+            together = None if "packing" in run.method.cannot else self.packed()
+            self.shapes = together or Shapes(self.steps, run.hp, packed=False)
         run.shapes, self.found.packed = self.shapes, self.shapes.packed
 
     @property
@@ -178,8 +178,10 @@ class Kernels:
             trying = bool(self.untried)
             while self.untried and self.choose(min(new.values(), key=tokens)):
                 pass
-            if trying and (self.within or len(new) > 1):
+            if trying and len(new) > 1:
                 self.drop()  # the smallest: it fits into what the largest holds, not the other way round
+            if trying and self.within:
+                self.drop()  # in it are a trial's hooks
             if self.within:
                 self.clear()  # of what a live step has left
             for key, batch in sorted(new.items(), key=lambda item: -tokens(item[1])):

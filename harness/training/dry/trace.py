@@ -162,7 +162,7 @@ def trained(model, run: DryRun, deeper: float, found: Traced):
         elif 0 < narrow[1] < run.traced:
             ledger.work["narrow micro-batch"], found.facts["narrow_tokens"] = narrow
         found.facts |= often(model, run, order[-1], before) | {"renewed_every": method.renewed_every()}
-        if "graph" in made.kernels.rung and (drawn or within):  # graphs are of what trains, and how
+        if "graph" in made.kernels.rung and (drawn or within):  # graphs are of what trains, and of no renewal
             found.facts["captured_again"] = len(made.kernels.shapes.sizes)
         if "graph" in made.kernels.rung:
             found.facts["shapes"] = len(made.kernels.shapes.sizes)
